@@ -1,0 +1,75 @@
+"""Plain torch functions that take one set of weights for all rows, or one set a row.
+
+Legend: b batch rows, n tokens, d width, r inner width, h heads.
+
+Every weight may carry a leading row dimension: `[o, i]` is one matrix for the whole batch, `[b, o, i]` one
+matrix a row. A batch that mixes tasks is therefore one call, without a loop over tasks or rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + bias`, computed in the dtype of the weights.
+
+    Args:
+        x: `[b, n, i]`.
+        weight: `[o, i]`, or `[b, o, i]` for one matrix a row.
+        bias: `[o]` or `[b, o]`, or None.
+
+    Returns:
+        `[b, n, o]` in the dtype of `weight` (under autocast: in autocast's dtype).
+    """
+    if not torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    if bias is None or torch.is_autocast_enabled(x.device.type):
+        y = torch.bmm(x, weight.transpose(1, 2))
+        return y if bias is None else y + bias.unsqueeze(1)
+    return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+
+
+def scale(x: Tensor, vector: Tensor) -> Tensor:
+    """`x * vector` with `vector` `[d]` or `[b, d]` broadcast over the tokens of `x` `[b, n, d]`."""
+    return x * (vector if vector.dim() == 1 else vector.unsqueeze(1)).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer norm over the last dimension with `weight`, `bias` `[d]` or `[b, d]`."""
+    if weight.dim() == 1:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    y = F.layer_norm(x, weight.shape[-1:], eps=eps)
+    return y * weight.unsqueeze(1) + bias.unsqueeze(1)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """`[b, n, r]` -> `[b, h, n, r / h]`."""
+    b, n, r = x.shape
+    return x.view(b, n, num_heads, r // num_heads).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """`[b, h, n, r / h]` -> `[b, n, r]`."""
+    b, h, n, k = x.shape
+    return x.transpose(1, 2).reshape(b, n, h * k)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool, dropout: float) -> Tensor:
+    """`softmax(q k^T / sqrt(r / h) + mask) v`, dropout on the probabilities.
+
+    Args:
+        q, k, v: `[b, h, n, r / h]` (keys and values may be longer than queries).
+        mask: boolean (True is kept) or additive, broadcastable to `[b, h, n_q, n_k]`, or None.
+        is_causal: whether to hide later positions; only with `mask=None`.
+        dropout: probability, 0 outside training.
+    """
+    if mask is not None and mask.dtype != torch.bool:
+        # A mask built in float32 holds float32's minimum, which is -inf in a narrower dtype: a row that is
+        # masked everywhere would then be NaN.
+        mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)

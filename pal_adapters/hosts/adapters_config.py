@@ -1,0 +1,71 @@
+"""The fields that every method's config has in `adapters`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from adapters.configuration import AdapterConfig, ConfigUnion
+
+from ..errors import ConfigError, require_bool, require_int, require_one_of
+from .methods import Method
+from .sites import parse_sites
+
+
+@dataclass(eq=False)
+class TaskAdapterConfig(AdapterConfig):
+    """Base of our configs in `adapters`.
+
+    Args:
+        leave_out: indices of the blocks, from 0, that get no module.
+        init_weights: see the subclass.
+        init_weights_seed: gives two adapters with one seed equal weights; blocks still differ.
+        train_base: train the pretrained weights together with the adapter (`joint`); they are saved and loaded with it.
+        sites: names of the modules inside the model's blocks, for a model whose structure is not known: the fields of
+            `BlockSites` plus `"block"`, the class name.
+    """
+
+    method: ClassVar[Method]
+    init_choices: ClassVar[tuple[str, ...]] = ("zero_decoder", "bert")
+    # What the host asks for to put adapters into one Fuse; only methods that add a term behind the feed-forward part.
+    fusable: ClassVar[bool] = True
+
+    leave_out: list[int] = field(default_factory=list)
+    init_weights: str = "zero_decoder"
+    init_weights_seed: int | None = None
+    train_base: bool = False
+    sites: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.architecture != self.method.name:
+            raise ConfigError(f"architecture={self.architecture!r} is not allowed here: use {self.method.name!r}.")
+        require_one_of("init_weights", self.init_weights, self.init_choices)
+        require_bool("train_base", self.train_base)
+        if self.init_weights_seed is not None:
+            require_int("init_weights_seed", self.init_weights_seed, minimum=0)
+        if self.leave_out is None or not all(isinstance(i, int) and i >= 0 for i in self.leave_out):
+            raise ConfigError(f"leave_out={self.leave_out!r} is not allowed: use a list of block indices from 0.")
+        if self.sites is not None:
+            parse_sites(self.sites)
+
+    @property
+    def identity_init(self) -> bool:
+        return self.init_weights != "bert"
+
+    def __getitem__(self, key: str) -> Any:
+        # Read by the host when it fuses adapters, though these are no options here.
+        if self.fusable and key in ("output_adapter", "mh_adapter", "cross_adapter") and key not in self.__dict__:
+            return key == "output_adapter"
+        return super().__getitem__(key)
+
+
+def task_configs(config: Mapping[str, Any] | None) -> Iterator[TaskAdapterConfig]:
+    """Our configs in an adapter's config: itself, or members of a union."""
+    if config is not None and not isinstance(config, AdapterConfig):
+        config = AdapterConfig.load(config)  # as a model's own config file gives it
+    if isinstance(config, TaskAdapterConfig):
+        yield config
+    elif isinstance(config, ConfigUnion):
+        for member in config.configs:
+            yield from task_configs(member)
