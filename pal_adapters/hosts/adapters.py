@@ -130,7 +130,7 @@ def _prepare(model: ModelAdaptersMixin, adapter_name: str) -> None:
     _replace_config(model, adapter_name, whole, prepared)
     for (_, layer), block in zip(layers, blocks):
         if not isinstance(getattr(layer, "task_layer", None), TaskLayer):
-            layer.task_layer = TaskLayer(base, _host_sites(block))
+            layer.task_layer = TaskLayer(base, _host_sites(block)).train(layer.training)
 
 
 def _host_sites(block: Block) -> Block:

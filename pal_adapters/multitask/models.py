@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -47,9 +48,14 @@ def default_host() -> str:
         ConfigError: If none is.
     """
     for host in HOSTS:
-        if importlib.util.find_spec(host) is not None:
+        if _installed(host):
             return host
     raise ConfigError("no host is installed: pip install 'pal-adapters[adapters]' or 'pal-adapters[peft]'")
+
+
+def _installed(package: str) -> bool:
+    # `adapters` replaces itself on import by a module without a spec, for which `find_spec` raises.
+    return package in sys.modules or importlib.util.find_spec(package) is not None
 
 
 def default_model() -> str:
@@ -215,7 +221,7 @@ class MultiTaskModel(nn.Module):
         require_one_of("pooling", pooling, ("mean", "cls"))
         if method in ADAPTER_METHODS:
             require_one_of("host", host, HOSTS)
-            if importlib.util.find_spec(str(host)) is None:
+            if not _installed(str(host)):
                 raise ConfigError(f"host={host!r} is not installed: pip install 'pal-adapters[{host}]'")
         elif host is not None:
             raise ConfigError(f"host={host!r} has no effect for method={method!r}: leave it out.")
