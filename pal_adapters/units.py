@@ -98,19 +98,34 @@ class TaskUnit(nn.Module):
         """Read the weights of `weights` too; they stay registered where they are."""
         self._shared = (weights,)
 
-    def weights(self) -> dict[str, Tensor]:
-        """All tensors that `forward` reads, by name; the own ones and the shared ones."""
+    @property
+    def shares(self) -> bool:
+        """Whether some weights come from elsewhere."""
+        return bool(self._shared)
+
+    def shared_key(self) -> object:
+        """Equal for units that share the same weights."""
+        return tuple(id(t) for t in self.shared_weights().values())
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """The tensors registered here, by name."""
         own: dict[str, Tensor] = {}
-        for name, module in self._modules.items():
-            if module is not None:
-                _collect(module, name + ".", own)
-        own.update({k: v for k, v in self._parameters.items() if v is not None})
-        for shared in self._shared:
-            if isinstance(shared, nn.Module):
-                _collect(shared, "", own)
-            else:
-                own.update(shared)
+        _collect(self, "", own)
         return own
+
+    def shared_weights(self) -> dict[str, Tensor]:
+        """The tensors that come from elsewhere, by name."""
+        shared: dict[str, Tensor] = {}
+        for source in self._shared:
+            if isinstance(source, nn.Module):
+                _collect(source, "", shared)
+            else:
+                shared.update(source)
+        return shared
+
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors that `forward` reads, by name."""
+        return {**self.own_weights(), **self.shared_weights()} if self._shared else self.own_weights()
 
     def signature(self) -> tuple[object, ...]:
         """Units with equal signatures can run as one batch, with one set of weights a row."""
@@ -165,21 +180,36 @@ def self_attention(
     return merge_heads(attend(q, k, v, mask, is_causal=is_causal, dropout=dropout))
 
 
-def stack_weights(units: Sequence[TaskUnit], index: Tensor | None) -> dict[str, Tensor]:
+def stack_weights(
+    units: Sequence[TaskUnit], index: Tensor | None, kept: dict[object, dict[str, Tensor]] | None = None
+) -> dict[str, Tensor]:
     """One set of weights a row.
 
     Args:
         units: the distinct units of a batch, with equal signatures.
         index: `[b]`, the unit of each row; None if `units` has one entry a row already.
+        kept: keeps what the units share with other blocks, so that it is gathered once for all of them.
 
     Returns:
         Each weight as `[b, *shape]`; a single unit's weights stay as they are.
     """
-    tables = [unit.weights() for unit in units]
     if len(units) == 1:
-        return tables[0]
-    stacked = {}
+        return units[0].weights()
+    weights = _gather([unit.own_weights() for unit in units], index)
+    if units[0].shares:
+        key = tuple(unit.shared_key() for unit in units)
+        shared = None if kept is None else kept.get(key)
+        if shared is None:
+            shared = _gather([unit.shared_weights() for unit in units], index)
+            if kept is not None:
+                kept[key] = shared
+        weights.update(shared)
+    return weights
+
+
+def _gather(tables: Sequence[Mapping[str, Tensor]], index: Tensor | None) -> dict[str, Tensor]:
+    gathered = {}
     for name in tables[0]:
         together = torch.stack([table[name] for table in tables])
-        stacked[name] = together if index is None else together.index_select(0, index)
-    return stacked
+        gathered[name] = together if index is None else together.index_select(0, index)
+    return gathered

@@ -21,7 +21,7 @@ from ..errors import UnknownAdapterError, UnsupportedError
 from ..units import TaskUnit, UnitInputs
 from .adapters_config import TaskAdapterConfig, task_configs
 from .attach import Attachment, BlockMask
-from .batch import run_rows, run_unit, select_rows
+from .batch import RowPlan, run_rows, run_unit, select_rows
 from .methods import generator_for
 from .sites import Block
 
@@ -161,6 +161,17 @@ def task_names(setup: MultiTask, batch: int) -> list[Any]:
             )
     # Beam search repeats every row.
     return [name for name in names for _ in range(batch // len(ids))]
+
+
+def _plan(names: list[str], model: nn.Module) -> RowPlan:
+    """The plan for these rows, one for all blocks of a forward pass."""
+    context = ForwardContext.get_context()
+    plan = getattr(context, "pal_adapters_plan", None)
+    if plan is None or plan.names != tuple(names):
+        plan = RowPlan(names, keep=not (model.training and model.is_gradient_checkpointing))
+        if context is not None:
+            context.pal_adapters_plan = plan
+    return plan
 
 
 def _grow(inputs: UnitInputs, batch: int) -> UnitInputs:
@@ -334,12 +345,16 @@ class TaskLayer(ValueComposition, nn.Module):
         return self._rows([name for name, size in zip(adapter_setup, sizes) for _ in range(size)], state)
 
     def _rows(self, names: list[str], state: State) -> State:
-        value = state.value
+        value, plan = state.value, _plan(names, self._model[0])
         methods = dict.fromkeys(m for name in set(names) if name in self.pal_adapters for m in self.pal_adapters[name])
         for method in methods:
-            units = {n: self.pal_adapters[n][method] for n in set(names) if method in self.pal_adapters.get(n, ())}
+            units = {
+                name: self.pal_adapters[name][method]
+                for name in set(names)
+                if name in self.pal_adapters and method in self.pal_adapters[name]
+            }
             inputs = state.inputs._replace(slot=("rows", method))
-            value = run_rows(units, names, self._site, value, inputs)
+            value = run_rows(units, plan, self._site, value, inputs)
         return state._replace(value=value)
 
     # The runner of `Attachment`

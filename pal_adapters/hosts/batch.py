@@ -7,8 +7,42 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from ..units import TaskUnit, UnitInputs, stack_weights
 from .attach import BlockMask
+
+
+class RowPlan:
+    """Which adapter each row of a batch goes through, during one forward pass.
+
+    Args:
+        names: one adapter name a row.
+        keep: whether weights that the blocks share may be gathered once for all blocks. Not under activation
+            checkpointing: a block that runs again has to do all that it did before.
+    """
+
+    def __init__(self, names: Sequence[str], *, keep: bool) -> None:
+        self.names = tuple(names)
+        self.kept: dict[object, dict[str, Tensor]] | None = {} if keep else None
+        self._repeated: dict[int, RowPlan] = {}
+
+    def for_batch(self, batch: int) -> RowPlan:
+        """The plan of a batch in which each row is repeated, as beam search and several returned sequences do.
+
+        Raises:
+            UnsupportedError: if `batch` is no multiple of the number of names.
+        """
+        if batch == len(self.names):
+            return self
+        if batch not in self._repeated:
+            if batch % len(self.names):
+                raise UnsupportedError(
+                    f"{len(self.names)} adapter names were passed for a batch of {batch} rows: pass one name a row."
+                )
+            times = batch // len(self.names)
+            names = [name for name in self.names for _ in range(times)]
+            self._repeated[batch] = RowPlan(names, keep=self.kept is not None)
+        return self._repeated[batch]
 
 
 def run_unit(unit: TaskUnit, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
@@ -23,22 +57,22 @@ def select_rows(inputs: UnitInputs, rows: Tensor) -> UnitInputs:
 
 
 def run_rows(
-    units: Mapping[str, TaskUnit], names: Sequence[str], site: str, value: Tensor, inputs: UnitInputs
+    units: Mapping[str, TaskUnit], plan: RowPlan, site: str, value: Tensor, inputs: UnitInputs
 ) -> Tensor:
     """Each row through its own unit, all rows of one kind in one call.
 
     Args:
         units: the units by adapter name; a row whose name is missing keeps its value.
-        names: one name a row of `value`.
+        plan: one name a row of `value`.
 
     Returns:
         The new value, `[b, n, d]`; equal to calling each unit on its rows.
     """
+    names = plan.names
     groups: dict[tuple[object, ...], list[int]] = {}
     for row, name in enumerate(names):
-        unit = units.get(name)
-        if unit is not None and site in unit.sites:
-            groups.setdefault(unit.signature(), []).append(row)
+        if name in units and site in units[name].sites:
+            groups.setdefault(units[name].signature(), []).append(row)
     for rows in groups.values():
         members = [names[row] for row in rows]
         distinct = list(dict.fromkeys(members))
@@ -46,7 +80,7 @@ def run_rows(
         index = None
         if len(distinct) > 1 and distinct != members:
             index = torch.tensor([distinct.index(name) for name in members], device=value.device)
-        weights = stack_weights(batch, index)
+        weights = stack_weights(batch, index, plan.kept)
         if len(rows) == value.shape[0]:
             value = batch[0](site, value, inputs, weights)
             continue

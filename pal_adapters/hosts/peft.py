@@ -38,6 +38,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..errors import ConfigError, MissingHostError, UnknownAdapterError, UnsupportedError
+from .batch import RowPlan
 from .methods import Method, parameters_of
 from .peft_config import TaskPeftConfig, choose_blocks
 from .peft_layer import RowRouting, TaskTunerLayer, remove_adapter_name, tuner_layers
@@ -81,15 +82,15 @@ def task_parameter_ids(model: nn.Module) -> set[int]:
 
 
 @contextmanager
-def _rows(layers: Sequence[RowRouting], rows: tuple[str, ...] | None) -> Iterator[None]:
-    before = [layer.rows for layer in layers]
+def _rows(layers: Sequence[RowRouting], plan: RowPlan | None) -> Iterator[None]:
+    before = [layer.plan for layer in layers]
     try:
         for layer in layers:
-            layer.rows = rows
+            layer.plan = plan
         yield
     finally:
         for layer, value in zip(layers, before):
-            layer.rows = value
+            layer.plan = value
 
 
 def _give_adapter_names(
@@ -98,10 +99,10 @@ def _give_adapter_names(
     return args, {**kwargs, "adapter_names": names}
 
 
-def _checkpoint_with_rows(function: Any, layers: Sequence[RowRouting], rows: tuple[str, ...]) -> Any:
+def _checkpoint_with_rows(function: Any, layers: Sequence[RowRouting], plan: RowPlan) -> Any:
     def checkpoint(block: Any, *args: Any, **kwargs: Any) -> Any:
         def again(*inner: Any, **inner_kwargs: Any) -> Any:
-            with _rows(layers, rows):
+            with _rows(layers, plan):
                 return block(*inner, **inner_kwargs)
 
         return function(again, *args, **kwargs)
@@ -221,8 +222,10 @@ class TaskTuner(BaseTuner):
             return
         rows = self._check_adapter_names(names)
         layers = [layer for _, layer in tuner_layers(self.model) if isinstance(layer, RowRouting)]
+        checkpointed = self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        plan = RowPlan(rows, keep=not checkpointed)
         with ExitStack() as stack:
-            stack.enter_context(_rows(layers, rows))
+            stack.enter_context(_rows(layers, plan))
             for module in self.model.modules():
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     handle = module.register_forward_pre_hook(
@@ -231,7 +234,7 @@ class TaskTuner(BaseTuner):
                     stack.callback(handle.remove)
                 function = module.__dict__.get("_gradient_checkpointing_func")
                 if function is not None and getattr(module, "gradient_checkpointing", False):
-                    module._gradient_checkpointing_func = _checkpoint_with_rows(function, layers, rows)  # type: ignore[assignment]
+                    module._gradient_checkpointing_func = _checkpoint_with_rows(function, layers, plan)  # type: ignore[assignment]
                     stack.callback(setattr, module, "_gradient_checkpointing_func", function)
             yield
 

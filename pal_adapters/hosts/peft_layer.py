@@ -13,25 +13,15 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from ..units import TaskUnit, UnitInputs
 from .attach import Attachment
-from .batch import run_rows, run_unit
+from .batch import RowPlan, run_rows, run_unit
 from .methods import Method
 from .sites import Block
 
 
 class RowRouting:
-    """Mixed into tuner layers: `rows` names the adapter of each row of the batch while `adapter_names` is in force."""
+    """Mixed into tuner layers: `plan` names the adapter of each row while `adapter_names` is in force."""
 
-    rows: tuple[str, ...] | None = None
-
-    def names_for(self, batch: int) -> list[str] | None:
-        """One adapter name a row; beam search and several returned sequences repeat rows."""
-        if self.rows is None:
-            return None
-        if batch % len(self.rows):
-            raise UnsupportedError(
-                f"adapter_names has {len(self.rows)} names, but the batch has {batch} rows: pass one name a row."
-            )
-        return [name for name in self.rows for _ in range(batch // len(self.rows))]
+    plan: RowPlan | None = None
 
 
 class TaskTunerLayer(nn.Module, BaseTunerLayer, RowRouting):
@@ -130,7 +120,7 @@ class TaskTunerLayer(nn.Module, BaseTunerLayer, RowRouting):
     # The runner of `Attachment`
 
     def _names(self, value: Tensor | None = None) -> Sequence[str]:
-        return self.active_adapters if self.rows is None else self.rows
+        return self.active_adapters if self.plan is None else self.plan.names
 
     def is_active(self, site: str) -> bool:
         if self.disable_adapters:
@@ -141,9 +131,9 @@ class TaskTunerLayer(nn.Module, BaseTunerLayer, RowRouting):
         return False
 
     def run(self, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
-        rows = self.names_for(value.shape[0])
-        if rows is not None:
-            return run_rows(self.units, rows, site, value, inputs._replace(slot=("rows",)))  # type: ignore[arg-type]
+        if self.plan is not None:
+            plan = self.plan.for_batch(value.shape[0])
+            return run_rows(self.units, plan, site, value, inputs._replace(slot=("rows",)))  # type: ignore[arg-type]
         for name in self.active_adapters:
             if name in self.units:
                 unit = self.units[name]

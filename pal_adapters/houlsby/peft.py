@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from ..errors import ConfigError, SiteError, UnsupportedError
-from ..hosts.batch import run_rows, run_unit
+from ..hosts.batch import RowPlan, run_rows, run_unit
 from ..hosts.methods import Method
 from ..hosts.peft import TaskTuner, register
 from ..hosts.peft_config import TaskPeftConfig, choose_blocks
@@ -101,8 +101,8 @@ class HoulsbyTunerLayer(nn.Module, BaseTunerLayer, RowRouting):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
 
-    def _current(self, batch: int) -> list[str] | None:
-        return None if self.disable_adapters else self.names_for(batch)
+    def _current(self, batch: int) -> RowPlan | None:
+        return None if self.plan is None else self.plan.for_batch(batch)
 
 
 class HoulsbyLayer(HoulsbyTunerLayer):
@@ -140,9 +140,9 @@ class HoulsbyLayer(HoulsbyTunerLayer):
         if self.disable_adapters:
             return output
         value = output[0] if isinstance(output, tuple) else output
-        names = self._current(value.shape[0])
-        if names is not None:
-            value = run_rows(self.houlsby_units, names, "value", value, UnitInputs())  # type: ignore[arg-type]
+        plan = self._current(value.shape[0])
+        if plan is not None:
+            value = run_rows(self.houlsby_units, plan, "value", value, UnitInputs())  # type: ignore[arg-type]
         else:
             for name in self.active_adapters:
                 if name in self.houlsby_units:
@@ -169,9 +169,9 @@ class HoulsbyNorm(HoulsbyTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
-        names = self._current(x.shape[0])
-        if names is not None:
-            return self._rows(x, names)
+        plan = self._current(x.shape[0])
+        if plan is not None:
+            return self._rows(x, plan.names)
         active = [name for name in self.active_adapters if name in self.houlsby_norms]
         if not active:
             return self.base_layer(x, *args, **kwargs)
@@ -183,7 +183,7 @@ class HoulsbyNorm(HoulsbyTunerLayer):
         norm = self.houlsby_norms[active[0]]
         return norm(x.to(norm.weight.dtype), *args, **kwargs).to(x.dtype)  # type: ignore[arg-type]
 
-    def _rows(self, x: Tensor, names: list[str]) -> Tensor:
+    def _rows(self, x: Tensor, names: Sequence[str]) -> Tensor:
         base = self.get_base_layer()
         norms = [self.houlsby_norms[name] if name in self.houlsby_norms else base for name in names]
         if all(norm is norms[0] for norm in norms):
