@@ -1,0 +1,64 @@
+"""The golden numbers as tests, and the command that checks them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import pal_adapters
+
+from . import check
+
+DATA = pathlib.Path(__file__).parent / "data"
+ENCODERS = sorted(p.stem for p in DATA.glob("*_encoder.json"))
+HOSTS = [h for h, c in (("adapters", "PALConfig"), ("peft", "PALPeftConfig")) if c in pal_adapters.__all__]
+
+
+@pytest.mark.parametrize("host", [*HOSTS, "layer"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoder_equals_the_authors_code(name: str, host: str) -> None:
+    case = check.Case(DATA, name)
+    result = check.compare(case, host)
+    if name == "plain_encoder" and host == "layer":
+        assert result is None  # there is no module to call
+        return
+    assert result is not None
+    assert max(result) <= check.TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["pal_module", "pal_module_odd_head"])
+def test_module_equals_the_authors_code(name: str) -> None:
+    assert max(check.compare_module(check.Case(DATA, name))) <= check.TOLERANCE
+
+
+def test_sizes_that_the_reference_fails_on_are_refused() -> None:
+    assert check.compare_limits(check.Case(DATA, "pal_limits")) == (0.0, 0.0)
+
+
+def test_command_reports_each_case_and_a_json_line(capsys: pytest.CaptureFixture[str]) -> None:
+    status = check.main(["--golden", str(DATA), "--host", "layer", "--case", "pal_module"])
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 0
+    assert lines[0].startswith("pal_module ") and " ok " in lines[0]
+    assert json.loads(lines[-1])["ran"] == 1
+
+
+def test_command_fails_when_a_number_differs(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(DATA / "pal_module.json", tmp_path)
+    tensors = load_file(DATA / "pal_module.safetensors")
+    tensors["output"] += 1e-3
+    save_file(tensors, tmp_path / "pal_module.safetensors")
+    assert check.main(["--golden", str(tmp_path)]) == 1
+    assert "pal_module layer FAILED" in capsys.readouterr().out
+
+
+def test_cases_of_methods_not_built_are_never_passed(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "camtl_film.json").write_text(json.dumps({"reference": {"repository": "CAMTL/CA-MTL"}}))
+    assert check.main(["--golden", str(tmp_path)]) == 1  # nothing ran
+    assert capsys.readouterr().out.startswith("camtl_film not yet")
