@@ -235,7 +235,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 # Of a joint run, each task is given an equal part of the time.
                 "seconds": round(trained / len(group) + time.perf_counter() - began, 2),
             }
-    if args.joint:
+    if model.needs_saved_base:
         model.save_base(output / "base")
     results["seconds"] = round(time.perf_counter() - start, 2)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """Registration with `adapters`, and the only place that touches its internals.
 
-Every touch, for adapters 1.3:
+Every symbol of adapters 1.3 that is replaced:
 
 | upstream symbol                                  | what and why                                                   |
 |--------------------------------------------------|----------------------------------------------------------------|
@@ -9,37 +9,45 @@ Every touch, for adapters 1.3:
 |                                                  | whether they fit is found from the model instead               |
 | `ADAPTER_CONFIG_MAP`                             | gets our strings                                               |
 | `ModelAdaptersMixin._add_adapter_weights`        | wrapped: gives blocks their `TaskLayer` before the first use   |
+| `ModelAdaptersMixin.add_adapter_fusion`          | wrapped: refuses sets that cannot be fused, before they count  |
+| `ModelAdaptersMixin.merge_adapter`               | wrapped: the host passes over what it cannot merge             |
+| `ModelWithHeadsAdaptersMixin.freeze_embeddings`  | wrapped: an embedding tied to the head belongs to a base that  |
+|                                                  | is trained                                                     |
 | `BottleneckLayer.bottleneck_layer_forward`       | wrapped: compositions that mix our adapters with bottlenecks   |
 | `AdapterLoader.filter_func`, `.rename_func`      | wrapped: the host overlooks `shared_parameters` of a model     |
 |                                                  | without a head, and a jointly trained base belongs to the file |
 
-`tests/hosts/test_adapters_touches.py` fails when one of them moves.
+What is called or subclassed: `ComposableAdapterLayerBase` (`adapters_composition`, `adapters_layer`), `AdapterSetup`,
+`ForwardContext` and `BottleneckLayer` with its adapters and fusion layers (`adapters_mixture`), `AdapterConfig`
+(`adapters_config`). `tests/hosts/adapters/test_touches.py` fails when one of them moves.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import adapters
-from adapters.configuration import ADAPTER_CONFIG_MAP, AdapterConfig, ConfigUnion
+import torch
+from adapters.configuration import ADAPTER_CONFIG_MAP, AdapterConfig, BnConfig, ConfigUnion, LoRAConfig
 from adapters.interface import AdapterMethod
 from adapters.loading import AdapterLoader
 from adapters.methods.bottleneck import BottleneckLayer
-from adapters.model_mixin import ModelAdaptersMixin
+from adapters.model_mixin import ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
 from adapters.utils import get_adapter_config_hash
 from packaging.version import Version
 from torch import nn
 
-from ..errors import ConfigError, MissingHostError, SiteError
-from .adapters_config import TaskAdapterConfig, task_configs
-from .adapters_layer import Mixture, TaskLayer, base_parameters, task_parameters
+from ..errors import ConfigError, MissingHostError, SiteError, UnsupportedError
+from .adapters_composition import architectures
+from .adapters_config import CONFIGS, TaskAdapterConfig, is_ours, task_configs
+from .adapters_layer import TaskLayer, base_parameters, task_parameters, trains_base, unfusable
+from .adapters_mixture import Mixture
 from .methods import parameters_of
 from .sites import Block, find_blocks, resolve
 
-_CONFIGS: dict[str, type[TaskAdapterConfig]] = {}
 _TOUCHED = "_pal_adapters_original"
 
 
@@ -55,7 +63,7 @@ def register(config_class: type[TaskAdapterConfig], presets: dict[str, TaskAdapt
         if owner is not None and type(owner) is not type(preset):
             raise ConfigError(f"the adapters host has a config named {name!r} already ({type(owner).__name__}).")
         ADAPTER_CONFIG_MAP[name] = preset
-    _CONFIGS[config_class.method.name] = config_class
+    CONFIGS[config_class.method.name] = config_class
 
 
 def _wrap(owner: Any, name: str, make: Callable[[Any], Callable[..., Any]], *, static: bool = False) -> None:
@@ -74,14 +82,20 @@ def _install() -> None:
     _wrap(AdapterConfig, "_get_config_class", _config_class, static=True)
     _wrap(AdapterMethod, "get_from_config", _methods_of_config, static=True)
     _wrap(ModelAdaptersMixin, "_add_adapter_weights", _add_adapter_weights)
+    _wrap(ModelAdaptersMixin, "add_adapter_fusion", _add_adapter_fusion)
+    _wrap(ModelAdaptersMixin, "merge_adapter", _merge_adapter)
+    _wrap(ModelWithHeadsAdaptersMixin, "freeze_embeddings", _freeze_embeddings)
     _wrap(BottleneckLayer, "bottleneck_layer_forward", _bottleneck_layer_forward)
     _wrap(AdapterLoader, "filter_func", _filter_func)
     _wrap(AdapterLoader, "rename_func", _rename_func)
 
 
+# Configs
+
+
 def _config_class(original: Any) -> Any:
-    def _get_config_class(config_dict: dict[str, Any]) -> type:
-        ours = _CONFIGS.get(config_dict.get("architecture") or "")
+    def _get_config_class(config_dict: Mapping[str, Any]) -> type:
+        ours = CONFIGS.get(config_dict.get("architecture") or "")
         return ours if ours is not None else original(config_dict)
 
     return _get_config_class
@@ -94,43 +108,72 @@ def _methods_of_config(original: Any) -> Any:
     return get_from_config
 
 
+# Adding an adapter
+
+
 def _add_adapter_weights(original: Any) -> Any:
     def wrapper(self: ModelAdaptersMixin, adapter_name: str) -> None:
-        config = self.adapters_config.get(adapter_name)
-        if config is not None and list(task_configs(config)):
-            _prepare(self, adapter_name)
+        configs = _prepare(self, adapter_name)
         original(self, adapter_name)
+        for config in configs:
+            if not any(
+                config.method.name in layer.task_layer.methods(adapter_name) for _, layer in self.iter_layers()
+            ):
+                raise ConfigError(
+                    f"leave_out={list(config.leave_out)} is not allowed: it leaves no block for {config.architecture}."
+                )
 
     return wrapper
 
 
-def _prepare(model: ModelAdaptersMixin, adapter_name: str) -> None:
+def _prepare(model: ModelAdaptersMixin, adapter_name: str) -> list[TaskAdapterConfig]:
     """Fill in what depends on the model, check, and give each block its layer. Raises before anything changes."""
-    base = model.base_model
-    whole = AdapterConfig.load(model.adapters_config.get(adapter_name))
+    whole = model.adapters_config.get(adapter_name)
+    if not is_ours(architectures(whole)):
+        return []
+    whole = AdapterConfig.load(whole)
     configs = list(task_configs(whole))
-    named = next((c.sites for c in configs if c.sites is not None), None)
-    found = {id(block.module): block for block in find_blocks(base, named)}
+    base = model.base_model
     layers = list(model.iter_layers())
-    missing = [i for i, layer in layers if id(layer) not in found]
-    if missing:
-        raise SiteError(
-            f"block {missing[0]} of {type(base).__name__} ({type(layers[missing[0]][1]).__name__}) has no known "
-            "structure: pass sites={...} in the config or call pal_adapters.register_block(...)."
-        )
-    for config in configs:
-        outside = [i for i in config.leave_out if i >= len(layers)]
-        if outside:
-            raise ConfigError(
-                f"leave_out={list(config.leave_out)} is not allowed: the model has blocks 0 to {len(layers) - 1}."
-            )
-    blocks = [found[id(layer)] for _, layer in layers]
+    blocks = _find(base, [layer for _, layer in layers], configs)
+    _check_leave_out(configs, sorted({i for i, _ in layers}))
+    _check_shared(whole, configs, blocks)
     parameters = parameters_of(base, blocks, task_parameters(base))
     prepared = {id(c): c.method.prepare(c, blocks, parameters) for c in configs}
     _replace_config(model, adapter_name, whole, prepared)
-    for (_, layer), block in zip(layers, blocks):
-        if not isinstance(getattr(layer, "task_layer", None), TaskLayer):
-            layer.task_layer = TaskLayer(base, _host_sites(block)).train(layer.training)
+    for (_, layer), block in zip(layers, blocks, strict=True):
+        task_layer = getattr(layer, "task_layer", None)
+        if not isinstance(task_layer, TaskLayer):
+            layer.task_layer = TaskLayer(base, block).train(layer.training)
+        elif task_layer.block.sites == block.sites:
+            task_layer.link(base, block)
+        else:  # without an adapter, see `_find`
+            task_layer.attachment.remove()
+            layer.task_layer = TaskLayer(base, block).train(layer.training)
+    return list(prepared.values())
+
+
+def _find(base: nn.Module, layers: list[nn.Module], configs: list[TaskAdapterConfig]) -> list[Block]:
+    named = [c.sites for c in configs if c.sites is not None]
+    if any(sites != named[0] for sites in named):
+        raise ConfigError(f"sites={named[1]} is not allowed beside sites={named[0]} in one union: use the same.")
+    found = {id(block.module): block for block in find_blocks(base, named[0] if named else None)}
+    blocks = []
+    for position, layer in enumerate(layers):
+        if id(layer) not in found:
+            raise SiteError(
+                f"block {position} of {type(base).__name__} ({type(layer).__name__}) has no known structure: pass "
+                "sites={...} in the config or call pal_adapters.register_block(...)."
+            )
+        block = _host_sites(found[id(layer)])
+        task_layer = getattr(layer, "task_layer", None)
+        if isinstance(task_layer, TaskLayer) and task_layer.pal_adapters and task_layer.block.sites != block.sites:
+            raise ConfigError(
+                f"sites={named[0] if named else None} is not allowed: {', '.join(task_layer.pal_adapters)} use other "
+                f"sites of {type(layer).__name__}, {task_layer.block.sites.to_dict()}. All adapters need the same."
+            )
+        blocks.append(block)
+    return blocks
 
 
 def _host_sites(block: Block) -> Block:
@@ -144,6 +187,32 @@ def _host_sites(block: Block) -> Block:
     return replace(block, sites=sites)
 
 
+def _check_leave_out(configs: list[TaskAdapterConfig], indices: list[int]) -> None:
+    for config in configs:
+        if not set(config.leave_out) <= set(indices):
+            raise ConfigError(
+                f"leave_out={list(config.leave_out)} is not allowed: the blocks are {indices[0]} to {indices[-1]}."
+            )
+
+
+def _check_shared(whole: AdapterConfig, configs: list[TaskAdapterConfig], blocks: list[Block]) -> None:
+    """Compacter and VeRA put their own table where tied projections lie, and forget what is there."""
+    if not isinstance(whole, ConfigUnion):
+        return
+    with torch.device("meta"):
+        tied = [c for c in configs if c.method.build_shared(c, blocks[0]) is not None]
+    for member in whole.configs:
+        if isinstance(member, BnConfig):
+            shares = member.phm_layer and (member.shared_phm_rule or member.shared_W_phm)
+        else:
+            shares = isinstance(member, LoRAConfig) and (member.vera_d is not None or member.vera_b is not None)
+        if tied and shares:
+            raise UnsupportedError(
+                f"{type(member).__name__} and {tied[0].architecture} with tied projections cannot be in one "
+                "ConfigUnion: adapters keeps shared tensors of both under one name. Add two adapters and use Stack."
+            )
+
+
 def _replace_config(
     model: ModelAdaptersMixin, adapter_name: str, config: AdapterConfig, prepared: dict[int, TaskAdapterConfig]
 ) -> None:
@@ -151,20 +220,69 @@ def _replace_config(
         config = prepared[id(config)]
     else:
         config = ConfigUnion(*[prepared.get(id(c), c) for c in config.configs])
-    name = get_adapter_config_hash(config)
-    model.adapters_config.config_map[name] = config
-    model.adapters_config.adapters[adapter_name] = name
+    known = model.adapters_config
+    before, name = known.adapters[adapter_name], get_adapter_config_hash(config)
+    known.config_map[name] = config
+    known.adapters[adapter_name] = name
+    if before not in known.adapters.values():
+        known.config_map.pop(before, None)
+
+
+# Fusing, merging and training
+
+
+def _add_adapter_fusion(original: Any) -> Any:
+    def wrapper(self: ModelAdaptersMixin, adapter_names: Any, *args: Any, **kwargs: Any) -> Any:
+        children = adapter_names.split(",") if isinstance(adapter_names, str) else adapter_names
+        names = [child if isinstance(child, str) else child.last() for child in children]
+        if not any(is_ours(architectures(self.adapters_config.get(name))) for name in names):
+            return original(self, adapter_names, *args, **kwargs)
+        reasons = [unfusable(names, layer.task_layer) for _, layer in self.iter_layers()]
+        for reason in filter(None, reasons):
+            raise UnsupportedError(reason)
+        before = set(self.adapters_config.fusions)
+        try:
+            return original(self, adapter_names, *args, **kwargs)
+        except ValueError:
+            for name in set(self.adapters_config.fusions) - before:  # the host leaves it half added
+                self.delete_adapter_fusion(name)
+            raise
+
+    return wrapper
+
+
+def _merge_adapter(original: Any) -> Any:
+    def wrapper(self: ModelAdaptersMixin, name: str) -> None:
+        for config in task_configs(self.adapters_config.get(name)):
+            raise UnsupportedError(f"{name!r} cannot be merged into the base weights: {config.method.unmergeable}")
+        original(self, name)
+
+    return wrapper
+
+
+def _freeze_embeddings(original: Any) -> Any:
+    def wrapper(self: ModelWithHeadsAdaptersMixin, freeze: bool = True) -> None:
+        trained: list[nn.Parameter] = []
+        if trains_base(self.adapters_config, self.adapters_config.active_setup):
+            trained = [p for p in base_parameters(self.base_model).values() if p.requires_grad]
+        original(self, freeze)
+        for parameter in trained:
+            parameter.requires_grad = True
+
+    return wrapper
+
+
+# The forward pass
 
 
 def _bottleneck_layer_forward(original: Any) -> Any:
     def wrapper(self: BottleneckLayer, hidden_states: Any, residual_input: Any, layer_norm: Any) -> Any:
-        (task_layer,) = getattr(self, "pal_adapters_task_layer", (None,))
-        if task_layer is not None:
-            setup = task_layer.get_active_setup()
-            if setup is not None and task_layer.needs_mixture(setup):
-                hidden_states, residual_input = _match_batches(hidden_states, residual_input)
-                return Mixture(self, task_layer).forward(setup, hidden_states, residual_input, layer_norm)
-        return original(self, hidden_states, residual_input, layer_norm)
+        task_layer: TaskLayer | None = getattr(self, "pal_adapters_task_layer", (None,))[0]
+        setup = None if task_layer is None else task_layer.mixed_setup()
+        if task_layer is None or setup is None:
+            return original(self, hidden_states, residual_input, layer_norm)
+        hidden_states, residual_input = _match_batches(hidden_states, residual_input)
+        return Mixture(self, task_layer).forward(setup, hidden_states, residual_input, layer_norm)
 
     return wrapper
 
@@ -177,19 +295,31 @@ def _match_batches(hidden_states: Any, residual_input: Any) -> tuple[Any, Any]:
     return grown[0], grown[1]
 
 
-def _base_keys(model: ModelAdaptersMixin) -> Iterable[str]:
-    base = model.base_model
-    prefix = "" if base is model else f"{model.base_model_prefix}."
-    return {prefix + name for name in base_parameters(base)}
+# Files
+
+
+def _prefix(model: ModelAdaptersMixin) -> str:
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
 def _filter_func(original: Any) -> Any:
     def filter_func(self: AdapterLoader, adapter_name: str) -> Callable[[str], bool]:
         keep = original(self, adapter_name)
-        start = f"shared_parameters.{adapter_name}."
-        configs = task_configs(self.model.adapters_config.get(adapter_name))
-        base = set(_base_keys(self.model)) if any(c.train_base for c in configs) else set()
-        return lambda key: keep(key) or key.startswith(start) or key in base
+        configs = list(task_configs(self.model.adapters_config.get(adapter_name)))
+        table = f"shared_parameters.{adapter_name}."
+        ours = tuple(f"{table}{config.method.name}_stack" for config in configs)
+        prefix = _prefix(self.model)
+        base: set[str] = set()
+        if any(config.train_base for config in configs):
+            base = {prefix + name for name in base_parameters(self.model.base_model)}
+
+        def kept(key: str) -> bool:
+            if any(start in key for start in ours):
+                # An encoder-decoder has the same table three times, and safetensors refuses aliases.
+                return key.startswith(prefix + table)
+            return keep(key) or key.startswith(table) or key in base
+
+        return kept
 
     return filter_func
 

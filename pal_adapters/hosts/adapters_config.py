@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,6 +11,9 @@ from adapters.configuration import AdapterConfig, ConfigUnion
 from ..errors import ConfigError, require_bool, require_int, require_one_of
 from .methods import Method
 from .sites import parse_sites
+
+# The config class of each method by its architecture; `adapters.register` fills it.
+CONFIGS: dict[str, type[TaskAdapterConfig]] = {}
 
 
 @dataclass(eq=False)
@@ -21,7 +24,8 @@ class TaskAdapterConfig(AdapterConfig):
         leave_out: indices of the blocks, from 0, that get no module.
         init_weights: see the subclass.
         init_weights_seed: gives two adapters with one seed equal weights; blocks still differ.
-        train_base: train the pretrained weights together with the adapter (`joint`); they are saved and loaded with it.
+        train_base: train the pretrained weights together with the adapter (`joint`); they are saved and loaded with
+            it.
         sites: names of the modules inside the model's blocks, for a model whose structure is not known: the fields of
             `BlockSites` plus `"block"`, the class name.
     """
@@ -44,10 +48,25 @@ class TaskAdapterConfig(AdapterConfig):
         require_bool("train_base", self.train_base)
         if self.init_weights_seed is not None:
             require_int("init_weights_seed", self.init_weights_seed, minimum=0)
-        if self.leave_out is None or not all(isinstance(i, int) and i >= 0 for i in self.leave_out):
+        if not isinstance(self.leave_out, (list, tuple)):
             raise ConfigError(f"leave_out={self.leave_out!r} is not allowed: use a list of block indices from 0.")
+        for index in self.leave_out:
+            if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+                raise ConfigError(f"leave_out={self.leave_out!r} is not allowed: use a list of block indices from 0.")
         if self.sites is not None:
+            if not isinstance(self.sites, Mapping):
+                raise ConfigError(f"sites={self.sites!r} is not allowed: use a dict of module names, with 'block'.")
             parse_sites(self.sites)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> TaskAdapterConfig:
+        # The host keeps names that it does not know as attributes, so that a misspelt one would be ignored.
+        unknown = [] if isinstance(config, AdapterConfig) else [k for k in config if k not in cls.__dataclass_fields__]
+        if unknown:
+            allowed = ", ".join(cls.__dataclass_fields__)
+            key, value = unknown[0], config[unknown[0]]
+            raise ConfigError(f"{key}={value!r} is not an argument of {cls.__name__}: use {allowed}.")
+        return super().from_dict(config)
 
     @property
     def identity_init(self) -> bool:
@@ -69,3 +88,8 @@ def task_configs(config: Mapping[str, Any] | None) -> Iterator[TaskAdapterConfig
     elif isinstance(config, ConfigUnion):
         for member in config.configs:
             yield from task_configs(member)
+
+
+def is_ours(architectures: Iterable[str | None]) -> bool:
+    """Whether one of these architectures of an adapter is a method of ours."""
+    return any(name in CONFIGS for name in architectures)

@@ -46,6 +46,9 @@ class BlockMask:
 
     def slice_tokens(self, start: int, end: int, length: int) -> BlockMask:
         """The mask among the tokens `start:end` of `length`."""
+        if self.tokens is not None:  # a part of a part
+            offset, _, length = self.tokens
+            start, end = start + offset, end + offset
         return replace(self, tokens=(start, end, length))
 
     def __call__(self, q_len: int, kv_len: int) -> tuple[Tensor | None, bool]:
@@ -268,7 +271,7 @@ class Attachment:
     def take_inputs(self, value: Tensor) -> UnitInputs:
         """What the block was called with, for a runner that `keeps_inputs`; forgets it."""
         inputs = self._inputs(value)
-        self._clear()
+        self._forget()
         return inputs
 
     def _run(self, site: str, value: Tensor) -> Tensor:
@@ -307,11 +310,14 @@ class Attachment:
     def _done(self, result: Any) -> Any:
         if self.runner.keeps_inputs():
             return result
-        # Drop what was captured, unless the stack's output is still to come and needs the mask.
+        self._forget()
+        return result
+
+    def _forget(self) -> None:
+        """Drop what was captured, but for the mask where the stack's output is still to come and needs it."""
         self._x = self._raw = self._h = None
         if "stack_output" not in self._sites:
             self._clear()
-        return result
 
 
 def with_sites(block: Block, **changes: Any) -> Block:

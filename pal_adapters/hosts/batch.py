@@ -51,9 +51,10 @@ def run_unit(unit: TaskUnit, site: str, value: Tensor, inputs: UnitInputs) -> Te
 
 
 def select_rows(inputs: UnitInputs, rows: Tensor) -> UnitInputs:
-    """The inputs of some rows of a batch."""
-    mask = inputs.mask.select(rows) if isinstance(inputs.mask, BlockMask) else inputs.mask
-    return inputs.map(lambda t: t.index_select(0, rows))._replace(mask=mask, rows=rows)
+    """The inputs of some rows of these inputs, which may be rows of a larger batch themselves."""
+    whole = rows if inputs.rows is None else inputs.rows[rows]
+    mask = inputs.mask.select(whole) if isinstance(inputs.mask, BlockMask) else inputs.mask
+    return inputs.map(lambda t: t.index_select(0, rows))._replace(mask=mask, rows=whole)
 
 
 def run_rows(
@@ -73,7 +74,9 @@ def run_rows(
     for row, name in enumerate(names):
         if name in units and site in units[name].sites:
             groups.setdefault(units[name].signature(), []).append(row)
-    for rows in groups.values():
+    for signature, rows in groups.items():
+        # Units of another shape have keys of another shape in the generation cache.
+        own = inputs._replace(slot=(*inputs.slot, signature))
         members = [names[row] for row in rows]
         distinct = list(dict.fromkeys(members))
         batch = [units[name] for name in distinct]
@@ -82,9 +85,9 @@ def run_rows(
             index = torch.tensor([distinct.index(name) for name in members], device=value.device)
         weights = stack_weights(batch, index, plan.kept)
         if len(rows) == value.shape[0]:
-            value = batch[0](site, value, inputs, weights)
+            value = batch[0](site, value, own, weights)
             continue
         chosen = torch.tensor(rows, device=value.device)
-        part = batch[0](site, value.index_select(0, chosen), select_rows(inputs, chosen), weights)
+        part = batch[0](site, value.index_select(0, chosen), select_rows(own, chosen), weights)
         value = value.index_copy(0, chosen, part)
     return value

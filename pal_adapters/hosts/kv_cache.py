@@ -2,27 +2,63 @@
 
 A PAL attends, so generating with a cache needs its keys and values of earlier tokens. They are appended to
 `Cache.layers` as further layers: beam reordering, cropping and repeating, which transformers does layer by layer,
-then reach them without a hook of ours (transformers 4.57 and 5).
+then reach them without a hook of ours (transformers 4.57 and 5). Each is of the kind of the host's own layer (growing,
+sliding or static), so it holds the same tokens and the host's mask fits it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from ..errors import UnsupportedError
 
 _INDEX = "_pal_adapters_layers"
 
 
-class _TaskLayer(DynamicLayer):
-    """A growing cache layer that `reset` empties, so that static caches may be used again."""
+class _Growing(DynamicLayer):
+    """Holds all tokens."""
 
-    is_compileable = False
+    def reset(self) -> None:
+        # transformers 4.57 fills a growing layer with zeros and keeps its length.
+        self.keys = self.values = None
+        self.is_initialized = False
+
+
+class _Sliding(DynamicSlidingWindowLayer):
+    """Holds the tokens of a sliding window."""
 
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
+        self.cumulative_length = 0
+
+
+class _Static(StaticLayer):
+    """Holds all tokens in memory that does not move."""
+
+
+class _StaticSliding(StaticSlidingWindowLayer):
+    """Holds the tokens of a sliding window in memory that does not move."""
+
+
+def _layer_like(host: Any) -> Any:
+    if isinstance(host, StaticSlidingWindowLayer):
+        return _StaticSliding(max_cache_len=host.max_cache_len, sliding_window=host.max_cache_len)
+    if isinstance(host, StaticLayer):
+        return _Static(max_cache_len=host.max_cache_len)
+    if isinstance(host, DynamicSlidingWindowLayer):
+        return _Sliding(sliding_window=host.sliding_window)
+    return _Growing()
 
 
 class TaskCache:
@@ -31,16 +67,17 @@ class TaskCache:
     Args:
         cache: the object that the block got as `past_key_values`.
         owner: any hashable that names the block.
+        index: the host's own layer of this block in the cache.
         depth: how many blocks share the cache.
+        position: the positions of this call's tokens, where the host says them.
     """
 
-    def __init__(self, cache: Any, owner: object, depth: int) -> None:
+    def __init__(self, cache: Any, owner: object, index: int, depth: int, position: Tensor | None = None) -> None:
         self._cache = cache
         self._owner = owner
-        # Caches that grow on demand would hand a slot of ours to the next block: create the host's layers first.
-        replicate = getattr(cache, "layer_class_to_replicate", None)
-        while replicate is not None and len(cache.layers) < depth:
-            cache.layers.append(replicate())
+        self._host = index
+        self._depth = depth
+        self._position = position
 
     def update(
         self, slot: object, keys: Tensor, values: Tensor, *, rows: Tensor | None, batch: int
@@ -51,22 +88,65 @@ class TaskCache:
             slot: names the adapter (and the layer in it).
             rows: the batch rows that this call is for, or None for all `batch` rows. Rows that a slot never sees
                 stay zero, so that every slot has the batch of the cache and can be reordered with it.
+
+        Raises:
+            UnsupportedError: if the cache holds tokens that this slot has not seen.
         """
-        index = self._cache.__dict__.setdefault(_INDEX, {})
-        key = (self._owner, slot)
-        if key not in index:
-            index[key] = len(self._cache.layers)
-            self._cache.layers.append(_TaskLayer())
-        layer = self._cache.layers[index[key]]
-        if rows is None:
-            return layer.update(keys, values)
-        full = keys.new_zeros(2, batch, *keys.shape[1:])
-        full[0, rows], full[1, rows] = keys, values
-        all_keys, all_values = layer.update(full[0], full[1])
-        return all_keys[rows], all_values[rows]
+        host = self._host_layer()
+        length = keys.shape[2]
+        seen = host.get_seq_length() if isinstance(host, CacheLayerMixin) else None
+        if isinstance(seen, int) and seen == 0:
+            return keys, values  # the host does not cache: activation checkpointing takes the cache from its attention
+        layer, fresh = self._own_layer(slot, keys, host)
+        self._check(slot, layer, length, seen, fresh)
+        if rows is not None:
+            full = keys.new_zeros(2, batch, *keys.shape[1:])
+            full[0, rows], full[1, rows] = keys, values
+            all_keys, all_values = self._append(layer, full[0], full[1], host)
+            all_keys, all_values = all_keys[rows], all_values[rows]
+        else:
+            all_keys, all_values = self._append(layer, keys, values, host)
+        # The slots of a static cache that no token has filled yet must not count where the host passes no mask.
+        return (keys, values) if fresh else (all_keys, all_values)
+
+    def _append(self, layer: Any, keys: Tensor, values: Tensor, host: Any) -> tuple[Tensor, Tensor]:
+        if hasattr(host, "record_past"):  # transformers 5, assisted decoding
+            layer.record_past = host.record_past
+        return layer.update(keys, values, {"cache_position": self._position})
+
+    def _host_layer(self) -> Any:
+        # Caches that grow on demand would hand a slot of ours to the next block: create the host's layers first.
+        replicate = getattr(self._cache, "layer_class_to_replicate", None)
+        while replicate is not None and len(self._cache.layers) < self._depth:
+            self._cache.layers.append(replicate())
+        return self._cache.layers[self._host]
+
+    def _own_layer(self, slot: object, keys: Tensor, host: Any) -> tuple[Any, bool]:
+        """The layer of a slot, and whether it is empty."""
+        slots = getattr(self._cache, _INDEX, None)
+        if slots is None:
+            slots = {}
+            setattr(self._cache, _INDEX, slots)
+        key = (self._owner, slot, keys.shape[1], keys.shape[3])
+        if key not in slots:
+            slots[key] = len(self._cache.layers)
+            self._cache.layers.append(_layer_like(host))
+            return self._cache.layers[slots[key]], True
+        return self._cache.layers[slots[key]], False
+
+    def _check(self, slot: object, layer: Any, length: int, seen: Any, fresh: bool) -> None:
+        if seen is None or (isinstance(seen, Tensor) and (not fresh or torch.compiler.is_compiling())):
+            return  # reading the length of a static cache would wait for the device: only done for a new slot
+        before, own = int(seen) - length, 0 if fresh else layer.get_seq_length()
+        if before != own:
+            raise UnsupportedError(
+                f"the generation cache holds {before} earlier tokens, of which the active adapter {slot} has seen {own}: "
+                "keep the same adapter active from the first token on, start with an empty cache, or pass "
+                "use_cache=False."
+            )
 
 
-def task_cache(cache: Any, owner: object, depth: int) -> TaskCache | None:
+def task_cache(cache: Any, owner: object, index: int, depth: int, position: Tensor | None = None) -> TaskCache | None:
     """A `TaskCache` for a block, or None when the block runs without a cache.
 
     A legacy tuple cache has no layers to append to; transformers 4.57 no longer passes one to a block.
@@ -74,6 +154,4 @@ def task_cache(cache: Any, owner: object, depth: int) -> TaskCache | None:
     inner = getattr(cache, "self_attention_cache", cache)
     if inner is None or not hasattr(inner, "layers"):
         return None
-    return TaskCache(inner, owner, depth)
-
-
+    return TaskCache(inner, owner, index, depth, position)

@@ -20,13 +20,35 @@ def _dense_block_mask(mask: object, q_len: int, kv_len: int, device: torch.devic
     return create_mask(mask.mask_mod, batch, 1, q_len, kv_len, device=str(device))
 
 
-def _causal(q_len: int, kv_len: int, device: torch.device) -> Tensor:
-    """Lower-right aligned `[1, 1, q, k]`: the last query sees every key."""
-    return torch.ones(q_len, kv_len, dtype=torch.bool, device=device).tril(kv_len - q_len)[None, None]
+def _causal(q_len: int, kv_len: int, window: int | None, device: torch.device) -> Tensor:
+    """Lower-right aligned `[1, 1, q, k]`: the last query sees every key, or the last `window` keys."""
+    keep = torch.ones(q_len, kv_len, dtype=torch.bool, device=device).tril(kv_len - q_len)
+    return (keep if window is None else keep.triu(kv_len - q_len - window + 1))[None, None]
+
+
+def _key_mask(mask: Tensor) -> Tensor:
+    """`[b, k]` -> `[b, 1, 1, k]`, True for tokens."""
+    keep = mask != 0
+    if mask.is_floating_point():
+        # Ones for tokens, or scores to add with negative ones for padding; told apart without waiting for the device.
+        keep = torch.where((mask < 0).any(), mask >= 0, keep)
+    return keep[:, None, None, :]
+
+
+def _shared_by_heads(mask: Tensor, q_len: int) -> Tensor:
+    """`[b, h, q, k]` -> `[b, 1, q, k]`: what a mask hides from all heads, without what it adds for single ones."""
+    if not mask.is_floating_point() or mask.shape[-2] != q_len:
+        raise UnsupportedError(
+            f"attention_mask of shape {list(mask.shape)} is not supported: use [batch, keys], [batch, queries, keys] or "
+            "[batch, 1, queries, keys]; a mask that differs from head to head has no meaning for the heads of a task "
+            "module."
+        )
+    # Position biases (ALiBi) come in this form.
+    return (mask > torch.finfo(mask.dtype).min / 2).any(dim=1, keepdim=True)
 
 
 def normalise_mask(
-    mask: object, *, q_len: int, kv_len: int, causal: bool, device: torch.device
+    mask: object, *, q_len: int, kv_len: int, causal: bool, device: torch.device, window: int | None = None
 ) -> tuple[Tensor | None, bool]:
     """Bring the mask that a block got to what `functional.attend` takes.
 
@@ -35,6 +57,8 @@ def normalise_mask(
             kept) or floating point (added to the scores); or a flex-attention `BlockMask`.
         q_len, kv_len: lengths of this call.
         causal: whether the host's self-attention hides later positions.
+        window: how many positions a causal self-attention sees at most. A mask of three or four dimensions says so
+            itself, None and a mask of two do not.
 
     Returns:
         `(mask, is_causal)`: the mask, boolean (True is kept) or additive, broadcastable to `[b, h, q, k]`; and whether
@@ -43,29 +67,30 @@ def normalise_mask(
     Raises:
         UnsupportedError: for another type or shape.
     """
+    if window is not None and window >= kv_len:
+        window = None
     if mask is None:
-        if causal and q_len > 1 and q_len != kv_len:
-            return _causal(q_len, kv_len, device), False
+        if causal and (window is not None or 1 < q_len != kv_len):
+            return _causal(q_len, kv_len, window, device), False
         return None, causal and q_len > 1
     if not isinstance(mask, Tensor):
         return _dense_block_mask(mask, q_len, kv_len, device), False
+    shape = list(mask.shape)
     if mask.dim() == 2:
-        mask = (mask != 0)[:, None, None, :]
+        mask = _key_mask(mask)
     elif mask.dim() == 3:
         mask = mask[:, None]
-    if mask.dim() != 4 or mask.shape[1] != 1:
-        raise UnsupportedError(
-            f"attention_mask of shape {list(mask.shape)} is not supported: use [batch, keys], [batch, queries, keys] or "
-            "[batch, 1, queries, keys]; a bias that differs from head to head has no meaning for the heads of a task "
-            "module."
-        )
+    if mask.dim() != 4:
+        raise UnsupportedError(f"attention_mask of shape {shape} is not supported: use 2 to 4 dimensions.")
+    if mask.shape[1] != 1:
+        mask = _shared_by_heads(mask, q_len)
     if not mask.is_floating_point() and mask.dtype != torch.bool:
         mask = mask != 0
     if mask.shape[-1] > kv_len:  # static caches: the mask covers slots that are not filled yet
         mask = mask[..., :kv_len]
     if mask.shape[-2] > q_len:
         mask = mask[..., -q_len:, :]
-    if causal and q_len > 1 and mask.shape[-2] == 1:
-        keep = _causal(q_len, kv_len, device)
+    if causal and mask.shape[-2] == 1 and (q_len > 1 or window is not None):
+        keep = _causal(q_len, kv_len, window, device)
         mask = mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, torch.finfo(mask.dtype).min)
     return mask, False

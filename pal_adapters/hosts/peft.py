@@ -8,40 +8,54 @@ Every touch, for peft 0.21:
 | `register_peft_method`                       | the host's own registration                                        |
 | `BaseTuner._prepare_adapter_config`,         | overridden: blocks are found from the model, and the host's        |
 | `._check_target_module_exists`               | matching of `layers_to_transform` fails on names such as `layers.0`|
+| `BaseTuner.inject_adapter`                   | extended: an error leaves the model as it was                      |
 | `BaseTuner._create_and_replace`              | overridden: the layer becomes a child of the block                 |
 | `BaseTuner._mark_only_adapters_as_trainable` | extended: `train_base`                                             |
-| `BaseTuner._get_adapter_state_dict`,         | extended: `train_base`, and names with more than one part behind   |
-| `._remove_adapter_name_from_key`             | the adapter's                                                      |
+| `BaseTunerLayer.set_adapter`,                | extended: `train_base` follows the active adapters                 |
+| `.enable_adapters`                           |                                                                    |
+| `BaseTunerLayer._get_base_layer_device_and_` | overridden: quantised blocks                                       |
+| `dtype`                                      |                                                                    |
+| `BaseTuner._get_adapter_state_dict`,         | extended: `train_base`; names with more than one part behind the   |
+| `._remove_adapter_name_from_key`,            | adapter's; adapters called like a part of a module's name          |
+| `._remap_adapter_state_dict_for_load`        |                                                                    |
+| `BaseTuner.delete_adapter`                   | extended: leaves no empty layer, and one active adapter for all    |
 | `BaseTuner._unload_and_optionally_merge`,    | overridden: take our layers out; refuse to merge before anything   |
 | `._check_merge_allowed`                      | changes                                                            |
 | `BaseTuner._enable_peft_forward_hooks`       | provided: `adapter_names`, in training too                         |
-| `AuxiliaryTrainingWrapper`                   | gets `adapter_names`, as LoRA gives it                             |
+| `ModulesToSaveWrapper.forward`               | replaced during a forward pass with `adapter_names`: the host's    |
+|                                              | takes only single linear modules, and no repeated rows             |
+| `PeftModel.forward`                          | gets a hook that refuses `task_ids`, which the host drops silently |
+| `PreTrainedModel._hf_peft_config_loaded`     | reset if transformers' `add_adapter` failed on a plain model       |
 | `<module>._gradient_checkpointing_func`      | wrapped during a forward pass with `adapter_names` (transformers), |
 |                                              | so that a block that runs again has the same rows                  |
 
-`tests/hosts/test_peft_touches.py` fails when one of them moves.
+`tests/hosts/peft/test_touches.py` fails when one of them moves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
 import torch
 from packaging.version import Version
-from peft import PeftType
+from peft import PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from peft.utils import register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..errors import ConfigError, MissingHostError, UnknownAdapterError, UnsupportedError
-from .batch import RowPlan
+from ..errors import ConfigError, MissingHostError, UnsupportedError
 from .methods import Method, parameters_of
 from .peft_config import TaskPeftConfig, choose_blocks
-from .peft_layer import RowRouting, TaskTunerLayer, remove_adapter_name, tuner_layers
+from .peft_joint import base_tensors, check_trainable, is_joint, load_base, mark_base, task_parameter_ids
+from .peft_layer import TaskTunerLayer, TunerLayer, remove_adapter_name, tuner_layers
+from .peft_rows import Routing
 from .sites import Block, find_blocks
 
 
@@ -68,46 +82,28 @@ def register(method: Method, config_class: type[TaskPeftConfig], tuner_class: ty
     register_peft_method(name=method.name, config_cls=config_class, model_cls=tuner_class)
 
 
-def task_parameter_ids(model: nn.Module) -> set[int]:
-    """Parameters that PEFT methods added, and copies that it trains: all but the pretrained ones."""
-    ids: set[int] = set()
-    for _, layer in tuner_layers(model):
-        names = (*layer.adapter_layer_names, *layer.other_param_names)
-        containers = [c for c in (getattr(layer, n, None) for n in names) if isinstance(c, (nn.Module, nn.ParameterDict))]
-        ids |= {id(p) for c in containers for p in c.parameters()}
-    for module in model.modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            ids |= {id(p) for p in module.parameters()}
-    return ids
+def _refuse_task_ids(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("task_ids") is not None:
+        raise UnsupportedError(
+            "task_ids is not allowed here, PEFT would drop it silently: pass adapter_names=[...], one adapter name a row."
+        )
 
 
-@contextmanager
-def _rows(layers: Sequence[RowRouting], plan: RowPlan | None) -> Iterator[None]:
-    before = [layer.plan for layer in layers]
-    try:
-        for layer in layers:
-            layer.plan = plan
-        yield
-    finally:
-        for layer, value in zip(layers, before):
-            layer.plan = value
+def _watch_task_ids(tuner: nn.Module) -> None:
+    """Give the `PeftModel` that is about to hold `tuner` a hook that refuses `task_ids`.
 
+    `PeftModelFor*.forward` takes `task_ids` and passes it on for POLY alone, and a tuner never meets its `PeftModel`.
+    """
+    reference = weakref.ref(tuner)
 
-def _give_adapter_names(
-    module: nn.Module, args: Any, kwargs: dict[str, Any], *, names: list[str]
-) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": names}
+    def registered(module: nn.Module, name: str, child: Any) -> None:
+        expected = reference()
+        if expected is None or child is expected:
+            handle.remove()
+            if isinstance(module, PeftModel) and child is expected:
+                module.register_forward_pre_hook(_refuse_task_ids, with_kwargs=True)
 
-
-def _checkpoint_with_rows(function: Any, layers: Sequence[RowRouting], plan: RowPlan) -> Any:
-    def checkpoint(block: Any, *args: Any, **kwargs: Any) -> Any:
-        def again(*inner: Any, **inner_kwargs: Any) -> Any:
-            with _rows(layers, plan):
-                return block(*inner, **inner_kwargs)
-
-        return function(again, *args, **kwargs)
-
-    return checkpoint
+    handle = register_module_module_registration_hook(registered)
 
 
 class TaskTuner(BaseTuner):
@@ -117,6 +113,11 @@ class TaskTuner(BaseTuner):
     prefix: str
     tuner_layer_cls: type[BaseTunerLayer]
     target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        if isinstance(peft_config, dict):  # from `PeftModel`, which registers the tuner next
+            _watch_task_ids(self)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -140,7 +141,22 @@ class TaskTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         kwargs.pop("state_dict", None)  # the config names the blocks; the keys of a checkpoint would only repeat them
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        before = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            if is_joint(config):
+                check_trainable(model)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            for _, layer in list(tuner_layers(model)):
+                if isinstance(layer, TunerLayer):
+                    layer.forget(adapter_name)
+            for parameter, required in before:
+                parameter.requires_grad = required
+            if getattr(model, "_hf_peft_config_loaded", False) and not getattr(model, "peft_config", None):
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]
+            raise
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -153,7 +169,7 @@ class TaskTuner(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         block = self._chosen[current_key]
-        layer = getattr(target, self.method.name, None)
+        layer = target._modules.get(self.method.name)
         if layer is None:
             layer = self.tuner_layer_cls(self.model, block)  # type: ignore[call-arg]
             layer.train(self.model.training)
@@ -169,12 +185,9 @@ class TaskTuner(BaseTuner):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
-        configs = [self.peft_config[name] for name in self.active_adapters]
-        if any(c.train_base and not c.inference_mode for c in configs if isinstance(c, TaskPeftConfig)):
-            added = task_parameter_ids(model)
-            for parameter in model.parameters():
-                if id(parameter) not in added and parameter.is_floating_point():
-                    parameter.requires_grad = True
+        active = [name for name in self.active_adapters if not self.peft_config[name].inference_mode]
+        if any(is_joint(self.peft_config[name]) for name in active):
+            mark_base(model, active, self.peft_config)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -185,18 +198,60 @@ class TaskTuner(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        base = base_tensors(model) if is_joint(config) else {}
+
+        def dropped(key: str) -> bool:
+            return key not in state_dict and any(
+                f".{name}." in key or key.endswith(f".{name}") for name in unwanted_adapter_names
+            )
+
+        # The host drops every key with the name of another adapter in it: with adapters "0" and "1" half of layer 0.
+        # What it selects and what it saves of `modules_to_save` next is taken from this dictionary.
+        own = {key: value for key, value in _adapter_tensors(model, adapter_name).items() if dropped(key)}
+        state_dict.update(own)
+        state_dict.update({key: value for key, value in base.items() if dropped(key)})
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        if config.train_base:
-            added = task_parameter_ids(model)
-            base = [name for name, p in model.named_parameters() if id(p) not in added]
-            selected.update({name: state_dict[name] for name in base if name in state_dict})
+        selected.update({key: state_dict[key] for key in base if key in state_dict})
         return selected
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         return remove_adapter_name(key, f"{cls.method.name}_", adapter_name)
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        state_dict = load_base(model, config, adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
     # Taking it out again
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        joint = is_joint(self.peft_config.get(adapter_name))
+        super().delete_adapter(adapter_name)
+        layers = [layer for _, layer in tuner_layers(self.model) if isinstance(layer, TunerLayer)]
+        for layer in layers:
+            layer.forget(adapter_name)
+        left = [name for name in self.active_adapters if name in self.peft_config]
+        if not left and self.peft_config:  # the first layer had no other adapter, but the model has
+            left = [min(self.peft_config)]
+        if left and any(layer.active_adapters != left for layer in layers):
+            self.set_adapter(left[0] if len(left) == 1 else left)
+        if joint and not any(map(is_joint, self.peft_config.values())):
+            added = task_parameter_ids(self.model)
+            for parameter in self.model.parameters():
+                if id(parameter) not in added:
+                    parameter.requires_grad = False
+
+    def disable_adapter_layers(self) -> None:
+        if any(is_joint(self.peft_config.get(name)) for name in self.active_adapters):
+            warnings.warn(
+                "The active adapter trains the pretrained weights (train_base=True): without it the model is not the "
+                "original one.",
+                stacklevel=2,
+            )
+        super().disable_adapter_layers()
 
     def _check_merge_allowed(self) -> None:
         raise UnsupportedError(
@@ -208,48 +263,49 @@ class TaskTuner(BaseTuner):
         if merge:
             self._check_merge_allowed()
         for _, layer in list(tuner_layers(self.model)):
-            if isinstance(layer, TaskTunerLayer):
+            if isinstance(layer, TunerLayer):
                 layer.detach()
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not offered: averaging weights of two task modules is not the average of what they compute."""
+        raise UnsupportedError(f"add_weighted_adapter is not supported for {self.method.name}.")
 
     # One adapter a row
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("task_ids") is not None:  # `generate`, and models without a task type
+            _refuse_task_ids(self, args, kwargs)
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
             return
-        rows = self._check_adapter_names(names)
-        layers = [layer for _, layer in tuner_layers(self.model) if isinstance(layer, RowRouting)]
-        checkpointed = self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
-        plan = RowPlan(rows, keep=not checkpointed)
-        with ExitStack() as stack:
-            stack.enter_context(_rows(layers, plan))
-            for module in self.model.modules():
-                if isinstance(module, AuxiliaryTrainingWrapper):
-                    handle = module.register_forward_pre_hook(
-                        lambda m, a, k: _give_adapter_names(m, a, k, names=list(rows)), with_kwargs=True
-                    )
-                    stack.callback(handle.remove)
-                function = module.__dict__.get("_gradient_checkpointing_func")
-                if function is not None and getattr(module, "gradient_checkpointing", False):
-                    module._gradient_checkpointing_func = _checkpoint_with_rows(function, layers, plan)  # type: ignore[assignment]
-                    stack.callback(setattr, module, "_gradient_checkpointing_func", function)
-            yield
+        known = [name for name, config in self.peft_config.items() if isinstance(config, TaskPeftConfig)]
+        self._routing = Routing(self.model, names, known, kwargs)
+        try:
+            with self._routing:
+                yield
+        finally:
+            self._routing = None
 
-    def _check_adapter_names(self, names: Any) -> tuple[str, ...]:
-        if isinstance(names, str) or not isinstance(names, Sequence) or not names:
-            raise UnsupportedError(f"adapter_names={names!r} is not allowed: pass a list with one adapter name a row.")
-        known = {name for name, config in self.peft_config.items() if isinstance(config, TaskPeftConfig)}
-        unknown = sorted({str(name) for name in names} - known - {"__base__"})
-        if unknown:
-            raise UnknownAdapterError(
-                f"adapter_names has {', '.join(map(repr, unknown))}, which the model does not have: use "
-                f"{', '.join(map(repr, sorted(known)))} or '__base__' for the model without an adapter."
-            )
-        return tuple(names)
+    _routing: Routing | None = None
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not offered: averaging weights of two task modules is not the average of what they compute."""
-        raise UnsupportedError(f"add_weighted_adapter is not supported for {self.method.name}.")
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, which may repeat the rows of a batch."""
+        if self._routing is not None:
+            self._routing.repeated = True
+        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+
+def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (TunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        for container in module.adapter_layer_names:
+            units = getattr(module, container, None)
+            if isinstance(units, nn.ModuleDict) and adapter_name in units:
+                prefix = f"{name}.{container}.{adapter_name}.".removeprefix(".")
+                tensors.update(units[adapter_name].state_dict(prefix=prefix))
+    return tensors

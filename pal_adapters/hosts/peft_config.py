@@ -77,6 +77,15 @@ def _matches(name: str, pattern: str) -> bool:
     return any(n == pattern or n.endswith(f".{pattern}") for n in (name, container))
 
 
+def names_blocks(target_modules: Any, blocks: list[Block]) -> bool:
+    """Whether `target_modules` names blocks (None: all of them) rather than modules inside."""
+    if target_modules is None:
+        return True
+    if isinstance(target_modules, str):
+        return any(re.fullmatch(target_modules, block.name) for block in blocks)
+    return all(any(_matches(block.name, pattern) for block in blocks) for pattern in target_modules)
+
+
 def _named(names: Iterable[str], argument: str, patterns: Any) -> set[str]:
     names = list(names)
     if isinstance(patterns, str):

@@ -1,9 +1,9 @@
-"""The layer that a block of a model gets through PEFT."""
+"""The layer that a block of a model gets through PEFT, and what all our layers have in common there."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from ..units import TaskUnit, UnitInputs
 from .attach import Attachment
 from .batch import RowPlan, run_rows, run_unit
 from .methods import Method
+from .peft_joint import mark_base
 from .sites import Block
 
 
@@ -24,7 +25,101 @@ class RowRouting:
     plan: RowPlan | None = None
 
 
-class TaskTunerLayer(nn.Module, BaseTunerLayer, RowRouting):
+class TunerLayer(nn.Module, BaseTunerLayer, RowRouting):
+    """Base of all our layers: a container of units by adapter name, nothing that could be merged.
+
+    Args:
+        model: the base model.
+        width: `d`, of what the layer changes.
+        near: the module whose device and dtype a fresh adapter takes.
+    """
+
+    method: ClassVar[Method]
+
+    def __init__(self, model: nn.Module, width: int, near: nn.Module) -> None:
+        super().__init__()
+        # Tuples, so that neither is registered as a child.
+        self._model = (model,)
+        self._near = (near,)
+        self.in_features = self.out_features = width
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._mark_base(trainable=not inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self._mark_base(trainable=enabled)
+
+    def _mark_base(self, *, trainable: bool) -> None:
+        # transformers' own `set_adapter` knows layers only, so the layers look after `train_base`, the first for all.
+        first = next((layer for _, layer in tuner_layers(self._model[0]) if isinstance(layer, TunerLayer)), None)
+        if first is self:
+            mark_base(self._model[0], self.active_adapters if trainable else [])
+
+    def place(self, adapter_name: str, *, inference_mode: bool) -> None:
+        """Bring a fresh adapter to the device and dtype of the base model and settle whether it trains."""
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        # The weights of a quantised module are packed; the norms beside it keep the dtype in which it computes.
+        for module in [base_layer, *self._near[0].modules()]:
+            weight = getattr(module, "weight", None)
+            if not isinstance(weight, Tensor) or not weight.is_floating_point():
+                continue
+            if weight.dim() == 1 or module is base_layer:
+                return weight.device, weight.dtype
+        tensors = (t for m in (base_layer, self._near[0]) for t in (*m.parameters(), *m.buffers()))
+        packed = next(tensors, None)
+        dtype = getattr(base_layer, "compute_dtype", None)
+        return (None if packed is None else packed.device), (dtype if isinstance(dtype, torch.dtype) else None)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise UnsupportedError(f"{self.method.name} cannot be merged: {self.method.unmergeable}")
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    def detach(self) -> None:
+        """Leave the base model as it was."""
+        raise NotImplementedError
+
+    def forget(self, adapter_name: str) -> None:
+        """Remove an adapter without choosing another active one, and the layer itself if it was the last."""
+        for name in self.adapter_layer_names:
+            if adapter_name in (container := getattr(self, name)):
+                del container[adapter_name]
+        self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
+        if not self._all_available_adapter_names():
+            self.detach()
+
+    def run_active(self, units: nn.ModuleDict, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
+        """The active units of `units` that act at `site`, in the order of activation, or each row through its own."""
+        if self.plan is not None:
+            plan = self.plan.for_batch(value.shape[0])
+            return run_rows(units, plan, site, value, inputs._replace(slot=("rows",)))  # type: ignore[arg-type]
+        for name in self.active_adapters:
+            if name in units:
+                unit = units[name]
+                assert isinstance(unit, TaskUnit)
+                if site in unit.sites:
+                    value = run_unit(unit, site, value, inputs._replace(slot=(name,)))
+        return value
+
+    def __repr__(self) -> str:
+        # `get_layer_status` shows what stands before the first bracket.
+        return f"{self.method.name}.{super().__repr__()}"
+
+
+class TaskTunerLayer(TunerLayer):
     """The modules of one method in one block, of every adapter.
 
     It is a child of the block, which is not wrapped: the names of the base weights, the block's class and its
@@ -36,18 +131,11 @@ class TaskTunerLayer(nn.Module, BaseTunerLayer, RowRouting):
         block: the block.
     """
 
-    method: ClassVar[Method]
     prefix: ClassVar[str]
 
     def __init__(self, model: nn.Module, block: Block) -> None:
-        super().__init__()
+        super().__init__(model, block.width, block.module)
         self._block = (block,)
-        self.in_features = self.out_features = block.width
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
-        for name in self.adapter_layer_names:
-            setattr(self, name, nn.ModuleDict())
         self.attachment = Attachment(model, block, self)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -92,25 +180,8 @@ class TaskTunerLayer(nn.Module, BaseTunerLayer, RowRouting):
         unit.train(self.training)
         self.units[adapter_name] = unit
         self.attachment.require(unit.sites, unit.needs)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters or [adapter_name], inference_mode=config.inference_mode)
+        self.place(adapter_name, inference_mode=config.inference_mode)
         return shared
-
-    def _get_base_layer_device_and_dtype(
-        self, base_layer: nn.Module
-    ) -> tuple[torch.device | None, torch.dtype | None]:
-        # The weights of a quantised block are packed; its norms keep the dtype in which it computes.
-        for module in base_layer.modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, Tensor) and weight.dim() == 1 and weight.is_floating_point():
-                return weight.device, weight.dtype
-        return None, None
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise UnsupportedError(f"{self.method.name} cannot be merged: {self.method.unmergeable}")
-
-    def unmerge(self) -> None:
-        """Nothing is ever merged."""
 
     def detach(self) -> None:
         """Take the hooks off the block and the layer out of it."""
@@ -119,40 +190,32 @@ class TaskTunerLayer(nn.Module, BaseTunerLayer, RowRouting):
 
     # The runner of `Attachment`
 
-    def _names(self, value: Tensor | None = None) -> Sequence[str]:
-        return self.active_adapters if self.plan is None else self.plan.names
-
     def is_active(self, site: str) -> bool:
         if self.disable_adapters:
             return False
-        return any(name in self.units and site in self.units[name].sites for name in self._names())  # type: ignore[operator]
+        names = self.active_adapters if self.plan is None else self.plan.names
+        return any(name in self.units and site in self.units[name].sites for name in names)  # type: ignore[operator]
 
     def keeps_inputs(self) -> bool:
         return False
 
     def run(self, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
-        if self.plan is not None:
-            plan = self.plan.for_batch(value.shape[0])
-            return run_rows(self.units, plan, site, value, inputs._replace(slot=("rows",)))  # type: ignore[arg-type]
-        for name in self.active_adapters:
-            if name in self.units:
-                unit = self.units[name]
-                assert isinstance(unit, TaskUnit)
-                if site in unit.sites:
-                    value = run_unit(unit, site, value, inputs._replace(slot=(name,)))
-        return value
+        return self.run_active(self.units, site, value, inputs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedError("a task layer is not called: its hooks act when its block is.")
 
-    def __repr__(self) -> str:
-        return f"{self.method.name}.{super().__repr__()}"
-
 
 def remove_adapter_name(key: str, prefix: str, adapter_name: str) -> str:
-    """`...pal_units.rte.query.weight` -> `...pal_units.query.weight`."""
-    pattern = rf"((?:^|\.){re.escape(prefix)}[a-z]+)\.{re.escape(adapter_name)}(?=\.|$)"
-    return re.sub(pattern, r"\1", key, count=1)
+    """`...pal_units.rte.query.weight` -> `...pal_units.query.weight`.
+
+    `base_layer`, where another method has wrapped a module around ours, is left out: a file names the base model's modules.
+    """
+    match = re.search(rf"(?:^|\.){re.escape(prefix)}[a-z]+(\.{re.escape(adapter_name)})(?=\.|$)", key)
+    if match is None:
+        return key
+    path = [part for part in key[: match.start()].split(".") if part != "base_layer"]
+    return ".".join(path) + key[match.start() : match.start(1)] + key[match.end() :]
 
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

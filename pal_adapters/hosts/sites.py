@@ -1,176 +1,24 @@
 """Where task modules attach in a Hugging Face model: found from the structure of its blocks, or named by the user.
 
-Knows no method and neither host. A *block* is one transformer layer; a *stack* is the `nn.ModuleList` that holds
-blocks. Paths are attribute paths inside a block, with indices for lists (`"layer.-1.dropout"`); `""` is the block.
+Knows no method and neither host. A *block* is one transformer layer; a *stack* is the `nn.ModuleList` or `nn.Sequential`
+that holds blocks. Paths are attribute paths inside a block, with indices for lists (`"layer.-1.dropout"`); `""` is the
+block. The structures that are found are listed in `structures.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..errors import ConfigError, SiteError
-
-
-@dataclass(frozen=True)
-class BlockSites:
-    """Names the modules inside one kind of block that task modules read and write.
-
-    With `h1` the residual stream after attention, `o1`, `o2` the outputs of attention and feed-forward:
-    post-LN blocks compute `h1 = LN1(x + o1)`, `y = LN2(h1 + o2)`; pre-LN blocks `h1 = x + o1`, `y = h1 + o2`.
-
-    Args:
-        norm: `"post"` or `"pre"`, where the block's norms stand.
-        attention: self-attention, called with the block's input (post-LN) or its normalised input (pre-LN); its call
-            also shows the attention mask and the generation cache.
-        attention_output: the module whose output is `o1`.
-        ffn: the module whose input is the feed-forward input, `h1` or the norm of it.
-        ffn_output: the module whose output is `o2`.
-        output: the module whose output is `y`.
-        residual: where a term is added to the sum `h1 + o2`. By default the output of `ffn_output`; a model with
-            functional dropout needs another place, else the term would be dropped out.
-        residual_at: whether `residual` names a module whose `"output"` or whose `"input"` is changed.
-        input_norm: pre-LN: the norm in front of attention.
-    """
-
-    norm: Literal["pre", "post"]
-    attention: str
-    attention_output: str
-    ffn: str
-    ffn_output: str
-    output: str = ""
-    residual: str | None = None
-    residual_at: Literal["output", "input"] = "output"
-    input_norm: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.norm not in ("pre", "post"):
-            raise ConfigError(f"norm={self.norm!r} is not allowed: use 'pre' or 'post'.")
-        if self.residual_at not in ("output", "input"):
-            raise ConfigError(f"residual_at={self.residual_at!r} is not allowed: use 'output' or 'input'.")
-        if self.norm == "pre" and self.input_norm is None:
-            raise ConfigError("input_norm=None is not allowed with norm='pre': name the norm in front of attention.")
-
-    @property
-    def residual_path(self) -> str:
-        return self.ffn_output if self.residual is None else self.residual
-
-    def paths(self) -> list[str]:
-        """Every path that has to exist in a block."""
-        paths = [self.attention, self.attention_output, self.ffn, self.ffn_output, self.output, self.residual_path]
-        return paths + ([self.input_norm] if self.input_norm else [])
-
-    def to_dict(self) -> dict[str, str]:
-        return {k: v for k, v in asdict(self).items() if v is not None}
-
-
-_FUNCTIONAL_DROPOUT = dict(attention="self_attn", attention_output="self_attn", ffn="fc1", ffn_output="fc2")
-
-# A block has these sites when it has these attributes; the first row that fits is taken. BART and mBART have equal
-# attributes but other norms, hence the class names.
-_STRUCTURES: tuple[tuple[tuple[str, ...], BlockSites, tuple[str, ...]], ...] = (
-    (  # bert, roberta, xlm-roberta, electra, deberta, deberta-v2, camembert, ...
-        ("attention.output.LayerNorm", "attention.output.dropout", "intermediate", "output.LayerNorm", "output.dropout"),
-        BlockSites(
-            "post", "attention", "attention.output.dropout", "intermediate", "output.dropout", output="output"
-        ),
-        (),
-    ),
-    (  # mpnet
-        ("attention.LayerNorm", "attention.dropout", "intermediate", "output.LayerNorm", "output.dropout"),
-        BlockSites("post", "attention", "attention.dropout", "intermediate", "output.dropout", output="output"),
-        (),
-    ),
-    (  # distilbert
-        ("attention", "sa_layer_norm", "ffn", "output_layer_norm"),
-        BlockSites("post", "attention", "attention", "ffn", "ffn", output="output_layer_norm"),
-        (),
-    ),
-    (  # albert
-        ("attention.output_dropout", "attention.LayerNorm", "ffn", "ffn_output", "full_layer_layer_norm"),
-        BlockSites(
-            "post", "attention", "attention.output_dropout", "ffn", "ffn_output", output="full_layer_layer_norm"
-        ),
-        (),
-    ),
-    (  # modernbert
-        ("attn_norm", "attn", "mlp_norm", "mlp"),
-        BlockSites("pre", "attn", "attn", "mlp", "mlp", input_norm="attn_norm"),
-        (),
-    ),
-    (  # t5 and its relatives
-        ("layer.0.SelfAttention", "layer.0.layer_norm", "layer.0.dropout", "layer.-1.DenseReluDense", "layer.-1.dropout"),
-        BlockSites(
-            "pre",
-            "layer.0.SelfAttention",
-            "layer.0.dropout",
-            "layer.-1.DenseReluDense",
-            "layer.-1.dropout",
-            input_norm="layer.0.layer_norm",
-        ),
-        (),
-    ),
-    (  # gpt2
-        ("ln_1", "attn", "ln_2", "mlp"),
-        BlockSites("pre", "attn", "attn", "mlp", "mlp", input_norm="ln_1"),
-        (),
-    ),
-    (  # gemma2, gemma3: a norm stands behind each branch
-        ("input_layernorm", "self_attn", "pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
-        BlockSites(
-            "pre",
-            "self_attn",
-            "post_attention_layernorm",
-            "mlp",
-            "post_feedforward_layernorm",
-            input_norm="input_layernorm",
-        ),
-        (),
-    ),
-    (  # llama, mistral, qwen2, qwen3, ...
-        ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
-        BlockSites("pre", "self_attn", "self_attn", "mlp", "mlp", input_norm="input_layernorm"),
-        (),
-    ),
-    (  # vit, transformers 4.57
-        ("layernorm_before", "attention", "layernorm_after", "intermediate", "output.dropout"),
-        BlockSites("pre", "attention", "attention", "intermediate", "output.dropout", input_norm="layernorm_before"),
-        (),
-    ),
-    (  # vit, transformers 5: one dropout module serves both branches
-        ("layernorm_before", "attention", "layernorm_after", "mlp"),
-        BlockSites("pre", "attention", "attention", "mlp", "mlp", residual="", input_norm="layernorm_before"),
-        (),
-    ),
-    (  # clip
-        ("layer_norm1", "self_attn", "layer_norm2", "mlp"),
-        BlockSites("pre", "self_attn", "self_attn", "mlp", "mlp", input_norm="layer_norm1"),
-        (),
-    ),
-    (  # bart, plbart, marian
-        ("self_attn", "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"),
-        BlockSites(
-            "post",
-            **_FUNCTIONAL_DROPOUT,
-            output="final_layer_norm",
-            residual="final_layer_norm",
-            residual_at="input",
-        ),
-        ("BartEncoderLayer", "BartDecoderLayer", "PLBartEncoderLayer", "PLBartDecoderLayer", "MarianEncoderLayer",
-         "MarianDecoderLayer"),
-    ),
-    (  # mbart, whisper
-        ("self_attn", "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"),
-        BlockSites("pre", **_FUNCTIONAL_DROPOUT, residual="", input_norm="self_attn_layer_norm"),
-        ("MBartEncoderLayer", "MBartDecoderLayer", "WhisperEncoderLayer", "WhisperDecoderLayer"),
-    ),
-)  # fmt: skip
+from .structures import REFUSED, STRUCTURES, Structure
+from .structures import BlockSites as BlockSites  # part of this module's interface
 
 _REGISTERED: dict[str, BlockSites] = {}
+_KNOWN = frozenset[str]().union(*(structure.known for structure in STRUCTURES))
 
 
 def register_block(class_name: str, sites: BlockSites) -> None:
@@ -207,7 +55,65 @@ def resolve(block: nn.Module, path: str) -> nn.Module | None:
 
 
 def _bases(block: nn.Module) -> list[str]:
-    return [cls.__name__ for cls in type(block).__mro__]
+    """The names of a block's classes, alone and with the file that defines them."""
+    names = []
+    for cls in type(block).__mro__:
+        names += [cls.__name__, f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"]
+    return names
+
+
+def _children(block: nn.Module) -> set[str]:
+    # Layers that adapters, PEFT or this package have put into the block are no part of its structure.
+    added = ("adapters", "peft", "pal_adapters")
+    inside = {name: child for name, child in block._modules.items() if child is not None}
+    return {n for n, child in inside.items() if n in _KNOWN or type(child).__module__.partition(".")[0] not in added}
+
+
+def _unexplained(block: nn.Module, structure: Structure) -> list[str]:
+    """What a block has of its own, beside its children, that could take part in its sums."""
+    own = [name for name, tensor in (*block._parameters.items(), *block._buffers.items()) if tensor is not None]
+    own += [name for name, value in vars(block).items() if isinstance(value, float)]
+    return [name for name in own if name not in structure.scales]
+
+
+def _fits(block: nn.Module, structure: Structure, bases: list[str], children: set[str]) -> bool:
+    if not structure.required <= children <= structure.known:
+        return False
+    if structure.classes and not set(structure.classes) & set(bases):
+        return False
+    if any(getattr(block, name, None) != value for name, value in structure.flags.items()):
+        return False
+    if _unexplained(block, structure):
+        return False
+    if any(resolve(block, path) is None for path in (*structure.inner.split(), *structure.sites.paths())):
+        return False
+    # Its tokens come before its rows unless it is told otherwise.
+    return not isinstance(resolve(block, structure.sites.attention), nn.MultiheadAttention)
+
+
+def _find_sites(block: nn.Module, named: Mapping[str, str] | None = None) -> BlockSites | str | None:
+    """The sites of a module, or the reason why it is a block but refused, or None where it is no block."""
+    bases = _bases(block)
+    if named is not None:
+        if named.get("block") not in bases:
+            return None
+        sites = parse_sites(named)
+        missing = [p for p in sites.paths() if resolve(block, p) is None]
+        if missing:
+            raise SiteError(f"sites={dict(named)}: {type(block).__name__} has no module {missing[0]!r}.")
+        return sites
+    for name in bases:
+        if name in _REGISTERED:
+            missing = [p for p in _REGISTERED[name].paths() if resolve(block, p) is None]
+            if missing:
+                raise SiteError(f"the sites registered for {name}: {type(block).__name__} has no module {missing[0]!r}.")
+            return _REGISTERED[name]
+    children = _children(block)
+    for structure in STRUCTURES:
+        if _fits(block, structure, bases, children):
+            return next((REFUSED[name] for name in bases if name in REFUSED), structure.sites)
+    # Swin's rows fit none of ours, but saying so is better than "no known structure".
+    return next((REFUSED[name] for name in bases if name in REFUSED), None)
 
 
 def sites_of(block: nn.Module, named: Mapping[str, str] | None = None) -> BlockSites | None:
@@ -216,24 +122,8 @@ def sites_of(block: nn.Module, named: Mapping[str, str] | None = None) -> BlockS
     Args:
         named: sites that the user passed in a config (see `parse_sites`), for the block class that they name.
     """
-    bases = _bases(block)
-    if named is not None:
-        sites = parse_sites(named)
-        if named["block"] in bases:
-            missing = [p for p in sites.paths() if resolve(block, p) is None]
-            if missing:
-                raise SiteError(f"sites={dict(named)}: {type(block).__name__} has no module {missing[0]!r}.")
-            return sites
-        return None
-    for name in bases:
-        if name in _REGISTERED:
-            return _REGISTERED[name]
-    for attributes, sites, classes in _STRUCTURES:
-        if classes and not set(classes) & set(bases):
-            continue
-        if all(resolve(block, a) is not None for a in attributes):
-            return sites
-    return None
+    found = _find_sites(block, named)
+    return found if isinstance(found, BlockSites) else None
 
 
 def parse_sites(named: Mapping[str, str]) -> BlockSites:
@@ -278,31 +168,47 @@ class Block:
 
 
 def _width(block: nn.Module, sites: BlockSites) -> int:
-    paths = [p for p in (sites.input_norm, sites.output, "output.LayerNorm", "mlp_norm", "ln_1") if p]
-    for path in paths:
-        module = resolve(block, path)
-        weight = getattr(module, "weight", None)
+    norms = [resolve(block, path) for path in (sites.input_norm, sites.output, "output.LayerNorm") if path]
+    for norm in [*norms, *block.children()]:
+        weight = getattr(norm, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.dim() == 1:
             return int(weight.shape[0])
-    raise SiteError(f"the width of {type(block).__name__} could not be read from its norms ({', '.join(paths)}).")
+        shape = getattr(norm, "normalized_shape", None)  # a norm without a weight
+        if shape is not None and len(shape) == 1:
+            return int(shape[0])
+    raise SiteError(f"the width of {type(block).__name__} could not be read from the norms among its children.")
+
+
+def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequential]]:
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 0:
+            yield name, module
 
 
 def iter_blocks(model: nn.Module, named: Mapping[str, str] | None = None) -> Iterator[Block]:
     """All blocks of a model in module order."""
     stack = -1
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or id(module) in seen or len(module) == 0:
-            continue
-        seen.add(id(module))
-        found = [sites_of(child, named) for child in module]
-        if not any(found):
+    for name, module in _stacks(model):
+        # By name, so that a block that stands at several depths is one block.
+        found = {child_name: (child, sites_of(child, named)) for child_name, child in module.named_children()}
+        if not any(sites for _, sites in found.values()):
             continue
         stack += 1
-        for index, (child, sites) in enumerate(zip(module, found)):
+        for index, (child_name, (child, sites)) in enumerate(found.items()):
             if sites is not None:
-                child_name = f"{name}.{index}" if name else str(index)
-                yield Block(child_name, child, sites, index, len(module), stack, _width(child, sites))
+                full_name = f"{name}.{child_name}" if name else child_name
+                yield Block(full_name, child, sites, index, len(found), stack, _width(child, sites))
+
+
+def _reason(model: nn.Module, named: Mapping[str, str] | None) -> str:
+    if named:
+        return f"has no block of class {named['block']!r}"
+    for _, module in _stacks(model):
+        for child in module:
+            why = _find_sites(child)
+            if isinstance(why, str):
+                return f"cannot be adapted by itself: {type(child).__name__} is refused because {why}"
+    return "has no transformer blocks of a known structure"
 
 
 def find_blocks(model: nn.Module, named: Mapping[str, str] | None = None) -> list[Block]:
@@ -311,12 +217,14 @@ def find_blocks(model: nn.Module, named: Mapping[str, str] | None = None) -> lis
     Raises:
         SiteError: if there are none; the message says what to pass.
     """
+    if named is not None:
+        parse_sites(named)
     blocks = list(iter_blocks(model, named))
     if not blocks:
-        what = f"no block of class {named['block']!r}" if named else "no transformer blocks of a known structure"
         raise SiteError(
-            f"{type(model).__name__} has {what}. Name the sites: pass sites={{'block': '<class name>', 'norm': "
-            "'pre'|'post', 'attention': ..., 'attention_output': ..., 'ffn': ..., 'ffn_output': ..., 'output': ..., "
-            "'input_norm': ...} in the config, or call pal_adapters.register_block('<class name>', BlockSites(...))."
+            f"{type(model).__name__} {_reason(model, named)}. Name the sites: pass sites={{'block': '<class name>', "
+            "'norm': 'pre'|'post', 'attention': ..., 'attention_output': ..., 'ffn': ..., 'ffn_output': ..., 'output': "
+            "..., 'input_norm': ...}} in the config, or call pal_adapters.register_block('<class name>', "
+            "BlockSites(...))."
         )
     return blocks

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import ConfigError, SiteError, UnsupportedError
-from ..hosts.batch import RowPlan, run_rows, run_unit
 from ..hosts.methods import Method
 from ..hosts.peft import TaskTuner, register
-from ..hosts.peft_config import TaskPeftConfig, choose_blocks
-from ..hosts.peft_layer import RowRouting, tuner_layers
-from ..hosts.sites import Block, iter_blocks, resolve
-from ..units import TaskUnit, UnitInputs
+from ..hosts.peft_config import TaskPeftConfig, choose_blocks, names_blocks
+from ..hosts.peft_layer import TunerLayer, tuner_layers
+from ..hosts.sites import Block, find_blocks, iter_blocks, resolve
+from ..units import UnitInputs
 from .config import HOULSBY, validate_houlsby
 from .layer import Bottleneck
 
@@ -60,23 +66,92 @@ class HoulsbyPeftConfig(TaskPeftConfig):
         validate_houlsby(self)
 
 
-class HoulsbyTunerLayer(nn.Module, BaseTunerLayer, RowRouting):
-    """Wraps a module of the base model, which stays reachable as `base_layer`, its attributes on the wrapper."""
+class HoulsbyTunerLayer(TunerLayer):
+    """Base of the two layers: bottlenecks behind a module, and copies of a norm."""
 
+    method = HOULSBY
     container: ClassVar[str]
-
-    def __init__(self, base_layer: nn.Module, parent: nn.Module, name: str) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self._place = (parent, name)
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
-        setattr(self, self.container, nn.ModuleDict())
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.adapter_layer_names = (cls.container,)
+
+
+class HoulsbyLayer(HoulsbyTunerLayer):
+    """The bottlenecks behind a module, one for each adapter.
+
+    It is a child of the module, which is not wrapped: in pre-LN models that module is the whole attention, whose linears
+    keep their names and stay open to LoRA.
+
+    Args:
+        model: the base model.
+        target: the module whose output gets a bottleneck.
+        width: `d`, the width of that output.
+        near: the module whose device and dtype a fresh adapter takes.
+    """
+
+    container = "houlsby_units"
+
+    def __init__(self, model: nn.Module, target: nn.Module, width: int, near: nn.Module) -> None:
+        super().__init__(model, width, near)
+        self._target = (target,)
+        # In front of other hooks: transformers 5 records what modules return in hooks of its own.
+        self._handle = target.register_forward_hook(self._behind, prepend=True)
+
+    @property
+    def base_layer(self) -> nn.Module:
+        return self._target[0]
+
+    @property
+    def units(self) -> nn.ModuleDict:
+        units = self.houlsby_units
+        assert isinstance(units, nn.ModuleDict)
+        return units
+
+    def update_layer(self, adapter_name: str, config: HoulsbyPeftConfig) -> None:
+        """Add an adapter's bottleneck."""
+        unit = Bottleneck(
+            self.in_features, config.hidden_size, activation=config.activation, init_std=config.init_std
+        )
+        unit.reset_parameters(identity=config.init_weights)
+        unit.train(self.training)
+        self.units[adapter_name] = unit
+        self.place(adapter_name, inference_mode=config.inference_mode)
+
+    def detach(self) -> None:
+        self._handle.remove()
+        delattr(self.base_layer, HOULSBY.name)
+
+    def _behind(self, module: nn.Module, args: Any, output: Any) -> Any:
+        names = self.active_adapters if self.plan is None else self.plan.names
+        if self.disable_adapters or not any(name in self.units for name in names):
+            return None
+        value = output[0] if isinstance(output, tuple) else output
+        value = self.run_active(self.units, "value", value, UnitInputs())
+        return (value, *output[1:]) if isinstance(output, tuple) else value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError("a Houlsby layer is not called: its hook acts when its module is.")
+
+
+class HoulsbyNorm(HoulsbyTunerLayer):
+    """Takes the place of a layer norm and holds a copy of it for each adapter.
+
+    The norm stays reachable as `base_layer`, its attributes on the wrapper.
+
+    Args:
+        model: the base model.
+        base_layer: the norm.
+        parent: the module that holds it.
+        name: its name there.
+    """
+
+    container = "houlsby_norms"
+
+    def __init__(self, model: nn.Module, base_layer: nn.Module, parent: nn.Module, name: str) -> None:
+        super().__init__(model, int(base_layer.weight.shape[0]), base_layer)  # type: ignore[union-attr,arg-type]
+        self.base_layer = base_layer
+        self._place = (parent, name)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -86,93 +161,27 @@ class HoulsbyTunerLayer(nn.Module, BaseTunerLayer, RowRouting):
                 raise
             return getattr(super().__getattr__("base_layer"), name)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise UnsupportedError(f"houlsby cannot be merged: {HOULSBY.unmergeable}")
-
-    def unmerge(self) -> None:
-        """Nothing is ever merged."""
-
-    def detach(self) -> None:
-        """Put the base module back."""
-        parent, name = self._place
-        setattr(parent, name, self.base_layer)
-
-    def _added(self, adapter_name: str, inference_mode: bool) -> None:
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
-
-    def _current(self, batch: int) -> RowPlan | None:
-        return None if self.plan is None else self.plan.for_batch(batch)
-
-
-class HoulsbyLayer(HoulsbyTunerLayer):
-    """A branch of a block with a bottleneck behind it, one for each adapter."""
-
-    container = "houlsby_units"
-
-    def __init__(self, base_layer: nn.Module, parent: nn.Module, name: str, width: int, near: nn.Module) -> None:
-        super().__init__(base_layer, parent, name)
-        self.in_features = self.out_features = width
-        self._near = (near,)
-
-    def update_layer(self, adapter_name: str, config: HoulsbyPeftConfig) -> None:
-        """Add an adapter's bottleneck."""
-        unit = Bottleneck(
-            self.in_features, config.hidden_size, activation=config.activation, init_std=config.init_std
-        )
-        unit.reset_parameters(identity=config.init_weights)
-        unit.train(self.training)
-        self.houlsby_units[adapter_name] = unit
-        self._added(adapter_name, config.inference_mode)
-
-    def _get_base_layer_device_and_dtype(
-        self, base_layer: nn.Module
-    ) -> tuple[torch.device | None, torch.dtype | None]:
-        # A dropout module has no weights and a quantised one packed ones: the block's norms tell.
-        for module in [base_layer, *self._near[0].modules()]:
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, Tensor) and weight.is_floating_point() and (weight.dim() == 1 or module is base_layer):
-                return weight.device, weight.dtype
-        return None, None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.base_layer(*args, **kwargs)
-        if self.disable_adapters:
-            return output
-        value = output[0] if isinstance(output, tuple) else output
-        plan = self._current(value.shape[0])
-        if plan is not None:
-            value = run_rows(self.houlsby_units, plan, "value", value, UnitInputs())  # type: ignore[arg-type]
-        else:
-            for name in self.active_adapters:
-                if name in self.houlsby_units:
-                    unit = self.houlsby_units[name]
-                    assert isinstance(unit, TaskUnit)
-                    value = run_unit(unit, "value", value, UnitInputs())
-        return (value, *output[1:]) if isinstance(output, tuple) else value
-
-
-class HoulsbyNorm(HoulsbyTunerLayer):
-    """A layer norm of the base model with a copy for each adapter, which takes its place."""
-
-    container = "houlsby_norms"
-
-    def __init__(self, base_layer: nn.Module, parent: nn.Module, name: str) -> None:
-        super().__init__(base_layer, parent, name)
-        self.in_features = self.out_features = int(base_layer.weight.shape[0])  # type: ignore[union-attr]
+    @property
+    def units(self) -> nn.ModuleDict:
+        norms = self.houlsby_norms
+        assert isinstance(norms, nn.ModuleDict)
+        return norms
 
     def update_layer(self, adapter_name: str, config: HoulsbyPeftConfig) -> None:
         """Add an adapter's copy of the norm."""
-        self.houlsby_norms[adapter_name] = copy.deepcopy(self.get_base_layer())
-        self._added(adapter_name, config.inference_mode)
+        self.units[adapter_name] = copy.deepcopy(self.get_base_layer())
+        self.place(adapter_name, inference_mode=config.inference_mode)
+
+    def detach(self) -> None:
+        parent, name = self._place
+        setattr(parent, name, self.base_layer)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
-        plan = self._current(x.shape[0])
-        if plan is not None:
-            return self._rows(x, plan.names)
-        active = [name for name in self.active_adapters if name in self.houlsby_norms]
+        if self.plan is not None:
+            return self._rows(x, self.plan.for_batch(x.shape[0]).names)
+        active = [name for name in self.active_adapters if name in self.units]
         if not active:
             return self.base_layer(x, *args, **kwargs)
         if len(active) > 1:
@@ -180,20 +189,24 @@ class HoulsbyNorm(HoulsbyTunerLayer):
                 f"adapters {active} are active together and each has its own layer norms: activate one, or train them with "
                 "train_layernorm=False."
             )
-        norm = self.houlsby_norms[active[0]]
+        norm = self.units[active[0]]
         return norm(x.to(norm.weight.dtype), *args, **kwargs).to(x.dtype)  # type: ignore[arg-type]
 
     def _rows(self, x: Tensor, names: Sequence[str]) -> Tensor:
         base = self.get_base_layer()
-        norms = [self.houlsby_norms[name] if name in self.houlsby_norms else base for name in names]
+        norms = [self.units[name] if name in self.units else base for name in names]
+        if all(norm is base for norm in norms):
+            return base(x)
         if all(norm is norms[0] for norm in norms):
             return norms[0](x.to(norms[0].weight.dtype)).to(x.dtype)  # type: ignore[arg-type]
+        # The base norm may have a narrower dtype than the adapters' copies.
+        dtype = next(norm.weight.dtype for norm in norms if norm is not base)
         weights = {
-            key: torch.stack([getattr(norm, key) for norm in norms]) for key, _ in base.named_parameters(recurse=False)
+            key: torch.stack([getattr(norm, key).to(dtype) for norm in norms])
+            for key, _ in base.named_parameters(recurse=False)
         }
-        dtype = next(iter(weights.values())).dtype
         call = torch.func.vmap(lambda w, row: torch.func.functional_call(base, w, (row,)))
-        return call(weights, x.to(dtype)).to(x.dtype)
+        return call(weights, x.to(dtype)).to(x.dtype)  # type: ignore[arg-type]
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -203,14 +216,18 @@ def is_norm(module: nn.Module) -> bool:
     return named and isinstance(weight, Tensor) and weight.dim() == 1
 
 
-def _width(module: nn.Module) -> int:
-    for attribute in ("out_features", "nf"):
-        width = getattr(module, attribute, None)
-        if isinstance(width, int):
-            return width
-    raise SiteError(
-        f"the output width of {type(module).__name__} is not known: target modules inside a block, or linear modules."
-    )
+def _width(module: nn.Module) -> int | None:
+    if is_norm(module):
+        return int(module.weight.shape[0])  # type: ignore[arg-type,union-attr]
+    widths = (getattr(module, attribute, None) for attribute in ("out_features", "nf", "embedding_dim"))
+    return next((width for width in widths if isinstance(width, int)), None)
+
+
+class _Target(NamedTuple):
+    """What an adapter puts at one module: a bottleneck behind it, or with `width=None` a copy of it."""
+
+    width: int | None
+    near: nn.Module
 
 
 class HoulsbyModel(TaskTuner):
@@ -222,70 +239,84 @@ class HoulsbyModel(TaskTuner):
     def _prepare_adapter_config(  # type: ignore[override]
         self, peft_config: HoulsbyPeftConfig, model_config: dict[str, Any]
     ) -> HoulsbyPeftConfig:
+        peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
         blocks = list(iter_blocks(self.model, peft_config.sites))
-        self._targets: dict[str, tuple[int | None, nn.Module]] = {}
+        targets: dict[str, _Target] = {}
         self._excluded: set[str] = set()
-        chosen = blocks
-        if peft_config.target_modules is None or self._names_blocks(peft_config, blocks):
-            if not blocks:
-                from ..hosts.sites import find_blocks
-
-                find_blocks(self.model, peft_config.sites)
+        if names_blocks(peft_config.target_modules, blocks):
+            blocks = find_blocks(self.model, peft_config.sites)
             chosen, self._excluded = choose_blocks(peft_config, blocks)
             for block in chosen:
                 for path in (block.sites.attention_output, block.sites.ffn_output):
-                    self._targets[self._name(block, path)] = (block.width, block.module)
+                    targets[self._name(block, path)] = _Target(block.width, block.module)
         else:
-            self._take_modules(peft_config, blocks)
-            chosen = [b for b in blocks if any(name.startswith(f"{b.name}.") for name in self._targets)]
+            targets = self._find_modules(peft_config, blocks)
+            chosen = [b for b in blocks if any(name.startswith(f"{b.name}.") for name in targets)]
         if peft_config.train_layernorm:
-            for name in self._norms(blocks, chosen):
-                self._targets.setdefault(name, (None, self.model))
+            for name in self._norms(peft_config, blocks, chosen):
+                targets.setdefault(name, _Target(None, self.model))
+        self._targets = targets
         return peft_config
-
-    @staticmethod
-    def _names_blocks(config: HoulsbyPeftConfig, blocks: list[Block]) -> bool:
-        try:
-            choose_blocks(config, blocks) if blocks else None
-        except ConfigError:
-            return False
-        return bool(blocks)
 
     def _name(self, block: Block, path: str) -> str:
         module = resolve(block.module, path)
         inside = next(name for name, m in block.module.named_modules() if m is module)
-        return f"{block.name}.{inside}"
+        return f"{block.name}.{inside}" if inside else block.name
 
-    def _take_modules(self, config: HoulsbyPeftConfig, blocks: list[Block]) -> None:
+    def _find_modules(self, config: HoulsbyPeftConfig, blocks: list[Block]) -> dict[str, _Target]:
+        """The modules that the config names as it would for LoRA."""
+        targets: dict[str, _Target] = {}
         inner = [f"{name}." for name, _ in tuner_layers(self.model)]
         for name, module in self.model.named_modules():
             if not name or any(name.startswith(prefix) for prefix in inner):
                 continue
             found = check_target_module_exists(config, name)
-            if found:
+            if isinstance(found, _ExcludedModule):
+                self._excluded.add(name)
+            elif found:
                 block = next((b for b in blocks if name.startswith(f"{b.name}.")), None)
-                near = module if block is None else block.module
-                own = isinstance(getattr(module, "out_features", getattr(module, "nf", None)), int)
-                self._targets[name] = (_width(module) if own or block is None else block.width, near)
+                targets[name] = self._target(name, module, block)
+        if not targets and not self._excluded:
+            example = f" such as {blocks[0].name!r}" if blocks else ""
+            raise ConfigError(
+                f"target_modules={config.target_modules!r} names neither a block nor a module of {type(self.model).__name__}: "
+                f"use names of blocks{example}, of the list that holds them, or of modules as for LoRA."
+            )
+        return targets
 
-    def _norms(self, blocks: list[Block], chosen: list[Block]) -> Iterator[str]:
+    @staticmethod
+    def _target(name: str, module: nn.Module, block: Block | None) -> _Target:
+        width = _width(module)
+        if width is None and block is not None:
+            sites = block.sites
+            wide = (sites.attention, sites.attention_output, sites.ffn_output, sites.output)
+            width = block.width if any(resolve(block.module, path) is module for path in wide) else None
+        if width is None or isinstance(module, (nn.Sequential, nn.ModuleList)):
+            raise SiteError(
+                f"target_modules: the output width of {name!r}, a {type(module).__name__}, is not known. Use blocks, their "
+                "attention or feed-forward part, or linear modules."
+            )
+        return _Target(width, module if block is None else block.module)
+
+    def _norms(self, config: HoulsbyPeftConfig, blocks: list[Block], chosen: list[Block]) -> Iterator[str]:
+        """The norms of the chosen blocks, and all others of the base model if every block is chosen."""
         base = getattr(self.model, "base_model", self.model)
         prefix = next((f"{n}." if n else "" for n, m in self.model.named_modules() if m is base), "")
         left = [f"{b.name}." for b in blocks if b not in chosen]
+        inner = [f"{n}." for n, m in self.model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        saved = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in config.modules_to_save or ()]
         for name, module in base.named_modules():
             name = prefix + name
             if not is_norm(module) and not isinstance(module, HoulsbyNorm):
                 continue
-            if any(name.startswith(p) for p in left) or ".houlsby_norms." in name or name.endswith(".base_layer"):
+            if any(name.startswith(p) for p in (*left, *inner)) or any(pattern.match(name) for pattern in saved):
                 continue
             if left and not any(name.startswith(f"{b.name}.") for b in blocks):
                 continue
             yield name
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
-        if key in self._targets:
-            return True
-        return super()._check_target_module_exists(peft_config, key) if key in self._excluded else False
+        return _ExcludedModule() if key in self._excluded else key in self._targets
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -297,26 +328,24 @@ class HoulsbyModel(TaskTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target
-        if not isinstance(layer, HoulsbyTunerLayer):
-            width, near = self._targets[current_key]
-            if width is None:
-                layer = HoulsbyNorm(target, parent, target_name)
-            else:
-                layer = HoulsbyLayer(target, parent, target_name, width, near)
-            layer.train(target.training)
-            setattr(parent, target_name, layer)
-        layer.update_layer(adapter_name, peft_config)  # type: ignore[operator]
+        width, near = self._targets[current_key]
+        layer: nn.Module | None
+        if width is not None:
+            layer = target._modules.get(HOULSBY.name)
+            if layer is None:
+                layer = HoulsbyLayer(self.model, target, width, near)
+                target.add_module(HOULSBY.name, layer)
+                layer.train(target.training)
+        else:
+            layer = target if isinstance(target, HoulsbyNorm) else None
+            if layer is None:
+                layer = HoulsbyNorm(self.model, target, parent, target_name)
+                setattr(parent, target_name, layer)
+                layer.train(target.training)
+        assert isinstance(layer, (HoulsbyLayer, HoulsbyNorm))
+        layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
-
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        if merge:
-            self._check_merge_allowed()
-        for _, layer in list(tuner_layers(self.model)):
-            if isinstance(layer, HoulsbyTunerLayer):
-                layer.detach()
-        return super()._unload_and_optionally_merge(False, *args, **kwargs)
 
 
 register(HOULSBY, HoulsbyPeftConfig, HoulsbyModel)

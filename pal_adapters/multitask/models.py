@@ -273,8 +273,10 @@ class MultiTaskModel(nn.Module):
     def prepare_training(self, tasks: Iterable[str]) -> dict[str, nn.Parameter]:
         """Makes exactly the parameters of these tasks trainable (and the base, if it is to be), and returns them."""
         tasks = list(tasks)
-        self.requires_grad_(False)
+        mode = self.training
         self._host.train(tasks)
+        self.train(mode)  # `adapters` switches dropout on
+        self.requires_grad_(False)
         self._active = None
         chosen = {f"heads.{t}.{name}": p for t in tasks for name, p in self.heads[t].named_parameters()}
         chosen |= {name: p for t in tasks for name, p in self._added[t].items()}
@@ -341,6 +343,11 @@ class MultiTaskModel(nn.Module):
         self._host.save(task, Path(directory))
         head = {name: p.detach().cpu().contiguous() for name, p in self.heads[task].named_parameters()}
         save_file(head, folder / "head.safetensors", metadata={"task": task, "pooling": self.pooling})
+
+    @property
+    def needs_saved_base(self) -> bool:
+        """Whether `save_base` is needed to restore the tasks: the base is trained, and not saved with each adapter."""
+        return self.joint and (self.method == "full" or (self.method, self.host_name) == ("houlsby", "adapters"))
 
     def save_base(self, directory: str | Path) -> None:
         """Writes the base, without adapters, as an ordinary checkpoint for `AutoModel.from_pretrained`."""

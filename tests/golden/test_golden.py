@@ -39,6 +39,10 @@ def test_sizes_that_the_reference_fails_on_are_refused() -> None:
     assert check.compare_limits(check.Case(DATA, "pal_limits")) == (0.0, 0.0)
 
 
+def test_sampling_probabilities_equal_the_authors_code() -> None:
+    assert max(check.compare_sampling(check.Case(DATA, "pal_sampling"))) <= 1e-12
+
+
 def test_command_reports_each_case_and_a_json_line(capsys: pytest.CaptureFixture[str]) -> None:
     status = check.main(["--golden", str(DATA), "--host", "layer", "--case", "pal_module"])
     lines = capsys.readouterr().out.splitlines()

@@ -55,7 +55,9 @@ def test_new_tasks_leave_the_pooled_states_alone(tiny_encoder: str, inputs: Any,
         if method != "top_attention":  # it replaces the last hidden states
             for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
                 expected = hidden[row, :length].mean(0)
-                torch.testing.assert_close(model.pool("stsb", inputs)[row], expected, atol=1e-5, rtol=1e-5)
+                # The bottlenecks of `adapters` start close to the identity, all others are the identity.
+                error = 1e-3 if (method, host) == ("houlsby", "adapters") else 1e-6
+                torch.testing.assert_close(model.pool("stsb", inputs)[row], expected, atol=error, rtol=1e-5)
         assert model("rte", inputs).shape == (2, 2)
         assert model("stsb", inputs).shape == (2, 1)
 
@@ -94,8 +96,7 @@ def test_what_is_trained(tiny_encoder: str, inputs: Any, method: str, host: str 
         in_base = id(parameter) in base
         wanted = "pooler" not in name if in_base and model.trains_base else any(parameter is p for p in chosen.values())
         assert parameter.requires_grad == wanted, name
-        if wanted and "word_embeddings" not in name:
-            # A bias of keys shifts all scores of a query alike: its gradient is zero up to rounding.
+        if wanted and "LayerNorm.base_layer" not in name:  # Houlsby has norms of its own in their place
             assert parameter.grad is not None, name
         if not wanted:
             assert parameter.grad is None, name

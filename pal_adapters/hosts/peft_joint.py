@@ -1,0 +1,116 @@
+"""`train_base` in PEFT: the pretrained weights train, are saved and are loaded together with an adapter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+
+_PREFIX = "base_model.model."
+
+
+def task_parameter_ids(model: nn.Module) -> set[int]:
+    """Parameters that PEFT methods added, and copies that it trains: all but the pretrained ones."""
+    ids: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            ids |= {id(p) for p in module.parameters()}
+        elif isinstance(module, BaseTunerLayer):
+            names = (*module.adapter_layer_names, *module.other_param_names)
+            containers = (getattr(module, name, None) for name in names)
+            ids |= {id(p) for c in containers if isinstance(c, nn.Module) for p in c.parameters()}
+    return ids
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The pretrained weights and floating-point buffers of a model by name; tied ones once."""
+    added = task_parameter_ids(model)
+    inside = [name + "." for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    tensors = {name: p.data for name, p in model.named_parameters() if id(p) not in added}
+    for name, module in model.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            full = f"{name}.{key}" if name else key
+            kept = key not in module._non_persistent_buffers_set and buffer.is_floating_point()
+            if kept and not any(full.startswith(prefix) for prefix in inside):
+                tensors[full] = buffer
+    return tensors
+
+
+def is_joint(config: Any) -> bool:
+    """Whether the pretrained weights belong to an adapter."""
+    return getattr(config, "train_base", False) is True
+
+
+def mark_base(model: nn.Module, active: Iterable[str], configs: Mapping[str, Any] | None = None) -> None:
+    """Let the pretrained weights train while an adapter with `train_base` is active, and freeze them otherwise.
+
+    Without such an adapter on the model, nothing is touched: users may have unfrozen weights themselves.
+
+    Args:
+        model: the base model.
+        active: names of the active adapters.
+        configs: the adapters' configs; by default those that the host keeps on the model.
+    """
+    if configs is None:
+        configs = getattr(model, "peft_config", {})
+    if not any(is_joint(config) for config in configs.values()):
+        return
+    trainable = any(is_joint(configs.get(name)) for name in active)
+    added = task_parameter_ids(model)
+    for parameter in model.parameters():
+        if id(parameter) not in added:
+            parameter.requires_grad = trainable
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise `UnsupportedError` if the pretrained weights of a model are packed and cannot be trained."""
+    packed = [n for n, p in model.named_parameters() if not (p.is_floating_point() or p.is_complex())]
+    if packed or getattr(model, "is_quantized", False):
+        raise UnsupportedError(
+            "train_base=True is not allowed for a quantised model"
+            + (f" ({packed[0]} is packed)" if packed else "")
+            + ": load the model in floating point, or leave train_base=False."
+        )
+
+
+def load_base(model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bring the pretrained weights of a checkpoint into the model, tied ones as one, and return the rest.
+
+    Raises:
+        UnsupportedError: if other adapters are on the model and compute with other pretrained weights. The new adapter
+            is taken off again.
+    """
+    others = [name for name in getattr(model, "peft_config", {}) if name != adapter_name]
+    if not is_joint(config):
+        joint = [name for name in others if is_joint(model.peft_config[name])]
+        if joint and config.inference_mode:
+            warnings.warn(
+                f"Adapter {adapter_name!r} comes without pretrained weights, and those of the model belong to "
+                f"{', '.join(map(repr, joint))} (train_base=True): it computes with them, whatever it was trained on.",
+                stacklevel=2,
+            )
+        return state_dict
+    own = base_tensors(model)
+    names = {key: key if key in own else key.removeprefix(_PREFIX) for key in state_dict}
+    loaded = {names[k]: v for k, v in state_dict.items() if names[k] in own and own[names[k]].shape == v.shape}
+    loaded = {name: value for name, value in loaded.items() if not own[name].is_meta}
+    if others and any(not torch.equal(own[n], v.to(own[n])) for n, v in loaded.items()):
+        message = (
+            f"adapter {adapter_name!r} comes with its own pretrained weights (train_base=True), which differ from those that "
+            f"{', '.join(map(repr, others))} compute with on this model"
+        )
+        if config.inference_mode:
+            model.delete_adapter(adapter_name)  # type: ignore[operator]
+            raise UnsupportedError(f"{message}: load each into its own copy of the base model.")
+        warnings.warn(f"{message}: from now on all compute with the loaded ones.", stacklevel=2)
+    with torch.no_grad():
+        for name, value in loaded.items():
+            own[name].copy_(value)
+    return {key: value for key, value in state_dict.items() if names[key] not in loaded}
