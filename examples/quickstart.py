@@ -43,11 +43,17 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--output_dir", required=True, help="folder for the adapters, the results and the picture")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the data and of training (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the data and of training (default: 0)")
     parser.add_argument("--fast", action="store_true", help="a run of seconds that shows the steps and learns nothing")
     parser.add_argument("--model", help="name or folder of another encoder (default: a MiniLM that comes with pip)")
     parser.add_argument("--_reload", metavar="FILE", help=argparse.SUPPRESS)  # the second process, see `reload`
     return parser.parse_args(argv)
+
+
+def seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: an integer from 0 to {2**32 - 1}")
+    return int(text)
 
 
 def load_base(name: str) -> Any:
@@ -190,32 +196,31 @@ def draw(results: dict[str, Any], path: Path) -> None:
         left.set_yticks(np.arange(0, 1.01, 0.25))
         left.set_title("Test scores on unseen words", loc="left", fontweight="bold", pad=12)
         handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (grey, accent)]
-        left.legend(handles, ["frozen model + head", "frozen model + PAL + head"], frameon=False, ncols=2, loc="upper left")
+        left.legend(
+            handles, ["frozen model + head", "frozen model + PAL + head"], frameon=False, ncols=2, loc="upper left"
+        )
 
         base = results["base_parameters"] / 1e6
-        added = [tasks[name]["trainable"] / 1e6 for name in names]
-        right.barh(1, base * len(names), height=0.46, color=pale, edgecolor="white")
-        for i in range(1, len(names)):
-            right.plot([base * i] * 2, [0.77, 1.23], color="white", linewidth=2)
-        right.barh(0, base, height=0.46, color=pale)
-        edge = base
-        for value in added:
-            right.barh(0, value, left=edge, height=0.46, color=accent, edgecolor="white", linewidth=0.8)
-            edge += value
-        right.text(base * len(names) / 2, 1, f"{base * len(names):.1f} M", ha="center", va="center")
+        added = sum(tasks[name]["trainable"] for name in names) / 1e6
+        whole = base * len(names)
+        for i in range(len(names)):
+            right.barh(1, base, left=base * i, height=0.5, color=pale, edgecolor="white", linewidth=2)
+            right.text(base * (i + 0.5), 1, f"{base:.1f} M", ha="center", va="center")
+        right.barh(0, base, height=0.5, color=pale, edgecolor="white", linewidth=2)
         right.text(base / 2, 0, f"{base:.1f} M", ha="center", va="center")
+        right.barh(0, added, left=base, height=0.5, color=accent)
         right.text(
-            edge + 0.02 * base * len(names),
+            base + added + 0.02 * whole,
             0,
-            f"+ {len(names)} × {np.mean(added):.2f} M\n= {edge / base:.2f} × the model",
+            f"+ {added:.2f} M\n= {1 + added / base:.2f} × one model",
             ha="left",
             va="center",
             color=accent,
             fontweight="bold",
         )
         right.set_yticks([1, 0], [f"{len(names)} fine-tuned\nmodels", f"1 model,\n{len(names)} PALs"])
-        right.set_xlim(0, base * len(names) * 1.02)
-        right.set_ylim(-0.55, 1.5)
+        right.set_xlim(0, whole * 1.02)
+        right.set_ylim(-0.5, 1.5)
         right.set_xlabel("parameters (millions)")
         right.set_title("What four tasks weigh", loc="left", fontweight="bold", pad=12)
 
@@ -225,6 +230,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axes.tick_params(length=0)
         left.set_axisbelow(True)
         left.grid(axis="y", color=pale)
+        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
         figure.savefig(path, dpi=160)
         plt.close(figure)
 
@@ -268,9 +274,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     print()
     print(table(results))
-    print(f"\nbase: {results['base_parameters']:,} parameters, unchanged: {'yes' if results['base_unchanged'] else 'NO'}")
+    print(
+        f"\nbase: {results['base_parameters']:,} parameters, unchanged: {'yes' if results['base_unchanged'] else 'NO'}"
+    )
     print(f"largest difference of a prediction after loading in a new process: {difference:g}")
-    print(f"host: {args.host}; {results['seconds']:.0f} seconds; written to {output}: adapters, results.json, quickstart.png")
+    print(f"host: {args.host}; {results['seconds']:.0f} seconds")
+    print(f"written to {output}: adapters, results.json, quickstart.png")
     return 0 if difference == 0 and results["base_unchanged"] else 1
 
 

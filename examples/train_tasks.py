@@ -53,12 +53,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(
+        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--data_dir", required=True, help="folder with the data")
     parser.add_argument("--tasks", nargs="+", required=True, help="names of GLUE and SuperGLUE tasks")
     parser.add_argument("--method", choices=METHODS, required=True, help="what is trained for a task")
     parser.add_argument("--output_dir", required=True, help="folder for results.json and the adapters")
-    parser.add_argument("--host", choices=("adapters", "peft"), help="library that holds the adapters (the first found)")
+    parser.add_argument(
+        "--host", choices=("adapters", "peft"), help="library that holds the adapters (the first found)"
+    )
     parser.add_argument("--model", help="name or folder of the base (a MiniLM encoder that comes with pip)")
     parser.add_argument("--joint", action="store_true", help="train the base too, with all tasks at once")
     parser.add_argument("--pooling", choices=("mean", "cls"), default="mean", help="what the heads see of the tokens")
@@ -169,7 +173,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for spec, splits in loaded:
         train, dev = train_dev_split(splits["train"], seed=args.seed, split_columns=spec.split_columns)
         encoded = [encode_rows(spec, rows, tokenizer, args.max_length) for rows in (train, dev)]
-        test = {name: encode_rows(spec, splits[name], tokenizer, args.max_length) for name in splits if name != "train"}
+        test = {
+            name: encode_rows(spec, splits[name], tokenizer, args.max_length) for name in splits if name != "train"
+        }
         tasks.append(TaskData(spec, encoded[0], encoded[1], test))
 
     try:

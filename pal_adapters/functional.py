@@ -36,7 +36,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def scale(x: Tensor, vector: Tensor) -> Tensor:
     """`x * vector` with `vector` `[d]` or `[b, d]` broadcast over the tokens of `x` `[b, n, d]`."""
-    return x * (vector if vector.dim() == 1 else vector.unsqueeze(1)).to(x.dtype)
+    # In the wider of the two dtypes: near 1, bfloat16 has steps of nearly a hundredth.
+    return (x * (vector if vector.dim() == 1 else vector.unsqueeze(1))).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -69,7 +70,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: b
         dropout: probability, 0 outside training.
     """
     if mask is not None and mask.dtype != torch.bool:
-        # A mask built in float32 holds float32's minimum, which is -inf in a narrower dtype: a row that is
-        # masked everywhere would then be NaN.
-        mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
+        # A mask built in float32 holds float32's minimum, which is -inf in a narrower dtype, and so may the sum of a
+        # mask and a score be: a row that is masked everywhere would then be NaN.
+        mask = mask.clamp(min=torch.finfo(q.dtype).min / 2).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)

@@ -175,8 +175,6 @@ def self_attention(
     if inputs.cache is not None:
         k, v = inputs.cache.update((*inputs.slot, slot), k, v, rows=inputs.rows, batch=inputs.batch)
     mask, is_causal = inputs.mask(q.shape[2], k.shape[2])
-    if mask is not None and mask.shape[-1] not in (1, k.shape[2]):  # sliding window: the host forgot older keys
-        k, v = k[:, :, -mask.shape[-1] :], v[:, :, -mask.shape[-1] :]
     return merge_heads(attend(q, k, v, mask, is_causal=is_causal, dropout=dropout))
 
 

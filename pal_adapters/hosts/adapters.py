@@ -35,7 +35,7 @@ from adapters.configuration import ADAPTER_CONFIG_MAP, AdapterConfig, BnConfig, 
 from adapters.interface import AdapterMethod
 from adapters.loading import AdapterLoader
 from adapters.methods.bottleneck import BottleneckLayer
-from adapters.model_mixin import ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
+from adapters.model_mixin import ModelAdaptersMixin, ModelUsingSubmodelsAdaptersMixin, ModelWithHeadsAdaptersMixin
 from adapters.utils import get_adapter_config_hash
 from packaging.version import Version
 from torch import nn
@@ -49,6 +49,7 @@ from .methods import parameters_of
 from .sites import Block, find_blocks, resolve
 
 _TOUCHED = "_pal_adapters_original"
+_TABLE = r"shared_parameters\."
 
 
 def register(config_class: type[TaskAdapterConfig], presets: dict[str, TaskAdapterConfig]) -> None:
@@ -137,9 +138,11 @@ def _prepare(model: ModelAdaptersMixin, adapter_name: str) -> list[TaskAdapterCo
     layers = list(model.iter_layers())
     blocks = _find(base, [layer for _, layer in layers], configs)
     _check_leave_out(configs, sorted({i for i, _ in layers}))
-    _check_shared(whole, configs, blocks)
     parameters = parameters_of(base, blocks, task_parameters(base))
     prepared = {id(c): c.method.prepare(c, blocks, parameters) for c in configs}
+    if _shares(whole, list(prepared.values()), blocks) and isinstance(base, ModelUsingSubmodelsAdaptersMixin):
+        # Encoder and decoder hold the same table of shared tensors: `save_pretrained` needs to know.
+        base._tied_weights_keys = sorted({*(base._tied_weights_keys or ()), _TABLE})
     _replace_config(model, adapter_name, whole, prepared)
     for (_, layer), block in zip(layers, blocks, strict=True):
         task_layer = getattr(layer, "task_layer", None)
@@ -180,7 +183,7 @@ def _host_sites(block: Block) -> Block:
     """The host's own blocks call a norm from their bottleneck layer, twice with some configs: attach around it."""
     module, sites = block.module, block.sites
     own = getattr(module, "output_adapters", None)
-    if isinstance(own, BottleneckLayer) and not own.is_layer_hooked:
+    if sites.residual_at == "input" and isinstance(own, BottleneckLayer) and not own.is_layer_hooked:
         sites = replace(sites, residual="output_adapters", residual_at="input")
     if isinstance(resolve(module, sites.output), nn.LayerNorm):
         sites = replace(sites, output="")
@@ -195,13 +198,11 @@ def _check_leave_out(configs: list[TaskAdapterConfig], indices: list[int]) -> No
             )
 
 
-def _check_shared(whole: AdapterConfig, configs: list[TaskAdapterConfig], blocks: list[Block]) -> None:
-    """Compacter and VeRA put their own table where tied projections lie, and forget what is there."""
-    if not isinstance(whole, ConfigUnion):
-        return
+def _shares(whole: AdapterConfig, configs: list[TaskAdapterConfig], blocks: list[Block]) -> bool:
+    """Whether blocks share tensors; refuses Compacter and VeRA beside them, whose own table would replace ours."""
     with torch.device("meta"):
         tied = [c for c in configs if c.method.build_shared(c, blocks[0]) is not None]
-    for member in whole.configs:
+    for member in whole.configs if isinstance(whole, ConfigUnion) else ():
         if isinstance(member, BnConfig):
             shares = member.phm_layer and (member.shared_phm_rule or member.shared_W_phm)
         else:
@@ -211,6 +212,7 @@ def _check_shared(whole: AdapterConfig, configs: list[TaskAdapterConfig], blocks
                 f"{type(member).__name__} and {tied[0].architecture} with tied projections cannot be in one "
                 "ConfigUnion: adapters keeps shared tensors of both under one name. Add two adapters and use Stack."
             )
+    return bool(tied)
 
 
 def _replace_config(
@@ -281,8 +283,11 @@ def _bottleneck_layer_forward(original: Any) -> Any:
         setup = None if task_layer is None else task_layer.mixed_setup()
         if task_layer is None or setup is None:
             return original(self, hidden_states, residual_input, layer_norm)
+        mixture = Mixture(self, task_layer)
+        if not mixture.acts(setup):
+            return original(self, hidden_states, residual_input, layer_norm)
         hidden_states, residual_input = _match_batches(hidden_states, residual_input)
-        return Mixture(self, task_layer).forward(setup, hidden_states, residual_input, layer_norm)
+        return mixture.forward(setup, hidden_states, residual_input, layer_norm)
 
     return wrapper
 

@@ -25,8 +25,6 @@ from .batch import RowPlan, run_rows, run_unit
 from .methods import generator_for
 from .sites import Block
 
-_PLACES = {"mh_adapter": "attention", "output_adapter": "residual"}
-
 
 class TaskLayer(ValueComposition, nn.Module):
     """All task modules of one block of an `adapters` model.
@@ -211,15 +209,24 @@ class TaskLayer(ValueComposition, nn.Module):
     def site_of(self, bottleneck: BottleneckLayer) -> str | None:
         """The site whose value this bottleneck layer of the host gets, or None.
 
-        A layer that the host hooks to a projection gets the sub-layer's output, unless a norm follows it (Gemma).
+        A layer that the host hooks to a projection gets the sub-layer's output, unless a norm follows it (Gemma). One
+        that the host's own block calls gets it unless the block scales (BEiT) or normalises (X-MOD) before.
         """
-        site = _PLACES.get(bottleneck.location_key)
-        sites = self.block.sites
-        if bottleneck.is_layer_hooked and site == "attention" and sites.attention_output != sites.attention:
+        sites, block = self.block.sites, self.block.module
+        if bottleneck.location_key == "mh_adapter":
+            scaled = next(block.parameters(recurse=False), None) is not None
+            same = sites.attention_output == sites.attention if bottleneck.is_layer_hooked else not scaled
+            return "attention" if same else None
+        if bottleneck.location_key != "output_adapter":
             return None
-        if bottleneck.is_layer_hooked and site == "residual" and sites.residual_path != sites.ffn:
-            return None
-        return site
+        if bottleneck.is_layer_hooked:
+            return "residual" if sites.residual_path == sites.ffn else None
+        behind_block = sites.residual_path == "" and sites.norm == "pre"
+        return "residual" if behind_block or sites.residual_path in (sites.ffn_output, "output_adapters") else None
+
+    def acts(self, setup: AdapterCompositionBlock, site: str | None) -> bool:
+        """Whether an adapter of the setup acts at a site of this block."""
+        return any(site in unit.sites for name in setup.flatten() for unit in self.units(name))
 
     def mixed_setup(self) -> AdapterCompositionBlock | None:
         """The active setup if `Mixture` has to run it: our adapters in a `Fuse`, or together with bottlenecks."""
@@ -237,9 +244,7 @@ class TaskLayer(ValueComposition, nn.Module):
 
     def is_active(self, site: str) -> bool:
         setup = self.get_active_setup()
-        if setup is None or not any(site in unit.sites for name in setup.flatten() for unit in self.units(name)):
-            return False
-        return not self._mixes(site)
+        return setup is not None and self.acts(setup, site) and not self._mixes(site)
 
     def keeps_inputs(self) -> bool:
         return self._mixes("residual")

@@ -45,6 +45,10 @@ class Mixture(ValueComposition):
     def add_adapter(self, adapter_name: str, layer_idx: int) -> bool:
         raise NotImplementedError("a mixture has no modules of its own")
 
+    def acts(self, setup: AdapterCompositionBlock) -> bool:
+        """Whether an adapter of the setup acts here."""
+        return not setup.flatten().isdisjoint(self._bottleneck.adapters) or self._task_layer.acts(setup, self._site)
+
     def forward(self, setup: AdapterCompositionBlock, value: Tensor, stream: Tensor | None, layer_norm: Any) -> Tensor:
         """The layer's output, `[b, n, d]`, for the sub-layer's output `value` and the residual stream."""
         inputs = UnitInputs(batch=value.shape[0])

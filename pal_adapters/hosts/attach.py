@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from ..errors import SiteError, UnsupportedError
@@ -22,11 +23,22 @@ from .kv_cache import TaskCache, task_cache
 from .masks import normalise_mask
 from .sites import Block, resolve
 
-_HIDDEN = ("hidden_states", "query", "x")
+_HIDDEN = ("hidden_states", "hidden_state", "query", "x")
 _MASK = ("attention_mask", "mask", "attn_mask")
 _CAUSAL_MASK = ("causal_attention_mask",)
 _CACHE = ("past_key_values", "past_key_value", "layer_past")
-_FINAL_NORMS = ("final_layer_norm", "final_norm", "ln_f", "norm", "layernorm", "layer_norm")
+_POSITION = ("cache_position",)
+_FINAL_NORMS = (
+    "final_layer_norm", "final_layernorm", "final_norm", "emb_layer_norm_after", "ln_f", "norm", "layernorm", "layer_norm",
+    "LayerNorm",
+)  # fmt: skip
+
+# In the order in which a block comes to them.
+_ORDER = ("attention", "ffn", "residual", "output", "stack_output")
+
+# transformers 4.57 records hidden states in a function that it puts in the place of a block's `forward`, which a hook
+# behind the block is too late for; transformers 5 records them in hooks.
+_RECORDS_IN_FORWARD = int(transformers.__version__.partition(".")[0]) < 5
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,7 @@ class BlockMask:
     device: torch.device
     rows: Tensor | None = None
     tokens: tuple[int, int, int] | None = None
+    window: int | None = None
 
     def select(self, rows: Tensor) -> BlockMask:
         """The mask of these rows (counted over a batch that may be a repetition of the mask's)."""
@@ -65,7 +78,9 @@ class BlockMask:
         return mask, is_causal
 
     def _whole(self, q_len: int, kv_len: int) -> tuple[Tensor | None, bool]:
-        first = normalise_mask(self.mask, q_len=q_len, kv_len=kv_len, causal=self.causal, device=self.device)
+        first = normalise_mask(
+            self.mask, q_len=q_len, kv_len=kv_len, causal=self.causal, device=self.device, window=self.window
+        )
         if self.extra is None:
             return first
         # CLIP's text blocks (transformers 4.57) get padding and causality as two masks.
@@ -74,8 +89,7 @@ class BlockMask:
         if first[0] is None:
             return second, False
         if first[0].dtype == torch.bool:
-            first = (torch.zeros_like(first[0], dtype=second.dtype).masked_fill(~first[0], -torch.inf), False)
-            return first[0].clamp(min=torch.finfo(second.dtype).min) + second, False
+            return second.masked_fill(~first[0], torch.finfo(second.dtype).min), False
         return first[0] + second, False
 
 
@@ -92,16 +106,20 @@ class Runner(Protocol):
         """The new value at `site`."""
 
 
-def _parameters(module: nn.Module) -> list[str]:
-    return list(inspect.signature(type(module).forward).parameters)[1:]
+def _positions(module: nn.Module) -> dict[str, int]:
+    """Where a module's `forward` takes its arguments."""
+    module = getattr(module, "base_layer", module)  # PEFT's wrappers take anything
+    return {name: i for i, name in enumerate(list(inspect.signature(type(module).forward).parameters)[1:])}
 
 
-def _argument(names: tuple[str, ...], order: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _argument(
+    names: tuple[str, ...], positions: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     for name in names:
         if name in kwargs:
             return kwargs[name]
-        if name in order and order.index(name) < len(args):
-            return args[order.index(name)]
+        if positions.get(name, len(args)) < len(args):
+            return args[positions[name]]
     return None
 
 
@@ -109,15 +127,36 @@ def _is_causal(attention: nn.Module) -> bool:
     for module in (attention, getattr(attention, "self", None)):
         if getattr(module, "is_causal", False) is True or getattr(module, "is_decoder", False) is True:
             return True
-    return False
+    # The first GPT keeps the triangle itself and gets no mask that has it.
+    triangle = dict(attention.named_buffers(recurse=False)).get("bias")
+    return triangle is not None and triangle.dim() == 4 and triangle.shape[-1] == triangle.shape[-2] > 1
+
+
+def _window(attention: nn.Module) -> int | None:
+    """How many positions a causal self-attention sees, where it says so; flash attention gets no mask that does."""
+    config = getattr(attention, "config", None)
+    window = getattr(attention, "sliding_window", None)
+    if not hasattr(attention, "sliding_window") and getattr(config, "layer_types", None) is None:
+        window = getattr(config, "sliding_window", None)
+    return window if isinstance(window, int) and window > 0 else None
+
+
+def _layer_index(attention: nn.Module, block: Block) -> int:
+    for module in (attention, getattr(attention, "self", None)):
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int):
+            return index
+    return block.index
 
 
 def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def _with_first(output: Any, value: Tensor) -> Any:
-    return (value, *output[1:]) if isinstance(output, tuple) else value
+    if isinstance(output, (tuple, list)):
+        return type(output)([value, *output[1:]])
+    return value
 
 
 def final_norm(model: nn.Module, block: Block) -> nn.Module | None:
@@ -129,9 +168,25 @@ def final_norm(model: nn.Module, block: Block) -> nn.Module | None:
         parent = model.get_submodule(".".join(path[:length]))
         for name in _FINAL_NORMS:
             module = getattr(parent, name, None)
-            if isinstance(module, nn.Module) and getattr(module, "weight", None) is not None:
+            if isinstance(module, nn.Module) and "norm" in type(module).__name__.lower():
                 return module
     return None
+
+
+class _Behind:
+    """The hook behind one module: what is written there, in the order of the sites."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+        self.sites: list[str] = []
+
+    def add(self, site: str) -> None:
+        self.sites = sorted([*self.sites, site], key=_ORDER.index)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        for site in self.sites:
+            output = self.attachment.write(site, output)
+        return output
 
 
 class Attachment:
@@ -147,15 +202,22 @@ class Attachment:
         self.block = block
         self.runner = runner
         self._handles: list[Any] = []
+        self._hooked: set[str] = set()
+        self._behind: dict[str, _Behind] = {}
+        self._inner_forward: Any = None
         self._sites: set[str] = set()
         self._needs: set[str] = set()
+        self._keeps_x = False
+        self._last: str | None = None
         self._clear()
-        attention = resolve(block.module, block.sites.attention)
-        if attention is None:
-            raise SiteError(f"{block.name} has no module {block.sites.attention!r}.")
-        self._attention_order = _parameters(attention)
-        self._block_order = _parameters(block.module)
+        attention = self._module(block.sites.attention)
+        self._attention_arguments = _positions(attention)
+        self._block_arguments = _positions(block.module)
         self._causal = _is_causal(attention)
+        self._window = _window(attention)
+        # transformers 4.57: ModernBERT's attention gets two masks and chooses.
+        self._local = getattr(attention, "local_attention", (-1, -1)) != (-1, -1)
+        self._index = _layer_index(attention, block)
         # A pre-LN host's output is normalised behind the stack.
         norm = final_norm(model, block) if block.sites.norm == "pre" and block.last else None
         self._stack_norm = (norm,)
@@ -166,7 +228,9 @@ class Attachment:
         self._h: Tensor | None = None
         self._mask: Any = None
         self._extra_mask: Any = None
+        self._is_causal: Any = None
         self._cache: Any = None
+        self._position: Any = None
 
     @property
     def _outside(self) -> bool:
@@ -174,21 +238,33 @@ class Attachment:
         return self.block.sites.residual_path == ""
 
     def require(self, sites: Iterable[str], needs: Iterable[str]) -> None:
-        """Install the hooks that these sites and needs ask for; those in place stay.
-
-        """
-        sites, needs = set(sites), set(needs)
-        for need in sorted(needs - self._needs):
-            self._capture(need)
-        for site in sorted(sites - self._sites):
-            self._write(site)
-        self._needs |= needs
+        """Install the hooks that these sites and needs ask for; those in place stay."""
+        self._needs |= set(needs)
+        sites = {site for site in sites if site != "stack_output" or self.block.last}
+        if "h" in self._needs:
+            self._before(self.block.sites.ffn, self._on_ffn)
+        if "raw" in self._needs and self.block.sites.input_norm and not self._outside:
+            self._before(self.block.sites.input_norm, self._on_input_norm)
+        # `ffn` and `h` may come with rows and tokens in one dimension; the block's input tells them apart.
+        if self._needs or "ffn" in sites:
+            self._before("" if self._outside else self.block.sites.attention, self._on_input)
+        for site in sorted(sites - self._sites, key=_ORDER.index):
+            self._write_at(site)
         self._sites |= sites
+        self._keeps_x = bool(self._needs & {"x", "raw", "h"}) or "ffn" in self._sites
+        self._last = max(self._sites - {"stack_output"}, key=_ORDER.index, default=None)
 
     def remove(self) -> None:
         """Take all hooks off the block."""
         while self._handles:
             self._handles.pop().remove()
+        block = self.block.module
+        if getattr(block.__dict__.get("forward"), "__self__", None) is self:
+            del block.forward
+            if self._inner_forward is not None:
+                block.forward = self._inner_forward
+        self._hooked.clear()
+        self._behind.clear()
         self._sites.clear()
         self._needs.clear()
         self._clear()
@@ -199,47 +275,60 @@ class Attachment:
             raise SiteError(f"{self.block.name} has no module {path!r}.")
         return module
 
-    def _capture(self, need: str) -> None:
-        sites = self.block.sites
-        if need == "h":
-            self._before(sites.ffn, self._on_ffn)
-        elif need == "raw" and sites.norm == "pre" and not self._outside:
-            self._before(sites.input_norm or "", self._on_input_norm)
-        elif not self._needs & {"x", "raw", "mask"}:  # one hook captures all three
-            self._before("" if self._outside else sites.attention, self._on_block if self._outside else self._on_attention)
-        self._needs.add(need)
-
     def _before(self, path: str, hook: Any) -> None:
-        self._handles.append(self._module(path).register_forward_pre_hook(hook, with_kwargs=True))
+        if hook.__name__ not in self._hooked:
+            self._hooked.add(hook.__name__)
+            self._handles.append(self._module(path).register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _write(self, site: str) -> None:
+    def _write_at(self, site: str) -> None:
         sites = self.block.sites
-        if site == "attention":
-            self._on_output(sites.attention_output, self._at_attention)
-        elif site == "ffn":
-            self._on_output(sites.ffn_output, self._at_ffn)
-        elif site == "output":
-            self._on_output(sites.output, self._at_output)
-        elif site == "residual" and sites.residual_at == "input":
-            self._before(sites.residual_path, self._at_residual_input)
-        elif site == "residual":
-            self._on_output(sites.residual_path, self._at_residual)
-        elif self.block.last:
-            norm = self._stack_norm[0]
-            if norm is None:
-                self._on_output(sites.output, self._at_stack_output)
+        if site == "residual" and sites.residual_at == "input":
+            self._before(sites.residual_path, self._on_residual_input)
+            return
+        norm = self._stack_norm[0] if site == "stack_output" else None
+        paths = {
+            "attention": sites.attention_output,
+            "ffn": sites.ffn_output,
+            "residual": sites.residual_path,
+            "output": sites.output,
+            "stack_output": sites.output if norm is None else "behind the stack",
+        }
+        path = paths[site]
+        behind = self._behind.get(path)
+        if behind is None:
+            behind = self._behind[path] = _Behind(self)
+            if path == "" and _RECORDS_IN_FORWARD:
+                self._inner_forward = self.block.module.__dict__.get("forward")
+                self.block.module.forward = self.forward_block
             else:
-                self._handles.append(norm.register_forward_hook(self._at_stack_output, prepend=True))
+                module = self._module(path) if norm is None else norm
+                # In front of other hooks: transformers 5 records hidden states in a hook of its own.
+                self._handles.append(module.register_forward_hook(behind, prepend=True))
+        behind.add(site)
 
-    def _on_output(self, path: str, hook: Any) -> None:
-        # In front of other hooks: transformers 5 records hidden states in a hook of its own.
-        self._handles.append(self._module(path).register_forward_hook(hook, prepend=True))
+    def forward_block(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's forward with what is written behind the block."""
+        block = self.block.module
+        if self._inner_forward is not None:
+            output = self._inner_forward(*args, **kwargs)
+        else:
+            output = type(block).forward(block, *args, **kwargs)
+        return self._behind[""](block, args, output) if "" in self._behind else output
 
-    def _on_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._remember(self._block_order, args, kwargs)
-
-    def _on_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._remember(self._attention_order, args, kwargs)
+    def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        positions = self._block_arguments if self._outside else self._attention_arguments
+        if self._keeps_x:
+            x = _argument(_HIDDEN, positions, args, kwargs)
+            self._x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)) if x is None else x
+        if "mask" not in self._needs:
+            return
+        self._mask = _argument(_MASK, positions, args, kwargs)
+        if self._local and kwargs.get("sliding_window_mask") is not None:
+            self._mask = kwargs["sliding_window_mask"]
+        self._extra_mask = _argument(_CAUSAL_MASK, positions, args, kwargs)
+        self._is_causal = kwargs.get("is_causal")
+        self._cache = _argument(_CACHE, positions, args, kwargs)
+        self._position = _argument(_POSITION, positions, args, kwargs)
 
     def _on_input_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._raw = args[0] if args else next(iter(kwargs.values()))
@@ -247,26 +336,42 @@ class Attachment:
     def _on_ffn(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._h = args[0] if args else next(iter(kwargs.values()))
 
-    def _remember(self, order: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = _argument(_HIDDEN, order, args, kwargs)
-        self._x = args[0] if x is None else x
-        self._mask = _argument(_MASK, order, args, kwargs)
-        self._extra_mask = _argument(_CAUSAL_MASK, order, args, kwargs)
-        self._cache = _argument(_CACHE, order, args, kwargs)
+    def _on_residual_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (self.write("residual", args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: self.write("residual", kwargs[name])}
 
     def _inputs(self, value: Tensor) -> UnitInputs:
         x = self._x
-        if x is not None and x.dim() != 3:
+        if x is not None and self._needs & {"x", "raw", "mask"}:
+            self._check(x, value)
+        raw = x if self._raw is None else self._raw
+        if x is not None and self._outside and self.block.sites.input_norm and "x" in self._needs:
+            x = self._module(self.block.sites.input_norm)(x)
+        h = self._h
+        if h is not None and x is not None and h.dim() == 2 and x.dim() == 3:  # OPT's feed-forward
+            h = h.view(*x.shape[:2], h.shape[-1])
+        if "mask" not in self._needs:
+            return UnitInputs(x=x, raw=raw, h=h, batch=value.shape[0])
+        cache: TaskCache | None = task_cache(
+            self._cache, self.block.name, self._index, self.block.depth, self._position
+        )
+        causal = self._causal if self._is_causal is None else bool(self._is_causal)
+        mask = BlockMask(self._mask, self._extra_mask, causal, value.device, window=self._window if causal else None)
+        return UnitInputs(x=x, raw=raw, h=h, mask=mask, cache=cache, batch=value.shape[0])
+
+    def _check(self, x: Tensor, value: Tensor) -> None:
+        if x.dim() != 3:
             raise UnsupportedError(
                 f"{self.block.name} got hidden states of shape {list(x.shape)}: task modules need [batch, tokens, "
                 "width]. Load the model with attn_implementation='sdpa' or 'eager' (flash attention removes padding)."
             )
-        raw = x if self._raw is None else self._raw
-        if x is not None and self._outside and "x" in self._needs:
-            x = self._module(self.block.sites.input_norm or "")(x)
-        cache: TaskCache | None = task_cache(self._cache, self.block.name, self.block.depth)
-        mask = BlockMask(self._mask, self._extra_mask, self._causal, value.device)
-        return UnitInputs(x=x, raw=raw, h=self._h, mask=mask, cache=cache, batch=value.shape[0])
+        if value.shape[1] != x.shape[1]:
+            raise UnsupportedError(
+                f"{self.block.name} runs its feed-forward part on {value.shape[1]} of {x.shape[1]} tokens at a time: set "
+                "config.chunk_size_feed_forward=0."
+            )
 
     def take_inputs(self, value: Tensor) -> UnitInputs:
         """What the block was called with, for a runner that `keeps_inputs`; forgets it."""
@@ -274,52 +379,27 @@ class Attachment:
         self._forget()
         return inputs
 
+    def write(self, site: str, output: Any) -> Any:
+        """What a module returned, with the new value at `site`."""
+        if self.runner.is_active(site):
+            value = _first(output)
+            x, flat = self._x, value.dim() == 2
+            if flat and x is not None and x.dim() == 3:  # OPT's feed-forward
+                new = self._run(site, value.view(*x.shape[:2], value.shape[-1])).view(value.shape)
+            else:
+                new = self._run(site, value)
+            output = _with_first(output, new)
+        if site == "stack_output":
+            self._clear()
+        elif site == self._last and not self.runner.keeps_inputs():
+            self._forget()
+        return output
+
     def _run(self, site: str, value: Tensor) -> Tensor:
         return self.runner.run(site, value, self._inputs(value))
-
-    def _at(self, site: str, output: Any) -> Any:
-        if not self.runner.is_active(site):
-            return None
-        return _with_first(output, self._run(site, _first(output)))
-
-    def _at_attention(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self._at("attention", output)
-
-    def _at_ffn(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self._at("ffn", output)
-
-    def _at_residual(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self._done(self._at("residual", output))
-
-    def _at_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self._at("output", output)
-
-    def _at_stack_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        result = self._at("stack_output", output)
-        self._clear()
-        return result
-
-    def _at_residual_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.runner.is_active("residual"):
-            return self._done(None)
-        if args:
-            return self._done(((self._run("residual", args[0]), *args[1:]), kwargs))
-        name = next(iter(kwargs))
-        return self._done((args, {**kwargs, name: self._run("residual", kwargs[name])}))
-
-    def _done(self, result: Any) -> Any:
-        if self.runner.keeps_inputs():
-            return result
-        self._forget()
-        return result
 
     def _forget(self) -> None:
         """Drop what was captured, but for the mask where the stack's output is still to come and needs it."""
         self._x = self._raw = self._h = None
         if "stack_output" not in self._sites:
             self._clear()
-
-
-def with_sites(block: Block, **changes: Any) -> Block:
-    """The same block with other sites."""
-    return replace(block, sites=replace(block.sites, **changes))

@@ -22,33 +22,43 @@ from transformers.cache_utils import (
 
 from ..errors import UnsupportedError
 
-_INDEX = "_pal_adapters_layers"
+_SLOTS = "_pal_adapters_slots"
 
 
-class _Growing(DynamicLayer):
+class _Slot:
+    """What our layers have beside the host's kinds of layer.
+
+    Attributes:
+        tokens: how many tokens it has seen since it was empty.
+        started: whether it has seen any; does not change from token to token, so that compiled code may test it.
+    """
+
+    tokens = 0
+    started = False
+
+    def reset(self) -> None:
+        self.tokens, self.started = 0, False
+        if isinstance(self, DynamicLayer):
+            # transformers 4.57 fills a growing layer with zeros and keeps its length.
+            self.keys = self.values = None
+            self.is_initialized = False
+        super().reset()  # type: ignore[misc]
+
+
+class _Growing(_Slot, DynamicLayer):
     """Holds all tokens."""
 
-    def reset(self) -> None:
-        # transformers 4.57 fills a growing layer with zeros and keeps its length.
-        self.keys = self.values = None
-        self.is_initialized = False
 
-
-class _Sliding(DynamicSlidingWindowLayer):
+class _Sliding(_Slot, DynamicSlidingWindowLayer):
     """Holds the tokens of a sliding window."""
 
-    def reset(self) -> None:
-        self.keys = self.values = None
-        self.is_initialized = False
-        self.cumulative_length = 0
+
+class _Static(_Slot, StaticLayer):
+    """Holds all tokens, in memory that does not move."""
 
 
-class _Static(StaticLayer):
-    """Holds all tokens in memory that does not move."""
-
-
-class _StaticSliding(StaticSlidingWindowLayer):
-    """Holds the tokens of a sliding window in memory that does not move."""
+class _StaticSliding(_Slot, StaticSlidingWindowLayer):
+    """Holds the tokens of a sliding window, in memory that does not move."""
 
 
 def _layer_like(host: Any) -> Any:
@@ -75,7 +85,7 @@ class TaskCache:
     def __init__(self, cache: Any, owner: object, index: int, depth: int, position: Tensor | None = None) -> None:
         self._cache = cache
         self._owner = owner
-        self._host = index
+        self._index = index
         self._depth = depth
         self._position = position
 
@@ -97,47 +107,48 @@ class TaskCache:
         seen = host.get_seq_length() if isinstance(host, CacheLayerMixin) else None
         if isinstance(seen, int) and seen == 0:
             return keys, values  # the host does not cache: activation checkpointing takes the cache from its attention
-        layer, fresh = self._own_layer(slot, keys, host)
-        self._check(slot, layer, length, seen, fresh)
-        if rows is not None:
-            full = keys.new_zeros(2, batch, *keys.shape[1:])
-            full[0, rows], full[1, rows] = keys, values
-            all_keys, all_values = self._append(layer, full[0], full[1], host)
-            all_keys, all_values = all_keys[rows], all_values[rows]
-        else:
-            all_keys, all_values = self._append(layer, keys, values, host)
-        # The slots of a static cache that no token has filled yet must not count where the host passes no mask.
-        return (keys, values) if fresh else (all_keys, all_values)
-
-    def _append(self, layer: Any, keys: Tensor, values: Tensor, host: Any) -> tuple[Tensor, Tensor]:
+        layer = self._own_layer((self._owner, slot, keys.shape[1], keys.shape[3]), host)
+        fresh = not layer.started
+        self._check(slot, layer, length, seen)
         if hasattr(host, "record_past"):  # transformers 5, assisted decoding
             layer.record_past = host.record_past
-        return layer.update(keys, values, {"cache_position": self._position})
+        position = self._position
+        if position is None:
+            position = torch.arange(layer.tokens, layer.tokens + length, device=keys.device)
+            layer.tokens += length
+        layer.started = True
+        if rows is None:
+            all_keys, all_values = layer.update(keys, values, {"cache_position": position})
+        else:
+            full = keys.new_zeros(2, batch, *keys.shape[1:])
+            full[0, rows], full[1, rows] = keys, values
+            all_keys, all_values = layer.update(full[0], full[1], {"cache_position": position})
+            all_keys, all_values = all_keys[rows], all_values[rows]
+        # Where the host passes no mask, the places of a static cache that no token has filled yet must not count.
+        return (keys, values) if fresh else (all_keys, all_values)
 
     def _host_layer(self) -> Any:
         # Caches that grow on demand would hand a slot of ours to the next block: create the host's layers first.
         replicate = getattr(self._cache, "layer_class_to_replicate", None)
         while replicate is not None and len(self._cache.layers) < self._depth:
             self._cache.layers.append(replicate())
-        return self._cache.layers[self._host]
+        return self._cache.layers[self._index]
 
-    def _own_layer(self, slot: object, keys: Tensor, host: Any) -> tuple[Any, bool]:
-        """The layer of a slot, and whether it is empty."""
-        slots = getattr(self._cache, _INDEX, None)
+    def _own_layer(self, key: object, host: Any) -> Any:
+        slots = getattr(self._cache, _SLOTS, None)
         if slots is None:
             slots = {}
-            setattr(self._cache, _INDEX, slots)
-        key = (self._owner, slot, keys.shape[1], keys.shape[3])
+            setattr(self._cache, _SLOTS, slots)
         if key not in slots:
             slots[key] = len(self._cache.layers)
             self._cache.layers.append(_layer_like(host))
-            return self._cache.layers[slots[key]], True
-        return self._cache.layers[slots[key]], False
+        return self._cache.layers[slots[key]]
 
-    def _check(self, slot: object, layer: Any, length: int, seen: Any, fresh: bool) -> None:
-        if seen is None or (isinstance(seen, Tensor) and (not fresh or torch.compiler.is_compiling())):
-            return  # reading the length of a static cache would wait for the device: only done for a new slot
-        before, own = int(seen) - length, 0 if fresh else layer.get_seq_length()
+    def _check(self, slot: object, layer: Any, length: int, seen: Any) -> None:
+        # Reading the length of a static cache waits for the device: only done for an empty slot.
+        if seen is None or (isinstance(seen, Tensor) and (layer.started or torch.compiler.is_compiling())):
+            return
+        before, own = int(seen) - length, layer.get_seq_length() if layer.started else 0
         if before != own:
             raise UnsupportedError(
                 f"the generation cache holds {before} earlier tokens, of which the active adapter {slot} has seen {own}: "

@@ -119,10 +119,10 @@ _WAV2VEC2 = ("Wav2Vec2", "Hubert", "WavLM", "UniSpeech", "UniSpeechSat", "SEW", 
 
 STRUCTURES: tuple[Structure, ...] = (
     Structure(
-        "xmod, post-LN: a language adapter stands between the residual sum and the norm",
+        "xmod, post-LN: a language adapter, with the same dropout module, stands between the residual sum and the norm",
         "attention intermediate output [crossattention]",
         BlockSites(
-            "post", "attention", "attention.output.dropout", "intermediate", "output.dropout",
+            "post", "attention", "attention.output.dropout", "intermediate", "output.dense",
             output="output.LayerNorm", residual="output",
         ),
         inner="attention.output.LayerNorm",
@@ -132,7 +132,7 @@ STRUCTURES: tuple[Structure, ...] = (
         "xmod, pre-LN",
         "attention intermediate output [crossattention]",
         BlockSites(
-            "pre", "attention.self", "attention.output.dropout", "intermediate", "output.dropout",
+            "pre", "attention.self", "attention.output.dropout", "intermediate", "output.dense",
             residual="output", input_norm="attention.output.LayerNorm",
         ),
         flags={"pre_norm": True},

@@ -233,7 +233,7 @@ class MultiTaskModel(nn.Module):
         self.trains_base = joint or method == "full"
         self.width: int = base.config.hidden_size
         # The pooler is not used: heads read the pooled hidden states. It rests, also where the base is trained.
-        self._base = {name: p for name, p in base.named_parameters()}
+        self._base = dict(base.named_parameters())
         self._added: dict[str, dict[str, nn.Parameter]] = {}
         self._active: str | None = None
         self._host: _Host
@@ -285,6 +285,10 @@ class MultiTaskModel(nn.Module):
         for parameter in chosen.values():
             parameter.requires_grad_(True)
         return chosen
+
+    def set_head_bias(self, task: str, value: float) -> None:
+        """Sets the bias of the head of a task."""
+        nn.init.constant_(cast("nn.Linear", self.heads[task]).bias, value)
 
     def forward(self, task: str, inputs: Mapping[str, Tensor], *, choices: int = 1) -> Tensor:
         """Logits of a batch of one task.

@@ -137,7 +137,11 @@ _SPECS = (
         metrics=("accuracy", "f1"),
     ),
     TaskSpec(
-        "qqp", "glue", ("question1", "question2"), label_names=("not_duplicate", "duplicate"), metrics=("accuracy", "f1")
+        "qqp",
+        "glue",
+        ("question1", "question2"),
+        label_names=("not_duplicate", "duplicate"),
+        metrics=("accuracy", "f1"),
     ),
     TaskSpec(
         "stsb",

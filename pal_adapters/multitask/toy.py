@@ -20,7 +20,9 @@ from .tasks import TaskDataError, TaskSpec
 TOY_TASKS: dict[str, TaskSpec] = {
     spec.name: spec
     for spec in (
-        TaskSpec("acceptability", "toy", ("sentence",), label_names=("unacceptable", "acceptable"), metrics=("matthews",)),
+        TaskSpec(
+            "acceptability", "toy", ("sentence",), label_names=("unacceptable", "acceptable"), metrics=("matthews",)
+        ),
         TaskSpec("entailment", "toy", ("premise", "hypothesis"), label_names=("entailment", "not_entailment")),
         TaskSpec("sentiment", "toy", ("sentence",), label_names=("negative", "positive")),
         TaskSpec(
@@ -54,8 +56,8 @@ class Words:
 WORDS = {
     "train": Words(
         people=(
-            "nurse", "pilot", "farmer", "lawyer", "singer", "baker", "guard", "painter", "teacher", "sailor", "student",
-            "doctor", "hunter", "poet", "miner", "waiter",
+            "nurse", "pilot", "farmer", "lawyer", "singer", "baker", "guard", "painter", "teacher", "sailor",
+            "student", "doctor", "hunter", "poet", "miner", "waiter",
         ),
         things=(
             "soup", "hotel", "film", "concert", "novel", "lecture", "camera", "garden", "breakfast", "tour", "phone",
@@ -65,14 +67,16 @@ WORDS = {
         actions=("wait", "rest", "shout", "work", "jump", "laugh", "pray", "talk"),
         sizes=("tall", "young", "tired", "happy", "angry", "quiet", "rich", "clever"),
         good=(
-            "delightful", "excellent", "charming", "superb", "lovely", "brilliant", "enjoyable", "wonderful", "pleasant",
-            "great", "amazing", "beautiful",
+            "delightful", "excellent", "charming", "superb", "lovely", "brilliant", "enjoyable", "wonderful",
+            "pleasant", "great", "amazing", "beautiful",
         ),
         bad=(
             "awful", "boring", "terrible", "dreadful", "disgusting", "poor", "horrible", "unpleasant", "bad", "dull",
             "annoying", "ugly",
         ),
-        places=("at the station", "in the park", "near the river", "at the market", "in the library", "at the harbour"),
+        places=(
+            "at the station", "in the park", "near the river", "at the market", "in the library", "at the harbour",
+        ),
         times=("on Monday", "in the morning", "last winter", "at noon", "on Sunday", "last week"),
     ),
     "test": Words(
@@ -135,7 +139,7 @@ def _make(spec: TaskSpec, words: Words, size: int, rng: np.random.Generator) -> 
     }
     columns["label"] = [items[i][1] for i in order]
     value = datasets.Value("float64" if spec.is_regression else "int64")
-    features = datasets.Features({**{column: datasets.Value("string") for column in spec.text_columns}, "label": value})
+    features = datasets.Features({column: datasets.Value("string") for column in spec.text_columns} | {"label": value})
     return datasets.Dataset.from_dict(columns, features=features)
 
 
@@ -234,8 +238,8 @@ def _inference(words: Words, rng: np.random.Generator) -> tuple[str, str, bool]:
     if kind == 2:
         said = (f"the {subject} {event}.", f"the {subject} did not {verb} the {other} {place}.")
         meant = (f"it is true that the {subject} {event}.", f"it is false that the {subject} {event}.")
-        one, two = (int(i) for i in rng.integers(2, size=2))
-        return said[one], meant[two], one == two
+        denied, false = (int(i) for i in rng.integers(2, size=2))
+        return said[denied], meant[false], denied == false
     kept = bool(rng.integers(2))
     patient, agent = (other, subject) if kept else (subject, other)
     return f"the {subject} {event}.", f"the {patient} was {verb}ed by the {agent} {place}.", kept

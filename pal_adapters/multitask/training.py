@@ -74,9 +74,9 @@ class EncodedSplit:
         groups: For each row the key of its question, where a metric needs it.
     """
 
-    inputs: list[list[Mapping[str, Any]]]
+    inputs: list[list[dict[str, Any]]]
     labels: list[int] | list[float]
-    groups: list[Hashable] | None = None
+    groups: Sequence[Hashable] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -198,9 +198,7 @@ def _score(spec: TaskSpec, split: EncodedSplit, predictions: list[Any]) -> dict[
     return TaskMetric(spec).compute(predictions=predictions, references=split.labels, **options)
 
 
-def fit(
-    model: MultiTaskModel, tasks: Sequence[TaskData], config: TrainingConfig, batches: BatchMaker
-) -> FitResult:
+def fit(model: MultiTaskModel, tasks: Sequence[TaskData], config: TrainingConfig, batches: BatchMaker) -> FitResult:
     """Trains the modules of the tasks, and the base if the model says so, and leaves the best epoch in the model.
 
     AdamW with linear warm-up and decay. Every step takes a batch of one task. With one task, an epoch is a pass over
@@ -219,7 +217,7 @@ def fit(
     sizes = [len(task.train) for task in tasks]
     for task in tasks:
         if task.spec.is_regression:  # start from the mean instead of learning it step by step
-            torch.nn.init.constant_(model.heads[task.spec.name].bias, float(np.mean(task.train.labels)))
+            model.set_head_bias(task.spec.name, float(np.mean(task.train.labels)))
     parameters = model.prepare_training(names)
     optimizer = torch.optim.AdamW(
         [

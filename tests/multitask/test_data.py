@@ -130,7 +130,7 @@ def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
     write_task(tmp_path / "rte", RTE, ".jsonl.gz")
     with pytest.raises(TaskDataError) as error:
         load_task("rte", tmp_path)
-    assert "both" in one_line(error) and "train.jsonl.gz exist; keep one of them" in one_line(error)
+    assert f"both {tmp_path / 'rte' / 'train.jsonl'} and train.jsonl.gz exist; keep one of them" in one_line(error)
 
 
 @pytest.mark.parametrize(
@@ -193,16 +193,17 @@ def test_broken_gzip(tmp_path: Path, damage: str) -> None:
     assert str(path) in one_line(error)
 
 
-def test_columns_that_the_reader_cannot_unite(tmp_path: Path) -> None:
-    rows = [RTE[0] | {"extra": 1}, RTE[1] | {"extra": {"a": 1}}]
-    write_task(tmp_path / "rte", rows)
-    try:
-        _, splits = load_task("rte", tmp_path)
-    except TaskDataError as error:
-        assert "datasets cannot read" in str(error)
-        assert "\n" not in str(error)
-    else:  # newer readers keep such columns
-        assert splits["train"]["label"][:] == [0, 1]
+def test_columns_that_the_reader_cannot_unite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_task(tmp_path / "rte", RTE)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("generation failed") from TypeError("cannot cast\nthis to that")
+
+    monkeypatch.setattr(datasets, "load_dataset", fails)  # how it ends depends on the version of the reader
+    with pytest.raises(TaskDataError) as error:
+        load_task("rte", tmp_path)
+    assert one_line(error).startswith(f"datasets cannot read {tmp_path / 'rte' / 'train.jsonl'}")
+    assert one_line(error).endswith("(cannot cast)")
 
 
 def hub(rows: list[dict[str, Any]], label: Any, splits: tuple[str, ...] = ("train", "validation", "test")) -> Any:
@@ -222,9 +223,9 @@ def test_without_a_folder_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> N
     assert list(splits) == ["train", "validation"]
     assert splits["train"].features["label"] == datasets.Value("int64")
     assert spec.full_name == "glue/rte"
-    load_task_again = pytest.raises(TaskDataError, load_task, "super_glue/rte")  # these are not its columns
+    with pytest.raises(TaskDataError, match=r"aps/super_glue \(rte, train\): row 1 has no column 'premise'"):
+        load_task("super_glue/rte")  # the rows have the columns of the other one
     assert asked[1] == ("aps/super_glue", "rte")
-    assert "aps/super_glue (rte, train): row 1 has no column 'premise'" in str(load_task_again.value)
 
 
 def test_troubles_with_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

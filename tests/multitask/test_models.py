@@ -45,7 +45,9 @@ def disturb(model: MultiTaskModel, tasks: list[str], size: float = 0.3) -> None:
 
 
 @pytest.mark.parametrize(("method", "host"), CASES)
-def test_new_tasks_leave_the_pooled_states_alone(tiny_encoder: str, inputs: Any, method: str, host: str | None) -> None:
+def test_new_tasks_leave_the_pooled_states_alone(
+    tiny_encoder: str, inputs: Any, method: str, host: str | None
+) -> None:
     """A mean over the tokens that are not padding, of the hidden states of the base itself."""
     model = make(tiny_encoder, method, host)
     model.add_task(get_task("rte"))
@@ -94,7 +96,9 @@ def test_what_is_trained(tiny_encoder: str, inputs: Any, method: str, host: str 
     base = {id(p) for _, p in model.base_parameters()}
     for name, parameter in model.named_parameters():
         in_base = id(parameter) in base
-        wanted = "pooler" not in name if in_base and model.trains_base else any(parameter is p for p in chosen.values())
+        wanted = (
+            "pooler" not in name if in_base and model.trains_base else any(parameter is p for p in chosen.values())
+        )
         assert parameter.requires_grad == wanted, name
         if wanted and "LayerNorm.base_layer" not in name:  # Houlsby has norms of its own in their place
             assert parameter.grad is not None, name
@@ -147,9 +151,7 @@ def test_saved_tasks_are_restored(
         model.save_base(tmp_path / "base")
         start = str(tmp_path / "base")
     options = {} if method not in SIZED_METHODS else {"hidden_size": 12}
-    again = MultiTaskModel(
-        AutoModel.from_pretrained(start), method=method, host=host, joint=joint, **options
-    ).eval()
+    again = MultiTaskModel(AutoModel.from_pretrained(start), method=method, host=host, joint=joint, **options).eval()
     for name in names:
         again.load_task(get_task(name), tmp_path)
     with torch.no_grad():

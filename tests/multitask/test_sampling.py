@@ -16,7 +16,8 @@ EXPECTED = {
 
 @pytest.mark.parametrize("epoch", EXPECTED)
 def test_published_schedule(epoch: int) -> None:
-    np.testing.assert_allclose(task_probabilities(SIZES, annealed_alpha(epoch, 25)), EXPECTED[epoch], rtol=0, atol=1e-4)
+    probabilities = task_probabilities(SIZES, annealed_alpha(epoch, 25))
+    np.testing.assert_allclose(probabilities, EXPECTED[epoch], rtol=0, atol=1e-4)
 
 
 def test_ends_of_the_schedule() -> None:

@@ -133,7 +133,7 @@ def test_wsc_marks_the_pronoun_by_its_word_number() -> None:
 @pytest.mark.parametrize("index", [6, -1, "4", None, True])
 def test_wsc_refuses_a_word_number_outside_of_the_text(index: object) -> None:
     row = {"text": "He told Bob that he lost.", "span1_text": "Bob", "span2_text": "he", "span2_index": index}
-    with pytest.raises(TaskDataError, match="span2_index.*allowed: 0 to 5"):
+    with pytest.raises(TaskDataError, match=r"span2_index.*allowed: 0 to 5"):
         get_task("wsc").segments(row)
 
 

@@ -13,8 +13,8 @@ def save_tiny_encoder(folder: Path) -> str:
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     letters = string.ascii_lowercase + string.digits + string.punctuation
-    words = "the a is are was not all some no did has have and of in it".split()
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{c}" for c in letters), *words[2:], "the"]
+    words = ["the", "is", "are", "was", "not", "all", "some", "no", "did", "has", "have", "in", "it"]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{c}" for c in letters), *words]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     raw = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     raw.normalizer = normalizers.BertNormalizer(lowercase=True)

@@ -1,17 +1,20 @@
-"""Tiny models of the `adapters` host."""
+"""Tiny models of the `adapters` host, built once a module and copied for each test."""
 
 from __future__ import annotations
 
+import copy
 import os
 import pathlib
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
+from typing import Any
 
 import adapters
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import BertConfig, BertModel
 
 import pal_adapters  # noqa: F401  registers the methods
@@ -19,6 +22,58 @@ import pal_adapters  # noqa: F401  registers the methods
 ROOT = pathlib.Path(__file__).parents[3]
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+def tiny_config(**changes: Any) -> BertConfig:
+    settings = dict(vocab_size=40, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=32)
+    return BertConfig(**{**settings, **changes})
+
+
+def randomise(model: nn.Module, *names: str, std: float = 0.2) -> None:
+    """Random weights in every tensor of adapters that may start as the identity."""
+    for name in names:
+        for modules in model.get_adapter(name).values():
+            for module in modules.values():
+                for parameter in module.parameters():
+                    nn.init.normal_(parameter, std=std)
+
+
+@pytest.fixture(scope="session")
+def plain_bert() -> nn.Module:
+    """A `BertModel` without adapters, 3 blocks of width 24, in evaluation mode."""
+    torch.manual_seed(7)
+    model = BertModel(tiny_config()).eval()
+    for name, parameter in model.named_parameters():  # away from the even start, so that a swap of tensors shows
+        nn.init.normal_(parameter, mean=float("LayerNorm.weight" in name), std=0.2)
+    adapters.init(model)
+    return model
+
+
+@pytest.fixture
+def bert(plain_bert: nn.Module) -> nn.Module:
+    """A copy that the test may change."""
+    return copy.deepcopy(plain_bert)
+
+
+@pytest.fixture(scope="session")
+def batch() -> dict[str, torch.Tensor]:
+    """Four rows of six tokens, two of them padded."""
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.ones(4, 6, dtype=torch.long)
+    mask[1, 4:] = 0
+    mask[2, 2:] = 0
+    return {"input_ids": torch.randint(0, 40, (4, 6), generator=generator), "attention_mask": mask}
+
+
+@pytest.fixture
+def python(tmp_path: pathlib.Path) -> Callable[[str], str]:
+    """Runs code in a new process, in the test's folder, and gives what it prints."""
+
+    def run(code: str) -> str:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+            capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

@@ -73,6 +73,12 @@ class Block:
         self.h1 = x
         self.norm: Callable[[Tensor], Tensor] = lambda t: t
 
+    def part(self, rows: slice | list[int] = slice(None), tokens: slice = slice(None)) -> Block:
+        """The same block for some rows or tokens."""
+        block = Block(self.index, self.x[rows, tokens], self.mask[rows, tokens])
+        block.h1, block.norm = self.h1[rows, tokens], self.norm
+        return block
+
 
 Change = Callable[[Block, Tensor], Tensor]
 

@@ -1,0 +1,676 @@
+"""Tiny random models of every kind that is found by itself, and plain-torch references of the methods on them.
+
+The table says, by hand and independently of `pal_adapters`, where a block's sums are: nothing here imports the package's
+own table. `reference` adds a method's term with hooks of its own, at other places than the package does.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+# Warnings of the hosts that no test of ours can help, for `pytestmark`.
+HOST_WARNINGS = [
+    # peft 0.21 asks transformers 5 for the old name.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # transformers 4.57, DeBERTa, torch 2.13
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+    # transformers 4.57, ModernBERT, torch 2.13
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
+_NAMES = frozenset(dir(transformers))
+V5 = int(transformers.__version__.partition(".")[0]) >= 5
+Hook = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Where the sums of a block are.
+
+    Attributes:
+        norm: post-LN: the last norm, whose input is `h1 + o2`; pre-LN: the norm in front of attention ("" for none).
+        o1: the module whose output is the attention branch.
+        ffn: the module whose input is the feed-forward input.
+        o2: a linear (or mixture) behind which the feed-forward output is only scaled or dropped out.
+        pre: whether the block is pre-LN: its output is then `h1 + o2`.
+    """
+
+    norm: str
+    o1: str
+    ffn: str
+    o2: str
+    pre: bool = True
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stack of blocks: its path, how its blocks are built and what its self-attention sees."""
+
+    path: str
+    spec: Spec
+    causal: bool = False
+    windows: tuple[int | None, ...] = (None,)  # of the blocks in turn
+    part: str = "text"  # "text", "decoder", "vision", "audio", "encoder"
+
+
+@dataclass(frozen=True)
+class Host:
+    """One kind of model."""
+
+    name: str
+    model: str
+    config: dict[str, Any]
+    stacks: tuple[Stack, ...]
+    sub: dict[str, dict[str, Any]] = field(default_factory=dict)  # configs inside the config
+    final_norm: bool = True  # last_hidden_state is behind the final norm (pre-LN)
+    length: int = 9
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def available(self) -> bool:
+        return self.model in _NAMES  # without importing it
+
+    def build_config(self, **changes: Any) -> Any:
+        cls = getattr(transformers, self.model)
+        values = {**self.config, **changes}
+        for name, part in self.sub.items():
+            values[name] = {**part}
+        config_class = cls.config_class
+        return config_class(**values)
+
+    @functools.cached_property
+    def _built(self) -> nn.Module:
+        torch.manual_seed(1)
+        model = getattr(transformers, self.model)(self.build_config()).eval()
+        randomise(model)
+        return model
+
+    def build(self, **changes: Any) -> Any:
+        """An own copy of the model, in eval mode; with `changes` to its config, a new one."""
+        if not changes:
+            return copy.deepcopy(self._built)
+        torch.manual_seed(1)
+        model = getattr(transformers, self.model)(self.build_config(**changes)).eval()
+        randomise(model)
+        return model
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the model is a decoder without an encoder."""
+        return len(self.stacks) == 1 and self.stacks[0].causal and self.stacks[0].part == "text"
+
+    @property
+    def padded(self) -> bool:
+        return self.stacks[0].part in ("text", "encoder")
+
+    def inputs(self, *, padding: bool = True, batch: int = 3) -> dict[str, Tensor]:
+        """Inputs of the model; decoders are padded on the left, encoders on the right."""
+        generator = torch.Generator().manual_seed(7)
+        n = self.length
+        ids = torch.randint(4, 40, (batch, n), generator=generator)
+        mask = torch.ones(batch, n, dtype=torch.long)
+        if padding and self.padded:
+            for row in range(1, batch):
+                pads = min(2 * row, n - 2)
+                where = slice(0, pads) if self.decodes else slice(n - pads, n)
+                mask[row, where] = 0
+                ids[row, where] = 1
+        parts = {stack.part for stack in self.stacks}
+        inputs: dict[str, Tensor] = {}
+        if "vision" in parts:
+            inputs["pixel_values"] = torch.randn(batch, 3, 8, 8, generator=generator)
+        if "audio" in parts:
+            if "whisper" in self.name:
+                inputs["input_features"] = torch.randn(batch, 8, 20, generator=generator)
+            else:
+                inputs["input_values"] = torch.randn(batch, 400, generator=generator)
+        if parts & {"text", "encoder"}:
+            inputs["input_ids"] = ids
+            inputs["attention_mask"] = mask
+        if "decoder" in parts:
+            inputs["decoder_input_ids"] = torch.randint(4, 40, (batch, 6), generator=generator)
+        return inputs
+
+    def keep(self, stack: Stack, index: int, inputs: dict[str, Tensor], length: int) -> Tensor:
+        """`[b, 1, q, k]`: which keys a query of block `index` sees, built from what the user passed."""
+        batch = next(iter(inputs.values())).shape[0]
+        keep = torch.ones(batch, 1, length, length, dtype=torch.bool)
+        mask = None
+        if stack.part in ("text", "encoder"):
+            mask = inputs.get("attention_mask")
+        elif stack.part == "decoder":
+            mask = inputs.get("decoder_attention_mask")
+        if mask is not None:
+            keep &= mask.bool()[:, None, None, :]
+        i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
+        window = stack.windows[index % len(stack.windows)]
+        if stack.causal:
+            keep &= j <= i
+            if window is not None:
+                keep &= j > i - window
+        elif window is not None:
+            keep &= (i - j).abs() <= window
+        return keep
+
+    def real(self, inputs: dict[str, Tensor], output: str = "") -> Tensor | None:
+        """`[b, n]`: where an output means something, None for everywhere."""
+        if "attention_mask" in inputs and (len(self.stacks) == 1 or output.startswith("encoder")):
+            return inputs["attention_mask"].bool()
+        return None
+
+
+def randomise(module: nn.Module, std: float = 0.6, seed: int = 3) -> None:
+    """Weights and biases that make every part of a model matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                fan = parameter.shape[-1] if parameter.dim() == 3 else parameter[0].numel()  # experts come in threes
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std / math.sqrt(fan))
+            else:
+                # Weights of norms start near 1, biases and RMS weights of Gemma near 0.
+                centre = parameter.float().mean().round().clamp(0, 1)
+                parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def resolve(module: nn.Module, path: str) -> nn.Module:
+    for part in path.split(".") if path else ():
+        module = module[int(part)] if part.lstrip("-").isdigit() else getattr(module, part)  # type: ignore[index]
+    return module
+
+
+# References
+
+
+def linear(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
+    y = x @ w[f"{name}.weight"].T
+    return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+
+
+def attention(x: Tensor, w: dict[str, Tensor], prefix: str, keep: Tensor, heads: int) -> Tensor:
+    """Multi-head attention without an output projection, one head after the other."""
+    q, k, v = (linear(x, w, prefix + part) for part in ("query", "key", "value"))
+    size = q.shape[-1] // heads
+    out = []
+    for head in range(heads):
+        part = slice(head * size, (head + 1) * size)
+        scores = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(size)
+        # Not -inf: a row of padding that sees nothing must not be NaN.
+        scores = scores.masked_fill(~keep[:, 0], -1e30)
+        out.append(scores.softmax(-1) @ v[..., part])
+    return torch.cat(out, dim=-1)
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def pal(x: Tensor, w: dict[str, Tensor], keep: Tensor, *, heads: int = 2) -> Tensor:
+    term = gelu(linear(attention(linear(x, w, "encoder"), w, "", keep, heads), w, "decoder"))
+    return 2 * torch.sigmoid(w["rho"]) * term if "rho" in w else term
+
+
+def low_rank(x: Tensor, w: dict[str, Tensor], prefix: str = "") -> Tensor:
+    term = linear(gelu(linear(x, w, prefix + "encoder")), w, prefix + "decoder")
+    return 2 * torch.sigmoid(w["rho"]) * term if "rho" in w else term
+
+
+def layer_norm(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
+    mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+    return (x - mean) / (var + 1e-12).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def top_attention(y: Tensor, w: dict[str, Tensor], keep: Tensor, *, layers: int, heads: int) -> Tensor:
+    u = linear(y, w, "encoder")
+    for i in range(layers):
+        mixed = linear(attention(u, w, f"layers.{i}.", keep, heads), w, f"layers.{i}.dense")
+        u = layer_norm(u + mixed, w, f"layers.{i}.LayerNorm")
+    return linear(u, w, "decoder")
+
+
+def top_bert_layer(y: Tensor, w: dict[str, Tensor], keep: Tensor, *, heads: int) -> Tensor:
+    mixed = linear(attention(y, w, "attention.", keep, heads), w, "attention.dense")
+    h = layer_norm(y + mixed, w, "attention.LayerNorm")
+    return layer_norm(h + linear(gelu(linear(h, w, "intermediate")), w, "dense"), w, "LayerNorm")
+
+
+class _Block:
+    """Hooks that do by hand, in one block of a plain model, what a method does."""
+
+    def __init__(self, host: Host, stack: Stack, index: int, block: nn.Module, inputs: dict[str, Tensor]) -> None:
+        self.host, self.stack, self.index, self.block, self.inputs = host, stack, index, block, inputs
+        self.x: Tensor | None = None
+        self.h: Tensor | None = None
+
+    def at(self, path: str) -> nn.Module:
+        return resolve(self.block, path)
+
+    def keep(self, x: Tensor) -> Tensor:
+        return self.host.keep(self.stack, self.index, self.inputs, x.shape[1])
+
+    def read(self, raw: bool) -> Tensor:
+        assert self.x is not None
+        spec = self.stack.spec
+        return self.x if raw or not spec.pre or not spec.norm else self.at(spec.norm)(self.x)
+
+    def input(self, raw: bool = False) -> Tensor:
+        return self.read(raw)
+
+    def catch(self, path: str, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            setattr(self, name, args[0] if args else next(iter(kwargs.values())))
+
+        return self.at(path).register_forward_pre_hook(hook, with_kwargs=True)
+
+    def add(self, term: Callable[[], Tensor]) -> Any:
+        """Adds to the residual sum: in front of the last norm, or to the block's output."""
+        if not self.stack.spec.pre:
+            return self.at(self.stack.spec.norm).register_forward_pre_hook(lambda m, args: (args[0] + term(),))
+        return self.block.register_forward_hook(
+            lambda m, a, out: (out[0] + term(), *out[1:]) if isinstance(out, tuple) else out + term()
+        )
+
+    def change(self, path: str, function: Callable[[Tensor], Tensor]) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> Any:
+            return type(out)([function(out[0]), *out[1:]]) if isinstance(out, (tuple, list)) else function(out)
+
+        return self.at(path).register_forward_hook(hook)
+
+    def hooks(self, method: str, w: dict[str, Tensor], **options: Any) -> list[Any]:
+        spec, raw = self.stack.spec, options.pop("raw", False)
+        handles = [self.catch("", "x"), self.catch(spec.ffn, "h")]
+        if method == "pal":
+            handles.append(self.add(lambda: pal(x := self.input(raw), w, self.keep(x), **options)))
+        elif method == "low_rank":
+            handles.append(self.add(lambda: low_rank(self.input(raw), w)))
+        elif method == "lhuc":
+            scale = 2 * torch.sigmoid(w["rho"])
+            handles.append(self.change(spec.o2 if spec.pre else spec.norm, lambda value: value * scale))
+        elif method in ("parallel_houlsby", "houlsby_pal"):
+            handles.append(self.change(spec.o1, lambda o1: o1 + low_rank(o1, w, "attention.")))
+            if method == "parallel_houlsby":
+                handles.append(self.add(lambda: low_rank(self.shaped_h(), w, "ffn.")))
+            else:
+                own = {k.removeprefix("pal."): v for k, v in w.items()}
+                handles.append(self.add(lambda: pal(h := self.shaped_h(), own, self.keep(h), **options)))
+        else:
+            raise ValueError(method)
+        return handles
+
+    def shaped_h(self) -> Tensor:
+        assert self.h is not None
+        assert self.x is not None
+        return self.h.view(self.x.shape)
+
+
+def weights_of(block: nn.Module, method: str, adapter: str = "default") -> dict[str, Tensor]:
+    """Copies of the tensors of one adapter in one block."""
+    return {k: v.detach().clone() for k, v in getattr(block, method).units[adapter].weights().items()}
+
+
+def blocks_of(model: nn.Module, stack: Stack) -> list[nn.Module]:
+    return list(resolve(model, stack.path))  # type: ignore[call-overload]
+
+
+@contextmanager
+def by_hand(
+    host: Host, plain: nn.Module, adapted: nn.Module, method: str, inputs: dict[str, Tensor], **options: Any
+) -> Iterator[None]:
+    """Within it, `plain` computes what `adapted` should, with hooks that this file adds."""
+    handles: list[Any] = []
+    try:
+        for stack in host.stacks:
+            pairs = zip(blocks_of(plain, stack), blocks_of(adapted, stack), strict=True)
+            for index, (block, source) in enumerate(pairs):
+                hooks = _Block(host, stack, index, block, inputs).hooks(method, weights_of(source, method), **options)
+                handles += hooks
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def outputs_of(output: Any) -> dict[str, Tensor]:
+    """The hidden states (or logits) that a model returns."""
+    names = ("last_hidden_state", "logits", "encoder_last_hidden_state", "text_embeds", "image_embeds")
+    return {name: output[name] for name in names if isinstance(output.get(name), Tensor)}
+
+
+def difference(a: Tensor, b: Tensor, real: Tensor | None = None) -> float:
+    if real is not None and a.shape[:2] == real.shape:
+        a, b = a[real], b[real]
+    return float((a.float() - b.float()).abs().max())
+
+
+# The table
+
+_BERT = Spec("output.LayerNorm", "attention.output.dropout", "intermediate", "output.dense", pre=False)
+_LLAMA = Spec("input_layernorm", "self_attn", "mlp", "mlp")
+_GPT2 = Spec("ln_1", "attn", "mlp", "mlp")
+_CLIP = Spec("layer_norm1", "self_attn", "mlp", "mlp")
+_BART = Spec("final_layer_norm", "self_attn", "fc1", "fc2", pre=False)
+_MBART = Spec("self_attn_layer_norm", "self_attn", "fc1", "fc2")
+_T5 = Spec("layer.0.layer_norm", "layer.0.dropout", "layer.-1.DenseReluDense", "layer.-1.DenseReluDense")
+_GEMMA = Spec("input_layernorm", "post_attention_layernorm", "mlp", "post_feedforward_layernorm")
+_VIT = Spec(
+    "layernorm_before", "attention", "mlp" if V5 else "intermediate", "mlp" if V5 else "output.dense"
+)
+_DINOV2 = Spec("norm1", "layer_scale1", "mlp", "layer_scale2")
+_WAV2VEC2 = Spec("final_layer_norm", "dropout", "feed_forward", "feed_forward", pre=False)
+_WAV2VEC2_PRE = Spec("layer_norm", "dropout", "feed_forward", "feed_forward")
+
+_TEXT = dict(
+    vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=36,
+    max_position_embeddings=40, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3, pad_token_id=1,
+)  # fmt: skip
+_DECODER = dict(
+    vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
+    intermediate_size=36, max_position_embeddings=64, attention_dropout=0.3, pad_token_id=1, bos_token_id=2, eos_token_id=3,
+)  # fmt: skip
+_SEQ2SEQ = dict(
+    vocab_size=40, d_model=24, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+    encoder_ffn_dim=36, decoder_ffn_dim=36, max_position_embeddings=40, dropout=0.3, attention_dropout=0.3,
+    activation_dropout=0.3, pad_token_id=1, bos_token_id=2, eos_token_id=3, decoder_start_token_id=2,
+    encoder_layerdrop=0.0, decoder_layerdrop=0.0, forced_eos_token_id=None,
+)  # fmt: skip
+_VISION = dict(
+    hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=36, image_size=8, patch_size=4,
+    hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3,
+)  # fmt: skip
+_AUDIO = dict(
+    vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=36,
+    hidden_dropout=0.3, attention_dropout=0.3, activation_dropout=0.3, feat_proj_dropout=0.0, layerdrop=0.0,
+    conv_dim=(8, 8), conv_kernel=(10, 3), conv_stride=(5, 2), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
+    num_conv_pos_embedding_groups=2, apply_spec_augment=False,
+)  # fmt: skip
+_CLIP_TEXT = dict(
+    vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=36,
+    max_position_embeddings=40, attention_dropout=0.3, eos_token_id=39, bos_token_id=2, pad_token_id=1,
+)  # fmt: skip
+_CLIP_VISION = dict(
+    hidden_size=36, num_hidden_layers=3, num_attention_heads=2, intermediate_size=36, image_size=8, patch_size=4,
+    attention_dropout=0.3,
+)  # fmt: skip
+
+
+def _encoder(name: str, model: str, path: str, spec: Spec = _BERT, **config: Any) -> Host:
+    return Host(name, model, {**_TEXT, **config}, (Stack(path, spec),))
+
+
+def _decoder(
+    name: str, model: str, path: str, spec: Spec = _LLAMA, windows: tuple[int | None, ...] = (None,), **config: Any
+) -> Host:
+    values = {**_DECODER, **config}
+    values = {k: v for k, v in values.items() if v is not ...}
+    return Host(name, model, values, (Stack(path, spec, causal=True, windows=windows),))
+
+
+def _seq2seq(name: str, model: str, spec: Spec, encoder: str = "encoder.layers", **config: Any) -> Host:
+    stacks = (
+        Stack(encoder, spec, part="encoder"),
+        Stack(encoder.replace("encoder", "decoder"), spec, causal=True, part="decoder"),
+    )
+    return Host(name, model, {**_SEQ2SEQ, **config}, stacks)
+
+
+_SLIDING = 4
+_GPT = dict(
+    vocab_size=40, n_embd=24, n_layer=2, n_head=2, n_positions=64, n_inner=36, resid_pdrop=0.3, attn_pdrop=0.3,
+    embd_pdrop=0.3, pad_token_id=1, bos_token_id=2, eos_token_id=3,
+)  # fmt: skip
+_LOCAL = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=_SLIDING)
+
+HOSTS: tuple[Host, ...] = (
+    # Post-LN encoders
+    _encoder("bert", "BertModel", "encoder.layer"),
+    _encoder("roberta", "RobertaModel", "encoder.layer"),
+    _encoder("xlm-roberta", "XLMRobertaModel", "encoder.layer"),
+    _encoder("camembert", "CamembertModel", "encoder.layer"),
+    _encoder("electra", "ElectraModel", "encoder.layer", embedding_size=12),
+    _encoder("bert-generation", "BertGenerationEncoder", "encoder.layer"),
+    _encoder("roformer", "RoFormerModel", "encoder.layer", embedding_size=24),
+    _encoder("ernie", "ErnieModel", "encoder.layer"),
+    _encoder("rembert", "RemBertModel", "encoder.layer", input_embedding_size=12),
+    _encoder(
+        "deberta", "DebertaModel", "encoder.layer", relative_attention=True, pos_att_type=["c2p", "p2c"],
+        max_relative_positions=8, position_biased_input=False,
+    ),
+    _encoder(
+        "deberta-v2", "DebertaV2Model", "encoder.layer", relative_attention=True, pos_att_type=["c2p", "p2c"],
+        position_buckets=8, norm_rel_ebd="layer_norm", share_att_key=True, position_biased_input=False,
+    ),
+    _encoder(
+        "mpnet", "MPNetModel", "encoder.layer",
+        Spec("output.LayerNorm", "attention.dropout", "intermediate", "output.dense", pre=False),
+    ),
+    Host(
+        "distilbert",
+        "DistilBertModel",
+        dict(vocab_size=40, dim=24, n_layers=2, n_heads=2, hidden_dim=36, max_position_embeddings=40, dropout=0.3,
+             attention_dropout=0.3, pad_token_id=1),
+        (Stack("transformer.layer", Spec("output_layer_norm", "attention", "ffn", "ffn", pre=False)),),
+    ),
+    _encoder(
+        "xmod", "XmodModel", "encoder.layer", languages=("en_XX",), default_language="en_XX", pre_norm=False,
+        ln_before_adapter=True, adapter_reuse_layer_norm=False,
+    ),
+    _encoder(
+        "xmod-pre", "XmodModel", "encoder.layer",
+        Spec("attention.output.LayerNorm", "attention.output.dropout", "intermediate", "output.dense"),
+        languages=("en_XX",), default_language="en_XX", pre_norm=True,
+    ),
+    Host(
+        "openai-gpt",
+        "OpenAIGPTModel",
+        {k: v for k, v in _GPT.items() if k != "n_inner"},
+        (Stack("h", Spec("ln_2", "attn", "mlp", "mlp", pre=False), causal=True),),
+    ),
+    # Pre-LN encoders
+    _encoder(
+        "esm", "EsmModel", "encoder.layer",
+        Spec("attention.LayerNorm", "attention.output.dropout", "intermediate", "output.dense"),
+        mask_token_id=4, token_dropout=False, position_embedding_type="rotary",
+    ),
+    Host(
+        "modernbert",
+        "ModernBertModel",
+        dict(vocab_size=40, hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=36,
+             max_position_embeddings=40, attention_dropout=0.3, mlp_dropout=0.3, embedding_dropout=0.3, pad_token_id=1,
+             local_attention=4, global_attn_every_n_layers=2, cls_token_id=2, sep_token_id=3, bos_token_id=2,
+             eos_token_id=3, **({} if V5 else dict(reference_compile=False))),
+        (Stack("layers", Spec("attn_norm", "attn", "mlp", "mlp"), windows=(None, 2)),),
+    ),
+    # Decoders
+    Host("gpt2", "GPT2LMHeadModel", _GPT, (Stack("transformer.h", _GPT2, causal=True),)),
+    Host(
+        "gpt-bigcode", "GPTBigCodeForCausalLM", {**_GPT, "multi_query": False},
+        (Stack("transformer.h", _GPT2, causal=True),),
+    ),
+    Host(
+        "gpt-neo",
+        "GPTNeoForCausalLM",
+        dict(vocab_size=40, hidden_size=24, num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=2,
+             intermediate_size=36, max_position_embeddings=64, resid_dropout=0.3, attention_dropout=0.3,
+             embed_dropout=0.3, window_size=4, pad_token_id=1, bos_token_id=2, eos_token_id=3),
+        (Stack("transformer.h", _GPT2, causal=True),),
+    ),
+    Host("gptj", "GPTJForCausalLM", {**_GPT, "rotary_dim": 4}, (Stack("transformer.h", _GPT2, causal=True),)),
+    Host(
+        "codegen", "CodeGenForCausalLM", {**_GPT, "rotary_dim": 4, "n_ctx": 64, "n_head": 4},
+        (Stack("transformer.h", _GPT2, causal=True),),
+    ),
+    _decoder(
+        "gpt-neox", "GPTNeoXForCausalLM", "gpt_neox.layers",
+        Spec("input_layernorm", "post_attention_dropout", "mlp", "mlp"), hidden_dropout=0.3, num_key_value_heads=...,
+        head_dim=..., use_parallel_residual=True,
+    ),
+    _decoder(
+        "gpt-neox-sequential", "GPTNeoXForCausalLM", "gpt_neox.layers",
+        Spec("input_layernorm", "post_attention_dropout", "mlp", "mlp"), hidden_dropout=0.3, num_key_value_heads=...,
+        head_dim=..., use_parallel_residual=False,
+    ),
+    _decoder("llama", "LlamaForCausalLM", "model.layers"),
+    _decoder("mistral", "MistralForCausalLM", "model.layers", windows=(_SLIDING,), sliding_window=_SLIDING),
+    _decoder("qwen2", "Qwen2ForCausalLM", "model.layers", head_dim=...),
+    _decoder("qwen3", "Qwen3ForCausalLM", "model.layers", windows=(_SLIDING, None), use_sliding_window=True, **_LOCAL),
+    _decoder("gemma", "GemmaForCausalLM", "model.layers"),
+    _decoder(
+        "gemma2", "Gemma2ForCausalLM", "model.layers", _GEMMA, windows=(_SLIDING, None), query_pre_attn_scalar=6,
+        attn_logit_softcapping=None, **_LOCAL,
+    ),
+    _decoder(
+        "gemma3", "Gemma3ForCausalLM", "model.layers", _GEMMA, windows=(_SLIDING, None), query_pre_attn_scalar=6,
+        **_LOCAL,
+    ),
+    _decoder("granite", "GraniteForCausalLM", "model.layers", residual_multiplier=0.22, head_dim=...),
+    _decoder(
+        "olmo2", "Olmo2ForCausalLM", "model.layers",
+        Spec("", "post_attention_layernorm", "mlp", "post_feedforward_layernorm"), head_dim=...,
+    ),
+    _decoder("olmo", "OlmoForCausalLM", "model.layers", head_dim=...),
+    _decoder(
+        "phi3", "Phi3ForCausalLM", "model.layers", Spec("input_layernorm", "resid_attn_dropout", "mlp", "mlp"),
+        resid_pdrop=0.3, embd_pdrop=0.3, head_dim=..., sliding_window=None,
+    ),
+    _decoder(
+        "phi", "PhiForCausalLM", "model.layers", resid_pdrop=0.3, embd_pdrop=0.3, head_dim=..., num_attention_heads=2,
+    ),
+    _decoder("stablelm", "StableLmForCausalLM", "model.layers", hidden_dropout=0.3, head_dim=...),
+    _decoder(
+        "stablelm-parallel", "StableLmForCausalLM", "model.layers", hidden_dropout=0.3, head_dim=...,
+        use_parallel_residual=True,
+    ),
+    _decoder("cohere", "CohereForCausalLM", "model.layers", head_dim=..., logit_scale=1.0),
+    _decoder("starcoder2", "Starcoder2ForCausalLM", "model.layers", residual_dropout=0.3, head_dim=..., sliding_window=None),
+    _decoder(
+        "qwen2-moe", "Qwen2MoeForCausalLM", "model.layers", num_experts=3, num_experts_per_tok=2,
+        moe_intermediate_size=12, shared_expert_intermediate_size=12, head_dim=...,
+    ),
+    _decoder(
+        "mixtral", "MixtralForCausalLM", "model.layers",
+        _LLAMA if V5 else Spec("input_layernorm", "self_attn", "block_sparse_moe", "block_sparse_moe"),
+        num_local_experts=3, num_experts_per_tok=2, sliding_window=None,
+    ),
+    Host(
+        "opt",
+        "OPTForCausalLM",
+        dict(vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, ffn_dim=36,
+             max_position_embeddings=64, dropout=0.3, attention_dropout=0.3, word_embed_proj_dim=24, pad_token_id=1,
+             bos_token_id=2, eos_token_id=3),
+        (Stack("model.decoder.layers", _MBART, causal=True),),
+    ),
+    Host(
+        "opt-post",
+        "OPTForCausalLM",
+        dict(vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, ffn_dim=36,
+             max_position_embeddings=64, dropout=0.3, attention_dropout=0.3, word_embed_proj_dim=12, pad_token_id=1,
+             bos_token_id=2, eos_token_id=3, do_layer_norm_before=False),
+        (Stack("model.decoder.layers", _BART, causal=True),),
+    ),
+    _decoder(
+        "falcon", "FalconForCausalLM", "transformer.h", Spec("input_layernorm", "self_attention", "mlp", "mlp"),
+        hidden_dropout=0.3, head_dim=..., multi_query=True, parallel_attn=True, new_decoder_architecture=False,
+    ),
+    _decoder(
+        "falcon-sequential", "FalconForCausalLM", "transformer.h",
+        Spec("input_layernorm", "self_attention", "mlp", "mlp"), hidden_dropout=0.3, head_dim=..., multi_query=False,
+        parallel_attn=False, new_decoder_architecture=False, alibi=True,
+    ),
+    _decoder(
+        "falcon-new", "FalconForCausalLM", "transformer.h", Spec("ln_attn", "self_attention", "mlp", "mlp"),
+        hidden_dropout=0.3, head_dim=..., num_kv_heads=2, new_decoder_architecture=True,
+    ),
+    Host(
+        "bloom",
+        "BloomForCausalLM",
+        dict(vocab_size=40, hidden_size=24, n_layer=2, n_head=2, hidden_dropout=0.3, attention_dropout=0.3,
+             pad_token_id=1, bos_token_id=2, eos_token_id=3),
+        (Stack("transformer.h", Spec("input_layernorm", "self_attention.dense", "mlp", "mlp.dense_4h_to_h"), causal=True),),
+    ),
+    # Encoder-decoders
+    _seq2seq("bart", "BartModel", _BART),
+    _seq2seq("plbart", "PLBartModel", _BART),
+    _seq2seq("marian", "MarianModel", _BART),
+    _seq2seq("blenderbot-small", "BlenderbotSmallModel", _BART),
+    _seq2seq("mbart", "MBartModel", _MBART),
+    _seq2seq("pegasus", "PegasusModel", _MBART),
+    _seq2seq("m2m100", "M2M100Model", _MBART),
+    _seq2seq("blenderbot", "BlenderbotModel", _MBART),
+    *(
+        Host(
+            name,
+            model,
+            dict(vocab_size=40, d_model=24, d_kv=6, d_ff=36, num_layers=2, num_decoder_layers=2, num_heads=4,
+                 dropout_rate=0.3, feed_forward_proj=ff, pad_token_id=1, eos_token_id=3, decoder_start_token_id=2,
+                 relative_attention_num_buckets=8),
+            (
+                Stack("encoder.block", _T5, part="encoder"),
+                Stack("decoder.block", _T5, causal=True, part="decoder"),
+            ),
+        )
+        for name, model, ff in (("t5", "T5Model", "relu"), ("mt5", "MT5Model", "gated-gelu"))
+    ),
+    Host(
+        "whisper",
+        "WhisperModel",
+        {**_SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 40, "apply_spec_augment": False},
+        (
+            Stack("encoder.layers", _MBART, part="audio"),
+            Stack("decoder.layers", _MBART, causal=True, part="decoder"),
+        ),
+    ),
+    # Vision and audio
+    Host("vit", "ViTModel", _VISION, (Stack("layers" if V5 else "encoder.layer", _VIT, part="vision"),)),
+    Host("deit", "DeiTModel", _VISION, (Stack("layers" if V5 else "encoder.layer", _VIT, part="vision"),)),
+    Host(
+        "beit", "BeitModel",
+        {**_VISION, "layer_scale_init_value": 0.1, "use_relative_position_bias": True, "drop_path_rate": 0.0,
+         "use_mean_pooling": False},
+        (Stack("layers" if V5 else "encoder.layer", _VIT, part="vision"),),
+    ),
+    Host("dinov2", "Dinov2Model", {**_VISION, "mlp_ratio": 1}, (Stack("encoder.layer", _DINOV2, part="vision"),)),
+    Host(
+        "clip",
+        "CLIPModel",
+        dict(projection_dim=8),
+        (
+            Stack("text_model.encoder.layers", _CLIP, causal=True),
+            Stack("vision_model.encoder.layers", _CLIP, part="vision"),
+        ),
+        sub=dict(text_config=_CLIP_TEXT, vision_config=_CLIP_VISION),
+    ),
+    Host("wav2vec2", "Wav2Vec2Model", _AUDIO, (Stack("encoder.layers", _WAV2VEC2, part="audio"),)),
+    Host(
+        "wav2vec2-stable", "Wav2Vec2Model", {**_AUDIO, "do_stable_layer_norm": True, "feat_extract_norm": "layer"},
+        (Stack("encoder.layers", _WAV2VEC2_PRE, part="audio"),),
+    ),
+    Host("hubert", "HubertModel", _AUDIO, (Stack("encoder.layers", _WAV2VEC2, part="audio"),)),
+    Host("wavlm", "WavLMModel", _AUDIO, (Stack("encoder.layers", _WAV2VEC2, part="audio"),)),
+)  # fmt: skip
+
+ALBERT = Host(
+    "albert",
+    "AlbertModel",
+    dict(vocab_size=40, embedding_size=12, hidden_size=24, num_hidden_layers=3, num_attention_heads=2,
+         intermediate_size=36, max_position_embeddings=40, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3,
+         pad_token_id=1, hidden_act="gelu"),
+    (
+        Stack(
+            "encoder.albert_layer_groups.0.albert_layers",
+            Spec("full_layer_layer_norm", "attention.output_dropout", "ffn", "ffn_output", pre=False),
+        ),
+    ),
+)  # fmt: skip
+BY_NAME = {host.name: host for host in (*HOSTS, ALBERT)}
