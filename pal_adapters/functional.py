@@ -72,5 +72,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: b
     if mask is not None and mask.dtype != torch.bool:
         # A mask built in float32 holds float32's minimum, which is -inf in a narrower dtype, and so may the sum of a
         # mask and a score be: a row that is masked everywhere would then be NaN.
-        mask = mask.clamp(min=torch.finfo(q.dtype).min / 2).to(q.dtype)
+        floor = max(torch.finfo(q.dtype).min, torch.finfo(mask.dtype).min) / 2
+        mask = mask.clamp(min=floor).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)

@@ -204,13 +204,14 @@ def _shares(whole: AdapterConfig, configs: list[TaskAdapterConfig], blocks: list
         tied = [c for c in configs if c.method.build_shared(c, blocks[0]) is not None]
     for member in whole.configs if isinstance(whole, ConfigUnion) else ():
         if isinstance(member, BnConfig):
-            shares = member.phm_layer and (member.shared_phm_rule or member.shared_W_phm)
+            other = "Compacter" if member.phm_layer and (member.shared_phm_rule or member.shared_W_phm) else ""
         else:
-            shares = isinstance(member, LoRAConfig) and (member.vera_d is not None or member.vera_b is not None)
-        if tied and shares:
+            vera = isinstance(member, LoRAConfig) and not (member.vera_d is None and member.vera_b is None)
+            other = "VeRA" if vera else ""
+        if tied and other:
             raise UnsupportedError(
-                f"{type(member).__name__} and {tied[0].architecture} with tied projections cannot be in one "
-                "ConfigUnion: adapters keeps shared tensors of both under one name. Add two adapters and use Stack."
+                f"{other} and {tied[0].architecture} with tied projections cannot be in one ConfigUnion: adapters keeps "
+                "shared tensors of both under one name. Add two adapters and use Stack."
             )
     return bool(tied)
 

@@ -136,7 +136,7 @@ class TaskLayer(ValueComposition, nn.Module):
         if not unfreeze_adapters:
             return
         for name in adapter_setup.flatten():
-            # The host enables shared parameters of top-level children only.
+            # The host does not, when it trains a fusion with its adapters.
             if name in self.pal_adapters and name in self._shared:
                 for parameter in self._shared[name].parameters():
                     parameter.requires_grad = True

@@ -42,6 +42,7 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from packaging.version import Version
 from peft import PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
@@ -53,10 +54,21 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..errors import ConfigError, MissingHostError, UnsupportedError
 from .methods import Method, parameters_of
 from .peft_config import TaskPeftConfig, choose_blocks
-from .peft_joint import base_tensors, check_trainable, is_joint, load_base, mark_base, task_parameter_ids
+from .peft_joint import (
+    base_tensors,
+    check_trainable,
+    check_transformers_loading,
+    is_joint,
+    load_base,
+    mark_base,
+    task_parameter_ids,
+)
 from .peft_layer import TaskTunerLayer, TunerLayer, remove_adapter_name, tuner_layers
 from .peft_rows import Routing
 from .sites import Block, find_blocks
+
+
+_TRANSFORMERS_5 = Version(transformers.__version__) >= Version("5")
 
 
 def register(method: Method, config_class: type[TaskPeftConfig], tuner_class: type[BaseTuner]) -> None:
@@ -115,8 +127,9 @@ class TaskTuner(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._of_peft_model = isinstance(peft_config, dict)  # else it only serves to inject one adapter
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-        if isinstance(peft_config, dict):  # from `PeftModel`, which registers the tuner next
+        if self._of_peft_model:  # which registers the tuner next
             _watch_task_ids(self)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -146,6 +159,9 @@ class TaskTuner(BaseTuner):
         try:
             if is_joint(config):
                 check_trainable(model)
+                if _TRANSFORMERS_5 and not self._of_peft_model and hasattr(model, "load_adapter"):
+                    others = [name for name in self.peft_config if name != adapter_name]
+                    check_transformers_loading(model, adapter_name, others, loads=config.inference_mode)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self.peft_config.pop(adapter_name, None)

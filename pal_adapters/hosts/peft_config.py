@@ -51,6 +51,12 @@ class TaskPeftConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         require_bool("init_weights", self.init_weights)
         require_bool("train_base", self.train_base)
+        _require_names("target_modules", self.target_modules)
+        _require_names("exclude_modules", self.exclude_modules)
+        _require_names("layers_pattern", self.layers_pattern)
+        if isinstance(self.modules_to_save, str):
+            raise ConfigError(f"modules_to_save={self.modules_to_save!r} is not allowed: pass a list of module names.")
+        _require_names("modules_to_save", self.modules_to_save)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(
                 f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform: pass both or none."
@@ -72,9 +78,20 @@ class TaskPeftConfig(PeftConfig):
         return None
 
 
+def _require_names(argument: str, value: Any) -> None:
+    if value is None or isinstance(value, str):
+        return
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"{argument}={value!r} is not allowed: use a list of names, a regular expression or None.")
+
+
 def _matches(name: str, pattern: str) -> bool:
     container = name.rpartition(".")[0]
     return any(n == pattern or n.endswith(f".{pattern}") for n in (name, container))
+
+
+def _matches_inside(name: str, pattern: str) -> bool:
+    return f".{name}.".find(f".{pattern}.") >= 0
 
 
 def names_blocks(target_modules: Any, blocks: list[Block]) -> bool:
@@ -118,6 +135,10 @@ def choose_blocks(config: TaskPeftConfig, blocks: list[Block]) -> tuple[list[Blo
     if config.exclude_modules:
         excluded = _named((b.name for b in blocks), "exclude_modules", config.exclude_modules)
         chosen = [b for b in chosen if b.name not in excluded]
+    # As everywhere in PEFT: what is trained and saved as a whole gets no adapter.
+    saved = {b.name for b in chosen for name in config.modules_to_save or () if _matches_inside(b.name, name)}
+    excluded |= saved
+    chosen = [b for b in chosen if b.name not in saved]
     if config.layers_to_transform is not None:
         indices = config.layers_to_transform
         indices = [indices] if isinstance(indices, int) else list(indices)

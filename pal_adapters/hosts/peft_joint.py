@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -29,11 +29,12 @@ def task_parameter_ids(model: nn.Module) -> set[int]:
     return ids
 
 
-def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The pretrained weights and floating-point buffers of a model by name; tied ones once."""
+def base_tensors(model: nn.Module, *, tied: Literal["once", "each"] = "once") -> dict[str, Tensor]:
+    """The pretrained weights and floating-point buffers of a model by name; tied ones once, or under each name."""
     added = task_parameter_ids(model)
     inside = [name + "." for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    tensors = {name: p.data for name, p in model.named_parameters() if id(p) not in added}
+    named = model.named_parameters(remove_duplicate=tied == "once")
+    tensors = {name: parameter.data for name, parameter in named if id(parameter) not in added}
     for name, module in model.named_modules():
         for key, buffer in module.named_buffers(recurse=False):
             full = f"{name}.{key}" if name else key
@@ -80,6 +81,36 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
+def check_transformers_loading(model: nn.Module, adapter_name: str, others: list[str], *, loads: bool) -> None:
+    """What holds where transformers 5 loads pretrained weights itself, past `load_base`.
+
+    Args:
+        model: the base model.
+        adapter_name: the adapter with `train_base`.
+        others: the other adapters on the model.
+        loads: whether weights are about to be loaded.
+
+    Raises:
+        UnsupportedError: for tied weights, of which only one would be loaded.
+    """
+    added = task_parameter_ids(model)
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if first != name and id(parameter) not in added:
+            raise UnsupportedError(
+                f"train_base=True is not allowed here: {first} and {name} are tied, and transformers' own load_adapter would "
+                "load one of them. Use get_peft_model, and PeftModel.from_pretrained to load."
+            )
+    if loads and others:
+        warnings.warn(
+            f"Adapter {adapter_name!r} comes with its own pretrained weights (train_base=True), and transformers' load_adapter "
+            f"does not compare them: unless {', '.join(map(repr, others))} belong to the same ones, they will compute something "
+            "else. PeftModel.load_adapter compares them.",
+            stacklevel=2,
+        )
+
+
 def load_base(model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Bring the pretrained weights of a checkpoint into the model, tied ones as one, and return the rest.
 
@@ -97,7 +128,7 @@ def load_base(model: nn.Module, config: Any, adapter_name: str, state_dict: dict
                 stacklevel=2,
             )
         return state_dict
-    own = base_tensors(model)
+    own = base_tensors(model, tied="each")
     names = {key: key if key in own else key.removeprefix(_PREFIX) for key in state_dict}
     loaded = {names[k]: v for k, v in state_dict.items() if names[k] in own and own[names[k]].shape == v.shape}
     loaded = {name: value for name, value in loaded.items() if not own[name].is_meta}

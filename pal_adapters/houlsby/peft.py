@@ -66,6 +66,10 @@ class HoulsbyPeftConfig(TaskPeftConfig):
         validate_houlsby(self)
 
 
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+          "_forward_pre_hooks_with_kwargs")  # fmt: skip
+
+
 class HoulsbyTunerLayer(TunerLayer):
     """Base of the two layers: bottlenecks behind a module, and copies of a norm."""
 
@@ -149,9 +153,16 @@ class HoulsbyNorm(HoulsbyTunerLayer):
     container = "houlsby_norms"
 
     def __init__(self, model: nn.Module, base_layer: nn.Module, parent: nn.Module, name: str) -> None:
-        super().__init__(model, int(base_layer.weight.shape[0]), base_layer)  # type: ignore[union-attr,arg-type]
+        super().__init__(model, _norm_width(base_layer), base_layer)
         self.base_layer = base_layer
         self._place = (parent, name)
+        self._swap_hooks()
+
+    def _swap_hooks(self) -> None:
+        # Hooks on the norm, such as those of a PAL beside, have to act whichever copy runs, and are not to be copied.
+        for name in _HOOKS:
+            mine, theirs = self.__dict__[name], self.base_layer.__dict__[name]
+            self.__dict__[name], self.base_layer.__dict__[name] = theirs, mine
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -174,6 +185,7 @@ class HoulsbyNorm(HoulsbyTunerLayer):
 
     def detach(self) -> None:
         parent, name = self._place
+        self._swap_hooks()
         setattr(parent, name, self.base_layer)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -216,9 +228,15 @@ def is_norm(module: nn.Module) -> bool:
     return named and isinstance(weight, Tensor) and weight.dim() == 1
 
 
+def _norm_width(norm: nn.Module) -> int:
+    weight = norm.weight
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[0])
+
+
 def _width(module: nn.Module) -> int | None:
     if is_norm(module):
-        return int(module.weight.shape[0])  # type: ignore[arg-type,union-attr]
+        return _norm_width(module)
     widths = (getattr(module, attribute, None) for attribute in ("out_features", "nf", "embedding_dim"))
     return next((width for width in widths if isinstance(width, int)), None)
 
@@ -244,7 +262,7 @@ class HoulsbyModel(TaskTuner):
         targets: dict[str, _Target] = {}
         self._excluded: set[str] = set()
         if names_blocks(peft_config.target_modules, blocks):
-            blocks = find_blocks(self.model, peft_config.sites)
+            blocks = self._find_blocks(peft_config)
             chosen, self._excluded = choose_blocks(peft_config, blocks)
             for block in chosen:
                 for path in (block.sites.attention_output, block.sites.ffn_output):
@@ -257,6 +275,12 @@ class HoulsbyModel(TaskTuner):
                 targets.setdefault(name, _Target(None, self.model))
         self._targets = targets
         return peft_config
+
+    def _find_blocks(self, config: HoulsbyPeftConfig) -> list[Block]:
+        try:
+            return find_blocks(self.model, config.sites)
+        except SiteError as error:
+            raise SiteError(f"{error} Or name modules as for LoRA, target_modules=['<name>', ...].") from None
 
     def _name(self, block: Block, path: str) -> str:
         module = resolve(block.module, path)

@@ -60,6 +60,14 @@ def _refuse_shared_blocks(blocks: list[Block]) -> None:
         )
 
 
+def _require_last(blocks: list[Block]) -> None:
+    if not any(block.last for block in blocks):
+        raise ConfigError(
+            f"no last block is among the chosen ones ({', '.join(repr(block.name) for block in blocks)}): the module stands on "
+            "top of the last block of a stack, so choose that block or leave the choice out."
+        )
+
+
 def _build_attention(config: Any, block: Block) -> TopAttention | None:
     if not block.last:
         return None
@@ -87,11 +95,13 @@ def _build_bert_layer(config: Any, block: Block) -> TopBertLayer | None:
 
 def _prepare_attention(config: Any, blocks: list[Block], base_parameters: int) -> Any:
     _refuse_shared_blocks(blocks)
+    _require_last(blocks)
     return config
 
 
 def _prepare_bert_layer(config: Any, blocks: list[Block], base_parameters: int) -> Any:
     _refuse_shared_blocks(blocks)
+    _require_last(blocks)
     for block in blocks:
         require_heads(block.width, config.num_heads)
     if config.intermediate_size is None:

@@ -37,12 +37,21 @@ def randomise(model: nn.Module, *names: str, std: float = 0.2) -> None:
 
 
 @pytest.fixture(scope="session")
-def plain_bert() -> nn.Module:
-    """A `BertModel` without adapters, 3 blocks of width 24, in evaluation mode."""
+def base_path(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A `BertModel` on disk, 3 blocks of width 24."""
     torch.manual_seed(7)
-    model = BertModel(tiny_config()).eval()
+    model = BertModel(tiny_config())
     for name, parameter in model.named_parameters():  # away from the even start, so that a swap of tensors shows
         nn.init.normal_(parameter, mean=float("LayerNorm.weight" in name), std=0.2)
+    path = tmp_path_factory.mktemp("base")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def plain_bert(base_path: pathlib.Path) -> nn.Module:
+    """That model without adapters, in evaluation mode."""
+    model = BertModel.from_pretrained(base_path).eval()
     adapters.init(model)
     return model
 
