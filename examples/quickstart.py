@@ -105,7 +105,7 @@ def train(args: argparse.Namespace, tasks: list[Any], tokenizer: Any) -> tuple[d
     for task in tasks:
         transformers.set_seed(args.seed)
         model.add_task(task.spec)
-        config = TrainingConfig(epochs=epochs, learning_rate=1e-3, seed=args.seed)
+        config = TrainingConfig(epochs=epochs, learning_rate=1e-3, attention_factor=5.0, seed=args.seed)
         fit(model, [task], config, batches)
 
     # All four are in the one model now. Using one of them must not depend on the others.

@@ -80,7 +80,8 @@ class UnitInputs(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> UnitInputs:
         """`function` applied to `x`, `raw` and `h`."""
-        return self._replace(**{k: None if (t := getattr(self, k)) is None else function(t) for k in ("x", "raw", "h")})
+        x, raw, h = (None if t is None else function(t) for t in (self.x, self.raw, self.h))
+        return self._replace(x=x, raw=raw, h=h)
 
 
 class TaskUnit(nn.Module):

@@ -182,7 +182,7 @@ def test_rows_are_forgotten_when_the_model_raises() -> None:
     tuned = peft.get_peft_model(base(), config("pal"), adapter_name="rte")
     shake(tuned)
     before = run(tuned)
-    with pytest.raises(ValueError, match="'nope'.*use 'rte'"):
+    with pytest.raises(ValueError, match=r"'nope'.*use 'rte'"):
         run(tuned, adapter_names=["rte", "nope", "rte", "rte"])
     with pytest.raises(ValueError, match="one name a row"):
         run(tuned, adapter_names=["rte", "rte", "rte"])
@@ -200,7 +200,7 @@ def test_shared_projections_are_one_object_counted_and_saved_once(tmp_path: path
     assert trainable == 2 * d * r + r + d + 3 * depth * (r * r + r)
     tuned.save_pretrained(tmp_path)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
-        assert sum(file.get_tensor(k).numel() for k in file.keys()) == trainable
+        assert sum(file.get_tensor(k).numel() for k in list(file.keys())) == trainable
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "PAL"
 
 
@@ -268,7 +268,7 @@ def test_bad_values_are_named(cls: type, arguments: dict[str, object], words: st
 def test_blocks_that_are_not_there_leave_the_model_as_it_was(arguments: dict[str, object]) -> None:
     model = base()
     names = set(model.state_dict())
-    with pytest.raises(ValueError, match="0 to 1|names no block"):
+    with pytest.raises(ValueError, match=r"0 to 1|names no block"):
         peft.get_peft_model(model, config("pal", **arguments))
     assert set(model.state_dict()) == names
 

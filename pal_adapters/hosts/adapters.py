@@ -14,6 +14,8 @@ Every symbol of adapters 1.3 that is replaced:
 | `ModelWithHeadsAdaptersMixin.freeze_embeddings`  | wrapped: an embedding tied to the head belongs to a base that  |
 |                                                  | is trained                                                     |
 | `BottleneckLayer.bottleneck_layer_forward`       | wrapped: compositions that mix our adapters with bottlenecks   |
+| `LoRALinear.pad_and_concat`, `.compose_average`, | wrapped: rows of adapters without LoRA; see `adapters_lora`    |
+| `.compose_multi_task`                            |                                                                |
 | `AdapterLoader.filter_func`, `.rename_func`      | wrapped: the host overlooks `shared_parameters` of a model     |
 |                                                  | without a head, and a jointly trained base belongs to the file |
 
@@ -35,12 +37,14 @@ from adapters.configuration import ADAPTER_CONFIG_MAP, AdapterConfig, BnConfig, 
 from adapters.interface import AdapterMethod
 from adapters.loading import AdapterLoader
 from adapters.methods.bottleneck import BottleneckLayer
+from adapters.methods.lora import LoRALinear
 from adapters.model_mixin import ModelAdaptersMixin, ModelUsingSubmodelsAdaptersMixin, ModelWithHeadsAdaptersMixin
 from adapters.utils import get_adapter_config_hash
 from packaging.version import Version
 from torch import nn
 
 from ..errors import ConfigError, MissingHostError, SiteError, UnsupportedError
+from . import adapters_lora
 from .adapters_composition import architectures
 from .adapters_config import CONFIGS, TaskAdapterConfig, is_ours, task_configs
 from .adapters_layer import TaskLayer, base_parameters, task_parameters, trains_base, unfusable
@@ -87,6 +91,8 @@ def _install() -> None:
     _wrap(ModelAdaptersMixin, "merge_adapter", _merge_adapter)
     _wrap(ModelWithHeadsAdaptersMixin, "freeze_embeddings", _freeze_embeddings)
     _wrap(BottleneckLayer, "bottleneck_layer_forward", _bottleneck_layer_forward)
+    for name in ("pad_and_concat", "compose_average", "compose_multi_task"):
+        _wrap(LoRALinear, name, getattr(adapters_lora, name))
     _wrap(AdapterLoader, "filter_func", _filter_func)
     _wrap(AdapterLoader, "rename_func", _rename_func)
 
@@ -210,8 +216,8 @@ def _shares(whole: AdapterConfig, configs: list[TaskAdapterConfig], blocks: list
             other = "VeRA" if vera else ""
         if tied and other:
             raise UnsupportedError(
-                f"{other} and {tied[0].architecture} with tied projections cannot be in one ConfigUnion: adapters keeps "
-                "shared tensors of both under one name. Add two adapters and use Stack."
+                f"{other} and {tied[0].architecture} with tied projections cannot be in one ConfigUnion: adapters "
+                "keeps shared tensors of both under one name. Add two adapters and use Stack."
             )
     return bool(tied)
 

@@ -157,7 +157,7 @@ def _task_children(setup: MultiTask, batch: int, ids: Any) -> list[int]:
     for task in ids:
         if isinstance(task, str) and task in children:
             rows.append(children.index(task))
-        elif not isinstance(task, (str, bool)) and hasattr(task, "__index__") and 0 <= int(task) < len(children):
+        elif _is_integer(task) and 0 <= task < len(children):
             rows.append(int(task))
         else:
             raise UnknownAdapterError(
@@ -166,6 +166,12 @@ def _task_children(setup: MultiTask, batch: int, ids: Any) -> list[int]:
             )
     # Beam search repeats every row.
     return [child for child in rows for _ in range(batch // len(ids))]
+
+
+def _is_integer(task: Any) -> bool:
+    if isinstance(task, int):  # first: torch.compile does not trace the other test
+        return not isinstance(task, bool)
+    return not isinstance(task, str) and hasattr(task, "__index__")  # numpy's
 
 
 def with_rows(inputs: UnitInputs, rows: Tensor) -> UnitInputs:

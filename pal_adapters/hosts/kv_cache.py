@@ -113,7 +113,8 @@ class TaskCache:
         if hasattr(host, "record_past"):  # transformers 5, assisted decoding
             layer.record_past = host.record_past
         position = self._position
-        if position is None:
+        counts = isinstance(getattr(host, "cumulative_length", None), Tensor)  # transformers 5
+        if position is None and isinstance(host, StaticLayer) and not counts:
             position = torch.arange(layer.tokens, layer.tokens + length, device=keys.device)
             layer.tokens += length
         layer.started = True

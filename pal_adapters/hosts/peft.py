@@ -38,7 +38,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -66,7 +66,6 @@ from .peft_joint import (
 from .peft_layer import TaskTunerLayer, TunerLayer, remove_adapter_name, tuner_layers
 from .peft_rows import Routing
 from .sites import Block, find_blocks
-
 
 _TRANSFORMERS_5 = Version(transformers.__version__) >= Version("5")
 
@@ -97,7 +96,8 @@ def register(method: Method, config_class: type[TaskPeftConfig], tuner_class: ty
 def _refuse_task_ids(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     if kwargs.get("task_ids") is not None:
         raise UnsupportedError(
-            "task_ids is not allowed here, PEFT would drop it silently: pass adapter_names=[...], one adapter name a row."
+            "task_ids is not supported, and PEFT drops it silently: pass adapter_names=[...], one adapter name for "
+            "each row."
         )
 
 
@@ -139,7 +139,9 @@ class TaskTuner(BaseTuner):
 
     # Where to attach
 
-    def _prepare_adapter_config(self, peft_config: TaskPeftConfig, model_config: dict[str, Any]) -> TaskPeftConfig:
+    def _prepare_adapter_config(  # type: ignore[override]
+        self, peft_config: TaskPeftConfig, model_config: dict[str, Any]
+    ) -> TaskPeftConfig:
         blocks = find_blocks(self.model, peft_config.sites)
         chosen, self._excluded = choose_blocks(peft_config, blocks)
         ids = task_parameter_ids(self.model)
@@ -187,9 +189,10 @@ class TaskTuner(BaseTuner):
         block = self._chosen[current_key]
         layer = target._modules.get(self.method.name)
         if layer is None:
-            layer = self.tuner_layer_cls(self.model, block)  # type: ignore[call-arg]
+            layer = cast("type[TaskTunerLayer]", self.tuner_layer_cls)(self.model, block)
             layer.train(self.model.training)
             target.add_module(self.method.name, layer)
+        assert isinstance(layer, TaskTunerLayer)
         shared = layer.update_layer(adapter_name, peft_config, self._shared.get(block.stack))
         self._shared[block.stack] = shared
         if adapter_name not in self.active_adapters:
@@ -311,7 +314,7 @@ class TaskTuner(BaseTuner):
         """The model's own, which may repeat the rows of a batch."""
         if self._routing is not None:
             self._routing.repeated = True
-        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        return self.model.generate(*args, **kwargs)
 
 
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:

@@ -26,7 +26,9 @@ class TaskPeftConfig(PeftConfig):
         layers_pattern: name of the list of blocks that `layers_to_transform` counts in, such as `"layer"`.
         modules_to_save: modules outside the blocks that are trained and saved with the adapter, such as a head.
         init_weights: True for an initialisation that leaves the model as it is, False for `N(0, 0.02^2)`.
-        train_base: train the pretrained weights together with the adapter (`joint`); they are saved and loaded with it.
+        train_base: train the pretrained weights together with the adapter (`joint`); they are saved and loaded with
+            it. They train while such an adapter is active. All adapters of a model compute with one set of them, so
+            loading another set for one of several is refused.
         sites: names of the modules inside the model's blocks, for a model whose structure is not known: the fields of
             `BlockSites` plus `"block"`, the class name.
     """
@@ -107,15 +109,17 @@ def _named(names: Iterable[str], argument: str, patterns: Any) -> set[str]:
     names = list(names)
     if isinstance(patterns, str):
         if patterns.lower() == "all-linear":
-            raise ConfigError(f"{argument}='all-linear' is not allowed: this method adapts blocks, see `target_modules`.")
+            raise ConfigError(
+                f"{argument}='all-linear' is not allowed: this method adapts blocks, see `target_modules`."
+            )
         return {n for n in names if re.fullmatch(patterns, n)}
     chosen: set[str] = set()
     for pattern in sorted(patterns):
         found = {n for n in names if _matches(n, pattern)}
         if not found:
             raise ConfigError(
-                f"{argument} has {pattern!r}, which names no block: use block names such as {names[0]!r}, or the name of "
-                f"the list that holds them, such as {names[0].rpartition('.')[0]!r}."
+                f"{argument} has {pattern!r}, which names no block: use block names such as {names[0]!r}, or the name "
+                f"of the list that holds them, such as {names[0].rpartition('.')[0]!r}."
             )
         chosen |= found
     return chosen
@@ -148,8 +152,8 @@ def choose_blocks(config: TaskPeftConfig, blocks: list[Block]) -> tuple[list[Blo
         bad = [i for i in indices if isinstance(i, bool) or not isinstance(i, int) or i not in known]
         if bad:
             raise ConfigError(
-                f"layers_to_transform={config.layers_to_transform!r} is not allowed: {bad[0]!r} is no block, the blocks "
-                f"are 0 to {max(known)}."
+                f"layers_to_transform={config.layers_to_transform!r} is not allowed: {bad[0]!r} is no block, the "
+                f"blocks are 0 to {max(known)}."
             )
         if patterns:
             chosen = [b for b in chosen if any(_matches(b.name.rpartition(".")[0], p) for p in patterns)]

@@ -99,14 +99,14 @@ def check_transformers_loading(model: nn.Module, adapter_name: str, others: list
         first = names.setdefault(id(parameter), name)
         if first != name and id(parameter) not in added:
             raise UnsupportedError(
-                f"train_base=True is not allowed here: {first} and {name} are tied, and transformers' own load_adapter would "
-                "load one of them. Use get_peft_model, and PeftModel.from_pretrained to load."
+                f"train_base=True is not allowed here: {first} and {name} are tied, and transformers' own load_adapter"
+                " would load one of them. Use get_peft_model, and PeftModel.from_pretrained to load."
             )
     if loads and others:
         warnings.warn(
-            f"Adapter {adapter_name!r} comes with its own pretrained weights (train_base=True), and transformers' load_adapter "
-            f"does not compare them: unless {', '.join(map(repr, others))} belong to the same ones, they will compute something "
-            "else. PeftModel.load_adapter compares them.",
+            f"Adapter {adapter_name!r} comes with its own pretrained weights (train_base=True), and transformers' "
+            f"load_adapter does not compare them: unless {', '.join(map(repr, others))} belong to the same ones, they "
+            "will compute something else. PeftModel.load_adapter compares them.",
             stacklevel=2,
         )
 
@@ -118,9 +118,10 @@ def load_base(model: nn.Module, config: Any, adapter_name: str, state_dict: dict
         UnsupportedError: if other adapters are on the model and compute with other pretrained weights. The new adapter
             is taken off again.
     """
-    others = [name for name in getattr(model, "peft_config", {}) if name != adapter_name]
+    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
+    others = [name for name in configs if name != adapter_name]
     if not is_joint(config):
-        joint = [name for name in others if is_joint(model.peft_config[name])]
+        joint = [name for name in others if is_joint(configs[name])]
         if joint and config.inference_mode:
             warnings.warn(
                 f"Adapter {adapter_name!r} comes without pretrained weights, and those of the model belong to "
@@ -134,8 +135,8 @@ def load_base(model: nn.Module, config: Any, adapter_name: str, state_dict: dict
     loaded = {name: value for name, value in loaded.items() if not own[name].is_meta}
     if others and any(not torch.equal(own[n], v.to(own[n])) for n, v in loaded.items()):
         message = (
-            f"adapter {adapter_name!r} comes with its own pretrained weights (train_base=True), which differ from those that "
-            f"{', '.join(map(repr, others))} compute with on this model"
+            f"adapter {adapter_name!r} comes with its own pretrained weights (train_base=True), which differ from "
+            f"those that {', '.join(map(repr, others))} compute with on this model"
         )
         if config.inference_mode:
             model.delete_adapter(adapter_name)  # type: ignore[operator]

@@ -206,10 +206,16 @@ class TaskTunerLayer(TunerLayer):
         raise UnsupportedError("a task layer is not called: its hooks act when its block is.")
 
 
+def entry(units: nn.ModuleDict, name: str, default: nn.Module) -> nn.Module:
+    """`nn.ModuleDict` has no `get`."""
+    return units[name] if name in units else default  # noqa: SIM401
+
+
 def remove_adapter_name(key: str, prefix: str, adapter_name: str) -> str:
     """`...pal_units.rte.query.weight` -> `...pal_units.query.weight`.
 
-    `base_layer`, where another method has wrapped a module around ours, is left out: a file names the base model's modules.
+    `base_layer`, where another method has wrapped a module around ours, is left out: a file names the base model's
+    modules.
     """
     match = re.search(rf"(?:^|\.){re.escape(prefix)}[a-z]+(\.{re.escape(adapter_name)})(?=\.|$)", key)
     if match is None:
@@ -221,5 +227,5 @@ def remove_adapter_name(key: str, prefix: str, adapter_name: str) -> str:
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All layers of PEFT methods in a model, by name."""
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, nn.Module) and isinstance(module, BaseTunerLayer):
             yield name, module

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UnknownAdapterError, UnsupportedError
 from .batch import RowPlan
-from .peft_layer import RowRouting, tuner_layers
+from .peft_layer import RowRouting, entry, tuner_layers
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 
@@ -47,7 +47,7 @@ def _batch_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _generates(model: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether these arguments are for `generate`. `PeftModel` without a task type calls it without asking the tuner."""
+    """Whether these arguments are for `generate`, which `PeftModel` without a task type calls past the tuner."""
     return bool(set(kwargs) - set(inspect.signature(type(model).forward).parameters))
 
 
@@ -56,20 +56,21 @@ def _select(value: Any, batch: int, index: Tensor) -> Any:
 
 
 def _route(wrapper: ModulesToSaveWrapper, plan: RowPlan, *args: Any, **kwargs: Any) -> Any:
-    """`ModulesToSaveWrapper.forward` with each row through its adapter's copy; the host's takes linear modules alone."""
+    """`ModulesToSaveWrapper.forward`, each row through its adapter's copy; the host's takes linear modules alone."""
     first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     batch = first.shape[0]
     names = plan.for_batch(batch).names
-    copies = {n: wrapper.modules_to_save[n] if n in wrapper.modules_to_save else wrapper.original_module for n in names}
     groups: dict[nn.Module, list[int]] = {}
     for row, name in enumerate(names):
-        groups.setdefault(copies[name], []).append(row)
+        groups.setdefault(entry(wrapper.modules_to_save, name, wrapper.original_module), []).append(row)
     if len(groups) == 1:
         return next(iter(groups))(*args, **kwargs)
     parts = []
     for module, members in groups.items():
         index = torch.tensor(members, device=first.device)
-        part = module(*(_select(v, batch, index) for v in args), **{k: _select(v, batch, index) for k, v in kwargs.items()})
+        part = module(
+            *(_select(v, batch, index) for v in args), **{k: _select(v, batch, index) for k, v in kwargs.items()}
+        )
         if not isinstance(part, Tensor):
             raise UnsupportedError(
                 f"adapter_names is not possible with modules_to_save on {type(module).__name__}, which returns a "

@@ -22,7 +22,7 @@ from ..errors import ConfigError, SiteError, UnsupportedError
 from ..hosts.methods import Method
 from ..hosts.peft import TaskTuner, register
 from ..hosts.peft_config import TaskPeftConfig, choose_blocks, names_blocks
-from ..hosts.peft_layer import TunerLayer, tuner_layers
+from ..hosts.peft_layer import TunerLayer, entry, tuner_layers
 from ..hosts.sites import Block, find_blocks, iter_blocks, resolve
 from ..units import UnitInputs
 from .config import HOULSBY, validate_houlsby
@@ -35,8 +35,9 @@ class HoulsbyPeftConfig(TaskPeftConfig):
 
     $$A(u) = u + W_2 \, g(W_1 u + b_1) + b_2, \qquad h_1 = LN_1(x + A_1(o_1)), \qquad y = LN_2(h_1 + A_2(o_2))$$
 
-    sequential, behind both branches of a block, before the residual sum; see `pal_adapters.houlsby.layer.Bottleneck`. The
-    base model stays frozen, its pooler too, but every layer norm gets a copy that is trained and stored with the adapter.
+    sequential, behind both branches of a block, before the residual sum; see `pal_adapters.houlsby.layer.Bottleneck`.
+    The base model stays frozen, its pooler too, but every layer norm gets a copy that is trained and stored with the
+    adapter.
 
     Source: Houlsby et al., ICML 2019. Differs from the paper in: `W_2` starts at zero unless `init_weights=False`. In
     models that drop out with a function (BART, T5's attention aside) the bottleneck stands before that dropout.
@@ -45,9 +46,11 @@ class HoulsbyPeftConfig(TaskPeftConfig):
         target_modules: blocks as in the other configs, or modules whose output gets a bottleneck, as for LoRA
             (`["attention.output.dense", "output.dense"]`); None finds both branches of every block.
         hidden_size: `m`.
-        activation: `"gelu_new"`, the tanh approximation of the reference code, or `"gelu"`, `"relu"`, `"silu"`, `"tanh"`.
+        activation: `"gelu_new"`, the tanh approximation of the reference code, or `"gelu"`, `"relu"`, `"silu"`,
+            `"tanh"`.
         init_std: standard deviation of the truncated normal, 1e-2 in the paper.
-        train_layernorm: train a copy of every layer norm; norms outside the blocks are included if all blocks are adapted.
+        train_layernorm: train a copy of every layer norm; norms outside the blocks are included if all blocks are
+            adapted.
         init_weights: True (`W_2 = 0`, nothing changes at start) or False (both truncated normal, the paper's).
 
     Raises:
@@ -84,8 +87,8 @@ class HoulsbyTunerLayer(TunerLayer):
 class HoulsbyLayer(HoulsbyTunerLayer):
     """The bottlenecks behind a module, one for each adapter.
 
-    It is a child of the module, which is not wrapped: in pre-LN models that module is the whole attention, whose linears
-    keep their names and stay open to LoRA.
+    It is a child of the module, which is not wrapped: in pre-LN models that module is the whole attention, whose
+    linears keep their names and stay open to LoRA.
 
     Args:
         model: the base model.
@@ -114,9 +117,7 @@ class HoulsbyLayer(HoulsbyTunerLayer):
 
     def update_layer(self, adapter_name: str, config: HoulsbyPeftConfig) -> None:
         """Add an adapter's bottleneck."""
-        unit = Bottleneck(
-            self.in_features, config.hidden_size, activation=config.activation, init_std=config.init_std
-        )
+        unit = Bottleneck(self.in_features, config.hidden_size, activation=config.activation, init_std=config.init_std)
         unit.reset_parameters(identity=config.init_weights)
         unit.train(self.training)
         self.units[adapter_name] = unit
@@ -198,15 +199,15 @@ class HoulsbyNorm(HoulsbyTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if len(active) > 1:
             raise UnsupportedError(
-                f"adapters {active} are active together and each has its own layer norms: activate one, or train them with "
-                "train_layernorm=False."
+                f"adapters {active} are active together and each has its own layer norms: activate one, or train them "
+                "with train_layernorm=False."
             )
         norm = self.units[active[0]]
         return norm(x.to(norm.weight.dtype), *args, **kwargs).to(x.dtype)  # type: ignore[arg-type]
 
     def _rows(self, x: Tensor, names: Sequence[str]) -> Tensor:
         base = self.get_base_layer()
-        norms = [self.units[name] if name in self.units else base for name in names]
+        norms = [entry(self.units, name, base) for name in names]
         if all(norm is base for norm in norms):
             return base(x)
         if all(norm is norms[0] for norm in norms):
@@ -257,7 +258,7 @@ class HoulsbyModel(TaskTuner):
     def _prepare_adapter_config(  # type: ignore[override]
         self, peft_config: HoulsbyPeftConfig, model_config: dict[str, Any]
     ) -> HoulsbyPeftConfig:
-        peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
+        _maybe_include_all_linear_layers(peft_config, self.model)
         blocks = list(iter_blocks(self.model, peft_config.sites))
         targets: dict[str, _Target] = {}
         self._excluded: set[str] = set()
@@ -294,17 +295,19 @@ class HoulsbyModel(TaskTuner):
         for name, module in self.model.named_modules():
             if not name or any(name.startswith(prefix) for prefix in inner):
                 continue
-            found = check_target_module_exists(config, name)
+            found: Any = check_target_module_exists(config, name)
             if isinstance(found, _ExcludedModule):
                 self._excluded.add(name)
             elif found:
                 block = next((b for b in blocks if name.startswith(f"{b.name}.")), None)
                 targets[name] = self._target(name, module, block)
-        if not targets and not self._excluded:
+        if not targets:
             example = f" such as {blocks[0].name!r}" if blocks else ""
+            left_out = f" that exclude_modules={config.exclude_modules!r} leaves" if config.exclude_modules else ""
             raise ConfigError(
-                f"target_modules={config.target_modules!r} names neither a block nor a module of {type(self.model).__name__}: "
-                f"use names of blocks{example}, of the list that holds them, or of modules as for LoRA."
+                f"target_modules={config.target_modules!r} names neither a block nor a module of "
+                f"{type(self.model).__name__}{left_out}: use names of blocks{example}, of the list that holds them, "
+                "or of modules as for LoRA."
             )
         return targets
 
@@ -317,8 +320,8 @@ class HoulsbyModel(TaskTuner):
             width = block.width if any(resolve(block.module, path) is module for path in wide) else None
         if width is None or isinstance(module, (nn.Sequential, nn.ModuleList)):
             raise SiteError(
-                f"target_modules: the output width of {name!r}, a {type(module).__name__}, is not known. Use blocks, their "
-                "attention or feed-forward part, or linear modules."
+                f"target_modules: the output width of {name!r}, a {type(module).__name__}, is not known. Use blocks, "
+                "their attention or feed-forward part, or linear modules."
             )
         return _Target(width, module if block is None else block.module)
 
@@ -327,7 +330,9 @@ class HoulsbyModel(TaskTuner):
         base = getattr(self.model, "base_model", self.model)
         prefix = next((f"{n}." if n else "" for n, m in self.model.named_modules() if m is base), "")
         left = [f"{b.name}." for b in blocks if b not in chosen]
-        inner = [f"{n}." for n, m in self.model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        inner = [
+            f"{n}." for n, m in self.model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        ]
         saved = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in config.modules_to_save or ()]
         for name, module in base.named_modules():
             name = prefix + name

@@ -1,4 +1,14 @@
-"""What the GLUE and SuperGLUE tasks look like: columns, labels, metrics, and how a row becomes text."""
+"""What the GLUE and SuperGLUE tasks look like: columns, labels, metrics, and how a row becomes text.
+
+Most tasks are a sentence or a pair of sentences as they stand. The others are turned into pairs:
+
+* copa: the premise and its question ("What was the cause of this?") against each of the two choices. The model gives
+  each pair a score with one output, and the softmax over the two scores is trained: choices are compared, and
+  exchanging them exchanges the answer.
+* multirc: the paragraph against the question with one answer; a row is an answer, right or wrong on its own.
+* wsc: the text, its pronoun between asterisks, against the noun phrase that the pronoun may stand for.
+* wic: the word with its first sentence against its second sentence.
+"""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def with_hidden_size(config: Any, blocks: list[Block], base_parameters: int) -> 
 
 
 def replace_field(config: Any, name: str, value: Any) -> Any:
-    """adapters' configs are replaced, PEFT's are written to, as each host does with its own."""
+    """Replace a field as each host does with its own configs: a new one in adapters, written to in PEFT."""
     if hasattr(config, "replace"):
         return config.replace(**{name: value})
     setattr(config, name, value)

@@ -63,8 +63,8 @@ def _refuse_shared_blocks(blocks: list[Block]) -> None:
 def _require_last(blocks: list[Block]) -> None:
     if not any(block.last for block in blocks):
         raise ConfigError(
-            f"no last block is among the chosen ones ({', '.join(repr(block.name) for block in blocks)}): the module stands on "
-            "top of the last block of a stack, so choose that block or leave the choice out."
+            f"no last block is among the chosen ones ({', '.join(repr(block.name) for block in blocks)}): the module "
+            "stands on top of the last block of a stack, so choose that block or leave the choice out."
         )
 
 
@@ -111,9 +111,7 @@ def _prepare_bert_layer(config: Any, blocks: list[Block], base_parameters: int) 
 
 _REASON = "it stands behind the last block, where the base model has no weights."
 
-TOP_ATTENTION = Method(
-    name="top_attention", build=_build_attention, prepare=_prepare_attention, unmergeable=_REASON
-)
+TOP_ATTENTION = Method(name="top_attention", build=_build_attention, prepare=_prepare_attention, unmergeable=_REASON)
 TOP_BERT_LAYER = Method(
     name="top_bert_layer", build=_build_bert_layer, prepare=_prepare_bert_layer, unmergeable=_REASON
 )

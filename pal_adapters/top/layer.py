@@ -92,6 +92,7 @@ class TopAttention(TaskUnit):
         init_linear(self.encoder, generator=generator)
         init_linear(self.decoder, generator=generator)
         for layer in self.layers:
+            assert isinstance(layer, _Attention)
             layer.reset_parameters(legacy_ln_init=self.legacy_ln_init, generator=generator)
 
     def forward(self, site: str, value: Tensor, inputs: UnitInputs, weights: Weights) -> Tensor:

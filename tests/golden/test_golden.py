@@ -47,7 +47,7 @@ def test_command_reports_each_case_and_a_json_line(capsys: pytest.CaptureFixture
     status = check.main(["--golden", str(DATA), "--host", "layer", "--case", "pal_module"])
     lines = capsys.readouterr().out.splitlines()
     assert status == 0
-    assert lines[0].startswith("pal_module ") and " ok " in lines[0]
+    assert lines[0].startswith("pal_module layer ok ")
     assert json.loads(lines[-1])["ran"] == 1
 
 

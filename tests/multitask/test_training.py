@@ -18,6 +18,7 @@ from pal_adapters.multitask import (
     TaskData,
     TrainingConfig,
     baseline,
+    default_host,
     encode_rows,
     fit,
     get_task,
@@ -37,7 +38,8 @@ class Setup:
     def __init__(self, folder: str, *names: str, method: str = "full", joint: bool = False, size: int = 40) -> None:
         torch.manual_seed(0)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = MultiTaskModel(AutoModel.from_pretrained(folder), method=method, joint=joint)
+        options = {"host": default_host(), "hidden_size": 12} if method == "pal" else {}
+        self.model = MultiTaskModel(AutoModel.from_pretrained(folder), method=method, joint=joint, **options)
         self.batches = BatchMaker(tokenizer, self.model.device)
         self.tasks = []
         for name in names:
@@ -223,6 +225,29 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_encoder: str) -> None:
     setup.tasks[0].train.labels[:] = [float("inf")] * len(setup.tasks[0].train)
     with pytest.raises(DivergedError, match=r"task 'similarity': the loss is (inf|nan); lower learning_rate"):
         fit(setup.model, setup.tasks, TrainingConfig(**QUIET), setup.batches)
+
+
+def test_attention_of_a_pal_learns_faster(tiny_encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {}
+    original = torch.optim.AdamW
+
+    def spy(groups: Any, **options: Any) -> Any:
+        made["groups"] = [dict(group) for group in groups]
+        return original(groups, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", spy)
+    setup = Setup(tiny_encoder, "sentiment", method="pal", joint=True)
+    config = TrainingConfig(max_steps=1, learning_rate=1e-3, attention_factor=5.0, weight_decay=0.1, **QUIET)
+    fit(setup.model, setup.tasks, config, setup.batches)
+    names = {id(p): name for name, p in setup.model.named_parameters()}
+    for group in made["groups"]:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            attends = "self" not in name and any(word in name for word in (".query.", ".key.", ".value."))
+            assert group["lr"] == pytest.approx(5e-3 if attends else 1e-3), name
+            assert group["weight_decay"] == (0.1 if parameter.ndim == 2 else 0.0), name
+    fast = [p for group in made["groups"] if group["lr"] > 2e-3 for p in group["params"]]
+    assert len(fast) == 2 * 3 * 2  # layers, linears, weight and bias
 
 
 @pytest.mark.parametrize("options", [{"epochs": 0}, {"batch_size": 1.5}, {"max_steps": 0}, {"learning_rate": 0.0},

@@ -1,0 +1,113 @@
+"""`torch.compile(fullgraph=True)`: equal values and gradients, and no second compilation for a second batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("peft")
+
+from peft import get_peft_model
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import StaticCache
+
+from pal_adapters import HoulsbyPALPeftConfig, HoulsbyPeftConfig, LHUCPeftConfig, LowRankPeftConfig, PALPeftConfig
+
+from tests import zoo
+from tests.zoo import BY_NAME
+
+pytestmark = [
+    *zoo.HOST_WARNINGS,
+    # torch's own use of what it has deprecated, while it compiles
+    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+]
+CONFIGS = {
+    "pal": lambda: PALPeftConfig(hidden_size=12, num_heads=2, dropout=0.0),
+    "low_rank": lambda: LowRankPeftConfig(hidden_size=5),
+    "lhuc": lambda: LHUCPeftConfig(),
+    "houlsby": lambda: HoulsbyPeftConfig(hidden_size=5),
+    "houlsby_pal": lambda: HoulsbyPALPeftConfig(hidden_size=12, num_heads=2, bottleneck_size=5, dropout=0.0),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+def adapted(name: str, method: str, **changes: Any) -> Any:
+    model = get_peft_model(BY_NAME[name].build(**changes), CONFIGS[method]()).eval()
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    for n, parameter in trained:
+        zoo.randomise(nn.ParameterList([parameter]), seed=len(n))
+    return model
+
+
+def run(function: Any, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    (value,) = list(zoo.outputs_of(function(**inputs)).values())[:1]
+    (value * torch.linspace(0, 1, value.numel()).view(value.shape)).sum().backward()
+    return value.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def check(name: str, method: str, backend: str, tolerance: float, **changes: Any) -> None:
+    model = adapted(name, method, **changes)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    first = BY_NAME[name].inputs()
+    second = {k: v.flip(0) for k, v in first.items()}
+    for inputs in (first, second):
+        value, gradients = run(model, model, inputs)
+        actual, actual_gradients = run(compiled, model, inputs)
+        assert zoo.difference(actual, value) <= tolerance
+        assert actual_gradients.keys() == gradients.keys()
+        assert max(zoo.difference(actual_gradients[n], g) for n, g in gradients.items()) <= tolerance
+        assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("method", ["pal", "low_rank", "lhuc", "houlsby"])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_values_and_gradients(name: str, method: str) -> None:
+    check(name, method, "aot_eager", 1e-6)
+
+
+@pytest.mark.parametrize(("name", "method"), [("mbart", "pal"), ("llama", "houlsby_pal")])
+def test_other_places(name: str, method: str) -> None:
+    """A term behind the block, and one on both sides."""
+    check(name, method, "aot_eager", 1e-6, **(dict(encoder_layers=1, decoder_layers=1) if name == "mbart" else {}))
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    check("bert", "pal", "inductor", 2e-5, num_hidden_layers=1)
+
+
+def test_decoding_with_a_static_cache() -> None:
+    """A step is compiled once, or once more when a length turns out to change (the host's layers do that as well)."""
+    model = adapted("llama", "pal")
+    ids = BY_NAME["llama"].inputs(padding=False)["input_ids"]
+    ids = torch.cat([ids, ids.flip(1)], dim=1)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    cache = StaticCache(config=model.config, max_cache_len=24)
+
+    def step(function: Any, start: int, end: int) -> Tensor:
+        mask = (torch.arange(24) < end).long().expand(ids.shape[0], -1)
+        more = {} if zoo.V5 else {"cache_position": torch.arange(start, end)}
+        positions = torch.arange(start, end)[None]
+        part = ids[:, start:end]
+        with torch.no_grad():
+            return function(
+                input_ids=part, attention_mask=mask, position_ids=positions, past_key_values=cache, **more
+            ).logits
+
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+    parts = [step(model, 0, 6), *(step(compiled, i, i + 1) for i in range(6, 14))]
+    assert zoo.difference(torch.cat(parts, 1), expected[:, :14]) <= 1e-5
+    assert counter.frame_count <= 2
