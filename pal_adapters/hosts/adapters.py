@@ -287,8 +287,13 @@ def _freeze_embeddings(original: Any) -> Any:
 def _bottleneck_layer_forward(original: Any) -> Any:
     def wrapper(self: BottleneckLayer, hidden_states: Any, residual_input: Any, layer_norm: Any) -> Any:
         task_layer: TaskLayer | None = getattr(self, "pal_adapters_task_layer", (None,))[0]
-        setup = None if task_layer is None else task_layer.mixed_setup()
-        if task_layer is None or setup is None:
+        if task_layer is None:
+            return original(self, hidden_states, residual_input, layer_norm)
+        if self.is_layer_hooked and isinstance(layer_norm, nn.Module):
+            # The host borrows a norm of the block (of the last block, in fact): our hooks on it are not for this call.
+            layer_norm = layer_norm.forward
+        setup = task_layer.mixed_setup()
+        if setup is None:
             return original(self, hidden_states, residual_input, layer_norm)
         mixture = Mixture(self, task_layer)
         if not mixture.acts(setup):

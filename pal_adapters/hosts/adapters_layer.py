@@ -23,7 +23,7 @@ from .adapters_config import TaskAdapterConfig, is_ours, task_configs
 from .attach import Attachment
 from .batch import RowPlan, run_rows, run_unit
 from .methods import generator_for
-from .sites import Block
+from .sites import Block, resolve
 
 
 class TaskLayer(ValueComposition, nn.Module):
@@ -214,6 +214,10 @@ class TaskLayer(ValueComposition, nn.Module):
         """
         sites, block = self.block.sites, self.block.module
         if bottleneck.location_key == "mh_adapter":
+            if bottleneck is resolve(block, sites.attention_output.rpartition(".")[0]):
+                return "attention"
+            if bottleneck is not getattr(block, "attention_adapters", None):
+                return None  # behind cross-attention; and ALBERT's gets the residual stream as its value
             scaled = next(block.parameters(recurse=False), None) is not None
             same = sites.attention_output == sites.attention if bottleneck.is_layer_hooked else not scaled
             return "attention" if same else None

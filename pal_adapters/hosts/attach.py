@@ -317,6 +317,8 @@ class Attachment:
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         positions = self._block_arguments if self._outside else self._attention_arguments
+        # Under checkpointing a block's second run stops as soon as nothing more is needed, before its end.
+        self._h = None
         if self._keeps_x:
             x = _argument(_HIDDEN, positions, args, kwargs)
             self._x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)) if x is None else x

@@ -102,7 +102,7 @@ def names_blocks(target_modules: Any, blocks: list[Block]) -> bool:
         return True
     if isinstance(target_modules, str):
         return any(re.fullmatch(target_modules, block.name) for block in blocks)
-    return all(any(_matches(block.name, pattern) for block in blocks) for pattern in target_modules)
+    return any(_matches(block.name, pattern) for block in blocks for pattern in target_modules)
 
 
 def _named(names: Iterable[str], argument: str, patterns: Any) -> set[str]:

@@ -225,8 +225,8 @@ def _entailment(words: Words, rng: np.random.Generator, number: int) -> tuple[li
 
 def _inference(words: Words, rng: np.random.Generator) -> tuple[str, str, bool]:
     subject, other = _pick(rng, words.people, 2)
-    verb, place = _pick(rng, words.verbs), _pick(rng, words.places)
-    event = f"{verb}ed the {other} {place}"
+    verb = _pick(rng, words.verbs)
+    event = f"{verb}ed the {other}"
     kind = rng.integers(4)
     if kind == 0:
         one, two = (_QUANTIFIERS[i] for i in rng.integers(len(_QUANTIFIERS), size=2))
@@ -236,13 +236,13 @@ def _inference(words: Words, rng: np.random.Generator) -> tuple[str, str, bool]:
         relation, holds = (("more than", count > bound), ("fewer than", count < bound))[rng.integers(2)]
         return f"{_NUMBERS[count]} {subject}s {event}.", f"{relation} {_NUMBERS[bound]} {subject}s {event}.", holds
     if kind == 2:
-        said = (f"the {subject} {event}.", f"the {subject} did not {verb} the {other} {place}.")
+        said = (f"the {subject} {event}.", f"the {subject} did not {verb} the {other}.")
         meant = (f"it is true that the {subject} {event}.", f"it is false that the {subject} {event}.")
         denied, false = (int(i) for i in rng.integers(2, size=2))
         return said[denied], meant[false], denied == false
     kept = bool(rng.integers(2))
     patient, agent = (other, subject) if kept else (subject, other)
-    return f"the {subject} {event}.", f"the {patient} was {verb}ed by the {agent} {place}.", kept
+    return f"the {subject} {event}.", f"the {patient} was {verb}ed by the {agent}.", kept
 
 
 def _similarity(words: Words, rng: np.random.Generator, number: int) -> tuple[list[str], float]:

@@ -97,7 +97,7 @@ class PAL(TaskUnit):
 
     def signature(self) -> tuple[object, ...]:
         return (type(self), self.query.weight.shape, self.num_heads, self.dropout, self.activation_site, self.reads,
-                self.query.bias is None, self.rho is None)  # fmt: skip
+                self.query.bias is None, self.rho is None, hasattr(self, "encoder"))  # fmt: skip
 
     def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
         for layer in (self.query, self.key, self.value):

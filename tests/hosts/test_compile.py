@@ -21,9 +21,8 @@ from tests.zoo import BY_NAME
 
 pytestmark = [
     *zoo.HOST_WARNINGS,
-    # torch's own use of what it has deprecated, while it compiles
-    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+    # torch 2.13 while it compiles the vmap in which transformers 4.57 builds its masks
+    pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning"),
 ]
 CONFIGS = {
     "pal": lambda: PALPeftConfig(hidden_size=12, num_heads=2, dropout=0.0),
@@ -73,13 +72,21 @@ def check(name: str, method: str, backend: str, tolerance: float, **changes: Any
 @pytest.mark.parametrize("method", ["pal", "low_rank", "lhuc", "houlsby"])
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_values_and_gradients(name: str, method: str) -> None:
-    check(name, method, "aot_eager", 1e-6)
+    # Two blocks where they share weights, one is enough elsewhere.
+    depth = {} if method == "pal" else dict(n_layer=1) if name == "gpt2" else dict(num_hidden_layers=1)
+    check(name, method, "aot_eager", 1e-6, **depth)
 
 
-@pytest.mark.parametrize(("name", "method"), [("mbart", "pal"), ("llama", "houlsby_pal")])
-def test_other_places(name: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "method", "depth"),
+    [
+        ("mbart", "pal", dict(encoder_layers=1, decoder_layers=1)),
+        ("llama", "houlsby_pal", dict(num_hidden_layers=1)),
+    ],
+)
+def test_other_places(name: str, method: str, depth: dict[str, int]) -> None:
     """A term behind the block, and one on both sides."""
-    check(name, method, "aot_eager", 1e-6, **(dict(encoder_layers=1, decoder_layers=1) if name == "mbart" else {}))
+    check(name, method, "aot_eager", 1e-6, **depth)
 
 
 @pytest.mark.slow

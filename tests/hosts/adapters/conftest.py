@@ -9,31 +9,15 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from typing import Any
 
-import adapters
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
-import pal_adapters  # noqa: F401  registers the methods
+from .tiny import fresh, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[3]
-
-
-def tiny_config(**changes: Any) -> BertConfig:
-    settings = dict(vocab_size=40, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=32)
-    return BertConfig(**{**settings, **changes})
-
-
-def randomise(model: nn.Module, *names: str, std: float = 0.2) -> None:
-    """Random weights in every tensor of adapters that may start as the identity."""
-    for name in names:
-        for modules in model.get_adapter(name).values():
-            for module in modules.values():
-                for parameter in module.parameters():
-                    nn.init.normal_(parameter, std=std)
 
 
 @pytest.fixture(scope="session")
@@ -51,9 +35,7 @@ def base_path(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def plain_bert(base_path: pathlib.Path) -> nn.Module:
     """That model without adapters, in evaluation mode."""
-    model = BertModel.from_pretrained(base_path).eval()
-    adapters.init(model)
-    return model
+    return fresh(base_path)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The forward pass of BERT and of every kind of adapter in plain torch, written from the equations and not from our code.
+"""The forward pass of BERT and of every kind of adapter in plain torch, written from the equations.
 
 Legend: b batch rows, n tokens, d width, r inner width.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,12 +18,11 @@ from pal_adapters import (
     LowRankConfig,
     PALConfig,
     ParallelHoulsbyConfig,
-    UnknownAdapterError,
     UnsupportedError,
 )
 
 from . import reference as ref
-from .conftest import randomise
+from .tiny import randomise
 
 HEADS = 3
 CONFIGS = {
@@ -118,9 +118,10 @@ class Plain:
             value = value + fused
         elif isinstance(setup, Split):
             starts = [sum(setup.splits[:i]) for i in range(len(setup) + 1)]
-            parts = [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+            parts = [slice(a, b) for a, b in itertools.pairwise(starts)]
             value = torch.cat(
-                [self.terms(site, c, block.part(tokens=p), value[:, p])[0] for c, p in zip(setup, parts, strict=True)], 1
+                [self.terms(site, c, block.part(tokens=p), value[:, p])[0] for c, p in zip(setup, parts, strict=True)],
+                1,
             )
         elif isinstance(setup, (BatchSplit, MultiTask, Parallel)):
             value = value.clone()
@@ -317,7 +318,7 @@ def test_what_cannot_be_fused_is_refused_and_leaves_no_trace(names: tuple[str, s
     for name in names:
         bert.add_adapter(name, config=CONFIGS.get(name, LHUCConfig()))
     before = {key: value.clone() for key, value in bert.state_dict().items()}
-    with pytest.raises(UnsupportedError, match="Fuse.*acts elsewhere. Fuse adapters of type pal, low_rank"):
+    with pytest.raises(UnsupportedError, match=r"Fuse.*acts elsewhere\. Fuse adapters of type pal, low_rank"):
         bert.add_adapter_fusion(Fuse(*names))
     assert not bert.adapters_config.fusions
     assert before.keys() == bert.state_dict().keys()

@@ -14,9 +14,16 @@ from adapters import AutoAdapterModel
 from adapters.composition import Average, BatchSplit, MultiTask, Parallel, Split, Stack
 from torch import Tensor, nn
 
-from pal_adapters import LHUCConfig, LowRankConfig, PALConfig, TopAttentionConfig, UnknownAdapterError, UnsupportedError
+from pal_adapters import (
+    LHUCConfig,
+    LowRankConfig,
+    PALConfig,
+    TopAttentionConfig,
+    UnknownAdapterError,
+    UnsupportedError,
+)
 
-from .conftest import randomise
+from .tiny import randomise
 
 CONFIGS: dict[str, Any] = {
     "a": PALConfig(hidden_size=12, init_weights="bert"),

@@ -22,24 +22,10 @@ from transformers import BertForMaskedLM, BertForSequenceClassification, BertMod
 
 from pal_adapters import LowRankConfig, PALConfig, ParallelHoulsbyConfig
 
-from .conftest import randomise
-from .test_lifecycle import SMALL, add, output
+from .tiny import SMALL, add, fresh, hidden, output, parameters_of, randomise
 
 SAFE = pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
 METHODS = pytest.mark.parametrize("method", list(SMALL))
-
-
-def fresh(path: pathlib.Path, model_class: Any = BertModel) -> nn.Module:
-    model = model_class.from_pretrained(path).eval()
-    adapters.init(model)
-    return model
-
-
-def hidden(model: nn.Module, batch: dict[str, Tensor], setup: Any) -> Tensor:
-    """The base model's output, whatever head it carries."""
-    model.set_active_adapters(setup)
-    with torch.no_grad():
-        return model(**batch, output_hidden_states=True).hidden_states[-1]
 
 
 @SAFE
@@ -58,8 +44,7 @@ def test_save_and_load(
         saved = load_file(file)
     else:
         saved = torch.load(file, weights_only=True)
-    keys = {key for key in bert.state_dict() if "pal_adapters.a." in key or "shared_parameters.a." in key}
-    assert saved.keys() == keys
+    assert saved.keys() == parameters_of(bert, "a").keys()
     assert all(torch.equal(value, bert.state_dict()[key]) for key, value in saved.items())
     other = fresh(base_path)
     for name in wanted:
@@ -78,7 +63,9 @@ def test_between_head_classes(
     source: Any, target: Any, safe: bool, base_path: pathlib.Path, batch: dict[str, Tensor], tmp_path: pathlib.Path
 ) -> None:
     first = fresh(base_path, source)
-    config = adapters.ConfigUnion(SMALL["pal"], SMALL["parallel_houlsby"], adapters.SeqBnConfig(), adapters.LoRAConfig())
+    config = adapters.ConfigUnion(
+        SMALL["pal"], SMALL["parallel_houlsby"], adapters.SeqBnConfig(), adapters.LoRAConfig()
+    )
     first.add_adapter("a", config=config)
     randomise(first, "a")
     expected = hidden(first, batch, "a")

@@ -19,9 +19,7 @@ from transformers import BertForMaskedLM, BertForSequenceClassification, BertMod
 from pal_adapters import HoulsbyPALConfig, LowRankConfig, PALConfig, ParallelHoulsbyConfig, TopAttentionConfig
 
 from . import reference as ref
-from .conftest import randomise
-from .test_lifecycle import SMALL, add, output
-from .test_saving import fresh, hidden
+from .tiny import SMALL, add, fresh, hidden, output, parameters_of
 
 # The trainer
 
@@ -29,7 +27,9 @@ from .test_saving import fresh, hidden
 def examples() -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 40, (8, 6), generator=generator)
-    return [{"input_ids": row, "attention_mask": torch.ones(6, dtype=torch.long), "labels": int(row[0]) % 2} for row in ids]
+    return [
+        {"input_ids": row, "attention_mask": torch.ones(6, dtype=torch.long), "labels": int(row[0]) % 2} for row in ids
+    ]
 
 
 class Remember(TrainerCallback):
@@ -43,7 +43,9 @@ class Remember(TrainerCallback):
 
 
 @pytest.mark.parametrize("method", ["pal", "houlsby_pal", "parallel_houlsby"])
-def test_trainer_trains_saves_and_restores_the_best(method: str, base_path: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_trainer_trains_saves_and_restores_the_best(
+    method: str, base_path: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     model = AutoAdapterModel.from_pretrained(base_path)
     model.add_adapter("a", config=SMALL[method])
     model.add_adapter("other", config=SMALL[method])
@@ -81,8 +83,10 @@ def test_trainer_trains_saves_and_restores_the_best(method: str, base_path: path
 # Activation checkpointing
 
 
-SETUPS: list[Any] = [*SMALL, Stack("pal", "seq", "low_rank"), BatchSplit("seq", "pal", batch_sizes=2), Fuse("pal", "seq"),
-                     Average("pal", "parallel_houlsby"), MultiTask("pal", "lhuc")]  # fmt: skip
+SETUPS: list[Any] = [
+    *SMALL, Stack("pal", "seq", "low_rank"), BatchSplit("seq", "pal", batch_sizes=2), Fuse("pal", "seq"),
+    Average("pal", "parallel_houlsby"), MultiTask("pal", "lhuc"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +100,9 @@ def every(plain_bert: nn.Module) -> nn.Module:
     return model
 
 
-def gradients(model: nn.Module, batch: dict[str, Tensor], setup: Any, *, how: str, checkpoint: bool) -> dict[str, Tensor]:
+def gradients(
+    model: nn.Module, batch: dict[str, Tensor], setup: Any, *, how: str, checkpoint: bool
+) -> dict[str, Tensor]:
     model = copy.deepcopy(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "adapter" in name or "shared_parameters" in name
@@ -122,8 +128,7 @@ def gradients(model: nn.Module, batch: dict[str, Tensor], setup: Any, *, how: st
 def test_checkpointing_is_bit_equal(how: str, setup: Any, every: nn.Module, batch: dict[str, Tensor]) -> None:
     plain = gradients(every, batch, setup, how=how, checkpoint=False)
     again = gradients(every, batch, setup, how=how, checkpoint=True)
-    plain.pop("embeddings", None)
-    assert plain.keys() == again.keys() - {n for n in again if n.startswith("embeddings")}
+    assert plain.keys() == again.keys()
     for name, grad in plain.items():
         assert torch.equal(grad, again[name]), name
     assert any("pal_adapters" in name and grad.abs().max() > 0 for name, grad in plain.items())
@@ -138,31 +143,28 @@ def test_checkpointing_keeps_the_setup_of_the_forward_pass(every: nn.Module, bat
 # Compilation
 
 
-@pytest.mark.parametrize("setup", ["pal", Stack("low_rank", "seq", "pal"), MultiTask("pal", "lhuc")], ids=str)
-def test_compiled_in_one_graph(setup: Any, every: nn.Module, batch: dict[str, Tensor]) -> None:
-    every.eval().set_active_adapters(setup)
-    more = {"task_ids": [0, 1, 1, 0]} if isinstance(setup, MultiTask) else {}
+def test_compiled_in_one_graph(every: nn.Module, batch: dict[str, Tensor]) -> None:
+    """The host's forward pass traces as a whole, and so does ours; another setup is another graph."""
     torch._dynamo.reset()
+    every.eval()
     compiled = torch.compile(every, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        expected = every(**batch, **more).last_hidden_state
-        torch.testing.assert_close(compiled(**batch, **more).last_hidden_state, expected, atol=1e-6, rtol=1e-6)
-        for other in ("low_rank", setup):  # another setup is another graph
-            every.set_active_adapters(other)
-            expected = every(**batch, **more).last_hidden_state
-            torch.testing.assert_close(compiled(**batch, **more).last_hidden_state, expected, atol=1e-6, rtol=1e-6)
+    for setup in (Stack("low_rank", "seq", "pal"), "parallel_houlsby"):
+        every.set_active_adapters(setup)
+        with torch.no_grad():
+            expected = every(**batch).last_hidden_state
+            torch.testing.assert_close(compiled(**batch).last_hidden_state, expected, atol=1e-6, rtol=1e-6)
     torch._dynamo.reset()
 
 
-def test_compiled_gradients(every: nn.Module, batch: dict[str, Tensor]) -> None:
+def test_compiled_gradients_of_a_mixed_batch(every: nn.Module, batch: dict[str, Tensor]) -> None:
     model = copy.deepcopy(every)
-    model.train_adapter("pal")
+    model.train_adapter(MultiTask("pal", "low_rank"))
     model.eval()
     torch._dynamo.reset()
     found = []
     for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         model.zero_grad()
-        forward(**batch).last_hidden_state.pow(2).sum().backward()
+        forward(**batch, task_ids=[0, 1, 1, 0]).last_hidden_state.pow(2).sum().backward()
         found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     torch._dynamo.reset()
     assert found[0].keys() == found[1].keys()
@@ -181,11 +183,13 @@ NARROW = {
 
 @pytest.mark.parametrize("name", NARROW)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_base_with_float32_adapters(dtype: torch.dtype, name: str, bert: nn.Module, batch: dict[str, Tensor]) -> None:
+def test_narrow_base_with_float32_adapters(
+    dtype: torch.dtype, name: str, bert: nn.Module, batch: dict[str, Tensor]
+) -> None:
     bert.to(dtype)
     config, method = NARROW[name]
     bert.add_adapter(name, config=config)
-    for parameter in ref_parameters(bert, name):
+    for parameter in parameters_of(bert, name).values():
         assert parameter.dtype == torch.float32
         nn.init.normal_(parameter, std=0.1)
     weights = ref.weights_of(bert, name, method)
@@ -203,11 +207,7 @@ def test_narrow_base_with_float32_adapters(dtype: torch.dtype, name: str, bert: 
     torch.testing.assert_close(actual[kept].float(), expected[kept].float(), atol=0.06, rtol=0.06)
     bert.train_adapter(name)
     bert(**batch).last_hidden_state.float().pow(2).sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ref_parameters(bert, name))
-
-
-def ref_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
-    return [p for n, p in model.named_parameters() if f"pal_adapters.{name}." in n or f"shared_parameters.{name}." in n]
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in parameters_of(bert, name).values())
 
 
 @pytest.mark.parametrize("setup", [*SMALL, BatchSplit("seq", "pal", batch_sizes=2), MultiTask("pal", "lhuc")], ids=str)
@@ -256,7 +256,9 @@ def test_base_trains_with_the_adapter(model_class: Any, base_path: pathlib.Path,
     own = {n for n, _ in model.base_model.named_parameters() if "pal_adapters.joint." in n or "parameters.joint." in n}
     assert trained == base_names | own
     model.train_adapter("frozen")
-    own = {n for n, _ in model.base_model.named_parameters() if "pal_adapters.frozen." in n or "parameters.frozen." in n}
+    own = {
+        n for n, _ in model.base_model.named_parameters() if "pal_adapters.frozen." in n or "parameters.frozen." in n
+    }
     assert {n for n, p in model.base_model.named_parameters() if p.requires_grad} == own
     model.add_adapter("seq", config="seq_bn")
     model.add_adapter_fusion(Fuse("joint", "seq"))
@@ -265,9 +267,8 @@ def test_base_trains_with_the_adapter(model_class: Any, base_path: pathlib.Path,
     assert model.base_model.embeddings.word_embeddings.weight.requires_grad is False
 
 
-@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
 def test_a_trained_base_is_in_the_file(
-    safe: bool, base_path: pathlib.Path, batch: dict[str, Tensor], tmp_path: pathlib.Path, python: Callable[[str], str]
+    base_path: pathlib.Path, batch: dict[str, Tensor], tmp_path: pathlib.Path, python: Callable[[str], str]
 ) -> None:
     on_disk = digest(base_path)
     model = fresh(base_path, BertForSequenceClassification)
@@ -279,26 +280,30 @@ def test_a_trained_base_is_in_the_file(
     model.eval()
     expected = hidden(model, batch, "joint")
     assert (expected - hidden(fresh(base_path), batch, None)).abs().max() > 1e-3
-    for name in ("joint", "j"):
-        model.save_adapter(str(tmp_path / name), name, use_safetensors=safe)
-    sizes = {name: sum(p.stat().st_size for p in (tmp_path / name).iterdir()) for name in ("joint", "j")}
-    assert sizes["joint"] > 3 * sizes["j"]
-    for target in (BertModel, BertForMaskedLM):
-        other = fresh(base_path, target)
-        info: dict[str, Any] = {}
-        other.load_adapter(str(tmp_path / "joint"), load_as="x", use_safetensors=safe, loading_info=info)
-        assert info["missing_keys"] == []
-        assert torch.equal(hidden(other, batch, "x"), expected)
+    for safe in (True, False):
+        sizes = {}
+        for name in ("joint", "j"):
+            folder = tmp_path / f"{name}{safe}"
+            model.save_adapter(str(folder), name, use_safetensors=safe)
+            sizes[name] = sum(p.stat().st_size for p in folder.iterdir())
+        assert sizes["joint"] > 3 * sizes["j"]
+        for target in (BertModel, BertForMaskedLM):
+            other = fresh(base_path, target)
+            info: dict[str, Any] = {}
+            other.load_adapter(str(tmp_path / f"joint{safe}"), load_as="x", use_safetensors=safe, loading_info=info)
+            assert info["missing_keys"] == []
+            assert torch.equal(hidden(other, batch, "x"), expected)
     torch.save({"batch": batch, "expected": expected}, tmp_path / "data.pt")
-    assert "True" in python(f"""
+    assert "TrueTrue" in python(f"""
         import torch, adapters, pal_adapters
         from transformers import BertModel
         data = torch.load("data.pt", weights_only=True)
-        model = BertModel.from_pretrained({str(base_path)!r}).eval()
-        adapters.init(model)
-        model.load_adapter("joint", set_active=True, use_safetensors={safe})
-        with torch.no_grad():
-            print(torch.equal(model(**data["batch"]).last_hidden_state, data["expected"]))
+        for safe in (True, False):
+            model = BertModel.from_pretrained({str(base_path)!r}).eval()
+            adapters.init(model)
+            model.load_adapter(f"joint{{safe}}", set_active=True, use_safetensors=safe)
+            with torch.no_grad():
+                print(torch.equal(model(**data["batch"]).last_hidden_state, data["expected"]), end="")
     """)
     assert digest(base_path) == on_disk
 

@@ -1,0 +1,79 @@
+"""Tiny models, one small config of each method, and what tests do with them all the time."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import adapters
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from pal_adapters import (
+    HoulsbyPALConfig,
+    LHUCConfig,
+    LowRankConfig,
+    PALConfig,
+    ParallelHoulsbyConfig,
+    TopAttentionConfig,
+    TopBertLayerConfig,
+)
+
+SMALL: dict[str, Any] = {
+    "pal": PALConfig(hidden_size=12),
+    "low_rank": LowRankConfig(hidden_size=5),
+    "lhuc": LHUCConfig(),
+    "top_attention": TopAttentionConfig(hidden_size=12, num_layers=2, num_heads=3),
+    "top_bert_layer": TopBertLayerConfig(intermediate_size=16, num_heads=4),
+    "parallel_houlsby": ParallelHoulsbyConfig(hidden_size=5),
+    "houlsby_pal": HoulsbyPALConfig(hidden_size=12, bottleneck_size=4),
+}
+
+
+def tiny_config(**changes: Any) -> BertConfig:
+    settings = dict(vocab_size=40, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=32)
+    return BertConfig(**{**settings, **changes})
+
+
+def fresh(path: pathlib.Path, model_class: Any = BertModel) -> nn.Module:
+    """A model from disk, made an `adapters` model, in evaluation mode."""
+    model = model_class.from_pretrained(path).eval()
+    adapters.init(model)
+    return model
+
+
+def randomise(model: nn.Module, *names: str, std: float = 0.2) -> None:
+    """Random weights in every tensor of adapters that may start as the identity."""
+    for name in names:
+        for modules in model.get_adapter(name).values():
+            for module in modules.values():
+                for parameter in module.parameters():
+                    nn.init.normal_(parameter, std=std)
+
+
+def add(model: nn.Module, name: str, method: str) -> None:
+    """An adapter of `SMALL` with random weights."""
+    model.add_adapter(name, config=SMALL[method])
+    randomise(model, name)
+
+
+def output(model: nn.Module, batch: dict[str, Tensor], setup: Any = "keep") -> Tensor:
+    """`last_hidden_state` with a setup, or with the active one."""
+    if setup != "keep":
+        model.set_active_adapters(setup)
+    with torch.no_grad():
+        return model(**batch).last_hidden_state
+
+
+def hidden(model: nn.Module, batch: dict[str, Tensor], setup: Any) -> Tensor:
+    """The base model's output, whatever head it carries."""
+    model.set_active_adapters(setup)
+    with torch.no_grad():
+        return model(**batch, output_hidden_states=True).hidden_states[-1]
+
+
+def parameters_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Everything that one of our adapters has in a model, tied projections once."""
+    parts = (f"pal_adapters.{name}.", f"shared_parameters.{name}.")
+    return {n: p for n, p in model.named_parameters() if any(part in n for part in parts)}
