@@ -2,8 +2,10 @@
 
     python benchmarks/bench.py --json OUT [--rounds N] [--only NAME ...]
 
-BERT-base size, random weights, 16 x 64 tokens, two threads. In every round each variant runs once; its time is divided by
-the plain frozen model's forward pass of the same round, and the median over the rounds is reported. Peak memory is that of
+BERT-base size, random weights, 16 x 64 tokens, two threads. In every round each variant runs once; its time is
+divided by
+the plain frozen model's forward pass of the same round, and the median over the rounds is reported. Peak memory is
+that of
 a process of its own for each variant (growth of the resident set during one training step).
 
 Mixed batches compare one forward pass over rows of many tasks with one over the same rows and a single task.
@@ -125,7 +127,9 @@ def single_task(names: list[str], count: int) -> dict[str, Any]:
     batch = inputs(16, 64)
     models = {name: VARIANTS[name]() for name in dict.fromkeys(["plain", *names])}
     measure = {f"{name} | forward": lambda m=model: forward(m, batch) for name, model in models.items()}
-    measure |= {f"{name} | step": lambda m=model: train_step(m, batch) for name, model in models.items() if name != "plain"}
+    measure |= {
+        f"{name} | step": lambda m=model: train_step(m, batch) for name, model in models.items() if name != "plain"
+    }
     table = rounds(measure, "plain | forward", count)
     result: dict[str, Any] = {}
     for key, value in table.items():

@@ -170,7 +170,9 @@ def self_attention(
     """Multi-head self-attention with biases and without an output projection, `[b, n, r]` -> `[b, n, r]`."""
 
     def project(name: str) -> Tensor:
-        return split_heads(linear(x, weights[f"{prefix}{name}.weight"], weights.get(f"{prefix}{name}.bias")), num_heads)
+        return split_heads(
+            linear(x, weights[f"{prefix}{name}.weight"], weights.get(f"{prefix}{name}.bias")), num_heads
+        )
 
     q, k, v = project("query"), project("key"), project("value")
     if inputs.cache is not None:

@@ -1,6 +1,7 @@
 """Tiny random models of every kind that is found by itself, and plain-torch references of the methods on them.
 
-The table says, by hand and independently of `pal_adapters`, where a block's sums are: nothing here imports the package's
+The table says, by hand and independently of `pal_adapters`, where a block's sums are: nothing here imports the
+package's
 own table. `reference` adds a method's term with hooks of its own, at other places than the package does.
 """
 
@@ -364,9 +365,7 @@ _BART = Spec("final_layer_norm", "self_attn", "fc1", "fc2", pre=False)
 _MBART = Spec("self_attn_layer_norm", "self_attn", "fc1", "fc2")
 _T5 = Spec("layer.0.layer_norm", "layer.0.dropout", "layer.-1.DenseReluDense", "layer.-1.DenseReluDense")
 _GEMMA = Spec("input_layernorm", "post_attention_layernorm", "mlp", "post_feedforward_layernorm")
-_VIT = Spec(
-    "layernorm_before", "attention", "mlp" if V5 else "intermediate", "mlp" if V5 else "output.dense"
-)
+_VIT = Spec("layernorm_before", "attention", "mlp" if V5 else "intermediate", "mlp" if V5 else "output.dense")
 _DINOV2 = Spec("norm1", "layer_scale1", "mlp", "layer_scale2")
 _WAV2VEC2 = Spec("final_layer_norm", "dropout", "feed_forward", "feed_forward", pre=False)
 _WAV2VEC2_PRE = Spec("layer_norm", "dropout", "feed_forward", "feed_forward")
@@ -377,10 +376,12 @@ _TEXT = dict(
 )  # fmt: skip
 _DECODER = dict(
     vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
-    intermediate_size=36, max_position_embeddings=64, attention_dropout=0.3, pad_token_id=1, bos_token_id=2, eos_token_id=3,
+    intermediate_size=36, max_position_embeddings=64, attention_dropout=0.3, pad_token_id=1, bos_token_id=2,
+    eos_token_id=3,
 )  # fmt: skip
 _SEQ2SEQ = dict(
-    vocab_size=40, d_model=24, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+    vocab_size=40, d_model=24, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+    decoder_attention_heads=2,
     encoder_ffn_dim=36, decoder_ffn_dim=36, max_position_embeddings=40, dropout=0.3, attention_dropout=0.3,
     activation_dropout=0.3, pad_token_id=1, bos_token_id=2, eos_token_id=3, decoder_start_token_id=2,
     encoder_layerdrop=0.0, decoder_layerdrop=0.0, forced_eos_token_id=None,
@@ -553,7 +554,8 @@ HOSTS: tuple[Host, ...] = (
         use_parallel_residual=True,
     ),
     _decoder("cohere", "CohereForCausalLM", "model.layers", head_dim=..., logit_scale=1.0),
-    _decoder("starcoder2", "Starcoder2ForCausalLM", "model.layers", residual_dropout=0.3, head_dim=..., sliding_window=None),
+    _decoder("starcoder2", "Starcoder2ForCausalLM", "model.layers", residual_dropout=0.3, head_dim=...,
+    sliding_window=None),
     _decoder(
         "qwen2-moe", "Qwen2MoeForCausalLM", "model.layers", num_experts=3, num_experts_per_tok=2,
         moe_intermediate_size=12, shared_expert_intermediate_size=12, head_dim=...,
@@ -597,7 +599,8 @@ HOSTS: tuple[Host, ...] = (
         "BloomForCausalLM",
         dict(vocab_size=40, hidden_size=24, n_layer=2, n_head=2, hidden_dropout=0.3, attention_dropout=0.3,
              pad_token_id=1, bos_token_id=2, eos_token_id=3),
-        (Stack("transformer.h", Spec("input_layernorm", "self_attention.dense", "mlp", "mlp.dense_4h_to_h"), causal=True),),
+        (Stack("transformer.h", Spec("input_layernorm", "self_attention.dense", "mlp", "mlp.dense_4h_to_h"),
+        causal=True),),
     ),
     # Encoder-decoders
     _seq2seq("bart", "BartModel", _BART),
@@ -625,7 +628,8 @@ HOSTS: tuple[Host, ...] = (
     Host(
         "whisper",
         "WhisperModel",
-        {**_SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 40, "apply_spec_augment": False},
+        {**_SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 40,
+        "apply_spec_augment": False},
         (
             Stack("encoder.layers", _MBART, part="audio"),
             Stack("decoder.layers", _MBART, causal=True, part="decoder"),

@@ -213,17 +213,18 @@ class TaskLayer(ValueComposition, nn.Module):
         that the host's own block calls gets it unless the block scales (BEiT) or normalises (X-MOD) before.
         """
         sites, block = self.block.sites, self.block.module
+        hooked = bottleneck.is_layer_hooked
         if bottleneck.location_key == "mh_adapter":
             if bottleneck is resolve(block, sites.attention_output.rpartition(".")[0]):
                 return "attention"
             if bottleneck is not getattr(block, "attention_adapters", None):
                 return None  # behind cross-attention; and ALBERT's gets the residual stream as its value
             scaled = next(block.parameters(recurse=False), None) is not None
-            same = sites.attention_output == sites.attention if bottleneck.is_layer_hooked else not scaled
+            same = sites.attention_output == sites.attention if hooked else not scaled
             return "attention" if same else None
         if bottleneck.location_key != "output_adapter":
             return None
-        if bottleneck.is_layer_hooked:
+        if hooked:
             return "residual" if sites.residual_path == sites.ffn else None
         behind_block = sites.residual_path == "" and sites.norm == "pre"
         return "residual" if behind_block or sites.residual_path in (sites.ffn_output, "output_adapters") else None

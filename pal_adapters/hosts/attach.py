@@ -29,7 +29,8 @@ _CAUSAL_MASK = ("causal_attention_mask",)
 _CACHE = ("past_key_values", "past_key_value", "layer_past")
 _POSITION = ("cache_position",)
 _FINAL_NORMS = (
-    "final_layer_norm", "final_layernorm", "final_norm", "emb_layer_norm_after", "ln_f", "norm", "layernorm", "layer_norm",
+    "final_layer_norm", "final_layernorm", "final_norm", "emb_layer_norm_after", "ln_f", "norm", "layernorm",
+    "layer_norm",
     "LayerNorm",
 )  # fmt: skip
 
@@ -112,9 +113,7 @@ def _positions(module: nn.Module) -> dict[str, int]:
     return {name: i for i, name in enumerate(list(inspect.signature(type(module).forward).parameters)[1:])}
 
 
-def _argument(
-    names: tuple[str, ...], positions: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _argument(names: tuple[str, ...], positions: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for name in names:
         if name in kwargs:
             return kwargs[name]
@@ -371,7 +370,8 @@ class Attachment:
             )
         if value.shape[1] != x.shape[1]:
             raise UnsupportedError(
-                f"{self.block.name} runs its feed-forward part on {value.shape[1]} of {x.shape[1]} tokens at a time: set "
+                f"{self.block.name} runs its feed-forward part on {value.shape[1]} of {x.shape[1]} tokens at a "
+                f"time: set "
                 "config.chunk_size_feed_forward=0."
             )
 

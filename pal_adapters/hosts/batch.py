@@ -57,9 +57,7 @@ def select_rows(inputs: UnitInputs, rows: Tensor) -> UnitInputs:
     return inputs.map(lambda t: t.index_select(0, rows))._replace(mask=mask, rows=whole)
 
 
-def run_rows(
-    units: Mapping[str, TaskUnit], plan: RowPlan, site: str, value: Tensor, inputs: UnitInputs
-) -> Tensor:
+def run_rows(units: Mapping[str, TaskUnit], plan: RowPlan, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
     """Each row through its own unit, all rows of one kind in one call.
 
     Args:

@@ -38,10 +38,11 @@ class _Slot:
 
     def reset(self) -> None:
         self.tokens, self.started = 0, False
-        if isinstance(self, DynamicLayer):
+        layer: Any = self
+        if isinstance(layer, DynamicLayer):
             # transformers 4.57 fills a growing layer with zeros and keeps its length.
-            self.keys = self.values = None
-            self.is_initialized = False
+            layer.keys = layer.values = None
+            layer.is_initialized = False
         super().reset()  # type: ignore[misc]
 
 
@@ -152,7 +153,8 @@ class TaskCache:
         before, own = int(seen) - length, layer.get_seq_length() if layer.started else 0
         if before != own:
             raise UnsupportedError(
-                f"the generation cache holds {before} earlier tokens, of which the active adapter {slot} has seen {own}: "
+                f"the generation cache holds {before} earlier tokens, of which the active adapter {slot} has seen "
+                f"{own}: "
                 "keep the same adapter active from the first token on, start with an empty cache, or pass "
                 "use_cache=False."
             )

@@ -39,7 +39,8 @@ def _shared_by_heads(mask: Tensor, q_len: int) -> Tensor:
     """`[b, h, q, k]` -> `[b, 1, q, k]`: what a mask hides from all heads, without what it adds for single ones."""
     if not mask.is_floating_point() or mask.shape[-2] != q_len:
         raise UnsupportedError(
-            f"attention_mask of shape {list(mask.shape)} is not supported: use [batch, keys], [batch, queries, keys] or "
+            f"attention_mask of shape {list(mask.shape)} is not supported: use [batch, keys], [batch, queries, "
+            f"keys] or "
             "[batch, 1, queries, keys]; a mask that differs from head to head has no meaning for the heads of a task "
             "module."
         )

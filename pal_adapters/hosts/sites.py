@@ -1,6 +1,7 @@
 """Where task modules attach in a Hugging Face model: found from the structure of its blocks, or named by the user.
 
-Knows no method and neither host. A *block* is one transformer layer; a *stack* is the `nn.ModuleList` or `nn.Sequential`
+Knows no method and neither host. A *block* is one transformer layer; a *stack* is the `nn.ModuleList` or
+`nn.Sequential`
 that holds blocks. Paths are attribute paths inside a block, with indices for lists (`"layer.-1.dropout"`); `""` is the
 block. The structures that are found are listed in `structures.py`.
 """
@@ -37,7 +38,9 @@ def register_block(class_name: str, sites: BlockSites) -> None:
         ```
     """
     if _REGISTERED.get(class_name, sites) != sites:
-        raise ConfigError(f"class_name={class_name!r} is registered already with other sites: {_REGISTERED[class_name]}.")
+        raise ConfigError(
+            f"class_name={class_name!r} is registered already with other sites: {_REGISTERED[class_name]}."
+        )
     _REGISTERED[class_name] = sites
 
 
@@ -106,7 +109,9 @@ def _find_sites(block: nn.Module, named: Mapping[str, str] | None = None) -> Blo
         if name in _REGISTERED:
             missing = [p for p in _REGISTERED[name].paths() if resolve(block, p) is None]
             if missing:
-                raise SiteError(f"the sites registered for {name}: {type(block).__name__} has no module {missing[0]!r}.")
+                raise SiteError(
+                    f"the sites registered for {name}: {type(block).__name__} has no module {missing[0]!r}."
+                )
             return _REGISTERED[name]
     children = _children(block)
     for structure in STRUCTURES:
@@ -130,7 +135,9 @@ def parse_sites(named: Mapping[str, str]) -> BlockSites:
     """`BlockSites` from the `sites` argument of a config: the fields of `BlockSites` plus `"block"`, a class name."""
     fields = dict(named)
     if "block" not in fields:
-        raise ConfigError(f"sites={dict(named)} is not allowed: it needs 'block', the class name of the model's blocks.")
+        raise ConfigError(
+            f"sites={dict(named)} is not allowed: it needs 'block', the class name of the model's blocks."
+        )
     del fields["block"]
     try:
         return BlockSites(**fields)  # type: ignore[arg-type]
@@ -223,7 +230,8 @@ def find_blocks(model: nn.Module, named: Mapping[str, str] | None = None) -> lis
     if not blocks:
         raise SiteError(
             f"{type(model).__name__} {_reason(model, named)}. Name the sites: pass sites={{'block': '<class name>', "
-            "'norm': 'pre'|'post', 'attention': ..., 'attention_output': ..., 'ffn': ..., 'ffn_output': ..., 'output': "
+            "'norm': 'pre'|'post', 'attention': ..., 'attention_output': ..., 'ffn': ..., 'ffn_output': ..., "
+            "'output': "
             "..., 'input_norm': ...}} in the config, or call pal_adapters.register_block('<class name>', "
             "BlockSites(...))."
         )

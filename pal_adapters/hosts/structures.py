@@ -1,8 +1,11 @@
 """The kinds of transformer block that are found without the user's help: data for `sites.py`.
 
-A row fits a block whose direct children are *exactly* those that it lists. One more child, a parameter of the block itself
-or a number that it multiplies with would mean that its sums are built in another way, and a module attached by guess would
-be wrong without a sign of it; such a block is refused, and the user names its sites. The forward functions of all blocks
+A row fits a block whose direct children are *exactly* those that it lists. One more child, a parameter of the block
+itself
+or a number that it multiplies with would mean that its sums are built in another way, and a module attached by guess
+would
+be wrong without a sign of it; such a block is refused, and the user names its sites. The forward functions of all
+blocks
 that a row fits in transformers 4.57 and 5 have been read; those that fit by name but compute something else are in
 `REFUSED`, or told apart by the row's `classes` and `flags`.
 """
@@ -54,7 +57,8 @@ class BlockSites:
             raise ConfigError(f"residual_at={self.residual_at!r} is not allowed: use 'output' or 'input'.")
         if self.norm == "pre" and self.input_norm is None:
             raise ConfigError(
-                "input_norm=None is not allowed with norm='pre': name the norm in front of attention, or '' if there is none."
+                "input_norm=None is not allowed with norm='pre': name the norm in front of attention, or '' if "
+                "there is none."
             )
 
     @property
@@ -107,10 +111,10 @@ def _layers(*prefixes: str, suffix: str = "") -> tuple[str, ...]:
 
 def _fc(norm: Literal["pre", "post"]) -> BlockSites:
     # These drop out with a function behind `fc2`: the term goes behind that.
-    parts = dict(attention="self_attn", attention_output="self_attn", ffn="fc1", ffn_output="fc2")
+    parts = ("self_attn", "self_attn", "fc1", "fc2")
     if norm == "pre":
-        return BlockSites("pre", **parts, residual="", input_norm="self_attn_layer_norm")
-    return BlockSites("post", **parts, output="final_layer_norm", residual="final_layer_norm", residual_at="input")
+        return BlockSites("pre", *parts, residual="", input_norm="self_attn_layer_norm")
+    return BlockSites("post", *parts, output="final_layer_norm", residual="final_layer_norm", residual_at="input")
 
 
 _FC = "self_attn self_attn_layer_norm fc1 fc2 final_layer_norm [activation_fn] "
@@ -119,7 +123,8 @@ _WAV2VEC2 = ("Wav2Vec2", "Hubert", "WavLM", "UniSpeech", "UniSpeechSat", "SEW", 
 
 STRUCTURES: tuple[Structure, ...] = (
     Structure(
-        "xmod, post-LN: a language adapter, with the same dropout module, stands between the residual sum and the norm",
+        "xmod, post-LN: a language adapter, with the same dropout module, stands between the residual sum and "
+        "the norm",
         "attention intermediate output [crossattention]",
         BlockSites(
             "post", "attention", "attention.output.dropout", "intermediate", "output.dense",
@@ -138,7 +143,8 @@ STRUCTURES: tuple[Structure, ...] = (
         flags={"pre_norm": True},
     ),
     Structure(
-        "bert, roberta, xlm-roberta, camembert, electra, deberta, deberta-v2, bert-generation, roformer, ernie, rembert",
+        "bert, roberta, xlm-roberta, camembert, electra, deberta, deberta-v2, bert-generation, roformer, ernie, "
+        "rembert",
         "attention intermediate output [crossattention]",
         BlockSites("post", "attention", "attention.output.dropout", "intermediate", "output.dropout", output="output"),
         inner="attention.output.LayerNorm output.LayerNorm",
@@ -229,7 +235,8 @@ STRUCTURES: tuple[Structure, ...] = (
         scales=("residual_multiplier", "residual_scale"),
     ),
     Structure(
-        "llama, mistral, qwen2, qwen3, gemma, glm, olmo, starcoder2, smollm3, qwen2-moe, and mixtral in transformers 5",
+        "llama, mistral, qwen2, qwen3, gemma, glm, olmo, starcoder2, smollm3, qwen2-moe, and mixtral in "
+        "transformers 5",
         "input_layernorm self_attn post_attention_layernorm mlp",
         BlockSites("pre", "self_attn", "self_attn", "mlp", "mlp", input_norm="input_layernorm"),
     ),

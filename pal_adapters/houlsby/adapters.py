@@ -13,12 +13,14 @@ from .config import HOULSBY_PAL, PARALLEL_HOULSBY, validate_houlsby_pal, validat
 
 @dataclass(eq=False)
 class ParallelHoulsbyConfig(TaskAdapterConfig):
-    r"""The Houlsby variant of the PALs paper: `model.add_adapter("rte", config=ParallelHoulsbyConfig())` or `"parallel_houlsby"`.
+    r"""The Houlsby variant of the PALs paper: `model.add_adapter("rte", config=ParallelHoulsbyConfig())` or
+    `"parallel_houlsby"`.
 
     $$o_1' = o_1 + A(o_1), \qquad o_2' = o_2 + A'(h_1), \qquad A(u) = V^D g(V^E u)$$
 
     The second bottleneck is parallel to the feed-forward part, see `pal_adapters.houlsby.layer.ParallelHoulsby`. The
-    bottlenecks of Houlsby et al. themselves are `double_seq_bn` in adapters and `HoulsbyPeftConfig` in PEFT. Source: Stickland and Murray, ICML 2019.
+    bottlenecks of Houlsby et al. themselves are `double_seq_bn` in adapters and `HoulsbyPeftConfig` in PEFT. Source:
+    Stickland and Murray, ICML 2019.
 
     Args:
         hidden_size: `r`, 50 for 1.13 times the model with eight tasks.
@@ -43,7 +45,8 @@ class ParallelHoulsbyConfig(TaskAdapterConfig):
 
 @dataclass(eq=False)
 class HoulsbyPALConfig(TaskAdapterConfig):
-    r"""A bottleneck behind attention and a PAL beside the feed-forward part: `model.add_adapter("rte", config=HoulsbyPALConfig())` or `"houlsby_pal"`.
+    r"""A bottleneck behind attention and a PAL beside the feed-forward part: `model.add_adapter("rte",
+    config=HoulsbyPALConfig())` or `"houlsby_pal"`.
 
     $$o_1' = o_1 + V^D g(V^E o_1), \qquad y = LN_2(h_1 + o_2 + PAL(h_1))$$
 

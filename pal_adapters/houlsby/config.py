@@ -6,7 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigError, UnsupportedError, require_bool, require_heads, require_int, require_one_of, require_probability
+from ..errors import (
+    ConfigError,
+    UnsupportedError,
+    require_bool,
+    require_heads,
+    require_int,
+    require_one_of,
+    require_probability,
+)
 from ..hosts.methods import Method
 from ..hosts.sites import Block
 from ..pal.config import with_hidden_size
@@ -17,7 +25,8 @@ from .layer import ACTIVATIONS, HoulsbyPAL, ParallelHoulsby
 def _forbid_lhuc(config: Any) -> None:
     if config.lhuc:
         raise UnsupportedError(
-            "lhuc=True is not allowed here: the published code then uses the feed-forward bottleneck of the first task for "
+            "lhuc=True is not allowed here: the published code then uses the feed-forward bottleneck of the "
+            "first task for "
             "every task. Use PALConfig(lhuc=True) or LowRankConfig(lhuc=True)."
         )
 

@@ -40,9 +40,7 @@ class Bottleneck(TaskUnit):
 
     sites = ("value",)
 
-    def __init__(
-        self, width: int, hidden_size: int, *, activation: str = "gelu_new", init_std: float = 1e-2
-    ) -> None:
+    def __init__(self, width: int, hidden_size: int, *, activation: str = "gelu_new", init_std: float = 1e-2) -> None:
         super().__init__()
         self.activation = activation
         self.init_std = init_std
@@ -143,4 +141,3 @@ class HoulsbyPAL(TaskUnit):
             return value + bottleneck(value, weights, "attention.").to(value.dtype)
         own = {k.removeprefix("pal."): v for k, v in weights.items() if not k.startswith("attention.")}
         return self.pal(site, value, inputs, own)
-

@@ -19,7 +19,8 @@ class ParallelHoulsbyPeftConfig(TaskPeftConfig):
     $$o_1' = o_1 + A(o_1), \qquad o_2' = o_2 + A'(h_1), \qquad A(u) = V^D g(V^E u)$$
 
     The second bottleneck is parallel to the feed-forward part, see `pal_adapters.houlsby.layer.ParallelHoulsby`. The
-    bottlenecks of Houlsby et al. themselves are `double_seq_bn` in adapters and `HoulsbyPeftConfig` in PEFT. Source: Stickland and Murray, ICML 2019.
+    bottlenecks of Houlsby et al. themselves are `double_seq_bn` in adapters and `HoulsbyPeftConfig` in PEFT. Source:
+    Stickland and Murray, ICML 2019.
 
     Args:
         hidden_size: `r`, 50 for 1.13 times the model with eight tasks.
@@ -55,7 +56,8 @@ class ParallelHoulsbyModel(TaskTuner):
 
 @dataclass
 class HoulsbyPALPeftConfig(TaskPeftConfig):
-    r"""A bottleneck behind attention and a PAL beside the feed-forward part: `get_peft_model(model, HoulsbyPALPeftConfig(task_type="SEQ_CLS"))`.
+    r"""A bottleneck behind attention and a PAL beside the feed-forward part: `get_peft_model(model,
+    HoulsbyPALPeftConfig(task_type="SEQ_CLS"))`.
 
     $$o_1' = o_1 + V^D g(V^E o_1), \qquad y = LN_2(h_1 + o_2 + PAL(h_1))$$
 

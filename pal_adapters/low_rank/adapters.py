@@ -13,7 +13,8 @@ from .config import METHOD, validate
 
 @dataclass(eq=False)
 class LowRankConfig(TaskAdapterConfig):
-    r"""Low-rank layers, in parallel with each whole block: `model.add_adapter("rte", config=LowRankConfig())` or `"low_rank"`.
+    r"""Low-rank layers, in parallel with each whole block: `model.add_adapter("rte", config=LowRankConfig())` or
+    `"low_rank"`.
 
     $$TS(x) = V^D g(V^E x), \qquad y = LN_2(h_1 + o_2 + TS(x))$$
 

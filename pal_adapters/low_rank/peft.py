@@ -14,7 +14,8 @@ from .config import METHOD, validate
 
 @dataclass
 class LowRankPeftConfig(TaskPeftConfig):
-    r"""Low-rank layers, in parallel with each whole block: `get_peft_model(model, LowRankPeftConfig(task_type="SEQ_CLS"))`.
+    r"""Low-rank layers, in parallel with each whole block: `get_peft_model(model,
+    LowRankPeftConfig(task_type="SEQ_CLS"))`.
 
     $$TS(x) = V^D g(V^E x), \qquad y = LN_2(h_1 + o_2 + TS(x))$$
 

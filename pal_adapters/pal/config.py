@@ -68,7 +68,8 @@ def check_input(config: Any, blocks: list[Block]) -> None:
     """Raise `ConfigError` for `pal_input="raw"` where no block has a norm in front of attention."""
     if config.pal_input == "raw" and all(block.sites.norm == "post" for block in blocks):
         raise ConfigError(
-            "pal_input='raw' has no effect on this model: its blocks are post-LN and their input is what the module reads "
+            "pal_input='raw' has no effect on this model: its blocks are post-LN and their input is what the "
+            "module reads "
             "anyway. Leave pal_input='norm'."
         )
 

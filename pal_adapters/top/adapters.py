@@ -13,11 +13,13 @@ from .config import TOP_ATTENTION, TOP_BERT_LAYER, validate_attention, validate_
 
 @dataclass(eq=False)
 class TopAttentionConfig(TaskAdapterConfig):
-    r"""Attention of a small width on top of the last block: `model.add_adapter("rte", config=TopAttentionConfig())` or `"top_attention"`.
+    r"""Attention of a small width on top of the last block: `model.add_adapter("rte", config=TopAttentionConfig())`
+    or `"top_attention"`.
 
     $$u_0 = E y_L, \quad u_{i+1} = LN(u_i + W \, SA(u_i)), \quad y_L := D u_k$$
 
-    Replaces the output of the stack, see `pal_adapters.top.layer.TopAttention`. Source: Stickland and Murray, ICML 2019.
+    Replaces the output of the stack, see `pal_adapters.top.layer.TopAttention`. Source: Stickland and Murray, ICML
+    2019.
 
     Args:
         hidden_size: `r`, 204 in the authors' config; `num_heads` must divide it.
@@ -51,7 +53,8 @@ class TopAttentionConfig(TaskAdapterConfig):
 
 @dataclass(eq=False)
 class TopBertLayerConfig(TaskAdapterConfig):
-    r"""A whole BERT block on top of the last block: `model.add_adapter("rte", config=TopBertLayerConfig())` or `"top_bert_layer"`.
+    r"""A whole BERT block on top of the last block: `model.add_adapter("rte", config=TopBertLayerConfig())` or
+    `"top_bert_layer"`.
 
     $$h = LN(y_L + W \, SA(y_L)), \quad y_L := LN(h + W_2 g(W_1 h))$$
 

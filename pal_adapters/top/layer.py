@@ -46,7 +46,8 @@ class TopAttention(TaskUnit):
 
     $$u_0 = E y_L, \qquad u_{i+1} = LN(u_i + Drop(W \, SA(u_i))), \qquad y_L := D u_k$$
 
-    `y_L` `[b, n, d]` is the output of the stack (behind a pre-LN host's final norm), `E [r, d]`, `D [d, r]`; `k` post-LN
+    `y_L` `[b, n, d]` is the output of the stack (behind a pre-LN host's final norm), `E [r, d]`, `D [d, r]`; `k`
+    post-LN
     attention layers of width `r` without a feed-forward part. No residual from `y_L` and no activation.
 
     Differs from the code in: layer norms start at 1 and 0; the authors' initialisation draws both from
@@ -100,9 +101,7 @@ class TopAttention(TaskUnit):
         u = linear(value, weights["encoder.weight"], weights["encoder.bias"])
         for i in range(len(self.layers)):
             w = f"layers.{i}."
-            mixed = self_attention(
-                u, weights, w, num_heads=self.num_heads, dropout=dropout, inputs=inputs, slot=i
-            )
+            mixed = self_attention(u, weights, w, num_heads=self.num_heads, dropout=dropout, inputs=inputs, slot=i)
             mixed = F.dropout(linear(mixed, weights[w + "dense.weight"], weights[w + "dense.bias"]), dropout)
             u = layer_norm(u + mixed, weights[w + "LayerNorm.weight"], weights[w + "LayerNorm.bias"], self.eps)
         return linear(u, weights["decoder.weight"], weights["decoder.bias"]).to(value.dtype)

@@ -14,11 +14,13 @@ from .config import TOP_ATTENTION, TOP_BERT_LAYER, no_identity, validate_attenti
 
 @dataclass
 class TopAttentionPeftConfig(TaskPeftConfig):
-    r"""Attention of a small width on top of the last block: `get_peft_model(model, TopAttentionPeftConfig(task_type="SEQ_CLS"))`.
+    r"""Attention of a small width on top of the last block: `get_peft_model(model,
+    TopAttentionPeftConfig(task_type="SEQ_CLS"))`.
 
     $$u_0 = E y_L, \quad u_{i+1} = LN(u_i + W \, SA(u_i)), \quad y_L := D u_k$$
 
-    Replaces the output of the stack, see `pal_adapters.top.layer.TopAttention`. Source: Stickland and Murray, ICML 2019.
+    Replaces the output of the stack, see `pal_adapters.top.layer.TopAttention`. Source: Stickland and Murray, ICML
+    2019.
 
     Args:
         hidden_size: `r`, 204 in the authors' config; `num_heads` must divide it.
@@ -63,7 +65,8 @@ class TopAttentionModel(TaskTuner):
 
 @dataclass
 class TopBertLayerPeftConfig(TaskPeftConfig):
-    r"""A whole BERT block on top of the last block: `get_peft_model(model, TopBertLayerPeftConfig(task_type="SEQ_CLS"))`.
+    r"""A whole BERT block on top of the last block: `get_peft_model(model,
+    TopBertLayerPeftConfig(task_type="SEQ_CLS"))`.
 
     $$h = LN(y_L + W \, SA(y_L)), \quad y_L := LN(h + W_2 g(W_1 h))$$
 

@@ -2,9 +2,12 @@
 
     python tests/golden/check.py --golden DIR [--host adapters|peft|layer] [--case NAME]
 
-For every case of the PAL family in DIR: builds `BertModel` from `DIR/base`, adds the method through the host's public API
-(`--host layer`: calls the plain modules), loads the case's weights and compares every stored output and gradient. Prints
-one line a case and a JSON line last. Exit status 0 only if at least one case ran and all that ran are within 2e-5. Cases of
+For every case of the PAL family in DIR: builds `BertModel` from `DIR/base`, adds the method through the host's public
+API
+(`--host layer`: calls the plain modules), loads the case's weights and compares every stored output and gradient.
+Prints
+one line a case and a JSON line last. Exit status 0 only if at least one case ran and all that ran are within 2e-5.
+Cases of
 other methods are listed as `not yet`.
 """
 
@@ -71,12 +74,20 @@ def method_of(case: Case) -> tuple[str, dict[str, Any]] | None:
     flags = case.reference
     if flags.get("top") and flags.get("bert_lay_top"):
         heads = case.meta["hyperparameters"]["num_attention_heads"]
-        return "top_bert_layer", {"num_heads": heads, "intermediate_size": case.size("top.", "intermediate.dense.weight")}
+        return "top_bert_layer", {
+            "num_heads": heads,
+            "intermediate_size": case.size("top.", "intermediate.dense.weight"),
+        }
     if flags.get("top"):
-        layers = 1 + max(int(k.split("layer")[1].split(".")[0]) for k in case.tensors if k.startswith("top.task0.layer"))
+        layers = 1 + max(
+            int(k.split("layer")[1].split(".")[0]) for k in case.tensors if k.startswith("top.task0.layer")
+        )
         return "top_attention", {"hidden_size": case.size("top.", "encoder.weight"), "num_layers": layers}
     if flags.get("houlsby") and flags.get("pals"):
-        sizes = {"bottleneck_size": case.size("houlsby.", "encoder.weight"), "hidden_size": case.size("pals.", "encoder.weight")}
+        sizes = {
+            "bottleneck_size": case.size("houlsby.", "encoder.weight"),
+            "hidden_size": case.size("pals.", "encoder.weight"),
+        }
         return "houlsby_pal", sizes
     if flags.get("houlsby"):
         return "parallel_houlsby", {"hidden_size": case.size("houlsby.", "encoder.weight")}

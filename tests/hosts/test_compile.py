@@ -15,7 +15,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import StaticCache
 
 from pal_adapters import HoulsbyPALPeftConfig, HoulsbyPeftConfig, LHUCPeftConfig, LowRankPeftConfig, PALPeftConfig
-
 from tests import zoo
 from tests.zoo import BY_NAME
 

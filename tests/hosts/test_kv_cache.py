@@ -14,7 +14,6 @@ from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, Mistral
 
 from pal_adapters import UnsupportedError
 from pal_adapters.hosts.kv_cache import TaskCache, task_cache
-
 from tests import zoo
 
 DEPTH = 2

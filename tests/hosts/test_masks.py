@@ -20,7 +20,6 @@ from pal_adapters import PALPeftConfig, UnsupportedError
 from pal_adapters.functional import attend
 from pal_adapters.hosts.attach import BlockMask
 from pal_adapters.hosts.masks import normalise_mask
-
 from tests import zoo
 from tests.zoo import BY_NAME
 
@@ -53,9 +52,7 @@ def draw(q_len: int, k_len: int, dtype: torch.dtype = torch.float32, rows: int =
 
 def check(mask: Any, keep: Tensor, *, causal: bool, q_len: int, k_len: int, window: int | None = None) -> None:
     q, k, v = draw(q_len, k_len)
-    ready, is_causal = normalise_mask(
-        mask, q_len=q_len, kv_len=k_len, causal=causal, device=CPU, window=window
-    )
+    ready, is_causal = normalise_mask(mask, q_len=q_len, kv_len=k_len, causal=causal, device=CPU, window=window)
     assert ready is None or not is_causal
     actual = attend(q, k, v, ready, is_causal=is_causal, dropout=0.0)
     some = keep.any(-1).expand(3, -1)  # a query that sees nothing has no right answer
@@ -99,7 +96,8 @@ def test_three_and_four_dimensions(form: str, causal: bool, dimensions: int) -> 
     keep = table(5, 5, causal=causal, padding=PADDING)
     mask = {
         "fp32": additive(keep, torch.float32, MIN), "bf16": additive(keep, torch.bfloat16, MIN),
-        "fp16": additive(keep, torch.float16, torch.finfo(torch.float16).min), "inf": additive(keep, torch.float32, -torch.inf),
+        "fp16": additive(keep, torch.float16, torch.finfo(torch.float16).min), "inf": additive(keep,
+        torch.float32, -torch.inf),
         "-10000": additive(keep, torch.float32, -10000.0), "bool": keep, "int": keep.int(),
     }[form]  # fmt: skip
     check(mask if dimensions == 3 else mask[:, None], keep, causal=causal, q_len=5, k_len=5)
@@ -131,7 +129,14 @@ def test_windows(q: int, more: int, causal: bool, window: int | None, padded: bo
     rows = st.lists(st.lists(st.booleans(), min_size=k, max_size=k), min_size=3, max_size=3)
     padding = torch.tensor(data.draw(rows)) if padded else None
     window = window if causal else None
-    check(padding, table(q, k, causal=causal, padding=padding, window=window), causal=causal, q_len=q, k_len=k, window=window)
+    check(
+        padding,
+        table(q, k, causal=causal, padding=padding, window=window),
+        causal=causal,
+        q_len=q,
+        k_len=k,
+        window=window,
+    )
 
 
 def test_static_caches_have_masks_that_are_too_long() -> None:
@@ -228,7 +233,9 @@ def test_rows_of_a_mask() -> None:
     assert torch.equal(keeps(shared, 5, 5, 2), table(5, 5, causal=True).expand(2, -1, -1))
 
 
-@pytest.mark.parametrize("mask", [None, PADDING, table(5, 5, causal=True, padding=PADDING)[:, None]], ids=["none", "2d", "4d"])
+@pytest.mark.parametrize(
+    "mask", [None, PADDING, table(5, 5, causal=True, padding=PADDING)[:, None]], ids=["none", "2d", "4d"]
+)
 def test_tokens_of_a_mask(mask: Tensor | None) -> None:
     keep = table(5, 5, causal=True, padding=None if mask is None else PADDING).expand(3, -1, -1)
     whole = BlockMask(mask, None, True, CPU)
@@ -243,7 +250,8 @@ def test_tokens_of_a_mask(mask: Tensor | None) -> None:
 
 # transformers 4.57 has no sdpa for T5, 5 has none for Gemma 2; Falcon's two differ by themselves where it has ALiBi.
 IMPLEMENTATIONS = (
-    "bert distilbert esm modernbert gpt2 llama mistral qwen3 gemma3 falcon opt bart clip vit".split()
+    ["bert", "distilbert", "esm", "modernbert", "gpt2", "llama", "mistral", "qwen3", "gemma3", "falcon", "opt",
+    "bart", "clip", "vit"]
     + (["t5"] if zoo.V5 else ["gemma2"])
 )  # fmt: skip
 

@@ -24,7 +24,6 @@ from pal_adapters import (
     TopBertLayerPeftConfig,
 )
 from pal_adapters.hosts.sites import find_blocks
-
 from tests import zoo
 from tests.zoo import ALBERT, BY_NAME, HOSTS, Host
 
@@ -95,7 +94,10 @@ def test_blocks_are_found(host: Host) -> None:
 @hosts
 @pytest.mark.parametrize("method", IN_BLOCKS)
 def test_term_is_added_where_it_belongs(host: Host, method: str) -> None:
-    plain, inputs = host.build().requires_grad_(False), host.inputs()  # torch may take other kernels for frozen weights
+    plain, inputs = (
+        host.build().requires_grad_(False),
+        host.inputs(),
+    )  # torch may take other kernels for frozen weights
     before = run(plain, inputs)
     adapted = adapt(host, method, randomised=False)
     fresh = run(adapted, inputs)
@@ -237,7 +239,8 @@ def _states(output: Any) -> dict[str, tuple[Tensor, ...]]:
 @pytest.mark.parametrize("method", ["pal", "lhuc", "lhuc_output"])
 @pytest.mark.parametrize("before", [False, True], ids=["", "requested before"])
 def test_hidden_states_hold_what_blocks_return(host: Host, method: str, before: bool) -> None:
-    """Each entry is the same tensor of the computation as in the plain model: a block's input, its output, or the end."""
+    """Each entry is the same tensor of the computation as in the plain model: a block's input, its output, or the
+    end."""
     inputs = host.inputs()
     plain = host.build()
     with recorded(host, plain) as values:
@@ -308,10 +311,15 @@ def test_multimodal_wrapper() -> None:
     """Gemma 3 with its vision tower: text and vision blocks are found, and the text path equals the text model's."""
     transformers = pytest.importorskip("transformers")
     text = BY_NAME["gemma3"]
-    vision = {k: v for k, v in zoo._CLIP_VISION.items()} | {"vision_use_head": False}
+    vision = dict(zoo._CLIP_VISION.items()) | {"vision_use_head": False}
     config = transformers.Gemma3Config(
-        text_config={**text.config, "vocab_size": 40}, vision_config={**vision, "model_type": "siglip_vision_model"},
-        mm_tokens_per_image=1, image_token_index=39, boi_token_index=37, eoi_token_index=38, pad_token_id=1,
+        text_config={**text.config, "vocab_size": 40},
+        vision_config={**vision, "model_type": "siglip_vision_model"},
+        mm_tokens_per_image=1,
+        image_token_index=39,
+        boi_token_index=37,
+        eoi_token_index=38,
+        pad_token_id=1,
     )
     torch.manual_seed(0)
     model = transformers.Gemma3ForConditionalGeneration(config).eval()

@@ -27,7 +27,6 @@ from pal_adapters import (
 from pal_adapters.hosts import sites
 from pal_adapters.hosts.sites import find_blocks, iter_blocks, parse_sites, resolve, sites_of
 from pal_adapters.hosts.structures import REFUSED, STRUCTURES
-
 from tests import zoo
 from tests.zoo import BY_NAME
 
@@ -75,7 +74,9 @@ class MyModel(nn.Module):
     def __init__(self, layer: type[nn.Module] = MyLayer, container: type[nn.Module] = nn.ModuleList) -> None:
         super().__init__()
         parts = [layer() for _ in range(3)]
-        self.body = container(parts) if container is nn.ModuleList else container(OrderedDict(zip("abc", parts)))
+        self.body = (
+            container(parts) if container is nn.ModuleList else container(OrderedDict(zip("abc", parts, strict=False)))
+        )
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         for layer in self.body:  # type: ignore[attr-defined]
@@ -84,9 +85,7 @@ class MyModel(nn.Module):
 
 
 PRE = dict(norm="pre", attention="mixer", attention_output="mixer", ffn="wide", ffn_output="wide", input_norm="first")
-POST = dict(
-    norm="post", attention="mixer", attention_output="mixer", ffn="wide", ffn_output="wide", output="second"
-)
+POST = dict(norm="post", attention="mixer", attention_output="mixer", ffn="wide", ffn_output="wide", output="second")
 
 
 @pytest.fixture
@@ -151,7 +150,7 @@ def test_register_block(batch: tuple[Tensor, Tensor], monkeypatch: pytest.Monkey
     # A class that derives from a registered one is known too, and a wrong path is told.
     assert [b.name for b in find_blocks(MyModel(MyPostLayer))] == ["body.0", "body.1", "body.2"]
     register_block("Other", BlockSites(**{**PRE, "ffn": "nowhere"}))  # type: ignore[arg-type]
-    with pytest.raises(SiteError, match="registered for Other.*no module 'nowhere'"):
+    with pytest.raises(SiteError, match=r"registered for Other.*no module 'nowhere'"):
         find_blocks(MyModel(type("Other", (MyLayer,), {})))
 
 
@@ -178,10 +177,10 @@ def test_sites_that_the_model_does_not_have() -> None:
         find_blocks(MyModel(), dict(PRE, block="YourLayer"))
     with pytest.raises(SiteError, match="MyLayer has no module 'fan'"):
         find_blocks(MyModel(), dict(PRE, block="MyLayer", ffn="fan"))
+    model = MyModel()
+    for layer in model.body:  # type: ignore[attr-defined]
+        layer.first, layer.second = nn.Identity(), nn.Identity()
     with pytest.raises(SiteError, match="width of MyLayer could not be read"):
-        model = MyModel()
-        for layer in model.body:  # type: ignore[attr-defined]
-            layer.first, layer.second = nn.Identity(), nn.Identity()
         find_blocks(model, dict(PRE, block="MyLayer"))
 
 
@@ -250,7 +249,20 @@ def test_what_peft_puts_into_a_block_does_not_hide_it(name: str) -> None:
 
 def test_what_adapters_puts_into_a_block_does_not_hide_it() -> None:
     adapters = pytest.importorskip("adapters")
-    for name in ("bert", "gpt2", "llama", "bart", "mbart", "t5", "vit", "clip", "distilbert", "deberta", "xmod", "beit"):
+    for name in (
+        "bert",
+        "gpt2",
+        "llama",
+        "bart",
+        "mbart",
+        "t5",
+        "vit",
+        "clip",
+        "distilbert",
+        "deberta",
+        "xmod",
+        "beit",
+    ):
         model = _tiny(name)
         before = [(b.name, b.sites) for b in find_blocks(model)]
         adapters.init(model)
@@ -293,7 +305,8 @@ def test_the_user_may_overrule_a_refusal(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_same_names_and_other_sums_are_told_apart() -> None:
     expected = {
-        "openai-gpt": ("post", "ln_2"), "gpt2": ("pre", ""), "bart": ("post", "final_layer_norm"), "mbart": ("pre", ""),
+        "openai-gpt": ("post", "ln_2"), "gpt2": ("pre", ""), "bart": ("post", "final_layer_norm"),
+        "mbart": ("pre", ""),
         "opt": ("pre", ""), "opt-post": ("post", "final_layer_norm"), "wav2vec2": ("post", "final_layer_norm"),
         "wav2vec2-stable": ("pre", ""), "xmod": ("post", "output.LayerNorm"), "xmod-pre": ("pre", ""),
     }  # fmt: skip

@@ -263,7 +263,9 @@ def test_fusion_with_one_value_matrix_of_ones_is_a_weighted_sum(name: str) -> No
     assert difference(fused, halves) < 5e-4
 
 
-@pytest.mark.parametrize("name", ["bert-generation", "gpt2", "llama", "mistral", "t5", "vit", "deberta", "whisper", "xmod"])
+@pytest.mark.parametrize(
+    "name", ["bert-generation", "gpt2", "llama", "mistral", "t5", "vit", "deberta", "whisper", "xmod"]
+)
 def test_parallel_equals_single_runs(name: str) -> None:
     model = adapted(name)
     model.add_adapter("seq", config="seq_bn")
@@ -275,7 +277,12 @@ def test_parallel_equals_single_runs(name: str) -> None:
             both = zoo.outputs_of(model(**inputs(name)))
         for key, value in both.items():
             mask = inputs(name).get("attention_mask")
-            if mask is not None and value.dim() == 3 and value.shape[1] == mask.shape[1] and "decoder" not in inputs(name):
+            if (
+                mask is not None
+                and value.dim() == 3
+                and value.shape[1] == mask.shape[1]
+                and "decoder" not in inputs(name)
+            ):
                 value = value * mask.repeat(2, 1)[..., None] if value.shape[0] == 2 * mask.shape[0] else value
             expected = torch.cat([part[key] for part in single])
             if value.shape == expected.shape:

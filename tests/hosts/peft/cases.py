@@ -94,7 +94,8 @@ def gpt2(**changes: Any) -> Any:
 
 def t5() -> Any:
     settings = transformers.T5Config(
-        vocab_size=40, d_model=24, d_kv=6, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0,
+        vocab_size=40, d_model=24, d_kv=6, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        pad_token_id=0,
         eos_token_id=1,
     )  # fmt: skip
     return _seeded(lambda: transformers.T5ForConditionalGeneration(settings))
