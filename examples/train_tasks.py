@@ -111,8 +111,11 @@ def _number(text: str, kind: Any, allowed: str, fits: Any) -> Any:
 def load_base(name: str | None, max_length: int) -> tuple[Any, Any]:
     """The base model and its tokenizer."""
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
     from pal_adapters.multitask import default_model
+
+    transformers_logging.disable_progress_bar()  # transformers 5 shows one while it loads
 
     name = name or default_model()
     try:
