@@ -63,7 +63,8 @@ def test_rows_become_tokens_in_order(tiny_encoder: str) -> None:
         tokenizer("the cat", "not a")["input_ids"],
         tokenizer("a", "in the house")["input_ids"],
     ]
-    assert split.inputs[0][0]["token_type_ids"] == tokenizer("the cat", "not a")["token_type_ids"]
+    expected = tokenizer("the cat", "not a")
+    assert split.inputs[0][0].get("token_type_ids") == expected.get("token_type_ids")  # transformers 5 leaves them out
     assert split.labels == [3.5, 1.0]
     assert split.lengths() == [len(row[0]["input_ids"]) for row in split.inputs]
 
