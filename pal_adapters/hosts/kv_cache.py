@@ -152,9 +152,9 @@ class TaskCache:
         before, own = int(seen) - length, layer.get_seq_length() if layer.started else 0
         if before != own:
             raise UnsupportedError(
-                f"the generation cache holds {before} earlier tokens, of which the active adapter {slot} has seen {own}: "
-                "keep the same adapter active from the first token on, start with an empty cache, or pass "
-                "use_cache=False."
+                f"the generation cache holds {before} earlier tokens, of which the active adapter "
+                f"({slot[0] if isinstance(slot, tuple) else slot!r}) has seen {own}: keep the same adapter active from "
+                "the first token on, start with an empty cache, or pass use_cache=False."
             )
 
 

@@ -284,7 +284,7 @@ def test_another_adapter_cannot_go_on_with_a_cache(name: str) -> None:
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values
         model.set_adapter("sst")
-        with pytest.raises(UnsupportedError, match="holds 9 earlier tokens, of which .*'sst'.* has seen 0"):
+        with pytest.raises(UnsupportedError, match="holds 9 earlier tokens, of which .*sst.* has seen 0"):
             model(input_ids=ids[:, :1], past_key_values=cache)
         with model.disable_adapter():
             cache = model(input_ids=ids, use_cache=True).past_key_values
@@ -296,6 +296,15 @@ def test_another_adapter_cannot_go_on_with_a_cache(name: str) -> None:
             model(input_ids=ids[:, :1], past_key_values=cache)
         with pytest.raises(UnsupportedError, match="holds 10 earlier tokens, of which .* has seen 9"):
             model(input_ids=ids[:, :1], past_key_values=cache)
+
+
+def test_other_rows_cannot_go_on_with_a_cache() -> None:
+    model, ids = _two("gpt2"), prompt("gpt2", padding=False)["input_ids"]
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True, adapter_names=["rte", "sst", "qqp"]).past_key_values
+        model(input_ids=ids[:, :1], past_key_values=cache, adapter_names=["rte", "sst", "qqp"])
+        with pytest.raises(UnsupportedError, match="holds 10 earlier tokens, of which .* has seen 0"):
+            model(input_ids=ids[:, :1], past_key_values=cache, adapter_names=["sst", "rte", "qqp"])
 
 
 def test_static_cache_of_another_adapter() -> None:

@@ -41,7 +41,7 @@ class Feed:
         position = torch.arange(self.seen, self.seen + keys.shape[2])
         self.seen += keys.shape[2]
         host, _ = self.cache.update(keys, -keys, self.index, {"cache_position": position})
-        task = task_cache(self.cache, "block", self.index, DEPTH, None if zoo.V5 else position)
+        task = task_cache(self.cache, f"block {self.index}", self.index, DEPTH, None if zoo.V5 else position)
         assert task is not None
         part = keys if rows is None else keys[rows]
         ours, values = task.update(self.slot, part, -part, rows=rows, batch=keys.shape[0])
@@ -111,7 +111,8 @@ def test_crop(kind: str) -> None:
     assert torch.equal(ours, host)
 
 
-@pytest.mark.parametrize("kind", ["sliding", "static", "static sliding", "growing, config"])
+# transformers 4.57 fills growing and sliding layers with zeros, and goes on behind them.
+@pytest.mark.parametrize("kind", ["static", "static sliding", *(["sliding", "growing, config"] if zoo.V5 else [])])
 def test_reset(kind: str) -> None:
     """The same cache for a second prompt (transformers 4.57 keeps static caches)."""
     cache = CACHES[kind]()
@@ -120,8 +121,6 @@ def test_reset(kind: str) -> None:
         for length in (5, 1, 1, 2):
             host, ours = feed.step(draw(length))
             assert torch.equal(ours, host[:, :, : ours.shape[2]])
-        if kind == "growing, config" and not zoo.V5:
-            return  # transformers 4.57 does not empty growing layers
         cache.reset()
 
 
@@ -133,14 +132,14 @@ def test_slots_are_apart(kind: str) -> None:
     a, b = draw(3), draw(3)
     assert torch.equal(first.step(a)[1], a)
     assert torch.equal(second.step(b)[1], b)
-    task = TaskCache(cache, "block", 0, DEPTH, torch.arange(3))
+    task = TaskCache(cache, "block 0", 0, DEPTH, torch.arange(3))
     for slot, keys in (("sst", draw(3)), ("rte", draw(3)[:, :1]), (("rte", 1), draw(3))):
         assert torch.equal(task.update(slot, keys, keys, rows=None, batch=3)[0], keys)
-    assert len(cache.layers) == DEPTH + 4
+    assert len(cache.layers) == DEPTH + 5
     assert type(cache.layers[0]) is type(cache.layers[1])
     assert cache.get_seq_length() == 3
     assert cache.is_sliding[:DEPTH] == cache.is_sliding[DEPTH : 2 * DEPTH]
-    assert cache.is_compileable == CACHES[kind]().is_compileable or kind == "growing"
+    assert cache.is_compileable == kind.startswith("static")
 
 
 @caches
@@ -150,7 +149,7 @@ def test_a_slot_that_missed_tokens(kind: str) -> None:
     feed.step(draw(3))
     late = Feed(cache, slot="sst")
     late.seen = 3
-    with pytest.raises(UnsupportedError, match=r"holds 3 earlier tokens, of which the active adapter sst has seen 0"):
+    with pytest.raises(UnsupportedError, match=r"holds 3 earlier tokens, of which the active adapter .*sst.* has seen 0"):
         late.step(draw(1))
 
 

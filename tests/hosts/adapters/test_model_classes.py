@@ -29,7 +29,11 @@ from pal_adapters.hosts.adapters_layer import TaskLayer
 from ... import zoo
 from .tiny import tiny_config
 
-pytestmark = zoo.HOST_WARNINGS
+pytestmark = [
+    *zoo.HOST_WARNINGS,
+    # adapters 1.3 calls T5's blocks with the name that transformers 4.57 is giving up.
+    pytest.mark.filterwarnings("ignore:`past_key_value` is deprecated:FutureWarning"),
+]
 
 NAMES = (
     "albert", "bart", "beit", "bert-generation", "clip", "clip-text", "clip-vision", "deberta", "deberta-v2",
@@ -65,17 +69,28 @@ def _plain(name: str) -> nn.Module:
         model = (CLIPTextModel if name == "clip-text" else CLIPVisionModel)(part)
         zoo.randomise(model)
         return model.eval()
-    return (zoo.ALBERT if name == "albert" else zoo.BY_NAME[name]).build()
+    # The host cannot run an X-MOD without a norm for its language adapters.
+    changes = {"adapter_reuse_layer_norm": True} if name.startswith("xmod") else {}
+    return (zoo.ALBERT if name == "albert" else zoo.BY_NAME[name]).build(**changes)
 
 
 def plain(name: str) -> nn.Module:
     return copy.deepcopy(_plain(name))
 
 
+def init(model: nn.Module) -> None:
+    """`adapters.init`, which gives a fused projection without a bias (DeBERTa, ModernBERT) a random one."""
+    before = {name for name, _ in model.named_parameters()}
+    adapters.init(model)
+    for name, parameter in model.named_parameters():
+        if name not in before and name.endswith(("in_proj.bias", "Wqkv.bias")):
+            nn.init.zeros_(parameter)
+
+
 @functools.cache
 def _adapted(name: str) -> nn.Module:
     model = plain(name)
-    adapters.init(model)
+    init(model)
     for method, config in CONFIGS.items():
         if not (name == "albert" and method.startswith("top")):
             model.add_adapter(method, config=config)
@@ -120,10 +135,11 @@ def run(model: nn.Module, name: str, setup: Any = "none", **more: Any) -> dict[s
         found = zoo.outputs_of(model(**batch))
     assert found
     mask = batch.get("attention_mask")
+    of_inputs = ("encoder_last_hidden_state",) if "decoder_input_ids" in batch else found
     for key, value in found.items():
         assert value.isfinite().all()
-        if mask is not None and value.dim() == 3 and value.shape[:2] == mask.shape:
-            found[key] = value * mask[..., None]
+        if mask is not None and value.dim() == 3 and value.shape[1] == mask.shape[1] and key in of_inputs:
+            found[key] = value * mask.repeat(value.shape[0] // mask.shape[0], 1)[..., None]
     return found
 
 
@@ -135,8 +151,10 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 @models
 def test_identity_at_start_is_exact(name: str) -> None:
     model = plain(name)
-    adapters.init(model)
+    unchanged = run(model, name) if name in ELSEWHERE else None
+    init(model)
     before = run(model, name)
+    assert unchanged is None or difference(before, unchanged) < 1e-5
     for method, config in CONFIGS.items():
         if method != "top_attention":
             model.add_adapter(method, config=config)
@@ -177,6 +195,11 @@ def test_same_values_as_in_peft(name: str) -> None:
         assert difference(actual, expected) < 2e-5 * max(1.0, scale), method
 
 
+def close(actual: Tensor, expected: Tensor) -> None:
+    """Up to rounding at the size of the largest value: a batch is summed in another order than its rows."""
+    torch.testing.assert_close(actual, expected, atol=5e-5 * max(1.0, float(expected.abs().max())), rtol=1e-4)
+
+
 SETUPS = (("pal", "seq"), ("seq", "low_rank"), ("parallel_houlsby", "both"), ("pal", "lhuc"), ("houlsby_pal", "side"))
 
 
@@ -190,16 +213,12 @@ def test_rows_of_a_mixed_batch_equal_single_runs(name: str) -> None:
             nn.init.normal_(parameter, std=0.2)
     model.eval()
     for a, b in SETUPS:
-        if name.startswith("clip") and "side" in (a, b):
-            continue  # the host's bottleneck has the text part's width in both
+        if "side" in (a, b) and name == "phi":
+            continue  # the host gives parallel bottlenecks no input there
         first, second = run(model, name, a), run(model, name, b)
         mixed = run(model, name, BatchSplit(a, b, batch_sizes=[1, 2]))
         for key, value in mixed.items():
-            if value.shape != first[key].shape or key.startswith("logits_per"):
-                continue
-            scale = max(1.0, float(first[key].abs().max()))
-            torch.testing.assert_close(value[:1], first[key][:1], atol=5e-5 * scale, rtol=1e-4)
-            torch.testing.assert_close(value[1:], second[key][1:], atol=5e-5 * scale, rtol=1e-4)
+            close(value, torch.cat([first[key][:1], second[key][1:]]))
 
 
 @models
@@ -208,7 +227,7 @@ def test_files(name: str, tmp_path: pathlib.Path) -> None:
     for method in ("pal", "parallel_houlsby", "lhuc"):
         model.save_adapter(str(tmp_path / method), method, use_safetensors=True)
         other = plain(name)
-        adapters.init(other)
+        init(other)
         info: dict[str, Any] = {}
         other.load_adapter(str(tmp_path / method), load_as="x", use_safetensors=True, loading_info=info)
         assert (info["missing_keys"], info["unexpected_keys"]) == ([], [])
@@ -263,24 +282,18 @@ def test_fusion_with_one_value_matrix_of_ones_is_a_weighted_sum(name: str) -> No
     assert difference(fused, halves) < 5e-4
 
 
-@pytest.mark.parametrize("name", ["bert-generation", "gpt2", "llama", "mistral", "t5", "vit", "deberta", "whisper", "xmod"])
+@pytest.mark.parametrize(
+    "name",
+    ["bert-generation", "gpt2", "llama", "mistral", "t5", "vit", "deberta", "whisper", "xmod"],
+)
 def test_parallel_equals_single_runs(name: str) -> None:
     model = adapted(name)
     model.add_adapter("seq", config="seq_bn")
     model.eval()
     for setup in (("pal", "low_rank"), ("seq", "pal"), ("parallel_houlsby", "pal")):
         single = [run(model, name, part) for part in setup]
-        model.set_active_adapters(Parallel(*setup))
-        with torch.no_grad():
-            both = zoo.outputs_of(model(**inputs(name)))
-        for key, value in both.items():
-            mask = inputs(name).get("attention_mask")
-            if mask is not None and value.dim() == 3 and value.shape[1] == mask.shape[1] and "decoder" not in inputs(name):
-                value = value * mask.repeat(2, 1)[..., None] if value.shape[0] == 2 * mask.shape[0] else value
-            expected = torch.cat([part[key] for part in single])
-            if value.shape == expected.shape:
-                scale = max(1.0, float(expected.abs().max()))
-                torch.testing.assert_close(value, expected, atol=5e-5 * scale, rtol=1e-4)
+        for key, value in run(model, name, Parallel(*setup)).items():
+            close(value, torch.cat([part[key] for part in single]))
 
 
 def test_an_unknown_model_gets_a_site_error() -> None:

@@ -94,8 +94,8 @@ def gpt2(**changes: Any) -> Any:
 
 def t5() -> Any:
     settings = transformers.T5Config(
-        vocab_size=40, d_model=24, d_kv=6, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0,
-        eos_token_id=1,
+        vocab_size=40, d_model=24, d_kv=6, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     return _seeded(lambda: transformers.T5ForConditionalGeneration(settings))
 
@@ -133,10 +133,13 @@ def rows_of(given: dict[str, Tensor], *indices: int) -> dict[str, Tensor]:
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of one adapter, copies of heads included."""
-    for name, parameter in model.named_parameters():
-        if f".{adapter}." in name and "_layers" not in name.rpartition(f".{adapter}.")[0].rpartition(".")[2]:
-            yield name, parameter
+    """The parameters of one adapter by name, copies of heads included."""
+    for name, module in model.named_modules():
+        for container in getattr(module, "adapter_layer_names", ()):
+            units = getattr(module, container)
+            if adapter in units:
+                for key, parameter in units[adapter].named_parameters():
+                    yield f"{name}.{container}.{adapter}.{key}", parameter
 
 
 def randomise(model: nn.Module, adapter: str, *, seed: int, scale: float = 0.3) -> None:

@@ -122,7 +122,7 @@ class Method:
     def swap_norms(self, model: nn.Module) -> None:
         """Houlsby: put the adapter's layer norms into a copy of the base model."""
         own = {k.replace(".houlsby_norms", ""): v for k, v in self.weights.items() if ".houlsby_norms." in k}
-        missing, unexpected = model.load_state_dict(own, strict=False)
+        _missing, unexpected = model.load_state_dict(own, strict=False)
         assert not unexpected, unexpected
 
 

@@ -9,7 +9,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-
 from pal_adapters import UnknownAdapterError, UnsupportedError
 
 from . import cases
@@ -35,7 +34,9 @@ def three(method: str, name: str = "bert", **changes: Any) -> Any:
 def left_behind(model: Any) -> list[str]:
     """Traces of a routed forward pass."""
     traces = [n for n, m in model.named_modules() if getattr(m, "plan", None) is not None or "forward" in vars(m)]
-    return traces + [n for n, m in model.named_modules() if type(vars(m).get("_gradient_checkpointing_func")).__name__ == "function"]
+    return traces + [
+        n for n, m in model.named_modules() if type(vars(m).get("_gradient_checkpointing_func")).__name__ == "function"
+    ]
 
 
 @torch.no_grad()
@@ -151,12 +152,13 @@ def test_gradients(method: str, name: str) -> None:
         if ".mrpc." in key:
             assert gradient is None, key
         else:
-            assert gradient is not None and expected[key] is not None, key
+            assert gradient is not None, key
+            assert expected[key] is not None, key
             torch.testing.assert_close(gradient, expected[key], atol=1e-5 * largest, rtol=1e-3, msg=key)
 
 
 WRONG: list[tuple[Any, type[Exception], str]] = [
-    (["rte", "nothing", "sst", "rte"], UnknownAdapterError, "adapter_names has 'nothing', which the model does not have: use 'rte', 'sst' or"),
+    (["rte", "nothing", "sst", "rte"], UnknownAdapterError, "'nothing', which the model does not have: use 'rte', 'sst' or"),
     (["rte", None, "sst", "rte"], UnknownAdapterError, "adapter_names has None"),
     (["rte", 0, "sst", "rte"], UnknownAdapterError, "adapter_names has 0"),
     ("rte", UnsupportedError, "adapter_names='rte' is not allowed: pass a list"),
@@ -239,7 +241,9 @@ def test_names_as_a_tuple_and_untouched() -> None:
         assert torch.equal(model(**given, adapter_names=tuple(names)).logits, got)
 
 
-@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", None])
+@pytest.mark.parametrize(
+    "task_type", ["SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", None]
+)
 def test_task_ids_are_refused(method: str, task_type: str | None) -> None:
     """`PeftModelFor*.forward` takes them for POLY and drops them for everyone else."""
     name = {"CAUSAL_LM": "llama", "SEQ_2_SEQ_LM": "t5"}.get(task_type or "", "bert")

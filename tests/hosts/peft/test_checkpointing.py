@@ -79,7 +79,9 @@ def test_heads_under_checkpointing() -> None:
     for use_reentrant in (None, False, True):
         base = cases.llama()
         if use_reentrant is not None:
-            enable = base.activation_checkpointing_enable if cases.TRANSFORMERS_5 else base.gradient_checkpointing_enable
+            enable = (
+                base.activation_checkpointing_enable if cases.TRANSFORMERS_5 else base.gradient_checkpointing_enable
+            )
             enable({"use_reentrant": use_reentrant})
         from peft import get_peft_model
 

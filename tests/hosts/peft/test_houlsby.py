@@ -66,7 +66,8 @@ def test_initialisation(changes: dict[str, float], std: float, identity: bool) -
     for drawn in (down,) if identity else (down, up):
         assert drawn.abs().max() <= 2 * std
         # A normal cut at two standard deviations keeps 0.88 of its own.
-        assert abs(drawn.std() / std - 0.8796) < 0.01 and abs(drawn.mean()) < 0.02 * std
+        assert abs(drawn.std() / std - 0.8796) < 0.01
+        assert abs(drawn.mean()) < 0.02 * std
     assert bool((up == 0).all()) is identity
     assert all((p == 0).all() for n, p in parameters.items() if n.endswith(("down.bias", "up.bias")))
     plain = cases.bert(hidden_size=96)
@@ -81,7 +82,8 @@ def test_what_trains() -> None:
     model = cases.peft_model("houlsby")
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     norms = {n.split(".houlsby_norms")[0] for n in trained if "houlsby_norms" in n}
-    assert len(norms) == 2 * 3 + 1 and "base_model.model.bert.embeddings.LayerNorm" in norms
+    assert len(norms) == 2 * 3 + 1
+    assert "base_model.model.bert.embeddings.LayerNorm" in norms
     assert not any("pooler" in n or "base_layer" in n for n in trained)
     assert any("classifier.modules_to_save.rte" in n for n in trained)
 
@@ -157,7 +159,9 @@ def test_norms_of_a_subset_of_blocks() -> None:
     assert norms == {f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"}
 
 
-@pytest.mark.parametrize(("name", "norms"), [("llama", 2 * 2 + 1), ("qwen3", 4 * 2 + 1), ("gpt2", 2 * 2 + 1), ("t5", 5 + 7)])
+@pytest.mark.parametrize(
+    ("name", "norms"), [("llama", 2 * 2 + 1), ("qwen3", 4 * 2 + 1), ("gpt2", 2 * 2 + 1), ("t5", 5 + 7)]
+)
 def test_norms_of_other_models(name: str, norms: int) -> None:
     """RMS norms, and norms inside attention, each with a copy for every adapter."""
     model = cases.peft_model("houlsby", name, adapters=("rte", "sst"))
@@ -180,8 +184,10 @@ def test_norms_of_other_models(name: str, norms: int) -> None:
 def test_attributes_of_a_wrapped_norm() -> None:
     model = cases.peft_model("houlsby")
     norm = model.base_model.model.bert.embeddings.LayerNorm
-    assert norm.eps == 1e-12 and norm.normalized_shape == (24,)
-    assert norm.weight is norm.base_layer.weight and norm.bias is norm.base_layer.bias
+    assert norm.eps == 1e-12
+    assert norm.normalized_shape == (24,)
+    assert norm.weight is norm.base_layer.weight
+    assert norm.bias is norm.base_layer.bias
     with pytest.raises(AttributeError, match="nothing"):
         norm.nothing  # noqa: B018
 

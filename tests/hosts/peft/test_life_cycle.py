@@ -194,7 +194,8 @@ def test_widths_are_exposed(method: str) -> None:
     model = cases.peft_model(method)
     for layer in layers(model):
         assert (layer.in_features, layer.out_features) == (24, 24)
-        assert layer.merged_adapters == [] and not layer.merged
+        assert layer.merged_adapters == []
+        assert not layer.merged
         assert isinstance(layer.get_base_layer(), torch.nn.Module)
 
 
@@ -208,7 +209,8 @@ def test_inject_without_a_peft_model(method: str) -> None:
     assert not set_peft_model_state_dict(injected, saved, "x").unexpected_keys
     assert torch.equal(cases.run(injected.eval(), None, given), cases.run(model, "rte", given))
     again = get_peft_model_state_dict(injected, adapter_name="x")
-    assert set(again) == set(saved) and all(torch.equal(again[name], saved[name]) for name in saved)
+    assert set(again) == set(saved)
+    assert all(torch.equal(again[name], saved[name]) for name in saved)
 
 
 def test_modules_to_save(method: str) -> None:

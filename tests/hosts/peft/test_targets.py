@@ -21,7 +21,8 @@ def places(model: Any) -> set[str]:
     return {
         name.removeprefix("base_model.model.").rpartition(".")[0] if ".base_layer" not in name else name
         for name, module in model.named_modules()
-        if hasattr(module, "adapter_layer_names") and type(module).__name__ not in ("ModulesToSaveWrapper", "HoulsbyNorm")
+        if hasattr(module, "adapter_layer_names")
+        and type(module).__name__ not in ("ModulesToSaveWrapper", "HoulsbyNorm")
     }
 
 
@@ -142,7 +143,8 @@ def test_choices_that_match_nothing(method: str, choice: dict[str, Any], message
     with pytest.raises(ConfigError):
         model.add_adapter("sst", cases.config(method, task_type="SEQ_CLS", **choice))
     cases.assert_same_state(model, before)
-    assert list(model.peft_config) == ["rte"] and model.active_adapters == ["rte"]
+    assert list(model.peft_config) == ["rte"]
+    assert model.active_adapters == ["rte"]
     assert [p.requires_grad for p in model.parameters()] == grads
     with torch.no_grad():
         assert torch.equal(model(**given).logits, expected)
