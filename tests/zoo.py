@@ -352,7 +352,7 @@ def outputs_of(output: Any) -> dict[str, Tensor]:
 def difference(a: Tensor, b: Tensor, real: Tensor | None = None) -> float:
     if real is not None and a.shape[:2] == real.shape:
         a, b = a[real], b[real]
-    return float((a.float() - b.float()).abs().max())
+    return float((a.detach().float() - b.detach().float()).abs().max())
 
 
 # The table

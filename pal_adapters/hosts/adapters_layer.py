@@ -171,21 +171,33 @@ class TaskLayer(ValueComposition, nn.Module):
         if not all(isinstance(child, str) for child in adapter_setup):
             return super().compose_multi_task(adapter_setup, state, lvl=lvl)
         children = task_children(adapter_setup, state.value.shape[0])
-        return self._rows([adapter_setup[child] for child in children], state)
+        return self._rows(adapter_setup, [adapter_setup[child] for child in children], state)
 
     def compose_batch_split(self, adapter_setup: BatchSplit, state: State, lvl: int = 0) -> State:
         sizes = adapter_setup.batch_sizes
         if sum(sizes) != state.value.shape[0] or not all(isinstance(child, str) for child in adapter_setup):
             return super().compose_batch_split(adapter_setup, state, lvl=lvl)
-        return self._rows([name for name, size in zip(adapter_setup, sizes, strict=True) for _ in range(size)], state)
+        names = [name for name, size in zip(adapter_setup, sizes, strict=True) for _ in range(size)]
+        return self._rows(adapter_setup, names, state)
 
-    def _rows(self, names: list[str], state: State) -> State:
-        value, plan = state.value, RowPlan(names, keep=False)
+    def _rows(self, setup: AdapterCompositionBlock, names: list[str], state: State) -> State:
+        value, plan = state.value, self._plan(setup, names)
         methods = {name: self.methods(name) for name in dict.fromkeys(names)}
         for method in dict.fromkeys(m for own in methods.values() for m in own):
             units = {name: self.pal_adapters[name][method] for name, own in methods.items() if method in own}
             value = run_rows(units, plan, state.site, value, state.inputs._replace(slot=("rows", method)))
         return state._replace(value=value)
+
+    def _plan(self, setup: AdapterCompositionBlock, names: list[str]) -> RowPlan:
+        """One plan for all blocks of a forward pass, so that tied projections are gathered once."""
+        context = ForwardContext.get_context()
+        plans = {} if context is None else context.__dict__.setdefault("pal_adapters_plans", {})
+        key = (id(setup), len(names))
+        if key not in plans:
+            model = self._model[0]
+            again = model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+            plans[key] = RowPlan(names, keep=context is not None and not again)
+        return plans[key]
 
     # The runner of `Attachment`
 
@@ -213,16 +225,16 @@ class TaskLayer(ValueComposition, nn.Module):
         that the host's own block calls gets it unless the block scales (BEiT) or normalises (X-MOD) before.
         """
         sites, block = self.block.sites, self.block.module
-        hooked = bottleneck.is_layer_hooked
-        if bottleneck.location_key == "mh_adapter":
-            if bottleneck is resolve(block, sites.attention_output.rpartition(".")[0]):
+        hooked, place = bottleneck.is_layer_hooked, bottleneck.location_key
+        if place == "mh_adapter":
+            if resolve(block, sites.attention_output.rpartition(".")[0]) is bottleneck:
                 return "attention"
-            if bottleneck is not getattr(block, "attention_adapters", None):
+            if getattr(block, "attention_adapters", None) is not bottleneck:
                 return None  # behind cross-attention; and ALBERT's gets the residual stream as its value
             scaled = next(block.parameters(recurse=False), None) is not None
             same = sites.attention_output == sites.attention if hooked else not scaled
             return "attention" if same else None
-        if bottleneck.location_key != "output_adapter":
+        if place != "output_adapter":
             return None
         if hooked:
             return "residual" if sites.residual_path == sites.ffn else None

@@ -2,20 +2,22 @@
 
 What a module reads is taken from calls *inside* the block (self-attention is called with the block's input and the
 mask), and what it writes goes to modules inside the block. Both therefore happen again when activation checkpointing
-re-runs the block, in transformers 4.57 (which re-runs the block's hooks too) and in 5 (which does not), and recorded
-`hidden_states` contain the result.
+re-runs the block, and recorded `hidden_states` contain the result. A block with no module at its end gets a function
+of ours in the place of its `forward`: hooks on the block itself would come too late for the hidden states that
+transformers 4.57 records, and transformers 5 does not re-run them.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-import transformers
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import SiteError, UnsupportedError
 from ..units import UnitInputs
@@ -34,12 +36,11 @@ _FINAL_NORMS = (
     "LayerNorm",
 )  # fmt: skip
 
+# transformers 4.57 checkpoints the call of a block, hooks and all, 5 only the function that its class calls `forward`.
+_CHECKPOINTS_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
+
 # In the order in which a block comes to them.
 _ORDER = ("attention", "ffn", "residual", "output", "stack_output")
-
-# transformers 4.57 records hidden states in a function that it puts in the place of a block's `forward`, which a hook
-# behind the block is too late for; transformers 5 records them in hooks.
-_RECORDS_IN_FORWARD = int(transformers.__version__.partition(".")[0]) < 5
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,10 @@ class Attachment:
             self._before(self.block.sites.input_norm, self._on_input_norm)
         # `ffn` and `h` may come with rows and tokens in one dimension; the block's input tells them apart.
         if self._needs or "ffn" in sites:
-            self._before("" if self._outside else self.block.sites.attention, self._on_input)
+            if self._outside:
+                self._wrap_block()
+            else:
+                self._before(self.block.sites.attention, self._on_input)
         for site in sorted(sites - self._sites, key=_ORDER.index):
             self._write_at(site)
         self._sites |= sites
@@ -296,23 +300,39 @@ class Attachment:
         behind = self._behind.get(path)
         if behind is None:
             behind = self._behind[path] = _Behind(self)
-            if path == "" and _RECORDS_IN_FORWARD:
-                self._inner_forward = self.block.module.__dict__.get("forward")
-                self.block.module.forward = self.forward_block
+            if path == "":
+                self._wrap_block()
             else:
                 module = self._module(path) if norm is None else norm
                 # In front of other hooks: transformers 5 records hidden states in a hook of its own.
                 self._handles.append(module.register_forward_hook(behind, prepend=True))
         behind.add(site)
 
-    def forward_block(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's forward with what is written behind the block."""
+    def _wrap_block(self) -> None:
         block = self.block.module
-        if self._inner_forward is not None:
-            output = self._inner_forward(*args, **kwargs)
-        else:
-            output = type(block).forward(block, *args, **kwargs)
-        return self._behind[""](block, args, output) if "" in self._behind else output
+        if "forward" not in self._hooked:
+            self._hooked.add("forward")
+            self._inner_forward = block.__dict__.get("forward")
+            block.forward = self.forward_block
+
+    def forward_block(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's forward with what is read in front of it and written behind it."""
+        block: Any = self.block.module
+        forward = self._inner_forward or functools.partial(type(block).forward, block)
+        again = block.__dict__.get("_gradient_checkpointing_func")
+        if again is None or not (_CHECKPOINTS_FORWARD and block.gradient_checkpointing and block.training):
+            return self._inside(functools.partial(forward, **kwargs), *args)
+        # What the host is about to run once more in the backward pass is to read and write as well.
+        block._gradient_checkpointing_func = lambda run, *a: again(functools.partial(self._inside, run), *a)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            block._gradient_checkpointing_func = again
+
+    def _inside(self, forward: functools.partial[Any], *args: Any) -> Any:
+        self._on_input(self.block.module, args, forward.keywords)
+        output = forward(*args)
+        return self._behind[""](self.block.module, args, output) if "" in self._behind else output
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         positions = self._block_arguments if self._outside else self._attention_arguments

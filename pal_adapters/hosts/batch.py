@@ -24,6 +24,8 @@ class RowPlan:
     def __init__(self, names: Sequence[str], *, keep: bool) -> None:
         self.names = tuple(names)
         self.kept: dict[object, dict[str, Tensor]] | None = {} if keep else None
+        # The plan that this one repeats, None if it repeats none.
+        self.origin: RowPlan | None = None
         self._repeated: dict[int, RowPlan] = {}
 
     def for_batch(self, batch: int) -> RowPlan:
@@ -42,6 +44,7 @@ class RowPlan:
             times = batch // len(self.names)
             names = [name for name in self.names for _ in range(times)]
             self._repeated[batch] = RowPlan(names, keep=self.kept is not None)
+            self._repeated[batch].origin = self
         return self._repeated[batch]
 
 
@@ -62,19 +65,23 @@ def run_rows(units: Mapping[str, TaskUnit], plan: RowPlan, site: str, value: Ten
 
     Args:
         units: the units by adapter name; a row whose name is missing keeps its value.
-        plan: one name a row of `value`.
+        plan: one name a row of `value`, or of the tokens of `value` `[b n, d]`.
 
     Returns:
         The new value, `[b, n, d]`; equal to calling each unit on its rows.
     """
+    if value.dim() == 2:  # OPT runs its feed-forward part on the tokens of all rows in one dimension
+        plan = plan.origin or plan
+        tokens = value.view(len(plan.names), -1, value.shape[-1])
+        return run_rows(units, plan, site, tokens, inputs).view(value.shape)
     names = plan.names
     groups: dict[tuple[object, ...], list[int]] = {}
     for row, name in enumerate(names):
         if name in units and site in units[name].sites:
             groups.setdefault(units[name].signature(), []).append(row)
     for signature, rows in groups.items():
-        # Units of another shape have keys of another shape in the generation cache.
-        own = inputs._replace(slot=(*inputs.slot, signature))
+        # Units of another shape have keys of another shape in the generation cache, and other rows other ones.
+        own = inputs._replace(slot=(*inputs.slot, names, signature))
         members = [names[row] for row in rows]
         distinct = list(dict.fromkeys(members))
         batch = [units[name] for name in distinct]

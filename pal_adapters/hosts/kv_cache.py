@@ -155,8 +155,7 @@ class TaskCache:
             raise UnsupportedError(
                 f"the generation cache holds {before} earlier tokens, of which the active adapter "
                 f"({slot[0] if isinstance(slot, tuple) else slot!r}) has seen {own}: keep the same adapter active "
-                f"from "
-                "the first token on, start with an empty cache, or pass use_cache=False."
+                "from the first token on, start with an empty cache, or pass use_cache=False."
             )
 
 

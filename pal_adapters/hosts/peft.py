@@ -2,32 +2,35 @@
 
 Every touch, for peft 0.21:
 
-| upstream symbol                              | what and why                                                       |
-|----------------------------------------------|--------------------------------------------------------------------|
-| `PeftType`                                   | gets a member a method: the enum is closed                         |
-| `register_peft_method`                       | the host's own registration                                        |
-| `BaseTuner._prepare_adapter_config`,         | overridden: blocks are found from the model, and the host's        |
-| `._check_target_module_exists`               | matching of `layers_to_transform` fails on names such as `layers.0`|
-| `BaseTuner.inject_adapter`                   | extended: an error leaves the model as it was                      |
-| `BaseTuner._create_and_replace`              | overridden: the layer becomes a child of the block                 |
-| `BaseTuner._mark_only_adapters_as_trainable` | extended: `train_base`                                             |
-| `BaseTunerLayer.set_adapter`,                | extended: `train_base` follows the active adapters                 |
-| `.enable_adapters`                           |                                                                    |
-| `BaseTunerLayer._get_base_layer_device_and_` | overridden: quantised blocks                                       |
-| `dtype`                                      |                                                                    |
-| `BaseTuner._get_adapter_state_dict`,         | extended: `train_base`; names with more than one part behind the   |
-| `._remove_adapter_name_from_key`,            | adapter's; adapters called like a part of a module's name          |
-| `._remap_adapter_state_dict_for_load`        |                                                                    |
-| `BaseTuner.delete_adapter`                   | extended: leaves no empty layer, and one active adapter for all    |
-| `BaseTuner._unload_and_optionally_merge`,    | overridden: take our layers out; refuse to merge before anything   |
-| `._check_merge_allowed`                      | changes                                                            |
-| `BaseTuner._enable_peft_forward_hooks`       | provided: `adapter_names`, in training too                         |
-| `ModulesToSaveWrapper.forward`               | replaced during a forward pass with `adapter_names`: the host's    |
-|                                              | takes only single linear modules, and no repeated rows             |
-| `PeftModel.forward`                          | gets a hook that refuses `task_ids`, which the host drops silently |
-| `PreTrainedModel._hf_peft_config_loaded`     | reset if transformers' `add_adapter` failed on a plain model       |
-| `<module>._gradient_checkpointing_func`      | wrapped during a forward pass with `adapter_names` (transformers), |
-|                                              | so that a block that runs again has the same rows                  |
+| upstream symbol                                   | what and why                                                   |
+|---------------------------------------------------|----------------------------------------------------------------|
+| `PeftType`                                        | gets a member a method: the enum is closed                     |
+| `register_peft_method`                            | the host's own registration                                    |
+| `BaseTuner._prepare_adapter_config`               | overridden: blocks are found from the model                    |
+| `BaseTuner._check_target_module_exists`           | overridden: the host's `layers_to_transform` misses `layers.0` |
+| `_ExcludedModule`                                 | the host's sign for a module that is left out on purpose       |
+| `check_target_module_exists`                      | the host's matching, for module names as LoRA takes them       |
+| `_maybe_include_all_linear_layers`                | the same, for `all-linear`                                     |
+| `BaseTuner.inject_adapter`                        | extended: an error leaves the model as it was                  |
+| `BaseTuner._create_and_replace`                   | overridden: the layer becomes a child of the block             |
+| `BaseTuner._mark_only_adapters_as_trainable`      | extended: `train_base`                                         |
+| `BaseTunerLayer.set_adapter`                      | extended: `train_base` follows the active adapters             |
+| `BaseTunerLayer.enable_adapters`                  | the same                                                       |
+| `BaseTunerLayer._get_base_layer_device_and_dtype` | overridden: packed weights                                     |
+| `BaseTuner._get_adapter_state_dict`               | extended: `train_base`; adapters named like a module           |
+| `BaseTuner._remove_adapter_name_from_key`         | overridden: several parts stand behind the adapter's name      |
+| `BaseTuner._remap_adapter_state_dict_for_load`    | extended: `train_base`                                         |
+| `BaseTuner.delete_adapter`                        | extended: no empty layer stays, one adapter is active in all   |
+| `BaseTuner._check_merge_allowed`                  | overridden: refuses before anything changes                    |
+| `BaseTuner._unload_and_optionally_merge`          | extended: takes our layers out                                 |
+| `BaseTuner._enable_peft_forward_hooks`            | provided: `adapter_names`, in training too                     |
+| `ModulesToSaveWrapper.forward`                    | replaced while `adapter_names` is in force: the host's mixes   |
+|                                                   | single linear modules only, and no repeated rows               |
+| `PeftModel.forward`                               | hooked, to refuse `task_ids`: the host drops them silently     |
+| `register_module_module_registration_hook`        | (torch) shows us the `PeftModel` that holds a tuner            |
+| `PreTrainedModel._hf_peft_config_loaded`          | reset if transformers' `add_adapter` failed on a plain model   |
+| `PreTrainedModel._gradient_checkpointing_func`    | wrapped while `adapter_names` is in force, so that a block     |
+|                                                   | that runs again has the same rows                              |
 
 `tests/hosts/peft/test_touches.py` fails when one of them moves.
 """
@@ -45,7 +48,13 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import PeftModel, PeftType
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -67,6 +76,7 @@ from .peft_layer import TaskTunerLayer, TunerLayer, remove_adapter_name, tuner_l
 from .peft_rows import Routing
 from .sites import Block, find_blocks
 
+EXCLUDED = _ExcludedModule()
 _TRANSFORMERS_5 = Version(transformers.__version__) >= Version("5")
 
 
@@ -91,6 +101,22 @@ def register(method: Method, config_class: type[TaskPeftConfig], tuner_class: ty
     PeftType._value2member_map_[name] = member
     PeftType._member_names_.append(name)
     register_peft_method(name=method.name, config_cls=config_class, model_cls=tuner_class)
+
+
+def matching_modules(config: TaskPeftConfig, model: nn.Module) -> tuple[dict[str, nn.Module], set[str]]:
+    """The modules that a config names as it would for LoRA, and the names of those that it leaves out on purpose."""
+    _maybe_include_all_linear_layers(config, model)
+    inner = [f"{name}." for name, _ in tuner_layers(model)]
+    found, excluded = {}, set()
+    for name, module in model.named_modules():
+        if not name or any(name.startswith(prefix) for prefix in inner):
+            continue
+        match: Any = check_target_module_exists(config, name)
+        if isinstance(match, _ExcludedModule):
+            excluded.add(name)
+        elif match:
+            found[name] = module
+    return found, excluded
 
 
 def _refuse_task_ids(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -152,7 +178,7 @@ class TaskTuner(BaseTuner):
         return peft_config
 
     def _check_target_module_exists(self, peft_config: TaskPeftConfig, key: str) -> Any:  # type: ignore[override]
-        return _ExcludedModule() if key in self._excluded else key in self._chosen
+        return EXCLUDED if key in self._excluded else key in self._chosen
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         kwargs.pop("state_dict", None)  # the config names the blocks; the keys of a checkpoint would only repeat them

@@ -9,20 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    _ExcludedModule,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import ConfigError, SiteError, UnsupportedError
 from ..hosts.methods import Method
-from ..hosts.peft import TaskTuner, register
+from ..hosts.peft import EXCLUDED, TaskTuner, matching_modules, register
 from ..hosts.peft_config import TaskPeftConfig, choose_blocks, names_blocks
-from ..hosts.peft_layer import TunerLayer, entry, tuner_layers
+from ..hosts.peft_layer import TunerLayer, entry
 from ..hosts.sites import Block, find_blocks, iter_blocks, resolve
 from ..units import UnitInputs
 from .config import HOULSBY, validate_houlsby
@@ -258,7 +253,6 @@ class HoulsbyModel(TaskTuner):
     def _prepare_adapter_config(  # type: ignore[override]
         self, peft_config: HoulsbyPeftConfig, model_config: dict[str, Any]
     ) -> HoulsbyPeftConfig:
-        _maybe_include_all_linear_layers(peft_config, self.model)
         blocks = list(iter_blocks(self.model, peft_config.sites))
         targets: dict[str, _Target] = {}
         self._excluded: set[str] = set()
@@ -290,17 +284,11 @@ class HoulsbyModel(TaskTuner):
 
     def _find_modules(self, config: HoulsbyPeftConfig, blocks: list[Block]) -> dict[str, _Target]:
         """The modules that the config names as it would for LoRA."""
+        found, self._excluded = matching_modules(config, self.model)
         targets: dict[str, _Target] = {}
-        inner = [f"{name}." for name, _ in tuner_layers(self.model)]
-        for name, module in self.model.named_modules():
-            if not name or any(name.startswith(prefix) for prefix in inner):
-                continue
-            found: Any = check_target_module_exists(config, name)
-            if isinstance(found, _ExcludedModule):
-                self._excluded.add(name)
-            elif found:
-                block = next((b for b in blocks if name.startswith(f"{b.name}.")), None)
-                targets[name] = self._target(name, module, block)
+        for name, module in found.items():
+            block = next((b for b in blocks if name.startswith(f"{b.name}.")), None)
+            targets[name] = self._target(name, module, block)
         if not targets:
             example = f" such as {blocks[0].name!r}" if blocks else ""
             left_out = f" that exclude_modules={config.exclude_modules!r} leaves" if config.exclude_modules else ""
@@ -345,7 +333,7 @@ class HoulsbyModel(TaskTuner):
             yield name
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
-        return _ExcludedModule() if key in self._excluded else key in self._targets
+        return EXCLUDED if key in self._excluded else key in self._targets
 
     def _create_and_replace(  # type: ignore[override]
         self,

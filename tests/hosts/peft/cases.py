@@ -134,10 +134,13 @@ def rows_of(given: dict[str, Tensor], *indices: int) -> dict[str, Tensor]:
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of one adapter, copies of heads included."""
-    for name, parameter in model.named_parameters():
-        if f".{adapter}." in name and "_layers" not in name.rpartition(f".{adapter}.")[0].rpartition(".")[2]:
-            yield name, parameter
+    """The parameters of one adapter by name, copies of heads included."""
+    for name, module in model.named_modules():
+        for container in getattr(module, "adapter_layer_names", ()):
+            units = getattr(module, container)
+            if adapter in units:
+                for key, parameter in units[adapter].named_parameters():
+                    yield f"{name}.{container}.{adapter}.{key}", parameter
 
 
 def randomise(model: nn.Module, adapter: str, *, seed: int, scale: float = 0.3) -> None:

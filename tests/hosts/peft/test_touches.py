@@ -1,0 +1,321 @@
+"""One test for each row of the table in `hosts/peft.py`: fails when upstream moves or starts to do our work."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import re
+import types
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from peft.tuners import tuners_utils
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import peft_types
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+
+from pal_adapters.hosts import peft as host
+from pal_adapters.houlsby.peft import HoulsbyModel
+from pal_adapters.lhuc.peft import LHUCModel
+
+from . import cases
+
+TOUCHES: dict[str, Callable[[], None]] = {}
+
+
+def touch(symbol: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    def remember(check: Callable[[], None]) -> Callable[[], None]:
+        TOUCHES[symbol] = check
+        return check
+
+    return remember
+
+
+def parameters(function: Any) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+def lora(name: str = "bert", **changes: Any) -> PeftModel:
+    return get_peft_model(cases.BUILDERS[name](), LoraConfig(**{"target_modules": ["query"], **changes})).eval()
+
+
+@touch("PeftType")
+def _() -> None:
+    assert issubclass(PeftType, str)
+    assert isinstance(PeftType, enum.EnumMeta)
+    for table in ("_member_map_", "_value2member_map_"):
+        assert getattr(PeftType, table)["LORA"] is PeftType.LORA
+    assert "LORA" in PeftType._member_names_
+    with pytest.raises(TypeError):  # still closed
+        types.new_class("More", (PeftType,))
+
+
+@touch("register_peft_method")
+def _() -> None:
+    assert parameters(peft_types.register_peft_method) == [
+        "name",
+        "config_cls",
+        "model_cls",
+        "prefix",
+        "is_mixed_compatible",
+    ]
+    for table in ("CONFIG", "TUNER", "PREFIX", "MIXED_MODEL"):
+        assert isinstance(getattr(peft.mapping, f"PEFT_TYPE_TO_{table}_MAPPING"), dict)
+    assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["LORA"] is LoraConfig  # looked up by string too
+
+
+@touch("BaseTuner._prepare_adapter_config")
+def _() -> None:
+    assert parameters(BaseTuner._prepare_adapter_config) == ["peft_config", "model_config"]
+    source = inspect.getsource(BaseTuner.inject_adapter)
+    first, second = source.index("._prepare_adapter_config("), source.index("._create_and_replace(")
+    assert first < second  # everything is checked before anything changes
+
+
+@touch("BaseTuner._check_target_module_exists")
+def _() -> None:
+    assert parameters(BaseTuner._check_target_module_exists) == ["peft_config", "key"]
+    # The reason for our own matching: the host's finds no index at the end of a name.
+    config = LoraConfig(target_modules=["0", "1"], layers_to_transform=[0])
+    assert not tuners_utils.check_target_module_exists(config, "model.layers.0")
+
+
+@touch("_ExcludedModule")
+def _() -> None:
+    assert not tuners_utils._ExcludedModule()
+    config = LoraConfig(target_modules=["query"], exclude_modules=["query"])
+    assert isinstance(tuners_utils.check_target_module_exists(config, "a.query"), tuners_utils._ExcludedModule)
+    assert "isinstance(result, _ExcludedModule)" in inspect.getsource(BaseTuner.inject_adapter)
+
+
+@touch("check_target_module_exists")
+def _() -> None:
+    config = cases.config("houlsby", target_modules=["dense"], layers_to_transform=[1])
+    assert tuners_utils.check_target_module_exists(config, "encoder.layer.1.dense")
+    assert not tuners_utils.check_target_module_exists(config, "encoder.layer.2.dense")
+
+
+@touch("_maybe_include_all_linear_layers")
+def _() -> None:
+    config = cases.config("houlsby", target_modules="all-linear")
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    assert tuners_utils._maybe_include_all_linear_layers(config, model) is config
+    assert config.target_modules == {"0"}
+
+
+@touch("BaseTuner.inject_adapter")
+def _() -> None:
+    expected = ["model", "adapter_name", "autocast_adapter_dtype", "low_cpu_mem_usage", "state_dict"]
+    assert parameters(BaseTuner.inject_adapter) == expected
+    # The reason for our own rolling back: the host leaves what it had made.
+    model = lora()
+    before = len(list(model.modules()))
+    real = type(model.base_model)._create_and_replace
+    calls: list[int] = []
+
+    def fail(self: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("in the middle")
+        real(self, *args, **kwargs)
+
+    type(model.base_model)._create_and_replace = fail
+    try:
+        with pytest.raises(RuntimeError, match="in the middle"):
+            model.add_adapter("other", LoraConfig(target_modules=["query"]))
+    finally:
+        type(model.base_model)._create_and_replace = real
+    assert len(list(model.modules())) > before
+
+
+@touch("BaseTuner._create_and_replace")
+def _() -> None:
+    expected = ["peft_config", "adapter_name", "target", "target_name", "parent", "current_key", "parameter_name"]
+    assert parameters(BaseTuner._create_and_replace) == expected == parameters(host.TaskTuner._create_and_replace)
+    assert parameters(HoulsbyModel._create_and_replace) == expected
+
+
+@touch("BaseTuner._mark_only_adapters_as_trainable")
+def _() -> None:
+    assert parameters(BaseTuner._mark_only_adapters_as_trainable) == ["model"]
+    source = inspect.getsource(BaseTuner.inject_adapter)
+    assert source.index("self.set_adapter(") < source.index("_mark_only_adapters_as_trainable(")
+
+
+@touch("BaseTunerLayer.set_adapter")
+def _() -> None:
+    assert parameters(BaseTunerLayer.set_adapter) == ["adapter_names", "inference_mode"]
+    assert "module.set_adapter(adapter_name)" in inspect.getsource(cases.bert().set_adapter)  # transformers' own
+
+
+@touch("BaseTunerLayer.enable_adapters")
+def _() -> None:
+    assert parameters(BaseTunerLayer.enable_adapters) == ["enabled"]
+
+
+@touch("BaseTunerLayer._get_base_layer_device_and_dtype")
+def _() -> None:
+    assert parameters(BaseTunerLayer._get_base_layer_device_and_dtype) == ["base_layer"]
+    assert BaseTunerLayer._get_base_layer_device_and_dtype(None, nn.Linear(1, 1)) == (
+        torch.device("cpu"),
+        torch.float32,
+    )
+    assert "_get_base_layer_device_and_dtype" in inspect.getsource(
+        BaseTunerLayer._move_adapter_to_device_of_base_layer
+    )
+
+
+@touch("BaseTuner._get_adapter_state_dict")
+def _() -> None:
+    expected = ["model", "config", "adapter_name", "state_dict", "unwanted_adapter_names"]
+    assert parameters(BaseTuner._get_adapter_state_dict) == expected
+    # The reason for putting keys back: the host loses LoRA's of block 0 to an adapter of that name.
+    model = get_peft_model(cases.bert(), LoraConfig(target_modules=["query"]), "1")
+    model.add_adapter("0", LoraConfig(target_modules=["query"]))
+    assert not any("layer.0." in name for name in get_peft_model_state_dict(model, adapter_name="1"))
+
+
+@touch("BaseTuner._remove_adapter_name_from_key")
+def _() -> None:
+    assert parameters(BaseTuner._remove_adapter_name_from_key) == ["key", "adapter_name"]
+    assert BaseTuner._remove_adapter_name_from_key("a.lora_A.x.weight", "x") == "a.lora_A.weight"
+    assert BaseTuner._remove_adapter_name_from_key("a.pal_units.x.query.weight", "x") == "a.pal_units.x.query.weight"
+
+
+@touch("BaseTuner._remap_adapter_state_dict_for_load")
+def _() -> None:
+    expected = ["model", "config", "adapter_name", "state_dict"]
+    assert parameters(BaseTuner._remap_adapter_state_dict_for_load) == expected
+    assert "._remap_adapter_state_dict_for_load(" in inspect.getsource(peft.set_peft_model_state_dict)
+
+
+@touch("BaseTuner.delete_adapter")
+def _() -> None:
+    assert parameters(BaseTuner.delete_adapter) == ["adapter_name"]
+    # The reason for our own: each layer of the host chooses for itself.
+    model = get_peft_model(cases.bert(), LoraConfig(target_modules=["query", "key"]), "rte")
+    model.add_adapter("sst", LoraConfig(target_modules=["query"]))
+    model.add_adapter("mrpc", LoraConfig(target_modules=["key"]))
+    model.delete_adapter("rte")
+    assert model.get_model_status().active_adapters == "irregular"
+
+
+@touch("BaseTuner._check_merge_allowed")
+def _() -> None:
+    for function in (BaseTuner._unload_and_optionally_merge, BaseTuner.merge_adapter):
+        source = inspect.getsource(function)
+        assert source.index("self._check_merge_allowed()") < source.index(".merge(")
+
+
+@touch("BaseTuner._unload_and_optionally_merge")
+def _() -> None:
+    assert parameters(BaseTuner._unload_and_optionally_merge) == [
+        "merge",
+        "progressbar",
+        "safe_merge",
+        "adapter_names",
+    ]
+    assert "_unload_and_optionally_merge(merge=False)" in inspect.getsource(BaseTuner.unload)
+
+
+@touch("BaseTuner._enable_peft_forward_hooks")
+def _() -> None:
+    assert not hasattr(BaseTuner, "_enable_peft_forward_hooks")  # each tuner's own
+    source = inspect.getsource(PeftModel._enable_peft_forward_hooks)
+    assert "self.base_model._enable_peft_forward_hooks(*args, **kwargs)" in source
+    model = lora()
+    with pytest.raises(ValueError, match="training mode"):  # ours works there
+        model.train()(**cases.inputs(), adapter_names=["default"] * 4)
+    assert "adapter_names" in model.special_peft_forward_args
+
+
+@touch("ModulesToSaveWrapper.forward")
+def _() -> None:
+    assert issubclass(ModulesToSaveWrapper, AuxiliaryTrainingWrapper)
+    wrapper = ModulesToSaveWrapper(nn.Sequential(nn.Linear(2, 2)), "a")
+    assert list(wrapper.modules_to_save) == ["a"]
+    assert isinstance(wrapper.original_module, nn.Sequential)
+    with pytest.raises(TypeError, match="Mixed batching is only supported"):
+        wrapper(torch.ones(2, 2), adapter_names=["a", "__base__"])
+    linear = ModulesToSaveWrapper(nn.Linear(2, 2), "a")
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):  # beams repeat rows
+        linear(torch.ones(4, 2), adapter_names=["a", "__base__"])
+
+
+@touch("PeftModel.forward")
+def _() -> None:
+    for name in ("SequenceClassification", "TokenClassification", "CausalLM", "Seq2SeqLM", "QuestionAnswering"):
+        assert "task_ids" in parameters(getattr(peft, f"PeftModelFor{name}").forward)
+    lora(task_type="SEQ_CLS")(**cases.inputs(), task_ids=torch.tensor([0]))  # dropped in silence
+    hooks = cases.peft_model("lhuc")._forward_pre_hooks.values()
+    assert list(hooks) == [host._refuse_task_ids]
+
+
+@touch("register_module_module_registration_hook")
+def _() -> None:
+    from torch.nn.modules import module
+
+    assert not module._global_module_registration_hooks
+    seen: list[tuple[nn.Module, str, nn.Module]] = []
+    handle = module.register_module_module_registration_hook(lambda *event: seen.append(event))
+    holder, child = nn.Module(), nn.Linear(1, 1)
+    holder.child = child
+    handle.remove()
+    assert seen == [(holder, "child", child)]
+    # A tuner that no model ever holds leaves no hook behind either.
+    tuner = LHUCModel(cases.bert(), {"x": cases.config("lhuc")}, "x")
+    assert len(module._global_module_registration_hooks) == 1
+    del tuner
+    import gc
+
+    gc.collect()
+    nn.Sequential(nn.ReLU())
+    assert not module._global_module_registration_hooks
+
+
+@touch("PreTrainedModel._hf_peft_config_loaded")
+def _() -> None:
+    # The reason for resetting it: the host sets it before it knows that the adapter can be added.
+    model = cases.bert()
+    assert model._hf_peft_config_loaded is False
+    with pytest.raises(ValueError, match="not found in the base model"):
+        model.add_adapter(LoraConfig(target_modules=["nothing"]))
+    assert model._hf_peft_config_loaded is True
+
+
+@touch("PreTrainedModel._gradient_checkpointing_func")
+def _() -> None:
+    model = cases.llama()
+    enable = model.activation_checkpointing_enable if cases.TRANSFORMERS_5 else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    blocks = model.model.layers
+    assert all(block.gradient_checkpointing for block in blocks)
+    calls: list[int] = []
+    for block in blocks:
+        function = vars(block)["_gradient_checkpointing_func"]
+
+        def count(inner: Any, *args: Any, _function: Any = function, **kwargs: Any) -> Any:
+            calls.append(1)
+            return _function(inner, *args, **kwargs)
+
+        block._gradient_checkpointing_func = count
+    model.train()(**cases.inputs("llama"))
+    assert len(calls) == len(blocks)
+
+
+def rows() -> list[str]:
+    return re.findall(r"^\| `(.+?)` ", host.__doc__ or "", re.MULTILINE)
+
+
+def test_every_row_has_a_test() -> None:
+    assert rows() == list(TOUCHES)
+
+
+@pytest.mark.parametrize("symbol", rows())
+def test_touch(symbol: str) -> None:
+    TOUCHES[symbol]()
