@@ -247,9 +247,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"quickstart.py: error: {error}; pip install 'pal-adapters[quickstart]'", file=sys.stderr)
         return 1
+    output = Path(args.output_dir)
     try:
+        output.mkdir(parents=True, exist_ok=True)
         args.model, args.host = args.model or default_model(), default_host()
-    except PalAdaptersError as error:
+    except (OSError, PalAdaptersError) as error:
         print(f"quickstart.py: error: {error}", file=sys.stderr)
         return 1
     if args._reload:
@@ -257,9 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     start = time.perf_counter()
-    output = Path(args.output_dir)
     try:
-        output.mkdir(parents=True, exist_ok=True)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     except (OSError, ValueError) as error:
         print(f"quickstart.py: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
