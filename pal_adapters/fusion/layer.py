@@ -1,0 +1,175 @@
+"""Learned scales of several sources (ScaLearn), and attention over them (AdapterFusion), in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Ablation = Literal["mean", "softmax"]
+RegularizationForm = Literal["mean", "code"]
+
+
+class Scales(nn.Module):
+    r"""Coefficients of `S` sources, `omega` `[S, d]` (one a channel) or `[S, 1]` (one a source).
+
+    $$\omega \sim N(c / S, \sigma^2)$$
+
+    There is no softmax and no constraint on the sum. Source: Frohmann et al., ScaLearn, Findings of ACL 2024.
+
+    Args:
+        sources: `S`.
+        width: `d`, or 1.
+        init_scale: `c`; the reported runs use 2.
+        init_std: `sigma`.
+        dropout: probability with which an entry of `omega` is dropped in training; kept ones grow by `1 / (1 - p)`.
+            One mask a call, the same for all tokens and rows.
+        ablation: "mean" divides `omega` by its sum over the sources, "softmax" takes the softmax over the sources,
+            both for each channel; None is the method.
+    """
+
+    def __init__(
+        self,
+        sources: int,
+        width: int,
+        *,
+        init_scale: float = 2.0,
+        init_std: float = 1e-3,
+        dropout: float = 0.3,
+        ablation: Ablation | None = None,
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.ablation = ablation
+        self.init_scale = init_scale
+        self.init_std = init_std
+        self.omega = nn.Parameter(torch.empty(sources, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw `omega` anew, with the global random state."""
+        nn.init.normal_(self.omega, self.init_scale / self.omega.shape[0], self.init_std)
+
+    def forward(self) -> Tensor:
+        """The coefficients of this call, `[S, d]` or `[S, 1]`."""
+        return F.dropout(normalise(self.omega, self.ablation), self.dropout, self.training)
+
+
+def normalise(omega: Tensor, ablation: Ablation | None) -> Tensor:
+    """`omega` `[S, ...]` as an ablation of the method normalises it over the sources."""
+    if ablation == "mean":
+        return omega / omega.sum(0, keepdim=True)
+    if ablation == "softmax":
+        return omega.softmax(0)
+    return omega
+
+
+def combine(coefficients: Tensor, outputs: Tensor) -> Tensor:
+    r"""$\sum_s \omega_s \odot a_s$: `[S, d]` or `[S, 1]` and `[..., S, d]` give `[..., d]`."""
+    return (coefficients.to(outputs.dtype) * outputs).sum(-2)
+
+
+def regularization(omegas: Sequence[Tensor], weight: float, form: RegularizationForm = "mean") -> Tensor:
+    r"""A penalty on sources that are not used with a mean coefficient of one.
+
+        $$\frac{\lambda}{S} \sum_l \sum_s \Big(1 - \frac{1}{d} \sum_i \omega^{(l)}_{s,i}\Big)^2$$
+
+    Args:
+        omegas: one `[S, d]` or `[S, 1]` a block, or a single one that all blocks share.
+        weight: `lambda`.
+        form: "mean" is the formula above. "code" is what the authors' code computes for coefficients that blocks
+            share, the sum over the channels in the place of the mean and no division by `S`; for a single `omega`.
+
+    Returns:
+        A scalar in float32.
+    """
+    total = torch.zeros((), device=omegas[0].device)
+    for omega in omegas:
+        omega = omega.float()
+        if form == "code":
+            total = total + (1 - omega.sum(1)).square().sum()
+        else:
+            total = total + (1 - omega.mean(1)).square().sum() / omega.shape[0]
+    return weight * total
+
+
+class SourceAttention(nn.Module):
+    r"""AdapterFusion: attention of each token over what the sources give for it.
+
+    $$q = Q u + b_q, \quad k_s = K a_s + b_k, \quad v_s = V a_s$$
+    $$c = \sum_s \mathrm{softmax}_s(D(q \cdot k_s) / \tau) \, v_s$$
+
+    `u` `[b, n, d]` is the query, `a_s` the source's output without a residual; `Q`, `K` `[d, d]` with biases, `V`
+    `[d, d]` without. Scores are not divided by `sqrt(d)`; `D` is dropout on the scores. `V` starts at 1 on the
+    diagonal and 1e-6 elsewhere, `Q` and `K` at N(0, 0.02^2). Source: Pfeiffer et al., AdapterFusion, EACL 2021; the same
+    module is `BertFusion` in adapters.
+
+    Args:
+        width: `d`.
+        dropout: of `D`.
+        value: whether there is a `V`; without one, the sources themselves are mixed.
+        value_init_noise: entries of `V` beside the diagonal at the start, "constant" 1e-6 or "random" N(0, 1e-6^2) as
+            the paper says.
+        temperature: whether `tau` falls from 50 to 1, by 0.05 with each forward pass in training; else it is 1.
+        score_scale: factor on the scores.
+    """
+
+    tau: Tensor | None
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        dropout: float = 0.1,
+        value: bool = True,
+        value_init_noise: Literal["constant", "random"] = "constant",
+        temperature: bool = False,
+        score_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.value_init_noise = value_init_noise
+        self.score_scale = score_scale
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width, bias=False) if value else None
+        # Not a parameter, but a run that goes on has to know how far it has fallen.
+        self.register_buffer("tau", torch.tensor(50.0) if temperature else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, with the global random state."""
+        for linear in (self.query, self.key):
+            nn.init.normal_(linear.weight, 0.0, 0.02)
+            nn.init.zeros_(linear.bias)
+        if self.value is not None:
+            weight = self.value.weight
+            with torch.no_grad():
+                if self.value_init_noise == "random":
+                    weight.normal_(0.0, 1e-6)
+                else:
+                    weight.fill_(1e-6)
+                weight.fill_diagonal_(1.0)
+
+    def forward(self, query: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """`u` `[b, n, d]` and the sources' outputs `[b, n, S, d]` give `c` `[b, n, d]` and attention `[b, n, S]`."""
+        keys = self.key(outputs)
+        scores = (keys @ self.query(query).unsqueeze(-1)).squeeze(-1) * self.score_scale
+        scores = F.dropout(scores, self.dropout, self.training)
+        if self.tau is not None:
+            scores = scores / self.tau
+            if self.training:
+                self.tau.sub_(0.05).clamp_(min=1.0)
+        probabilities = scores.softmax(-1)
+        values = outputs if self.value is None else self.value(outputs)
+        return (probabilities.unsqueeze(-2) @ values).squeeze(-2), probabilities
+
+    def regularization(self, weight: float = 0.01) -> Tensor:
+        r"""$\lambda \lVert I - V \rVert_F^2$, a scalar; 0 without a `V`."""
+        if self.value is None:
+            return self.query.weight.new_zeros(())
+        value = self.value.weight.float()
+        return weight * (torch.eye(value.shape[0], device=value.device) - value).square().sum()
