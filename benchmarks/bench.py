@@ -2,11 +2,9 @@
 
     python benchmarks/bench.py --json OUT [--rounds N] [--only NAME ...]
 
-BERT-base size, random weights, 16 x 64 tokens, two threads. In every round each variant runs once; its time is
-divided by
-the plain frozen model's forward pass of the same round, and the median over the rounds is reported. Peak memory is
-that of
-a process of its own for each variant (growth of the resident set during one training step).
+BERT-base size, random weights, 16 x 64 tokens, two threads. In every round each variant runs once; its
+time is divided by the plain frozen model's forward pass of the same round, and the median over the rounds is reported.
+Peak memory is that of a process of its own for each variant (growth of the resident set during one training step).
 
 Mixed batches compare one forward pass over rows of many tasks with one over the same rows and a single task.
 """
@@ -15,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import platform
 import random
 import resource
@@ -231,6 +230,8 @@ def main() -> None:
         return
     torch.set_num_threads(2)
     transformers.logging.set_verbosity_error()
+    # This host warns while a model has adapters and none is active yet.
+    logging.getLogger("adapters").setLevel(logging.ERROR)
     names = [n for n in VARIANTS if not options.only or n in options.only]
     result: dict[str, Any] = {
         "versions": {p: version(p) for p in ("torch", "transformers", "adapters", "peft")},

@@ -3,9 +3,10 @@
     python examples/train_tasks.py --data_dir DATA --tasks rte mrpc stsb --method pal --output_dir out
 
 `DATA` holds `<task>/train.jsonl[.gz]` and `<task>/validation.jsonl[.gz]`, or folders `glue` and `super_glue` with
-such folders inside. Every task gets an adapter and a linear head of its own; the base is frozen. With `--joint` the
-base is trained as well, with the adapters of all tasks at once, as in the paper on PALs. `--method full` trains a
-copy of the base for every task, and `--method head` only a head: the two ends of the scale.
+such folders inside; without `--data_dir` the data sets of these names come from the hub. Every task gets an adapter
+and a linear head of its own; the base is frozen. With `--joint` the base is trained as well, with the adapters of all
+tasks at once, as in the paper on PALs. `--method full` trains a copy of the base for every task, and `--method head`
+only a head: the two ends of the scale.
 
 The best epoch is chosen on a tenth of the training rows. The validation rows are used once, for the scores at the end.
 Writes `results.json` and the folder `adapters`, with one folder for each task.
@@ -56,7 +57,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--data_dir", required=True, help="folder with the data")
+    parser.add_argument("--data_dir", help="folder with the data (the data sets of these names on the hub)")
     parser.add_argument("--tasks", nargs="+", required=True, help="names of GLUE and SuperGLUE tasks")
     parser.add_argument("--method", choices=METHODS, required=True, help="what is trained for a task")
     parser.add_argument("--output_dir", required=True, help="folder for results.json and the adapters")

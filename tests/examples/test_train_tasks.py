@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import datasets
 import pytest
 from safetensors import safe_open
 
@@ -187,6 +188,37 @@ def test_bad_rows_are_one_line(start: Any, capsys: Any, tmp_path: Path) -> None:
     path = tmp_path / "data" / "sst2" / "train.jsonl"
     assert f"{path}: row 2: label 7 is out of range; allowed: 0 (negative), 1 (positive)" in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_without_a_folder_the_hub_is_asked(
+    train_tasks: ModuleType,
+    data: Path,
+    tiny_encoder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    options = ["--tasks", "rte", "--method", "head", "--model", tiny_encoder, "--output_dir", str(tmp_path / "out")]
+    files = {split: str(data / "glue" / "rte" / f"{split}.jsonl") for split in ("train", "validation")}
+    local, asked = datasets.load_dataset, []
+
+    def from_hub(*names: str) -> Any:
+        asked.append(names)
+        return local("json", data_files=files, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", from_hub)
+    assert train_tasks.main([*options, "--epochs", "1"]) == 0
+    assert asked == [("nyu-mll/glue", "rte")]
+
+    def no_network(*names: str) -> Any:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", no_network)
+    capsys.readouterr()
+    assert train_tasks.main(options) == 1
+    error = capsys.readouterr().err
+    assert "cannot load nyu-mll/glue (rte) from the hub (no network); set data_dir to read local files" in error
+    assert error.count("\n") == 1
 
 
 def test_as_a_command(data: Path, tmp_path: Path, importable: None) -> None:
