@@ -62,7 +62,8 @@ class TopBertLayerConfig(TaskAdapterConfig):
 
     Args:
         intermediate_size: width of the feed-forward part; None takes four times the model's width.
-        num_heads: heads; must divide the model's width.
+        num_heads: heads; must divide the model's width. None takes one for 64 channels as BERT does (12 at 768), or
+            where 64 does not divide the width, the largest number up to 12 that does.
         dropout: on the attention probabilities and on both branches.
         legacy_ln_init: draw the layer norms from `N(0, 0.02^2)` as the authors' code does, instead of 1 and
             0.
@@ -79,7 +80,7 @@ class TopBertLayerConfig(TaskAdapterConfig):
     architecture: str | None = "top_bert_layer"
     init_weights: str = "bert"
     intermediate_size: int | None = None
-    num_heads: int = 12
+    num_heads: int | None = None
     dropout: float = 0.1
     legacy_ln_init: bool = False
 

@@ -37,7 +37,8 @@ def validate_bert_layer(config: Any) -> None:
     Raises:
         ConfigError: names the argument, the value and what is allowed.
     """
-    require_int("num_heads", config.num_heads, minimum=1)
+    if config.num_heads is not None:
+        require_int("num_heads", config.num_heads, minimum=1)
     if config.intermediate_size is not None:
         require_int("intermediate_size", config.intermediate_size, minimum=1)
     require_probability("dropout", config.dropout)
@@ -102,6 +103,10 @@ def _prepare_attention(config: Any, blocks: list[Block], base_parameters: int) -
 def _prepare_bert_layer(config: Any, blocks: list[Block], base_parameters: int) -> Any:
     _refuse_shared_blocks(blocks)
     _require_last(blocks)
+    if config.num_heads is None:
+        width = blocks[0].width
+        heads = width // 64 if width % 64 == 0 else next(n for n in range(12, 0, -1) if width % n == 0)
+        config = replace_field(config, "num_heads", heads)
     for block in blocks:
         require_heads(block.width, config.num_heads)
     if config.intermediate_size is None:

@@ -74,7 +74,8 @@ class TopBertLayerPeftConfig(TaskPeftConfig):
 
     Args:
         intermediate_size: width of the feed-forward part; None takes four times the model's width.
-        num_heads: heads; must divide the model's width.
+        num_heads: heads; must divide the model's width. None takes one for 64 channels as BERT does (12 at 768), or
+            where 64 does not divide the width, the largest number up to 12 that does.
         dropout: on the attention probabilities and on both branches.
         legacy_ln_init: draw the layer norms from `N(0, 0.02^2)` as the authors' code does, instead of 1 and
             0.
@@ -88,7 +89,7 @@ class TopBertLayerPeftConfig(TaskPeftConfig):
 
     init_weights: bool = field(default=False, metadata={"help": "There is no identity initialisation."})
     intermediate_size: int | None = field(default=None, metadata={"help": "Width of the feed-forward part."})
-    num_heads: int = field(default=12, metadata={"help": "Attention heads."})
+    num_heads: int | None = field(default=None, metadata={"help": "Attention heads; by the model's width if None."})
     dropout: float = field(default=0.1, metadata={"help": "Dropout."})
     legacy_ln_init: bool = field(default=False, metadata={"help": "The authors' layer norm initialisation."})
 

@@ -79,7 +79,7 @@ def test_initialisation() -> None:
 
 
 def test_size_of_the_term_at_the_start() -> None:
-    """The authors' initialisation: RMS 0.066 for independent tokens of unit variance (methods.md 1.2)."""
+    """The authors' initialisation: RMS 0.066 for independent tokens of unit variance."""
     torch.manual_seed(0)
     unit = LowRank(768, 100)
     unit.reset_parameters(identity=False)

@@ -167,7 +167,7 @@ def test_initialisation() -> None:
 
 
 def test_size_of_the_term_at_the_start() -> None:
-    """The authors' initialisation: RMS 0.006 for 16 and 0.002 for 128 independent tokens (methods.md 1.2)."""
+    """The authors' initialisation: RMS 0.006 for 16 and 0.002 for 128 independent tokens."""
     torch.manual_seed(0)
     for tokens, expected in ((16, 0.006), (128, 0.002)):
         values = []

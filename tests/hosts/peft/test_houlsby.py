@@ -123,7 +123,7 @@ def test_norms_belong_to_the_adapter() -> None:
      (24, 1024, 16, 256, 100_352, 25_327_616)],
 )  # fmt: skip
 def test_counts(layers: int, width: int, heads: int, size: int, norms: int, total: int) -> None:
-    """Section 3.3 of the notes, on models without weights."""
+    """The published counts, on models without weights."""
     config = transformers.BertConfig(
         num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width
     )
