@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import adapters
@@ -238,19 +239,24 @@ def main() -> None:
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "rounds": options.rounds,
     }
+
+    def keep(part: str, found: dict[str, Any]) -> None:
+        for name, row in found.items():
+            result.setdefault(part, {}).setdefault(name, {}).update(row)
+        if options.json:  # after each part: a run that is stopped keeps what it has
+            Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+
     if "single" in options.parts:
-        result["single"] = single_task(names, options.rounds)
+        keep("single", single_task(names, options.rounds))
     if "memory" in options.parts:
-        memory = {name: round(peak_memory(name), 1) for name in tqdm(names, desc="memory")}
-        for name, value in memory.items():
-            result.setdefault("single", {}).setdefault(name, {})["peak_mib"] = value
+        keep("single", {name: {"peak_mib": round(peak_memory(name), 1)} for name in tqdm(names, desc="memory")})
     for part, size, tasks, rows in (
         ("mixed8", BERT_BASE, 8, 16),
         ("mixed32", MINILM, 32, 32),
         ("mixed64", MINILM, 64, 64),
     ):
         if part in options.parts:
-            result[part] = mixed_batches(size, tasks, rows, options.rounds, options.only)
+            keep(part, mixed_batches(size, tasks, rows, options.rounds, options.only))
     for name, row in result.get("single", {}).items():
         step = row.get("step", {}).get("ratio", float("nan"))
         line = f"{name:32} forward {row.get('forward', {}).get('ratio', float('nan')):6.3f}  step {step:6.3f}"
@@ -258,9 +264,6 @@ def main() -> None:
     for part in ("mixed8", "mixed32", "mixed64"):
         for name, row in result.get(part, {}).items():
             print(f"{part} {name:44} {row['ratio']:6.3f} ({row['q1']:.3f} to {row['q3']:.3f})")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(result, file, indent=2)
 
 
 if __name__ == "__main__":
