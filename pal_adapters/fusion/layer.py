@@ -104,8 +104,8 @@ class SourceAttention(nn.Module):
 
     `u` `[b, n, d]` is the query, `a_s` the source's output without a residual; `Q`, `K` `[d, d]` with biases, `V`
     `[d, d]` without. Scores are not divided by `sqrt(d)`; `D` is dropout on the scores. `V` starts at 1 on the
-    diagonal and 1e-6 elsewhere, `Q` and `K` at N(0, 0.02^2). Source: Pfeiffer et al., AdapterFusion, EACL 2021; the same
-    module is `BertFusion` in adapters.
+    diagonal and 1e-6 elsewhere, `Q` and `K` at N(0, 0.02^2). Source: Pfeiffer et al., AdapterFusion, EACL 2021; the
+    same module is `BertFusion` in adapters.
 
     Args:
         width: `d`.
