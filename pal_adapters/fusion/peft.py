@@ -27,7 +27,7 @@ from .peft_config import (
     FixedCombinationPeftConfig,
     ScaLearnPeftConfig,
 )
-from .peft_layers import VALUE, FusionBlockLayer, FusionModuleLayer, FusionNormLayer
+from .peft_layers import VALUE, FusionBlockLayer, FusionLayer, FusionModuleLayer, FusionNormLayer
 from .peft_sources import (
     Bottle,
     LowRank,
@@ -40,8 +40,6 @@ from .peft_sources import (
     read_source,
 )
 from .peft_units import Combination, FixedScales, HeldWeights, NormCopies, SourceGroup, UnitSources, WideSources
-
-FusionLayer = FusionModuleLayer | FusionNormLayer | FusionBlockLayer
 
 __all__ = [
     "AdapterFusionPeftConfig",

@@ -18,17 +18,18 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from torch import Tensor, nn
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigError, UnknownAdapterError, UnsupportedError, require_int
+from ..errors import UnknownAdapterError, UnsupportedError, require_int
 from ..houlsby.peft import HoulsbyPeftConfig
-from .layer import SourceAttention, normalise
+from .layer import Scales, SourceAttention, normalise
 from .peft import combinations
 from .peft_config import CombinationPeftConfig
 from .peft_layers import VALUE, FusionBlockLayer, FusionLayer, FusionNormLayer
 from .peft_sources import innermost
-from .peft_units import Combination, NormCopies, WideSources
+from .peft_units import Combination, FixedScales, NormCopies, WideSources
 
 logger = logging.getLogger(__name__)
 _PREFIX = "base_model.model."
@@ -45,9 +46,9 @@ def fold(
     \, [A_1; ...; A_S] \, x$$
 
     It loads in PEFT without `pal_adapters`, and `merge_and_unload()` brings it into the base weights. Houlsby
-    bottlenecks of one activation give a Houlsby adapter, of the sum of their widths: the coefficients go into `W_2` and
-    `b_2`, the layer norms become one copy each, `w + sum_s omega_s (w_s - w)`. Both are exact for every variant, with
-    the ablations too. Biases of the sources are weighed as their outputs are.
+    bottlenecks of one activation give a Houlsby adapter, of the sum of their widths: the coefficients go into `W_2`
+    and `b_2`, the layer norms become one copy each, `w + sum_s omega_s (w_s - w)`. Both are exact for every variant,
+    with the ablations too. Biases of the sources are weighed as their outputs are.
 
     The base model inside `model` is taken over: the combination is taken off it, and what is returned holds it. Save
     `model` before. The head of the target becomes the head of the new adapter.
@@ -61,8 +62,8 @@ def fold(
             even at full width; those units stay whose `|W_2| |W_1|` is greatest.
 
     Returns:
-        A `PeftModel` with the folded adapter. `truncation_errors` on it names for each module what `truncate` has cost,
-        relative to the Frobenius norm (Houlsby: the sum of `|W_2| |W_1|`); it is empty where nothing was cut.
+        A `PeftModel` with the folded adapter. `truncation_errors` on it names for each module what `truncate` has
+        cost, relative to the Frobenius norm (Houlsby: the sum of `|W_2| |W_1|`); it is empty where nothing was cut.
 
     Raises:
         UnknownAdapterError: if there is no such target.
@@ -75,27 +76,28 @@ def fold(
     name = target if name is None else name
     found = list(combinations(model.get_base_model(), target))
     kind = _check(model, target, found)
-    base = model.get_base_model()
     head = _head(model, target)
     with torch.no_grad():
+        folded: PeftConfig
         if kind == "lora":
             folded, weights, errors = _fold_lora(config, found, truncate)
         else:
-            folded, weights, errors = _fold_houlsby(config, found, base, truncate)
-        _restore_heads(model)
-        plain = model.base_model.unload()  # type: ignore[operator]
-        trainable = [p for p in plain.parameters() if p.requires_grad]
-        wrapped = get_peft_model(plain, folded, adapter_name=name)
-        missing = set_peft_model_state_dict(wrapped, {**weights, **head}, adapter_name=name)
-    for parameter in trainable:
-        parameter.requires_grad = False
-    assert not missing.unexpected_keys, missing.unexpected_keys
-    wrapped.train(model.training)
+            folded, weights, errors = _fold_houlsby(config, found, truncate)
+        training = model.training
+        for module in model.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                module.set_adapter(
+                    []
+                )  # else `unload` leaves the active copy of a head in the place of the model's own
+        wrapped = get_peft_model(model.base_model.unload(), folded, adapter_name=name)  # type: ignore[operator]
+        loaded: Any = set_peft_model_state_dict(wrapped, {**weights, **head}, adapter_name=name)
+    assert not loaded.unexpected_keys, loaded.unexpected_keys
+    wrapped.train(training)
     wrapped.truncation_errors = errors  # type: ignore[assignment]
     if errors:
         worst = max(errors, key=lambda key: errors[key])
         logger.info("fold: truncated to %s; greatest relative error %.3g, at %s.", truncate, errors[worst], worst)
-    return wrapped  # type: ignore[return-value]
+    return wrapped
 
 
 def _target(model: Any, adapter: str | None) -> tuple[str, CombinationPeftConfig]:
@@ -105,7 +107,9 @@ def _target(model: Any, adapter: str | None) -> tuple[str, CombinationPeftConfig
     if adapter is None:
         active = [name for name in model.active_adapters if name in known]
         if len(active) != 1:
-            raise UnknownAdapterError(f"fold needs one active combination, but {active} are: pass adapter=, of {known}.")
+            raise UnknownAdapterError(
+                f"fold needs one active combination, but {active} are: pass adapter=, of {known}."
+            )
         adapter = active[0]
     if adapter not in known:
         raise UnknownAdapterError(f"adapter={adapter!r} is no combination on this model: use one of {known}.")
@@ -158,8 +162,8 @@ def _check(model: PeftModel, target: str, found: list[tuple[str, FusionLayer, Co
 def _omega(unit: Combination) -> Tensor:
     """The coefficients as in inference, `[S, d]` or `[S, 1]`."""
     mixer = unit.mixer(VALUE)
+    assert isinstance(mixer, (Scales, FixedScales))
     omega = mixer.omega.detach()
-    assert isinstance(omega, Tensor)
     return unit.select(VALUE, normalise(omega, getattr(mixer, "ablation", None)))
 
 
@@ -168,13 +172,6 @@ def _head(model: PeftModel, target: str) -> dict[str, Tensor]:
     prefix = f".{model.base_model.method.name}"  # type: ignore[union-attr]
     saved = get_peft_model_state_dict(model, adapter_name=target, save_embedding_layers=False)
     return {key: value.clone() for key, value in saved.items() if f"{prefix}." not in key}
-
-
-def _restore_heads(model: PeftModel) -> None:
-    """What `unload` leaves in the place of the head is the active copy; the base model's own has to stay there."""
-    for module in model.modules():
-        if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-            module._active_adapter = []  # type: ignore[assignment]
 
 
 def _fold_lora(
@@ -202,7 +199,9 @@ def _fold_lora(
     has_bias = any(bool(bias.any()) for bias in biased.values())
     if has_bias:
         if any(key.endswith("embedding_A") for key in weights):
-            raise UnsupportedError("sources with lora_bias=True and LoRA on embeddings: PEFT has no adapter with both.")
+            raise UnsupportedError(
+                "sources with lora_bias=True and LoRA on embeddings: PEFT has no adapter with both."
+            )
         weights |= {f"{_PREFIX}{place}.lora_B.bias": bias for place, bias in biased.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {re.escape(place): r for place, r in ranks.items() if r != rank}
@@ -223,7 +222,6 @@ def _common(config: PeftConfig) -> dict[str, Any]:
     return {
         "task_type": config.task_type,
         "modules_to_save": getattr(config, "modules_to_save", None),
-        "base_model_name_or_path": config.base_model_name_or_path,
         "inference_mode": config.inference_mode,
     }
 
@@ -244,10 +242,7 @@ def _truncated(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, flo
 
 
 def _fold_houlsby(
-    config: CombinationPeftConfig,
-    found: list[tuple[str, FusionLayer, Combination]],
-    base: nn.Module,
-    truncate: int | None,
+    config: CombinationPeftConfig, found: list[tuple[str, FusionLayer, Combination]], truncate: int | None
 ) -> tuple[HoulsbyPeftConfig, dict[str, Tensor], dict[str, float]]:
     bottles: dict[str, dict[str, Tensor]] = {}
     norms: dict[str, dict[str, Tensor]] = {}
@@ -278,12 +273,8 @@ def _fold_houlsby(
     for place, bottle in bottles.items():
         for key, value in _padded(bottle, width).items():
             weights[f"{_PREFIX}{place}.houlsby.houlsby_units.{key}"] = value
-    covered = _norm_names(base) if norms else set()
-    for place in covered | set(norms):
-        if place not in covered:
-            raise UnsupportedError(f"the sources have copies of the norm {place!r}, which HoulsbyPeftConfig would not copy.")
-        own = norms.get(place) or dict(innermost(base.get_submodule(place)).named_parameters(recurse=False))
-        for key, value in own.items():
+    for place, norm in norms.items():  # a norm that no source has a copy of becomes a copy of the base model's
+        for key, value in norm.items():
             weights[f"{_PREFIX}{place}.houlsby_norms.{key}"] = value
     folded = HoulsbyPeftConfig(
         hidden_size=width,

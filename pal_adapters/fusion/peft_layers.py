@@ -194,3 +194,6 @@ class FusionBlockLayer(_Names, TaskTunerLayer):
     def add(self, adapter_name: str, unit: Combination, *args: Any, **kwargs: Any) -> None:
         super().add(adapter_name, unit, *args, **kwargs)
         self.attachment.require(unit.sites, unit.needs)
+
+
+FusionLayer = FusionModuleLayer | FusionNormLayer | FusionBlockLayer

@@ -158,7 +158,7 @@ def _take_apart(source: Source, tensors: dict[str, Tensor], model: nn.Module) ->
         )
     if not source.parts:
         raise ConfigError(f"source {source.name!r} from {source.path!r} has no weights.")
-    _check_rest(source, set(tensors) - used, model)
+    _check_rest(source, {key: value for key, value in tensors.items() if key not in used}, model)
     source.tensors = {key: tensors[key] for key in sorted(used)}
     modules = dict(model.named_modules())
     for path, part in source.parts.items():
@@ -252,12 +252,18 @@ def _empty_unit(config: Any, method: Method, block: Block) -> TaskUnit:
     return unit.eval().requires_grad_(False)
 
 
-def _check_rest(source: Source, rest: Iterable[str], model: nn.Module) -> None:
-    """A head of a source is not used, but nothing else is dropped."""
+def _check_rest(source: Source, rest: Mapping[str, Tensor], model: nn.Module) -> None:
+    """A head of a source is not used, but nothing else is dropped, unless it is the base model's own."""
+    own = {key.replace(".base_layer.", "."): value for key, value in model.state_dict().items()} if rest else {}
+
+    def unchanged(key: str) -> bool:  # the host saves embeddings with an adapter that targets them
+        mine = own.get(key.replace(".base_layer.", "."))
+        return mine is not None and mine.shape == rest[key].shape and torch.equal(mine.cpu(), rest[key].to(mine.dtype))
+
     trunk = getattr(model, "base_model_prefix", "")
     inside = f"{trunk}." if trunk and hasattr(model, trunk) else ""
     heads = set() if inside else {key for key in rest if _module_of(key, model) is None}
-    lost = sorted(key for key in rest if key not in heads and key.startswith(inside))
+    lost = sorted(key for key in rest if key not in heads and key.startswith(inside) and not unchanged(key))
     if lost:
         raise UnsupportedError(
             f"source {source.name!r} has also trained {lost[0]!r}"

@@ -33,7 +33,8 @@ Every touch, for peft 0.21:
 |                                                   | that runs again has the same rows                              |
 | `load_peft_weights`                               | reads the tensors of a saved adapter, from disk or the hub     |
 | `get_peft_model_state_dict`                       | reads those of an adapter that is on the model                 |
-| `LoraConfig`, `get_pattern_key`                   | the scaling of a LoRA adapter at a module, and its variants    |
+| `get_pattern_key`                                 | the scaling of a LoRA adapter at a module                      |
+| `LoraConfig`                                      | which LoRA adapters are more than `scaling * B A x`            |
 | `PEFT_TYPE_TO_TUNER_MAPPING`                      | finds the method of a saved adapter of ours                    |
 
 `tests/hosts/peft/test_touches.py` fails when one of them moves.
