@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ConfigError, UnknownAdapterError, UnsupportedError
 from ..hosts.methods import Method
 from ..hosts.peft import adapter_on, commit_of, lora_extras, lora_scaling, method_of, read_adapter
-from ..hosts.sites import Block, find_blocks
+from ..hosts.sites import Block, find_blocks, iter_blocks
 from ..units import TaskUnit
 
 _PREFIX = "base_model.model."
@@ -52,12 +52,13 @@ class NormCopy(NamedTuple):
 
 
 class UnitPart(NamedTuple):
-    """What a task module has in one block: the module without its weights, and these."""
+    """What a task module has in one block: the module without its weights, these, and the shapes that it needs."""
 
     block: Block
     unit: TaskUnit
     own: dict[str, Tensor]
     shared: dict[str, Tensor]
+    shapes: dict[str, list[int]]
 
 
 Part = LowRank | Bottle | NormCopy | UnitPart
@@ -70,7 +71,8 @@ class Source:
     Attributes:
         name: its name.
         config: its config.
-        tensors: its tensors by name, as in the file, without those of a head.
+        tensors: its tensors by name, as in the file.
+        used: the names of those that are combined, all but a head's.
         parts: what it has at each module of the base model, by the module's name.
         path: where it was read, None for an adapter on the model.
         revision: the commit, if it was read from the hub.
@@ -79,6 +81,7 @@ class Source:
     name: str
     config: PeftConfig
     tensors: dict[str, Tensor]
+    used: set[str] = field(default_factory=set)
     parts: dict[str, Part] = field(default_factory=dict)
     path: str | None = None
     revision: str | None = None
@@ -87,7 +90,8 @@ class Source:
     def fingerprint(self) -> str:
         """The same for two sources that compute the same."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.tensors.items()):
+        for name in sorted(self.used):
+            tensor = self.tensors[name]
             digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:32]
@@ -159,10 +163,11 @@ def _take_apart(source: Source, tensors: dict[str, Tensor], model: nn.Module) ->
     if not source.parts:
         raise ConfigError(f"source {source.name!r} from {source.path!r} has no weights.")
     _check_rest(source, {key: value for key, value in tensors.items() if key not in used}, model)
-    source.tensors = {key: tensors[key] for key in sorted(used)}
+    source.tensors, source.used = tensors, used
     modules = dict(model.named_modules())
+    blocks = list(iter_blocks(model, getattr(source.config, "sites", None)))
     for path, part in source.parts.items():
-        _check_fit(source, path, part, modules)
+        _check_fit(source, path, part, modules, blocks)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -240,16 +245,21 @@ def _task_units(
         own = {name: {} for name in blocks}
     parts: dict[str, Part] = {}
     for name, weights in own.items():
-        unit = _empty_unit(config, method, blocks[name])
-        parts[name] = UnitPart(blocks[name], unit, weights, shared.get(blocks[name].stack, {}))
+        block = blocks[name]
+        unit, expected = _empty_unit(config, method, block)
+        parts[name] = UnitPart(block, unit, weights, shared.get(block.stack, {}), expected)
     return parts, used
 
 
-def _empty_unit(config: Any, method: Method, block: Block) -> TaskUnit:
+def _empty_unit(config: Any, method: Method, block: Block) -> tuple[TaskUnit, dict[str, list[int]]]:
+    """A unit without weights, and the shapes of those that it needs."""
     with torch.device("meta"):
         unit = method.build(config, block)
+        shared = method.build_shared(config, block)
     assert unit is not None
-    return unit.eval().requires_grad_(False)
+    shapes = {name: list(weight.shape) for name, weight in unit.own_weights().items()}
+    shapes |= {} if shared is None else {name: list(weight.shape) for name, weight in shared.named_parameters()}
+    return unit.eval().requires_grad_(False), shapes
 
 
 def _check_rest(source: Source, rest: Mapping[str, Tensor], model: nn.Module) -> None:
@@ -292,7 +302,9 @@ def widths_of(module: nn.Module) -> tuple[int, int] | None:
     return found if all(isinstance(width, int) for width in found) else None  # type: ignore[return-value]
 
 
-def _check_fit(source: Source, path: str, part: Part, modules: Mapping[str, nn.Module]) -> None:
+def _check_fit(
+    source: Source, path: str, part: Part, modules: Mapping[str, nn.Module], blocks: Iterable[Block]
+) -> None:
     module = modules.get(path)
     of = source.config.base_model_name_or_path
     other = f" Source {source.name!r} was trained on {of!r}: use sources of one base model." if of else ""
@@ -313,11 +325,12 @@ def _check_fit(source: Source, path: str, part: Part, modules: Mapping[str, nn.M
         given = {name: list(tensor.shape) for name, tensor in part.weights.items()}
         expected = {name: list(tensor.shape) for name, tensor in weights.items()}
     elif isinstance(part, UnitPart):
-        known = {**part.unit.own_weights()}
-        given = {name: list(tensor.shape) for name, tensor in part.own.items()}
-        expected = {name: list(tensor.shape) for name, tensor in known.items()}
-    elif widths_of(module) is not None:
-        given, expected = part.up.shape[0], widths_of(module)[1]  # type: ignore[index]
+        given = {name: list(tensor.shape) for name, tensor in {**part.own, **part.shared}.items()}
+        expected = part.shapes
+    else:
+        widths, block = widths_of(module), next((b for b in blocks if path.startswith(f"{b.name}.")), None)
+        given = part.up.shape[0]
+        expected = widths[1] if widths is not None else given if block is None else block.width
     if given != expected:
         raise ConfigError(f"source {source.name!r} has the widths {given} at {path!r}, the model {expected}.{other}")
 
