@@ -121,7 +121,10 @@ class CombinationTuner(TaskTuner):
                 )
         if peft_config.check_base:
             check_bases(sources.values(), self.model)
-        self._plan = _places(sources, self.model)
+        # As everywhere in PEFT: what is trained and saved as a whole gets no adapter.
+        trained = peft_config.modules_to_save or ()
+        places = _places(sources, self.model)
+        self._plan = {p: v for p, v in places.items() if not any(f".{name}." in f".{p}." for name in trained)}
         self._check_plan(peft_config)
         peft_config.remember(sources)
         self._mixers: dict[str, nn.Module] = {}

@@ -86,9 +86,7 @@ def fold(
         training = model.training
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper):
-                module.set_adapter(
-                    []
-                )  # else `unload` leaves the active copy of a head in the place of the model's own
+                module.set_adapter([])  # else `unload` leaves the trained head in the place of the model's own
         wrapped = get_peft_model(model.base_model.unload(), folded, adapter_name=name)  # type: ignore[operator]
         loaded: Any = set_peft_model_state_dict(wrapped, {**weights, **head}, adapter_name=name)
     assert not loaded.unexpected_keys, loaded.unexpected_keys
@@ -169,9 +167,10 @@ def _omega(unit: Combination) -> Tensor:
 
 def _head(model: PeftModel, target: str) -> dict[str, Tensor]:
     """The trained copies of `modules_to_save`."""
-    prefix = f".{model.base_model.method.name}"  # type: ignore[union-attr]
+    method = model.base_model.method.name  # type: ignore[union-attr]
     saved = get_peft_model_state_dict(model, adapter_name=target, save_embedding_layers=False)
-    return {key: value.clone() for key, value in saved.items() if f"{prefix}." not in key}
+    ours = tuple(f".{name}." for name in (f"{method}_units", f"{method}_shared"))
+    return {key: value.clone() for key, value in saved.items() if not any(part in key for part in ours)}
 
 
 def _fold_lora(

@@ -66,6 +66,7 @@ def transfer_rows(
 
 def _named(place: str, unit: Combination, site: str) -> tuple[str, int | None]:
     """Kind of module and number of the block, of a module's name."""
+    place = place.removeprefix("base_model.model.")
     number = re.search(r"\.(\d+)(?:\.|$)", place)
     kind = place if number is None else place[number.end() :]
     if site != "value":
