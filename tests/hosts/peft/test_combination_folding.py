@@ -66,9 +66,11 @@ def test_folding_is_exact(saved: Paths, kind: str, variant: str, ablation: str |
     with folded.disable_adapter():
         assert torch.equal(logits(folded), logits(cases.bert()))
     if kind != "houlsby":
+        folded = folded.double()  # these random models amplify what adding two weights rounds off
+        expected = logits(folded)
         merged = folded.merge_and_unload()
         assert not [n for n, _ in merged.named_parameters() if "lora" in n]
-        torch.testing.assert_close(logits(merged.eval()), expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(logits(merged.eval()), expected, atol=1e-9, rtol=1e-9)
 
 
 def test_fixed_combinations_fold(saved: Paths) -> None:

@@ -371,9 +371,10 @@ def test_a_regulariser_without_a_loss_warns(saved: Paths) -> None:
     model = one(saved, "fusion lora").train()
     with pytest.warns(UserWarning, match="regularization_loss"):
         model(**cases.inputs())
+    without = one(saved).train()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        one(saved).train()(**cases.inputs())
+        without(**cases.inputs())
         model.eval()(**cases.inputs())
     d = 24
     noise = 1e-6

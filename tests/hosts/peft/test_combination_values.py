@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -202,7 +203,7 @@ def test_dropout_draws_a_mask_for_each_place(saved: Paths, monkeypatch: pytest.M
         drawn.append((omega, p))
         return omega
 
-    monkeypatch.setattr(layer.F, "dropout", dropout)
+    monkeypatch.setattr(layer, "F", types.SimpleNamespace(dropout=dropout))
     for variant, p in (("scalearn", 0.3), ("scalearn_pp", 0.3), ("scalearn_uniform_pp", 0.0)):
         model = target(saved["lora"], variant=variant)
         drawn.clear()
