@@ -23,6 +23,7 @@ from .errors import (
 from .hosts.sites import BlockSites, register_block
 
 if TYPE_CHECKING:
+    from .fusion.peft_config import AdapterFusionPeftConfig, FixedCombinationPeftConfig, ScaLearnPeftConfig
     from .houlsby.adapters import HoulsbyPALConfig, ParallelHoulsbyConfig
     from .houlsby.peft import HoulsbyPeftConfig
     from .houlsby.variants_peft import HoulsbyPALPeftConfig, ParallelHoulsbyPeftConfig
@@ -38,8 +39,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterFusionPeftConfig",
     "BlockSites",
     "ConfigError",
+    "FixedCombinationPeftConfig",
     "HoulsbyPALConfig",
     "HoulsbyPALPeftConfig",
     "HoulsbyPeftConfig",
@@ -53,6 +56,7 @@ __all__ = [
     "PalAdaptersError",
     "ParallelHoulsbyConfig",
     "ParallelHoulsbyPeftConfig",
+    "ScaLearnPeftConfig",
     "SiteError",
     "TopAttentionConfig",
     "TopAttentionPeftConfig",
@@ -65,7 +69,16 @@ __all__ = [
 
 _MODULES = {
     "adapters": ("pal.adapters", "low_rank.adapters", "top.adapters", "lhuc.adapters", "houlsby.adapters"),
-    "peft": ("pal.peft", "low_rank.peft", "top.peft", "lhuc.peft", "houlsby.peft", "houlsby.variants_peft"),
+    "peft": (
+        "pal.peft",
+        "low_rank.peft",
+        "top.peft",
+        "lhuc.peft",
+        "houlsby.peft",
+        "houlsby.variants_peft",
+        "fusion.peft",
+        "fusion.peft_config",
+    ),
 }
 _HOSTED = tuple(__all__)
 _missing: dict[str, str] = {}

@@ -160,7 +160,7 @@ class SourceAttention(nn.Module):
         scores = (keys @ self.query(query).unsqueeze(-1)).squeeze(-1) * self.score_scale
         scores = F.dropout(scores, self.dropout, self.training)
         if self.tau is not None:
-            scores = scores / self.tau
+            scores = scores / self.tau.clone()  # the backward pass needs it as it is now
             if self.training:
                 self.tau.sub_(0.05).clamp_(min=1.0)
         probabilities = scores.softmax(-1)

@@ -31,12 +31,20 @@ Every touch, for peft 0.21:
 | `PreTrainedModel._hf_peft_config_loaded`          | reset if transformers' `add_adapter` failed on a plain model   |
 | `PreTrainedModel._gradient_checkpointing_func`    | wrapped while `adapter_names` is in force, so that a block     |
 |                                                   | that runs again has the same rows                              |
+| `load_peft_weights`                               | reads the tensors of a saved adapter, from disk or the hub     |
+| `get_peft_model_state_dict`                       | reads those of an adapter that is on the model                 |
+| `get_pattern_key`                                 | the scaling of a LoRA adapter at a module                      |
+| `LoraConfig`                                      | which LoRA adapters are more than `scaling * B A x`            |
+| `PEFT_TYPE_TO_TUNER_MAPPING`                      | finds the method of a saved adapter of ours                    |
 
 `tests/hosts/peft/test_touches.py` fails when one of them moves.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import os
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -47,7 +55,7 @@ import peft
 import torch
 import transformers
 from packaging.version import Version
-from peft import PeftModel, PeftType
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -55,8 +63,8 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from peft.utils import register_peft_method
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils import load_peft_weights, register_peft_method
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -80,7 +88,7 @@ EXCLUDED = _ExcludedModule()
 _TRANSFORMERS_5 = Version(transformers.__version__) >= Version("5")
 
 
-def register(method: Method, config_class: type[TaskPeftConfig], tuner_class: type[BaseTuner]) -> None:
+def register(method: Method, config_class: type[PeftConfig], tuner_class: type[BaseTuner]) -> None:
     """Make a method known to the host. Idempotent.
 
     Raises:
@@ -326,7 +334,9 @@ class TaskTuner(BaseTuner):
         if names is None:
             yield
             return
-        known = [name for name, config in self.peft_config.items() if isinstance(config, TaskPeftConfig)]
+        known = [
+            name for name, config in self.peft_config.items() if isinstance(getattr(config, "method", None), Method)
+        ]
         self._routing = Routing(self.model, names, known, kwargs)
         try:
             with self._routing:
@@ -354,3 +364,70 @@ def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Ten
                 prefix = f"{name}.{container}.{adapter_name}.".removeprefix(".")
                 tensors.update(units[adapter_name].state_dict(prefix=prefix))
     return tensors
+
+
+# Adapters as they were saved, or as they are on a model
+
+
+def read_adapter(
+    model: nn.Module, path: str, *, subfolder: str | None = None, revision: str | None = None
+) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """Config and tensors of a saved adapter, from a folder or the hub; the names of the tensors as in the file.
+
+    Args:
+        model: the base model, whose own renaming of old checkpoints applies.
+    """
+    where = {"subfolder": subfolder, "revision": revision}
+    config = PeftConfig.from_pretrained(path, **where)
+    mapping = getattr(model, "_checkpoint_conversion_mapping", {})
+    return config, load_peft_weights(path, device="cpu", key_mapping=mapping, **{k: v for k, v in where.items() if v})
+
+
+def commit_of(path: str, *, subfolder: str | None = None, revision: str | None = None) -> str | None:
+    """The commit of an adapter that was read from the hub; None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if os.path.isdir(path):
+        return None
+    name = "adapter_config.json" if subfolder is None else f"{subfolder}/adapter_config.json"
+    file = try_to_load_from_cache(path, name, revision=revision)
+    return None if not isinstance(file, str) else file.rpartition("/snapshots/")[2].partition("/")[0]
+
+
+def adapter_on(model: nn.Module, adapter_name: str) -> tuple[PeftConfig, dict[str, torch.Tensor]] | None:
+    """Config and tensors of an adapter that is on a model, as if they had been saved; None if there is none."""
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if config is None:
+        return None
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    return config, {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
+def method_of(config: PeftConfig) -> Method | None:
+    """The method that an adapter belongs to, if it is one of ours."""
+    tuner = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(cast("PeftType", config.peft_type))
+    return getattr(tuner, "method", None)
+
+
+def lora_scaling(config: LoraConfig, module: str, rank: int) -> float:
+    """What LoRA multiplies `B A x` with at a module."""
+    patterns = config.alpha_pattern or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), module), config.lora_alpha)
+    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+
+def lora_extras(config: LoraConfig) -> list[str]:
+    """Settings with which an adapter is not `scaling * B A x` on a base that stays as it is."""
+    found = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.metadata.get("is_lora_variant") and getattr(config, field.name)
+    ]
+    others = ("target_parameters", "layer_replication", "trainable_token_indices")
+    found += [name for name in others if getattr(config, name, None)]
+    if config.bias != "none":
+        found.append("bias")
+    init = config.init_lora_weights
+    if isinstance(init, str) and init not in ("gaussian", "orthogonal", "eva"):
+        found.append("init_lora_weights")  # these take their start out of the base weights
+    return [f"{name}={getattr(config, name)!r}" for name in dict.fromkeys(found)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import inspect
 import re
+import tempfile
 import types
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 from peft.tuners import tuners_utils
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import peft_types
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -306,6 +309,51 @@ def _() -> None:
         block._gradient_checkpointing_func = count
     model.train()(**cases.inputs("llama"))
     assert len(calls) == len(blocks)
+
+
+@touch("load_peft_weights")
+def _() -> None:
+    assert parameters(host.load_peft_weights) == ["model_id", "device", "key_mapping", "hf_hub_download_kwargs"]
+    with tempfile.TemporaryDirectory() as folder:
+        lora().save_pretrained(folder)
+        config, tensors = host.read_adapter(cases.bert(), folder)
+    assert isinstance(config, LoraConfig)
+    assert "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight" in tensors
+
+
+@touch("get_peft_model_state_dict")
+def _() -> None:
+    model = lora()
+    found = host.adapter_on(model.get_base_model(), "default")
+    assert found is not None
+    assert "bert.encoder.layer.0.attention.self.query.lora_A.weight" in found[1]
+    assert host.adapter_on(model.get_base_model(), "other") is None
+    assert host.adapter_on(cases.bert(), "default") is None
+
+
+@touch("get_pattern_key")
+def _() -> None:
+    settings = {"r": 4, "lora_alpha": 6, "alpha_pattern": {r"layer\.1\..*query": 5}, "rank_pattern": {"query": 2}}
+    for rslora in (False, True):
+        model = lora(use_rslora=rslora, **settings)
+        for name, module in model.get_base_model().named_modules():
+            if isinstance(module, LoraLayer):
+                assert module.scaling["default"] == host.lora_scaling(model.peft_config["default"], name, 2)
+
+
+@touch("LoraConfig")
+def _() -> None:
+    assert not host.lora_extras(LoraConfig(use_rslora=True, lora_bias=True))
+    for extra in ({"use_dora": True}, {"bias": "all"}, {"init_lora_weights": "pissa"}, {"target_parameters": ["a"]}):
+        assert len(host.lora_extras(LoraConfig(**extra))) == 1, extra
+    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    assert {"target_parameters", "layer_replication", "trainable_token_indices", "alpha_pattern"} <= known
+
+
+@touch("PEFT_TYPE_TO_TUNER_MAPPING")
+def _() -> None:
+    assert host.method_of(cases.config("houlsby")) is HoulsbyModel.method
+    assert host.method_of(LoraConfig()) is None
 
 
 def rows() -> list[str]:

@@ -1,0 +1,436 @@
+"""ScaLearn, AdapterFusion and fixed combinations of source adapters in PEFT: the tuners, and the regulariser."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..errors import ConfigError, UnknownAdapterError, UnsupportedError
+from ..hosts.peft import TaskTuner, register
+from ..hosts.peft_layer import tuner_layers
+from ..hosts.sites import Block
+from .config import VARIANTS
+from .layer import Scales, SourceAttention, regularization
+from .peft_config import (
+    ADAPTER_FUSION,
+    FIXED_COMBINATION,
+    SCALEARN,
+    AdapterFusionPeftConfig,
+    CombinationPeftConfig,
+    FixedCombinationPeftConfig,
+    ScaLearnPeftConfig,
+)
+from .peft_layers import VALUE, FusionBlockLayer, FusionLayer, FusionModuleLayer, FusionNormLayer
+from .peft_sources import (
+    Bottle,
+    LowRank,
+    NormCopy,
+    Source,
+    UnitPart,
+    check_bases,
+    check_model,
+    innermost,
+    read_source,
+)
+from .peft_units import Combination, FixedScales, HeldWeights, NormCopies, SourceGroup, UnitSources, WideSources
+
+__all__ = [
+    "AdapterFusionPeftConfig",
+    "FixedCombinationPeftConfig",
+    "ScaLearnPeftConfig",
+    "regularization_loss",
+]
+
+
+@dataclass
+class _Place:
+    """Where sources act.
+
+    Attributes:
+        path: the module or block.
+        kind: "module", "norm" or "block".
+        width: `d`.
+        block: the block, where task modules act.
+        parts: what the sources have there, by source.
+    """
+
+    path: str
+    kind: str
+    width: int
+    block: Block | None = None
+    parts: dict[str, Any] = field(default_factory=dict)
+
+    def names(self, site: str) -> list[str]:
+        """The sources that act at a site."""
+        return [name for name, part in self.parts.items() if not isinstance(part, UnitPart) or site in part.unit.sites]
+
+    @property
+    def sites(self) -> list[str]:
+        if self.kind != "block":
+            return [VALUE]
+        return list(dict.fromkeys(site for part in self.parts.values() for site in part.unit.sites))
+
+    @property
+    def label(self) -> str:
+        """The kind of module, the same in every block."""
+        if any(isinstance(part, LowRank) for part in self.parts.values()):
+            return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", self.path)
+        return f"width {self.width}"
+
+
+def _places(sources: Mapping[str, Source], model: nn.Module) -> dict[str, _Place]:
+    places: dict[str, _Place] = {}
+    for name, source in sources.items():
+        for path, part in source.parts.items():
+            if isinstance(part, UnitPart):
+                kind, width, block = "block", part.block.width, part.block
+            elif isinstance(part, NormCopy):
+                kind, width, block = "norm", next(iter(part.weights.values())).shape[0], None
+            else:
+                kind, width, block = "module", part.up.shape[0], None
+            place = places.setdefault(path, _Place(path, kind, width, block))
+            if place.kind != kind:
+                raise UnsupportedError(f"{path!r} is a {place.kind} to one source and a {kind} to {name!r}.")
+            place.parts[name] = part
+    return places
+
+
+class CombinationTuner(TaskTuner):
+    """Base of the tuners that combine sources."""
+
+    tuner_layer_cls = BaseTunerLayer  # layers of adapters on the model are switched off with the rest
+
+    def _prepare_adapter_config(  # type: ignore[override]
+        self, peft_config: CombinationPeftConfig, model_config: dict[str, Any]
+    ) -> CombinationPeftConfig:
+        check_model(self.model)
+        sources = {name: self._source(peft_config, name) for name in peft_config.adapters}
+        for name, fingerprint in (peft_config.fingerprints or {}).items():
+            if sources[name].fingerprint != fingerprint:
+                raise ConfigError(
+                    f"source {name!r} from {sources[name].path!r} is not the one that was combined: its weights have "
+                    f"the fingerprint {sources[name].fingerprint}, not {fingerprint}. Restore it, or load with "
+                    "fingerprints=None in the config to use it as it is."
+                )
+        if peft_config.check_base:
+            check_bases(sources.values(), self.model)
+        # As everywhere in PEFT: what is trained and saved as a whole gets no adapter.
+        trained = peft_config.modules_to_save or ()
+        places = _places(sources, self.model)
+        self._plan = {p: v for p, v in places.items() if not any(f".{name}." in f".{p}." for name in trained)}
+        self._check_plan(peft_config)
+        peft_config.remember(sources)
+        self._mixers: dict[str, nn.Module] = {}
+        self._held: dict[tuple[str, int], HeldWeights] = {}
+        self._excluded = set()
+        return peft_config
+
+    def _source(self, config: CombinationPeftConfig, name: str) -> Source:
+        path, revision = config.place_of(name)
+        if path is None and name not in self._adapters_on_model():
+            for other in self.peft_config.values():  # loaded by another target
+                if isinstance(other, CombinationPeftConfig) and other is not config and name in other.adapters:
+                    path, revision = other.place_of(name)
+                    break
+        if path is None and name not in self._adapters_on_model():
+            raise UnknownAdapterError(
+                f"source {name!r} is not on the model, which has {self._adapters_on_model()}: pass the path or hub id "
+                f"of a saved adapter, adapters={{{name!r}: '<path>'}}, or add the adapter to the model first."
+            )
+        return read_source(self.model, name, path, revision)
+
+    def _adapters_on_model(self) -> list[str]:
+        return sorted(n for n, c in self.peft_config.items() if not isinstance(c, CombinationPeftConfig))
+
+    def _check_plan(self, config: Any) -> None:
+        """Refuse places that a method cannot combine at."""
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        return key in self._plan
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._plan, self._mixers, self._held = {}, {}, {}  # the sources are on the model now
+        if not any(hook is add_regularization for hook in model._forward_hooks.values()):
+            model.register_forward_hook(add_regularization, with_kwargs=True)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        place = self._plan[current_key]
+        mixers, owned, rows, shared = {}, [], {}, None
+        for site in place.sites:
+            key, names, width = self._mixer_key(peft_config, place, site)
+            if key not in self._mixers:
+                self._mixers[key] = self._make_mixer(peft_config, names, width)
+                if self._shares(peft_config):
+                    shared = self._mixers[key]
+            if not self._shares(peft_config):
+                owned.append(site)
+            mixers[site] = self._mixers[key]
+            here = place.names(site)
+            rows[site] = None if here == names else [names.index(name) for name in here]
+        unit = Combination(
+            place.sites,
+            mixers,
+            owned,
+            rows,
+            {site: place.names(site) for site in place.sites},
+            needs=self._needs(place),
+            regularization=(peft_config.regularization, getattr(peft_config, "regularization_form", "mean"))
+            if self.method is not FIXED_COMBINATION
+            else (0.0, "mean"),
+        )
+        layer = self._layer(place, target, parent, target_name)
+        layer.add(adapter_name, unit, self._groups(place, target), shared, inference_mode=peft_config.inference_mode)
+        if adapter_name not in self.active_adapters:
+            layer.set_requires_grad(adapter_name, False)
+
+    # Coefficients
+
+    def _shares(self, config: Any) -> bool:
+        """Whether places share their coefficients."""
+        return False
+
+    def _mixer_key(self, config: Any, place: _Place, site: str) -> tuple[str, list[str], int]:
+        """What names the coefficients of a place, which sources they are for, and their width."""
+        return f"{place.path} {site}", place.names(site), place.width
+
+    def _make_mixer(self, config: Any, names: Sequence[str], width: int) -> nn.Module:
+        raise NotImplementedError
+
+    def _needs(self, place: _Place) -> tuple[str, ...]:
+        if place.kind != "block":
+            return ()
+        return tuple({need for part in place.parts.values() for need in part.unit.needs})
+
+    # Layers and sources
+
+    def _layer(self, place: _Place, target: nn.Module, parent: nn.Module, name: str) -> FusionLayer:
+        layer: Any = target if isinstance(target, FusionNormLayer) else target._modules.get(self.method.name)
+        if layer is not None:
+            return layer
+        if place.kind == "norm":
+            layer = FusionNormLayer(self.model, target, parent, name, self.method)
+            setattr(parent, name, layer)
+        else:
+            if place.kind == "block":
+                assert place.block is not None
+                layer = FusionBlockLayer(self.model, place.block, self.method)
+            else:
+                layer = FusionModuleLayer(self.model, target, self.method, place.width)
+            target.add_module(self.method.name, layer)
+        layer.train(self.model.training)
+        return layer
+
+    def _groups(self, place: _Place, target: nn.Module) -> list[SourceGroup]:
+        parts = list(place.parts.values())
+        if place.kind == "norm":
+            base = dict(innermost(target).named_parameters(recurse=False))
+            return [NormCopies(range(len(parts)), [part.weights for part in parts], base)]
+        if place.kind == "block":
+            return [self._units(place, parts)]
+        groups: list[SourceGroup] = []
+        pairs = [(row, part) for row, part in enumerate(parts) if isinstance(part, LowRank)]
+        if pairs:
+            rows, low = zip(*pairs, strict=True)
+            groups.append(
+                WideSources(
+                    rows,
+                    [p.down for p in low],
+                    [p.up for p in low],
+                    up_bias=[p.bias for p in low],
+                    embedding=low[0].embedding,
+                )
+            )
+        bottles = [(row, part) for row, part in enumerate(parts) if isinstance(part, Bottle)]
+        if bottles:
+            rows, wide = zip(*bottles, strict=True)
+            groups.append(
+                WideSources(
+                    rows,
+                    [p.down for p in wide],
+                    [p.up for p in wide],
+                    down_bias=[p.down_bias for p in wide],
+                    up_bias=[p.up_bias for p in wide],
+                    activations=[p.activation for p in wide],
+                )
+            )
+        return groups
+
+    def _units(self, place: _Place, parts: Sequence[UnitPart]) -> UnitSources:
+        shared, first = [], False
+        for name, part in place.parts.items():
+            key = (name, id(part.shared))
+            if key not in self._held:
+                self._held[key] = HeldWeights(part.shared)
+                first = True
+            shared.append(self._held[key])
+        return UnitSources(range(len(parts)), [p.unit for p in parts], [p.own for p in parts], shared, registers=first)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        for key, hook in list(model._forward_hooks.items()):
+            if hook is add_regularization:
+                del model._forward_hooks[key]
+                model._forward_hooks_with_kwargs.pop(key, None)
+        return model
+
+
+class ScaLearnModel(CombinationTuner):
+    """The tuner of ScaLearn."""
+
+    method = SCALEARN
+
+    def _shares(self, config: ScaLearnPeftConfig) -> bool:
+        return not VARIANTS[config.variant][1]
+
+    def _mixer_key(self, config: ScaLearnPeftConfig, place: _Place, site: str) -> tuple[str, list[str], int]:
+        by_channel = VARIANTS[config.variant][0]
+        key, names, width = super()._mixer_key(config, place, site)
+        width = place.width if by_channel else 1
+        if not self._shares(config):
+            return key, names, width
+        if not by_channel:
+            return "all", list(config.adapters), 1
+        alike = [p for p in self._plan.values() if p.label == place.label and p.width == place.width]
+        names = [name for name in config.adapters if any(name in other.parts for other in alike)]
+        return f"{place.label} {place.width}", names, width
+
+    def _make_mixer(self, config: ScaLearnPeftConfig, names: Sequence[str], width: int) -> nn.Module:
+        total = len(config.adapters)
+        return Scales(
+            len(names),
+            width,
+            init_scale=config.init_scale * len(names) / total,
+            init_std=config.init_std,
+            dropout=config.omega_dropout or 0.0,
+            ablation=config.ablation,  # type: ignore[arg-type]
+        )
+
+
+class AdapterFusionModel(CombinationTuner):
+    """The tuner of AdapterFusion."""
+
+    method = ADAPTER_FUSION
+
+    def _check_plan(self, config: AdapterFusionPeftConfig) -> None:
+        modules = dict(self.model.named_modules())
+        for path in [path for path, place in self._plan.items() if place.kind == "norm"]:
+            base = dict(innermost(modules[path]).named_parameters(recurse=False))
+            for name, part in self._plan[path].parts.items():
+                if any(not torch.equal(part.weights[k].cpu(), w.detach().float().cpu()) for k, w in base.items()):
+                    raise UnsupportedError(
+                        f"source {name!r} has layer norms of its own ({path!r}), and attention over what norms add is "
+                        "not defined: train the sources with train_layernorm=False, or use ScaLearnPeftConfig, which "
+                        "combines norms."
+                    )
+            del self._plan[path]
+
+    def _make_mixer(self, config: AdapterFusionPeftConfig, names: Sequence[str], width: int) -> nn.Module:
+        return SourceAttention(
+            width,
+            dropout=config.score_dropout,
+            value=config.value,
+            value_init_noise=config.value_init_noise,  # type: ignore[arg-type]
+            temperature=config.temperature,
+            score_scale=config.score_scale,
+        )
+
+    def _needs(self, place: _Place) -> tuple[str, ...]:
+        return (*super()._needs(place), "x") if place.kind == "block" else ()
+
+
+class FixedCombinationModel(CombinationTuner):
+    """The tuner of fixed combinations."""
+
+    method = FIXED_COMBINATION
+
+    def _make_mixer(self, config: FixedCombinationPeftConfig, names: Sequence[str], width: int) -> nn.Module:
+        return FixedScales([config.coefficient(name) for name in names])
+
+
+def combinations(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, FusionLayer, Combination]]:
+    """The combinations of a target, or of the active targets, with the names of their modules."""
+    for path, layer in tuner_layers(model):
+        if not isinstance(layer, FusionLayer):
+            continue
+        names = [adapter] if adapter is not None else [] if layer.disable_adapters else layer.active_adapters
+        for name in names:
+            if name in layer.units:
+                place = path if isinstance(layer, FusionNormLayer) else path.rpartition(".")[0]
+                unit = layer.units[name]
+                assert isinstance(unit, Combination)
+                yield place, layer, unit
+
+
+def regularization_loss(model: nn.Module, adapter: str | None = None) -> Tensor | None:
+    """The regulariser of a target, or of the active targets; None where there is none.
+
+    The model's own loss contains it already in training. Add it where the loss is computed from the logits.
+
+    Args:
+        model: a `PeftModel` or the model inside.
+        adapter: the target; the active ones by default.
+    """
+    scales: dict[tuple[float, Any], dict[int, Tensor]] = {}
+    terms = []
+    for _, _, unit in combinations(model, adapter):
+        weight, form = unit.regularization
+        for site in unit.sites if weight else ():
+            mixer = unit.mixer(site)
+            if isinstance(mixer, SourceAttention):
+                terms.append(mixer.regularization(weight))
+            elif isinstance(mixer, Scales):
+                scales.setdefault((weight, form), {})[id(mixer)] = mixer.omega
+    terms += [regularization(list(omegas.values()), weight, form) for (weight, form), omegas in scales.items()]
+    return None if not terms else torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+
+def add_regularization(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Hook of the base model: adds the regulariser to the loss that it returns, in training."""
+    if not module.training or not torch.is_grad_enabled():
+        return None
+    term = regularization_loss(module)
+    if term is None:
+        return None
+    labels = kwargs.get("labels")
+    if isinstance(output, tuple) and labels is not None:
+        return (output[0] + _share(term, labels, kwargs), *output[1:])
+    loss = output.get("loss") if isinstance(output, Mapping) else None
+    if loss is None:
+        warnings.warn(
+            "The regulariser of the combination is not in the loss, because the model got no labels and so returned "
+            "none: add pal_adapters.fusion.peft.regularization_loss(model) to the loss that you compute.",
+            stacklevel=2,
+        )
+        return None
+    output["loss"] = loss + _share(term, labels, kwargs)
+    return output
+
+
+def _share(term: Tensor, labels: Any, kwargs: Mapping[str, Any]) -> Tensor:
+    """With accumulated gradients whose losses are summed, as `Trainer` asks for, each batch has its share."""
+    whole = kwargs.get("num_items_in_batch")
+    if whole is None or not isinstance(labels, Tensor):
+        return term
+    return term * (labels != -100).sum() / whole
+
+
+register(SCALEARN, ScaLearnPeftConfig, ScaLearnModel)
+register(ADAPTER_FUSION, AdapterFusionPeftConfig, AdapterFusionModel)
+register(FIXED_COMBINATION, FixedCombinationPeftConfig, FixedCombinationModel)
