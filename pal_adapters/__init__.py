@@ -23,6 +23,7 @@ from .errors import (
 from .hosts.sites import BlockSites, register_block
 
 if TYPE_CHECKING:
+    from .fusion.adapters import ScaLearnConfig
     from .houlsby.adapters import HoulsbyPALConfig, ParallelHoulsbyConfig
     from .houlsby.peft import HoulsbyPeftConfig
     from .houlsby.variants_peft import HoulsbyPALPeftConfig, ParallelHoulsbyPeftConfig
@@ -53,6 +54,7 @@ __all__ = [
     "PalAdaptersError",
     "ParallelHoulsbyConfig",
     "ParallelHoulsbyPeftConfig",
+    "ScaLearnConfig",
     "SiteError",
     "TopAttentionConfig",
     "TopAttentionPeftConfig",
@@ -64,7 +66,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "adapters": ("pal.adapters", "low_rank.adapters", "top.adapters", "lhuc.adapters", "houlsby.adapters"),
+    "adapters": (
+        "pal.adapters",
+        "low_rank.adapters",
+        "top.adapters",
+        "lhuc.adapters",
+        "houlsby.adapters",
+        "fusion.adapters",
+    ),
     "peft": ("pal.peft", "low_rank.peft", "top.peft", "lhuc.peft", "houlsby.peft", "houlsby.variants_peft"),
 }
 _HOSTED = tuple(__all__)
