@@ -20,6 +20,7 @@ from .errors import (
     UnknownAdapterError,
     UnsupportedError,
 )
+from .fusion.host import fusion_regularization
 from .hosts.sites import BlockSites, register_block
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ __all__ = [
     "TopBertLayerPeftConfig",
     "UnknownAdapterError",
     "UnsupportedError",
+    "fusion_regularization",
     "register_block",
 ]
 
