@@ -312,6 +312,7 @@ def _add_adapter_fusion(original: Any) -> Any:
         except ValueError:
             for added in set(self.adapters_config.fusions) - before:  # the host leaves it half added
                 self.delete_adapter_fusion(added)
+                self.adapters_config.fusion_name_map.pop(added, None)
             raise
 
     return wrapper
