@@ -17,6 +17,8 @@ Every symbol of adapters 1.3 that is replaced:
 | `ModelAdaptersMixin.merge_adapter`               | wrapped: the host passes over what it cannot merge             |
 | `ModelWithHeadsAdaptersMixin.freeze_embeddings`  | wrapped: an embedding tied to the head belongs to a base that  |
 |                                                  | is trained                                                     |
+| `.train_adapter_fusion`                          | wrapped: a head model made from a file is not told of the      |
+|                                                  | fusions that its base has, and it is the one that has a loss   |
 | `BottleneckLayer.bottleneck_layer_forward`       | wrapped: compositions that mix our adapters with bottlenecks   |
 | `BottleneckLayer.add_fusion_layer`               | wrapped: the layer of a fusion is the host's own class         |
 | `BottleneckLayer.compose_fuse`                   | wrapped: our fusions need no query, and one wide bottleneck    |
@@ -122,6 +124,7 @@ def _install() -> None:
     _wrap(ModelAdaptersMixin, "init_adapters", _init_adapters)
     _wrap(ModelAdaptersMixin, "merge_adapter", _merge_adapter)
     _wrap(ModelWithHeadsAdaptersMixin, "freeze_embeddings", _freeze_embeddings)
+    _wrap(ModelWithHeadsAdaptersMixin, "train_adapter_fusion", _train_adapter_fusion)
     _wrap(BottleneckLayer, "bottleneck_layer_forward", _bottleneck_layer_forward)
     _wrap(BottleneckLayer, "add_fusion_layer", _add_fusion_layer)
     _wrap(BottleneckLayer, "compose_fuse", _compose_fuse)
@@ -308,6 +311,7 @@ def _add_adapter_fusion(original: Any) -> Any:
             result = original(self, adapter_names, config, name, overwrite_ok, set_active)
             if ours is not None:
                 adapters_fusion.link(self)
+                adapters_fusion.watch(self)
             return result
         except ValueError:
             for added in set(self.adapters_config.fusions) - before:  # the host leaves it half added
@@ -322,6 +326,15 @@ def _init_adapters(original: Any) -> Any:
     def wrapper(self: ModelAdaptersMixin, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         adapters_fusion.link(self)
+        adapters_fusion.watch(self)
+
+    return wrapper
+
+
+def _train_adapter_fusion(original: Any) -> Any:
+    def wrapper(self: ModelWithHeadsAdaptersMixin, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        adapters_fusion.watch(self)
 
     return wrapper
 
@@ -469,14 +482,14 @@ def _fusion_load(original: Any) -> Any:
         try:
             config = self.weights_helper.load_weights_config(save_directory)
         except (OSError, ValueError):
-            if folder.is_dir() and any(folder.glob("*adapter_model_fusion*")):
+            if folder.is_dir() and any(folder.glob("*adapter_fusion*")):
                 raise ConfigError(f"{save_directory} has no readable adapter_fusion_config.json.") from None
             return original(self, save_directory, load_as, loading_info, **kwargs)
         model, name = self.model, load_as or config["name"]
         if adapters_fusion.check_file(model, config, name) is None:
             return original(self, save_directory, load_as, loading_info, **kwargs)
         known = name in model.adapters_config.fusions
-        before = adapters_fusion.coefficients_of(model, name)
+        before, setup = adapters_fusion.coefficients_of(model, name), model.active_adapters
         info: dict[str, list[str]] = {}
         try:
             result = original(self, save_directory, load_as, info, **kwargs)
@@ -487,6 +500,7 @@ def _fusion_load(original: Any) -> Any:
                 model.load_state_dict(before, strict=False)
             elif name in model.adapters_config.fusions:
                 model.delete_adapter_fusion(name)
+            model.adapters_config.active_setup = setup
             if isinstance(error, PalAdaptersError):
                 raise
             raise ConfigError(f"the fusion in {save_directory} cannot be loaded: {error}") from error

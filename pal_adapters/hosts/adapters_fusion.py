@@ -306,27 +306,29 @@ def places(model: nn.Module, name: str) -> Iterator[tuple[int, BottleneckLayer]]
 
 
 def link(model: nn.Module) -> None:
-    """Make the places of each fusion whose coefficients are shared use those of the first, and watch the loss."""
-    watched = False
+    """Make the places of each fusion whose coefficients are shared use those of the first."""
     for name in model.adapters_config.fusions:  # type: ignore[union-attr]
-        layers = [layer.adapter_fusion_layer[name] for _, layer in places(model, name)]
-        ours = [layer for layer in layers if isinstance(layer, Combination)]
-        if ours and ours[0].shared:
-            for other in dict.fromkeys(ours[1:]):
-                if other is not ours[0]:
-                    other.share(ours[0])
-        watched = watched or any(layer.penalised for layer in ours)
-    if watched:
-        for module in model.modules():
-            unwatch(module)  # the outermost model has the loss
-        model.register_forward_hook(add_penalty, with_kwargs=True)
+        ours = [layer.adapter_fusion_layer[name] for _, layer in places(model, name)]
+        ours = [layer for layer in dict.fromkeys(ours) if isinstance(layer, Combination) and layer.shared]
+        for other in ours[1:]:
+            other.share(ours[0])
 
 
 # The penalty on coefficients
 
 
+def watch(model: nn.Module) -> None:
+    """Have a model add the penalties of its fusions to the loss that it returns."""
+    layers = (layer for name in model.adapters_config.fusions for _, layer in places(model, name))  # type: ignore[union-attr]
+    fusions = (fusion for layer in layers for fusion in layer.adapter_fusion_layer.values())
+    if any(isinstance(fusion, Combination) and fusion.penalised for fusion in fusions):
+        for module in model.modules():
+            unwatch(module)  # the outermost model has the loss
+        model.register_forward_hook(add_penalty, with_kwargs=True)
+
+
 def unwatch(module: nn.Module) -> None:
-    """Remove the hook of `link`."""
+    """Undo `watch`."""
     for key in [key for key, hook in module._forward_hooks.items() if hook is add_penalty]:
         module._forward_hooks.pop(key)
         module._forward_hooks_with_kwargs.pop(key, None)
@@ -334,7 +336,9 @@ def unwatch(module: nn.Module) -> None:
 
 def add_penalty(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
     """Forward hook: the loss that a model returns in training, and so what is scaled and divided, has the penalty."""
-    if not (module.training and torch.is_grad_enabled()):
+    # The host puts its base model into training mode, not the one around it.
+    training = module.training or getattr(module, "base_model", module).training
+    if not (training and torch.is_grad_enabled()):
         return None
     penalty = active_penalty(module)
     if penalty is None:

@@ -53,6 +53,9 @@ WRAPPED: dict[str, tuple[Any, list[str]]] = {
     ),
     "ModelAdaptersMixin.merge_adapter": (model_mixin.ModelAdaptersMixin, ["self", "name"]),
     "ModelWithHeadsAdaptersMixin.freeze_embeddings": (model_mixin.ModelWithHeadsAdaptersMixin, ["self", "freeze"]),
+    "ModelWithHeadsAdaptersMixin.train_adapter_fusion": (
+        model_mixin.ModelWithHeadsAdaptersMixin, ["self", "adapter_setup", "unfreeze_adapters"],
+    ),
     "BottleneckLayer.bottleneck_layer_forward": (
         bottleneck.BottleneckLayer, ["self", "hidden_states", "residual_input", "layer_norm"],
     ),
