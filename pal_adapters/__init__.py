@@ -20,6 +20,7 @@ from .errors import (
     UnknownAdapterError,
     UnsupportedError,
 )
+from .fusion.folding import Folded, fold
 from .fusion.host import fusion_regularization
 from .hosts.sites import BlockSites, register_block
 
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockSites",
     "ConfigError",
+    "Folded",
     "HoulsbyPALConfig",
     "HoulsbyPALPeftConfig",
     "HoulsbyPeftConfig",
@@ -63,6 +65,7 @@ __all__ = [
     "TopBertLayerPeftConfig",
     "UnknownAdapterError",
     "UnsupportedError",
+    "fold",
     "fusion_regularization",
     "register_block",
 ]

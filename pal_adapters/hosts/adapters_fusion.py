@@ -83,9 +83,11 @@ class WideSources:
 
     def __init__(self, adapters: tuple[Adapter, ...]) -> None:
         self.adapters = adapters
-        self._alike = unlike(adapters) is None and not any(a.add_layer_norm_before for a in adapters)
+        plain = all(type(module) is nn.Linear for a in adapters for module in (down_of(a), a.adapter_up))
+        normed = any(a.add_layer_norm_before for a in adapters)
+        self._alike = plain and not normed and unlike(adapters) is None
         self._scaled = any(not isinstance(a.scaling, float) or a.scaling != 1.0 for a in adapters)
-        self._linears = [(a.adapter_down[0], a.adapter_up) for a in adapters]
+        self._linears: list[tuple[Any, Any]] = [(down_of(a), a.adapter_up) for a in adapters]
 
     def usable(self) -> bool:
         """Whether a wide bottleneck gives what the sources give now: they must neither drop out nor be hooked."""
@@ -104,16 +106,13 @@ class WideSources:
 
 def scaling_of(adapter: Adapter) -> Tensor:
     """The factor behind the up-projection, `[d]`."""
-    weight = adapter.adapter_up.weight
     if isinstance(adapter.scaling, float):
-        return weight.new_full((weight.shape[0],), adapter.scaling)
-    return adapter.scaling.expand(weight.shape[0])
+        return next(adapter.adapter_up.parameters()).new_full((adapter.input_size,), adapter.scaling)
+    return adapter.scaling.expand(adapter.input_size)
 
 
 def unlike(adapters: Sequence[Adapter]) -> str | None:
-    """Why these sources are no single wide bottleneck, or None."""
-    if any(type(m) is not nn.Linear for a in adapters for m in (*_linears_of(a), a.adapter_up)):
-        return "a projection is not a plain linear map"
+    """Why no single bottleneck can give what these sources give, or None."""
     if any(a.use_gating for a in adapters):
         return "a source has a gate, which depends on the input"
     if any(a.add_layer_norm_after for a in adapters):
@@ -131,9 +130,9 @@ def unlike(adapters: Sequence[Adapter]) -> str | None:
     return None
 
 
-def _linears_of(adapter: Adapter) -> list[nn.Module]:
-    passed = (nn.LayerNorm, Activation_Function_Class)
-    return [m for m in adapter.adapter_down if not isinstance(m, passed)]
+def down_of(adapter: Adapter) -> nn.Module:
+    """The down-projection, behind the norm that some configs put in front of it."""
+    return adapter.adapter_down[int(adapter.add_layer_norm_before)]
 
 
 def _function_key(function: Activation_Function_Class) -> object:
