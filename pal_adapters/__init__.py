@@ -22,6 +22,7 @@ from .errors import (
 )
 from .fusion.folding import Folded, fold
 from .fusion.host import fusion_regularization
+from .fusion.report import TransferTable, plot_transfer, transfer_report
 from .hosts.sites import BlockSites, register_block
 
 if TYPE_CHECKING:
@@ -63,11 +64,14 @@ __all__ = [
     "TopAttentionPeftConfig",
     "TopBertLayerConfig",
     "TopBertLayerPeftConfig",
+    "TransferTable",
     "UnknownAdapterError",
     "UnsupportedError",
     "fold",
     "fusion_regularization",
+    "plot_transfer",
     "register_block",
+    "transfer_report",
 ]
 
 _MODULES = {
