@@ -195,13 +195,9 @@ def test_a_broken_source_is_one_line(
 
 
 def test_as_a_command(data: Path, tmp_path: Path, importable: None) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "transfer.py"), "--data_dir", str(data), "--target", "copa"]
     done = subprocess.run(
-        [
-            sys.executable, str(ROOT / "examples" / "transfer.py"), "--data_dir", str(data), "--target", "nope",
-            "--method", "single", "--output_dir", str(tmp_path),
-        ],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "transfer.py: error: unknown task 'nope'" in done.stderr
+        [*command, "--method", "scalearn", "--output_dir", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "transfer.py: error: --sources is needed with --method scalearn\n"
