@@ -29,7 +29,7 @@ import adapters
 import peft
 import torch
 import transformers
-from adapters.composition import BatchSplit, MultiTask
+from adapters.composition import BatchSplit, Fuse, MultiTask
 from tqdm import tqdm
 from transformers import BertConfig, BertModel
 
@@ -61,6 +61,25 @@ def with_adapters(config: Any, size: dict[str, int] = BERT_BASE, tasks: int = 1)
     return model
 
 
+def with_fusion(config: str, *, folded: bool = False) -> BertModel:
+    """Eight frozen sources of width 48 and what combines them."""
+    model = bert(BERT_BASE)
+    adapters.init(model)
+    names = [f"s{i}" for i in range(8)]
+    for name in names:
+        model.add_adapter(name, config="seq_bn")
+    model.add_adapter_fusion(Fuse(*names), config=config)
+    if not folded:
+        model.train_adapter_fusion(Fuse(*names))
+        return model
+    pal_adapters.fold(model, Fuse(*names), name="folded")
+    model.delete_adapter_fusion(Fuse(*names))
+    for name in names:
+        model.delete_adapter(name)
+    model.train_adapter("folded")
+    return model
+
+
 def with_peft(config: Callable[[], Any], size: dict[str, int] = BERT_BASE, tasks: int = 1) -> Any:
     model = peft.get_peft_model(bert(size), config(), adapter_name="t0")
     for task in range(1, tasks):
@@ -79,6 +98,10 @@ VARIANTS: dict[str, Callable[[], Any]] = {
     "adapters parallel_houlsby": lambda: with_adapters("parallel_houlsby"),
     "adapters seq_bn (host)": lambda: with_adapters("seq_bn"),
     "adapters double_seq_bn (host)": lambda: with_adapters("double_seq_bn"),
+    "adapters fusion of 8 (host)": lambda: with_fusion("dynamic"),
+    "adapters scalearn of 8": lambda: with_fusion("scalearn"),
+    "adapters scalearn_uniform_pp of 8": lambda: with_fusion("scalearn_uniform_pp"),
+    "adapters scalearn of 8, folded": lambda: with_fusion("scalearn", folded=True),
     "peft pal": lambda: with_peft(pal_adapters.PALPeftConfig),
     "peft low_rank": lambda: with_peft(pal_adapters.LowRankPeftConfig),
     "peft houlsby": lambda: with_peft(pal_adapters.HoulsbyPeftConfig),

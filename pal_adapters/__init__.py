@@ -20,9 +20,13 @@ from .errors import (
     UnknownAdapterError,
     UnsupportedError,
 )
+from .fusion.folding import Folded, fold
+from .fusion.host import fusion_regularization
+from .fusion.report import TransferTable, plot_transfer, transfer_report
 from .hosts.sites import BlockSites, register_block
 
 if TYPE_CHECKING:
+    from .fusion.adapters import ScaLearnConfig
     from .fusion.peft_config import AdapterFusionPeftConfig, FixedCombinationPeftConfig, ScaLearnPeftConfig
     from .houlsby.adapters import HoulsbyPALConfig, ParallelHoulsbyConfig
     from .houlsby.peft import HoulsbyPeftConfig
@@ -43,6 +47,7 @@ __all__ = [
     "BlockSites",
     "ConfigError",
     "FixedCombinationPeftConfig",
+    "Folded",
     "HoulsbyPALConfig",
     "HoulsbyPALPeftConfig",
     "HoulsbyPeftConfig",
@@ -56,19 +61,32 @@ __all__ = [
     "PalAdaptersError",
     "ParallelHoulsbyConfig",
     "ParallelHoulsbyPeftConfig",
+    "ScaLearnConfig",
     "ScaLearnPeftConfig",
     "SiteError",
     "TopAttentionConfig",
     "TopAttentionPeftConfig",
     "TopBertLayerConfig",
     "TopBertLayerPeftConfig",
+    "TransferTable",
     "UnknownAdapterError",
     "UnsupportedError",
+    "fold",
+    "fusion_regularization",
+    "plot_transfer",
     "register_block",
+    "transfer_report",
 ]
 
 _MODULES = {
-    "adapters": ("pal.adapters", "low_rank.adapters", "top.adapters", "lhuc.adapters", "houlsby.adapters"),
+    "adapters": (
+        "pal.adapters",
+        "low_rank.adapters",
+        "top.adapters",
+        "lhuc.adapters",
+        "houlsby.adapters",
+        "fusion.adapters",
+    ),
     "peft": (
         "pal.peft",
         "low_rank.peft",

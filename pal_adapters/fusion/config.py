@@ -38,7 +38,8 @@ def validate_scalearn(config: Any) -> None:
     variant = variant_of(config.variant)
     object.__setattr__(config, "variant", variant)
     if config.omega_dropout is None:
-        object.__setattr__(config, "omega_dropout", VARIANTS[variant][2])
+        # The authors' runs of both ablations have none.
+        object.__setattr__(config, "omega_dropout", VARIANTS[variant][2] if config.ablation is None else 0.0)
     if not 0 <= config.omega_dropout < 1:
         raise ConfigError(f"omega_dropout={config.omega_dropout!r} is not allowed: use a number in [0, 1).")
     if config.init_std < 0:

@@ -28,7 +28,7 @@ class Scales(nn.Module):
         dropout: probability with which an entry of `omega` is dropped in training; kept ones grow by `1 / (1 - p)`.
             One mask a call, the same for all tokens and rows.
         ablation: "mean" divides `omega` by its sum over the sources, "softmax" takes the softmax over the sources,
-            both for each channel; None is the method.
+            both for each channel and after the dropout; None is the method.
     """
 
     def __init__(
@@ -55,13 +55,22 @@ class Scales(nn.Module):
 
     def forward(self) -> Tensor:
         """The coefficients of this call, `[S, d]` or `[S, 1]`."""
-        return F.dropout(normalise(self.omega, self.ablation), self.dropout, self.training)
+        return self.coefficients(self.omega)
+
+    def coefficients(self, omega: Tensor) -> Tensor:
+        """What a call gives for an `omega` that may be registered elsewhere, where places share one."""
+        return normalise(F.dropout(omega, self.dropout, self.training), self.ablation)
 
 
 def normalise(omega: Tensor, ablation: Ablation | None) -> Tensor:
-    """`omega` `[S, ...]` as an ablation of the method normalises it over the sources."""
+    """`omega` `[S, ...]` as an ablation of the method normalises it over the sources.
+
+    Where "mean" would divide by 0, since a channel's entries are all dropped, the result is 0 (the authors' code:
+    NaN).
+    """
     if ablation == "mean":
-        return omega / omega.sum(0, keepdim=True)
+        total = omega.sum(0, keepdim=True)
+        return omega / total.masked_fill(total == 0, 1.0)
     if ablation == "softmax":
         return omega.softmax(0)
     return omega

@@ -8,20 +8,33 @@ Every symbol of adapters 1.3 that is replaced:
 | `AdapterMethod.get_from_config`                  | wrapped: a model's interface would have to list our methods;   |
 |                                                  | whether they fit is found from the model instead               |
 | `ADAPTER_CONFIG_MAP`                             | gets our strings                                               |
+| `ADAPTERFUSION_CONFIG_MAP`                       | gets our strings                                               |
 | `ModelAdaptersMixin._add_adapter_weights`        | wrapped: gives blocks their `TaskLayer` before the first use   |
-| `ModelAdaptersMixin.add_adapter_fusion`          | wrapped: refuses sets that cannot be fused, before they count  |
+| `ModelAdaptersMixin.add_adapter_fusion`          | wrapped: reads our configs, which come from a file as the      |
+|                                                  | host's class; refuses sets that cannot be fused, before they   |
+|                                                  | count; links coefficients that blocks share                    |
+| `ModelAdaptersMixin.init_adapters`               | wrapped: links them where a model comes with its fusions       |
 | `ModelAdaptersMixin.merge_adapter`               | wrapped: the host passes over what it cannot merge             |
 | `ModelWithHeadsAdaptersMixin.freeze_embeddings`  | wrapped: an embedding tied to the head belongs to a base that  |
 |                                                  | is trained                                                     |
+| `.train_adapter_fusion`                          | wrapped: a head model made from a file is not told of the      |
+|                                                  | fusions that its base has, and it is the one that has a loss   |
 | `BottleneckLayer.bottleneck_layer_forward`       | wrapped: compositions that mix our adapters with bottlenecks   |
+| `BottleneckLayer.add_fusion_layer`               | wrapped: the layer of a fusion is the host's own class         |
+| `BottleneckLayer.compose_fuse`                   | wrapped: our fusions need no query, and one wide bottleneck    |
 | `LoRALinear.pad_and_concat`, `.compose_average`, | wrapped: rows of adapters without LoRA; see `adapters_lora`    |
 | `.compose_multi_task`                            |                                                                |
 | `AdapterLoader.filter_func`, `.rename_func`      | wrapped: the host overlooks `shared_parameters` of a model     |
 |                                                  | without a head, and a jointly trained base belongs to the file |
+| `AdapterFusionLoader.filter_func`,               | wrapped: the host takes `a,b,c` for a part of `a,b`            |
+| `.rename_func`                                   |                                                                |
+| `AdapterFusionLoader.load`                       | wrapped: a file that cannot be loaded leaves the model as it   |
+|                                                  | was                                                            |
 
 What is called or subclassed: `ComposableAdapterLayerBase` (`adapters_composition`, `adapters_layer`), `AdapterSetup`,
-`ForwardContext` and `BottleneckLayer` with its adapters and fusion layers (`adapters_mixture`), `AdapterConfig`
-(`adapters_config`). `tests/hosts/adapters/test_touches.py` fails when one of them moves.
+`ForwardContext` and `BottleneckLayer` with its adapters and fusion layers (`adapters_mixture`, `adapters_fusion`),
+`AdapterConfig` and `AdapterFusionConfig` (`adapters_config`, `adapters_fusion`).
+`tests/hosts/adapters/test_touches.py` fails when one of them moves.
 """
 
 from __future__ import annotations
@@ -29,13 +42,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import adapters
 import torch
+from adapters.composition import Fuse
 from adapters.configuration import ADAPTER_CONFIG_MAP, AdapterConfig, BnConfig, ConfigUnion, LoRAConfig
+from adapters.configuration.adapter_fusion_config import ADAPTERFUSION_CONFIG_MAP
 from adapters.interface import AdapterMethod
-from adapters.loading import AdapterLoader
+from adapters.loading import AdapterFusionLoader, AdapterLoader
 from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.lora import LoRALinear
 from adapters.model_mixin import ModelAdaptersMixin, ModelUsingSubmodelsAdaptersMixin, ModelWithHeadsAdaptersMixin
@@ -43,8 +59,8 @@ from adapters.utils import get_adapter_config_hash
 from packaging.version import Version
 from torch import nn
 
-from ..errors import ConfigError, MissingHostError, SiteError, UnsupportedError
-from . import adapters_lora
+from ..errors import ConfigError, MissingHostError, PalAdaptersError, SiteError, UnsupportedError
+from . import adapters_fusion, adapters_lora
 from .adapters_composition import architectures
 from .adapters_config import CONFIGS, TaskAdapterConfig, is_ours, task_configs
 from .adapters_layer import TaskLayer, base_parameters, task_parameters, trains_base, unfusable
@@ -71,6 +87,23 @@ def register(config_class: type[TaskAdapterConfig], presets: dict[str, TaskAdapt
     CONFIGS[config_class.method.name] = config_class
 
 
+def register_fusion(
+    config_class: type[adapters_fusion.CombinationConfig], presets: Mapping[str, adapters_fusion.CombinationConfig]
+) -> None:
+    """Make a fusion known to the host: its config class and the strings of its ready configs. Idempotent.
+
+    Raises:
+        ConfigError: if the host or another plugin owns one of the strings already.
+    """
+    _install()
+    for name, preset in presets.items():
+        owner = ADAPTERFUSION_CONFIG_MAP.get(name)
+        if owner is not None and type(owner) is not config_class:
+            raise ConfigError(f"the adapters host has a fusion named {name!r} already ({type(owner).__name__}).")
+        ADAPTERFUSION_CONFIG_MAP[name] = preset
+    adapters_fusion.FUSIONS[str(next(iter(presets.values())).architecture)] = config_class
+
+
 def _wrap(owner: Any, name: str, make: Callable[[Any], Callable[..., Any]], *, static: bool = False) -> None:
     original = getattr(owner, name)
     if hasattr(original, _TOUCHED):
@@ -88,13 +121,20 @@ def _install() -> None:
     _wrap(AdapterMethod, "get_from_config", _methods_of_config, static=True)
     _wrap(ModelAdaptersMixin, "_add_adapter_weights", _add_adapter_weights)
     _wrap(ModelAdaptersMixin, "add_adapter_fusion", _add_adapter_fusion)
+    _wrap(ModelAdaptersMixin, "init_adapters", _init_adapters)
     _wrap(ModelAdaptersMixin, "merge_adapter", _merge_adapter)
     _wrap(ModelWithHeadsAdaptersMixin, "freeze_embeddings", _freeze_embeddings)
+    _wrap(ModelWithHeadsAdaptersMixin, "train_adapter_fusion", _train_adapter_fusion)
     _wrap(BottleneckLayer, "bottleneck_layer_forward", _bottleneck_layer_forward)
+    _wrap(BottleneckLayer, "add_fusion_layer", _add_fusion_layer)
+    _wrap(BottleneckLayer, "compose_fuse", _compose_fuse)
     for name in ("pad_and_concat", "compose_average", "compose_multi_task"):
         _wrap(LoRALinear, name, getattr(adapters_lora, name))
     _wrap(AdapterLoader, "filter_func", _filter_func)
     _wrap(AdapterLoader, "rename_func", _rename_func)
+    _wrap(AdapterFusionLoader, "filter_func", _fusion_filter_func)
+    _wrap(AdapterFusionLoader, "rename_func", _fusion_rename_func)
+    _wrap(AdapterFusionLoader, "load", _fusion_load)
 
 
 # Configs
@@ -241,21 +281,60 @@ def _replace_config(
 
 
 def _add_adapter_fusion(original: Any) -> Any:
-    def wrapper(self: ModelAdaptersMixin, adapter_names: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(
+        self: ModelAdaptersMixin,
+        adapter_names: Any,
+        config: Any = None,
+        name: str | None = None,
+        overwrite_ok: bool = False,
+        set_active: bool = False,
+    ) -> Any:
         children = adapter_names.split(",") if isinstance(adapter_names, str) else adapter_names
         names = [child if isinstance(child, str) else child.last() for child in children]
-        if not any(is_ours(architectures(self.adapters_config.get(name))) for name in names):
-            return original(self, adapter_names, *args, **kwargs)
-        reasons = [unfusable(names, layer.task_layer) for _, layer in self.iter_layers()]
-        for reason in filter(None, reasons):
-            raise UnsupportedError(reason)
+        preset = ADAPTERFUSION_CONFIG_MAP.get(config) if isinstance(config, str) else config
+        ours = adapters_fusion.combination_config(preset)
+        if ours is not None:
+            key = name or (adapter_names.name if isinstance(adapter_names, Fuse) else ",".join(names))
+            adapters_fusion.check_sources(self.adapters_config, names)
+            if key in self.adapters_config.fusions and not overwrite_ok:
+                raise ConfigError(
+                    f"the model has a fusion with the name {key!r}: delete it, or pass overwrite_ok=True."
+                )
+            adapter_names, name, config = names, key, config if isinstance(config, str) else ours
+        if any(is_ours(architectures(self.adapters_config.get(source))) for source in names):
+            for reason in filter(None, (unfusable(names, layer.task_layer) for _, layer in self.iter_layers())):
+                raise UnsupportedError(reason)
+        elif ours is None:
+            return original(self, adapter_names, config, name, overwrite_ok, set_active)
         before = set(self.adapters_config.fusions)
         try:
-            return original(self, adapter_names, *args, **kwargs)
+            result = original(self, adapter_names, config, name, overwrite_ok, set_active)
+            if ours is not None:
+                adapters_fusion.link(self)
+                adapters_fusion.watch(self)
+            return result
         except ValueError:
-            for name in set(self.adapters_config.fusions) - before:  # the host leaves it half added
-                self.delete_adapter_fusion(name)
+            for added in set(self.adapters_config.fusions) - before:  # the host leaves it half added
+                self.delete_adapter_fusion(added)
+                self.adapters_config.fusion_name_map.pop(added, None)
             raise
+
+    return wrapper
+
+
+def _init_adapters(original: Any) -> Any:
+    def wrapper(self: ModelAdaptersMixin, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        adapters_fusion.link(self)
+        adapters_fusion.watch(self)
+
+    return wrapper
+
+
+def _train_adapter_fusion(original: Any) -> Any:
+    def wrapper(self: ModelWithHeadsAdaptersMixin, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        adapters_fusion.watch(self)
 
     return wrapper
 
@@ -300,6 +379,31 @@ def _bottleneck_layer_forward(original: Any) -> Any:
             return original(self, hidden_states, residual_input, layer_norm)
         hidden_states, residual_input = _match_batches(hidden_states, residual_input)
         return mixture.forward(setup, hidden_states, residual_input, layer_norm)
+
+    return wrapper
+
+
+def _add_fusion_layer(original: Any) -> Any:
+    def wrapper(self: BottleneckLayer, adapter_names: Any) -> None:
+        name = adapter_names if isinstance(adapter_names, str) else ",".join(adapter_names)
+        config, names = self.adapters_config.get_fusion(name)
+        ours = adapters_fusion.combination_config(config)
+        if ours is None:
+            original(self, adapter_names)
+        else:
+            adapters_fusion.add_layer(self, name, ours, names)
+
+    return wrapper
+
+
+def _compose_fuse(original: Any) -> Any:
+    def wrapper(self: BottleneckLayer, adapter_setup: Fuse, state: Any, lvl: int = 0) -> Any:
+        name = adapter_setup.name
+        if name in self.adapter_fusion_layer and isinstance(
+            self.adapter_fusion_layer[name], adapters_fusion.Combination
+        ):
+            return adapters_fusion.compose(self, adapter_setup, state, lvl)
+        return original(self, adapter_setup, state, lvl=lvl)
 
     return wrapper
 
@@ -354,3 +458,55 @@ def _rename_func(original: Any) -> Any:
         return renamed
 
     return rename_func
+
+
+def _fusion_filter_func(original: Any) -> Any:
+    def filter_func(self: AdapterFusionLoader, adapter_fusion_name: str) -> Callable[[str], bool]:
+        return lambda key: f"adapter_fusion_layer.{adapter_fusion_name}." in key
+
+    return filter_func
+
+
+def _fusion_rename_func(original: Any) -> Any:
+    def rename_func(self: AdapterFusionLoader, old_name: str, new_name: str) -> Callable[[str], str]:
+        return lambda key: key.replace(f"adapter_fusion_layer.{old_name}.", f"adapter_fusion_layer.{new_name}.")
+
+    return rename_func
+
+
+def _fusion_load(original: Any) -> Any:
+    def load(
+        self: AdapterFusionLoader, save_directory: str, load_as: Any = None, loading_info: Any = None, **kwargs: Any
+    ) -> Any:
+        folder = Path(save_directory)
+        try:
+            config = self.weights_helper.load_weights_config(save_directory)
+        except (OSError, ValueError):
+            if folder.is_dir() and any(folder.glob("*adapter_fusion*")):
+                raise ConfigError(f"{save_directory} has no readable adapter_fusion_config.json.") from None
+            return original(self, save_directory, load_as, loading_info, **kwargs)
+        model, name = self.model, load_as or config["name"]
+        if adapters_fusion.check_file(model, config, name) is None:
+            return original(self, save_directory, load_as, loading_info, **kwargs)
+        known = name in model.adapters_config.fusions
+        before, setup = adapters_fusion.coefficients_of(model, name), model.active_adapters
+        info: dict[str, list[str]] = {}
+        try:
+            result = original(self, save_directory, load_as, info, **kwargs)
+            if info.get("missing_keys"):
+                raise ValueError(f"it has no {', '.join(info['missing_keys'])}")
+        except (OSError, RuntimeError, ValueError) as error:
+            if known:
+                model.load_state_dict(before, strict=False)
+            elif name in model.adapters_config.fusions:
+                model.delete_adapter_fusion(name)
+            model.adapters_config.active_setup = setup
+            if isinstance(error, PalAdaptersError):
+                raise
+            raise ConfigError(f"the fusion in {save_directory} cannot be loaded: {error}") from error
+        if isinstance(loading_info, dict):
+            for key, values in info.items():
+                loading_info.setdefault(key, []).extend(values)
+        return result
+
+    return load

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..units import UnitInputs
 from .adapters_composition import State, ValueComposition, grow
+from .adapters_fusion import Combination, added, weigh
 from .adapters_layer import TaskLayer
 
 
@@ -102,6 +103,8 @@ class Mixture(ValueComposition):
         layer = self._fusion(adapter_setup)
         if layer is None:
             return state
+        if isinstance(layer, Combination):
+            return self._combine(adapter_setup, layer, state, lvl)
         config, _ = self.adapters_config.get_fusion(adapter_setup.name)
         query, residual = self._query(adapter_setup, state, config)
         before = state._replace(term=None)
@@ -116,6 +119,29 @@ class Mixture(ValueComposition):
         if wanted:
             self._bottleneck._store_fusion_attentions(adapter_setup.name, output[-1])
         return state._replace(value=output[0] if wanted else output, term=None)
+
+    def _combine(self, setup: Fuse, combination: Combination, state: State, lvl: int) -> State:
+        before = state._replace(term=None)
+        terms = [(row, self._added(setup, child, before, lvl)) for row, child in combination.rows(setup)]
+        rows = [row for row, term in terms if term is not None]
+        if not rows:  # all left out in this block
+            return state
+        total = weigh(combination()[rows], [term for _, term in terms if term is not None])
+        return state._replace(value=state.value + total, term=None)
+
+    def _added(self, setup: Fuse, child: Any, before: State, lvl: int) -> Tensor | None:
+        """What a source adds, `[b, n, d]`, or None where it is left out."""
+        if not isinstance(child, str):
+            return self.child(setup, child, before, lvl).value - before.value
+        if child not in self.adapter_modules:
+            return None
+        state = self._task_module(child, before)
+        if child not in self._bottleneck.adapters:
+            return state.term
+        adapter = self._bottleneck.adapters[child]
+        x, _, residual = adapter.pre_forward(state.value, state.stream, self._layer_norm)
+        term = added(self._bottleneck, child, x, residual)
+        return term if state.term is None else state.term + term
 
     def _fusion(self, setup: Fuse) -> Any:
         if setup.name in self._bottleneck.adapter_fusion_layer:

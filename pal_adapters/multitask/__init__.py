@@ -23,9 +23,11 @@ from .training import (
     predict,
     score,
 )
+from .transfer import COMBINATIONS, TransferModel
 
 __all__ = [
     "ADAPTER_METHODS",
+    "COMBINATIONS",
     "HOSTS",
     "METHODS",
     "SIZED_METHODS",
@@ -41,6 +43,7 @@ __all__ = [
     "TaskMetric",
     "TaskSpec",
     "TrainingConfig",
+    "TransferModel",
     "annealed_alpha",
     "baseline",
     "default_host",

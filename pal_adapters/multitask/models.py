@@ -229,23 +229,31 @@ class MultiTaskModel(nn.Module):
             raise ConfigError(f"hidden_size={hidden_size} has no effect for method={method!r}: leave it out.")
         if joint and method == "head":
             raise ConfigError("joint=True is not allowed for method='head': nothing is shared but the frozen base.")
-        self.method, self.host_name, self.joint, self.pooling = method, host, joint, pooling
-        self.trains_base = joint or method == "full"
-        self.width: int = base.config.hidden_size
+        self.method, self.joint = method, joint
+        parameters, width = dict(base.named_parameters()), base.config.hidden_size
+        if method not in ADAPTER_METHODS:
+            made: _Host = _NoHost(base, saves_base=method == "full" and not joint)
+        elif host == "adapters":
+            made = _AdaptersHost(base, method, hidden_size=hidden_size, train_base=joint)
+        else:
+            made = _PeftHost(base, method, hidden_size=hidden_size, train_base=joint)
+        self.host_name, self.trains_base, self.pooling = host, joint or method == "full", pooling
+        self._begin(made, parameters, width, dropout)
+
+    def _begin(self, host: _Host, base: dict[str, nn.Parameter], width: int, dropout: float) -> None:
+        self.width: int = width
         # The pooler is not used: heads read the pooled hidden states. It rests, also where the base is trained.
-        self._base = dict(base.named_parameters())
+        self._base = base
         self._added: dict[str, dict[str, nn.Parameter]] = {}
         self._active: str | None = None
-        self._host: _Host
-        if method not in ADAPTER_METHODS:
-            self._host = _NoHost(base, saves_base=method == "full" and not joint)
-        elif host == "adapters":
-            self._host = _AdaptersHost(base, method, hidden_size=hidden_size, train_base=joint)
-        else:
-            self._host = _PeftHost(base, method, hidden_size=hidden_size, train_base=joint)
+        self._host = host
         self.dropout = nn.Dropout(dropout)
         self.heads = nn.ModuleDict()
         self.encoder = self._host.model
+
+    def penalty(self, task: str) -> Tensor | None:
+        """What a task adds to its loss in training, a scalar, or None."""
+        return None
 
     def add_task(self, spec: TaskSpec) -> None:
         """Adds the adapter and the head of a task."""

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -44,6 +44,9 @@ class TrainingConfig:
         warmup: Share of the steps in which the learning rate rises linearly; then it falls linearly to 0.
         weight_decay: Weight decay of AdamW, for matrices only.
         max_grad_norm: Gradients are scaled down to this norm.
+        select: What the best epoch is chosen by: `"metric"`, the highest primary metrics, or `"loss"`, the lowest
+            loss.
+        patience: Epochs without a better one after which training stops; `None` never stops.
         seed: Seed of the order of the rows, of the draw of tasks and of dropout.
         progress: Whether to show a progress bar.
     """
@@ -56,13 +59,19 @@ class TrainingConfig:
     warmup: float = 0.1
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    select: Literal["metric", "loss"] = "metric"
+    patience: int | None = None
     seed: int = 42
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_steps"):
+        if self.select not in ("metric", "loss"):
+            raise ConfigError(f"select={self.select!r} is not allowed: use 'metric' or 'loss'.")
+        for name in ("epochs", "batch_size", "max_steps", "patience"):
             value = getattr(self, name)
-            if (value is not None or name != "max_steps") and (not isinstance(value, int) or value < 1):
+            if (value is not None or name not in ("max_steps", "patience")) and (
+                not isinstance(value, int) or value < 1
+            ):
                 raise ConfigError(f"{name}={value!r} is not allowed: use an integer of at least 1.")
         for name in ("learning_rate", "attention_factor"):
             if not 0 < getattr(self, name) < math.inf:
@@ -209,7 +218,7 @@ def fit(model: MultiTaskModel, tasks: Sequence[TaskData], config: TrainingConfig
     AdamW with linear warm-up and decay. Every step takes a batch of one task. With one task, an epoch is a pass over
     its rows in a new order; with several, each step draws the task with the annealed probabilities of
     `annealed_alpha`. After each epoch all tasks are scored on their `dev` rows; the epoch with the highest sum of
-    primary metrics is kept, the earliest of equals.
+    primary metrics, or the lowest sum of losses, is kept, the earliest of equals.
 
     Raises:
         DivergedError: If the loss becomes infinite or NaN.
@@ -241,6 +250,8 @@ def fit(model: MultiTaskModel, tasks: Sequence[TaskData], config: TrainingConfig
                 task = tasks[chosen]
                 inputs, labels = batches(task.spec, task.train, next(streams[chosen]))
                 loss = _loss(task.spec, model(task.spec.name, inputs, choices=task.spec.num_choices), labels)
+                penalty = model.penalty(task.spec.name)
+                loss = loss if penalty is None else loss + penalty
                 if not math.isfinite(loss.item()):
                     raise DivergedError(
                         f"task {task.spec.name!r}: the loss is {loss.item()}; lower learning_rate "
@@ -254,15 +265,19 @@ def fit(model: MultiTaskModel, tasks: Sequence[TaskData], config: TrainingConfig
                 result.draws[task.spec.name] += 1
                 bar.set_postfix(epoch=epoch, loss=f"{loss.item():.3f}", refresh=False)
                 bar.update()
-            scores = {}
+            scores, total = {}, 0.0
             for task in tasks:
-                metrics = score(task.spec, task.dev, predict(model, task.spec, task.dev, batches))
-                scores[task.spec.name] = metrics[primary_metric(task.spec)]
+                logits = predict(model, task.spec, task.dev, batches)
+                scores[task.spec.name] = score(task.spec, task.dev, logits)[primary_metric(task.spec)]
+                total += -_dev_loss(task, logits) if config.select == "loss" else scores[task.spec.name]
             result.history.append(scores)
             bar.set_postfix(epoch=epoch, dev=f"{sum(scores.values()) / len(scores):.3f}")
-            if sum(scores.values()) > best_score:
-                best_score, result.best_epoch = sum(scores.values()), epoch
+            if total > best_score:
+                best_score, result.best_epoch = total, epoch
                 best = {name: p.detach().clone() for name, p in parameters.items()}
+            elif config.patience is not None and epoch - result.best_epoch >= config.patience:
+                result.steps = sum(result.draws.values())
+                break
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(best[name])
@@ -292,6 +307,11 @@ def _loss(spec: TaskSpec, logits: Tensor, labels: Tensor) -> Tensor:
     if spec.is_regression:
         return F.mse_loss(logits[:, 0].float(), labels)
     return F.cross_entropy(logits.float(), labels)
+
+
+def _dev_loss(task: TaskData, logits: np.ndarray) -> float:
+    labels = torch.tensor(task.dev.labels, dtype=torch.float32 if task.spec.is_regression else torch.long)
+    return _loss(task.spec, torch.from_numpy(logits), labels).item()
 
 
 def _seed_everything(seed: int) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -27,6 +28,17 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def train_tasks() -> ModuleType:
     return load_script(ROOT / "examples" / "train_tasks.py")
+
+
+@pytest.fixture(scope="session")
+def transfer() -> ModuleType:
+    # It takes its options from train_tasks.py beside it, as a script finds that by itself.
+    folder = str(ROOT / "examples")
+    sys.path.insert(0, folder)
+    try:
+        return load_script(ROOT / "examples" / "transfer.py")
+    finally:
+        sys.path.remove(folder)
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 
 import pal_adapters
 
-from . import check
+from . import check, fusion_cases
 
 DATA = pathlib.Path(__file__).parent / "data"
-ENCODERS = sorted(p.stem for p in DATA.glob("*_encoder.json"))
+NAMES = sorted(p.stem for p in DATA.glob("*.json"))
+FUSION = [n for n in NAMES if n.startswith(("scalearn_", "adapters_", "adapterfusion_"))]
+ENCODERS = [n for n in NAMES if n.endswith("_encoder") and n not in FUSION]
 HOSTS = [h for h, c in (("adapters", "PALConfig"), ("peft", "PALPeftConfig")) if c in pal_adapters.__all__]
 
 
@@ -33,6 +35,28 @@ def test_encoder_equals_the_authors_code(name: str, host: str) -> None:
 @pytest.mark.parametrize("name", ["pal_module", "pal_module_odd_head"])
 def test_module_equals_the_authors_code(name: str) -> None:
     assert max(check.compare_module(check.Case(DATA, name))) <= check.TOLERANCE
+
+
+FUSION_ENCODERS = [n for n in FUSION if n not in ("scalearn_module", "scalearn_sampling")]
+
+
+@pytest.mark.skipif("adapters" not in HOSTS, reason="needs adapters")
+@pytest.mark.parametrize("name", FUSION_ENCODERS)
+def test_fusion_equals_the_authors_code(name: str) -> None:
+    result = check.compare(check.Case(DATA, name), "adapters")
+    assert result is not None
+    assert max(result) <= check.TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["scalearn_module", *[n for n in FUSION if n.endswith("regularized")]])
+def test_fusion_module_equals_the_authors_code(name: str) -> None:
+    result = check.compare(check.Case(DATA, name), "layer")
+    assert result is not None
+    assert max(result) <= check.TOLERANCE
+
+
+def test_temperature_sampling_equals_the_authors_code() -> None:
+    assert max(fusion_cases.compare_sampling(check.Case(DATA, "scalearn_sampling"))) <= 1e-12
 
 
 def test_sizes_that_the_reference_fails_on_are_refused() -> None:

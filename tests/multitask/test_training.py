@@ -27,6 +27,7 @@ from pal_adapters.multitask import (
     predict,
     score,
     train_dev_split,
+    training,
 )
 
 QUIET = {"progress": False, "batch_size": 8}
@@ -147,6 +148,46 @@ def test_the_best_epoch_is_what_stays(tiny_encoder: str) -> None:
     assert kept["pearson"] == pytest.approx(max(scores))
 
 
+def test_the_best_epoch_by_loss_and_patience(tiny_encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four epochs whose losses are made up; the metric would choose another one."""
+    states: list[dict[str, torch.Tensor]] = []
+    losses = iter([0.9, 0.4, 0.6, 0.5, 0.1])
+    setup = Setup(tiny_encoder, "sentiment")
+
+    def made_up(task: TaskData, logits: np.ndarray) -> float:
+        states.append(setup.state())
+        return next(losses)
+
+    monkeypatch.setattr(training, "_dev_loss", made_up)
+    config = TrainingConfig(epochs=5, select="loss", patience=2, **QUIET)
+    result = fit(setup.model, setup.tasks, config, setup.batches)
+    assert (result.best_epoch, len(result.history)) == (2, 4)  # two epochs without a better one
+    assert result.steps == sum(result.draws.values()) == 4 * 5
+    assert all(torch.equal(value, states[1][name]) for name, value in setup.state().items())
+    assert not all(torch.equal(value, states[3][name]) for name, value in setup.state().items())
+
+
+def test_the_dev_loss_is_the_loss(tiny_encoder: str) -> None:
+    setup = Setup(tiny_encoder, "sentiment", "similarity")
+    for task in setup.tasks:
+        logits = predict(setup.model, task.spec, task.dev, setup.batches)
+        labels = torch.tensor(task.dev.labels)
+        if task.spec.is_regression:
+            expected = ((torch.from_numpy(logits)[:, 0] - labels) ** 2).mean()
+        else:
+            expected = -torch.from_numpy(logits).log_softmax(-1)[range(len(labels)), labels].mean()
+        assert training._dev_loss(task, logits) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_penalty_counts_in_training(tiny_encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup(tiny_encoder, "sentiment")
+    head = setup.model.heads["sentiment"]
+    monkeypatch.setattr(setup.model, "penalty", lambda task: 1e6 * head.weight.square().sum())
+    before = head.weight.detach().norm()
+    fit(setup.model, setup.tasks, TrainingConfig(epochs=1, learning_rate=1e-2, **QUIET), setup.batches)
+    assert head.weight.detach().norm() < before
+
+
 def test_a_regression_starts_at_the_mean(tiny_encoder: str) -> None:
     setup = Setup(tiny_encoder, "similarity", method="head")
     fit(setup.model, setup.tasks, TrainingConfig(learning_rate=1e-12, max_steps=1, **QUIET), setup.batches)
@@ -251,8 +292,13 @@ def test_attention_of_a_pal_learns_faster(tiny_encoder: str, monkeypatch: pytest
     assert len(fast) == 2 * 3 * 2  # layers, linears, weight and bias
 
 
-@pytest.mark.parametrize("options", [{"epochs": 0}, {"batch_size": 1.5}, {"max_steps": 0}, {"learning_rate": 0.0},
-                                     {"learning_rate": float("nan")}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epochs": 0}, {"batch_size": 1.5}, {"max_steps": 0}, {"patience": 0}, {"select": "f1"},
+        {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"attention_factor": -1.0},
+    ],
+)  # fmt: skip
 def test_values_that_are_not_allowed(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         TrainingConfig(**options)

@@ -10,7 +10,13 @@ from typing import Any
 import adapters
 import pytest
 from adapters import composition, context, interface, loading, model_mixin, utils
-from adapters.configuration import ADAPTER_CONFIG_MAP, AdapterConfig, ConfigUnion, ModelAdaptersConfig
+from adapters.configuration import (
+    ADAPTER_CONFIG_MAP,
+    AdapterConfig,
+    ConfigUnion,
+    ModelAdaptersConfig,
+    adapter_fusion_config,
+)
 from adapters.methods import adapter_layer_base, bottleneck, lora, modeling
 from packaging.version import Version
 from torch import nn
@@ -18,6 +24,7 @@ from torch import nn
 from pal_adapters.hosts import adapters as host
 from pal_adapters.hosts.adapters_composition import ValueComposition
 from pal_adapters.hosts.adapters_config import CONFIGS
+from pal_adapters.hosts.adapters_fusion import FUSIONS
 
 from .tiny import SMALL
 
@@ -41,16 +48,29 @@ WRAPPED: dict[str, tuple[Any, list[str]]] = {
     "ModelAdaptersMixin.add_adapter_fusion": (
         model_mixin.ModelAdaptersMixin, ["self", "adapter_names", "config", "name", "overwrite_ok", "set_active"],
     ),
+    "ModelAdaptersMixin.init_adapters": (
+        model_mixin.ModelAdaptersMixin, ["self", "model_config", "adapters_config"],
+    ),
     "ModelAdaptersMixin.merge_adapter": (model_mixin.ModelAdaptersMixin, ["self", "name"]),
     "ModelWithHeadsAdaptersMixin.freeze_embeddings": (model_mixin.ModelWithHeadsAdaptersMixin, ["self", "freeze"]),
+    "ModelWithHeadsAdaptersMixin.train_adapter_fusion": (
+        model_mixin.ModelWithHeadsAdaptersMixin, ["self", "adapter_setup", "unfreeze_adapters"],
+    ),
     "BottleneckLayer.bottleneck_layer_forward": (
         bottleneck.BottleneckLayer, ["self", "hidden_states", "residual_input", "layer_norm"],
     ),
+    "BottleneckLayer.add_fusion_layer": (bottleneck.BottleneckLayer, ["self", "adapter_names"]),
+    "BottleneckLayer.compose_fuse": (bottleneck.BottleneckLayer, ["self", "adapter_setup", "state", "lvl"]),
     "LoRALinear.pad_and_concat": (lora.LoRALinear, ["self", "states"]),
     "LoRALinear.compose_average": (lora.LoRALinear, ["self", "adapter_setup", "state", "lvl"]),
     "LoRALinear.compose_multi_task": (lora.LoRALinear, ["self", "adapter_setup", "state", "lvl"]),
     "AdapterLoader.filter_func": (loading.AdapterLoader, ["self", "adapter_name"]),
     "AdapterLoader.rename_func": (loading.AdapterLoader, ["self", "old_name", "new_name"]),
+    "AdapterFusionLoader.filter_func": (loading.AdapterFusionLoader, ["self", "adapter_fusion_name"]),
+    "AdapterFusionLoader.rename_func": (loading.AdapterFusionLoader, ["self", "old_name", "new_name"]),
+    "AdapterFusionLoader.load": (
+        loading.AdapterFusionLoader, ["self", "save_directory", "load_as", "loading_info", "kwargs"],
+    ),
 }  # fmt: skip
 
 
@@ -74,7 +94,7 @@ def test_the_table_of_the_binding_lists_them_all() -> None:
         for symbol in re.findall(r"`([^`]+)`", row.split("|")[1]):
             owner = symbol.rpartition(".")[0] or owner
             found.add(symbol if not symbol.startswith(".") else f"{owner}{symbol}")
-    assert found == {*WRAPPED, "ADAPTER_CONFIG_MAP"}
+    assert found == {*WRAPPED, "ADAPTER_CONFIG_MAP", "ADAPTERFUSION_CONFIG_MAP"}
 
 
 def test_installing_twice_wraps_once() -> None:
@@ -90,6 +110,19 @@ def test_config_map() -> None:
     assert SMALL.keys() <= CONFIGS.keys()
     for name in SMALL:
         assert isinstance(ADAPTER_CONFIG_MAP[name], CONFIGS[name])
+
+
+def test_fusion_config_map() -> None:
+    fusions = adapter_fusion_config.ADAPTERFUSION_CONFIG_MAP
+    assert {"static", "dynamic"} <= fusions.keys()
+    for name in ("scalearn", "scalearn_uniform", "scalearn_pp", "scalearn_uniform_pp"):
+        assert isinstance(fusions[name], FUSIONS["scalearn"])
+    fields = set(adapters.AdapterFusionConfig.__dataclass_fields__)
+    assert fields <= set(FUSIONS["scalearn"].__dataclass_fields__)
+    # From a file the host makes its own class, and keeps what it does not know.
+    plain = adapters.AdapterFusionConfig.from_dict(fusions["scalearn_pp"].to_dict())
+    assert type(plain) is adapters.AdapterFusionConfig
+    assert (plain["architecture"], plain["variant"]) == ("scalearn", "scalearn_pp")
 
 
 def test_config_classes() -> None:
@@ -188,6 +221,17 @@ def test_bottleneck_layer() -> None:
     for cls in (modeling.Adapter, modeling.ParallelAdapter):
         assert parameters(cls.pre_forward) == ["self", "hidden_states", "input_tensor", "layer_norm", "fusion_config"]
         assert parameters(cls.post_forward)[:2] == ["self", "hidden_states"]
+    adapter = modeling.Adapter("a", 6, 2, adapters.SeqBnConfig())
+    for name in ("original_ln_before", "original_ln_after", "residual_before_ln", "adapter_residual_before_ln",
+                 "add_layer_norm_before", "add_layer_norm_after", "use_gating", "scaling", "dropout",
+                 "non_linearity", "adapter_down", "adapter_up"):  # fmt: skip
+        assert hasattr(adapter, name), name
+    assert isinstance(adapter.non_linearity, modeling.Activation_Function_Class)
+    assert isinstance(adapter.adapter_down[0], nn.Linear)
+    assert parameters(modeling.Adapter.forward) == ["self", "x", "residual_input", "output_gating"]
+    assert parameters(layer._store_gating_score) == ["adapter_name", "gating_score"]
+    assert parameters(layer.get_adapter_fusion) == ["adapter_names"]
+    assert parameters(ModelAdaptersConfig.common_config_value) == ["self", "adapter_names", "attribute"]
     assert parameters(modeling.BertFusion.forward) == [
         "self",
         "query",

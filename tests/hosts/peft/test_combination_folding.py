@@ -283,3 +283,28 @@ def test_rows_of_attention(saved: Paths) -> None:
         transfer_rows(target(saved["lora"]), data=[given])
     with pytest.raises(pa.UnknownAdapterError):
         transfer_rows(cases.bert())
+
+
+def test_public_names(saved: Paths) -> None:
+    """`fold`, `transfer_report` and `fusion_regularization` take a `PeftModel` as they take a model of adapters."""
+    model = target(saved["lora"], regularization=0.1)
+    rows = transfer_rows(model)
+    table = pa.transfer_report(model)
+    assert list(table.sources) == list(saved["lora"])
+    for row in rows:
+        place = str(row.block) + "." + row.place
+        values = dict(zip(table.sources, table.values[list(table.places).index(place)], strict=True))
+        assert values[row.source] == row.value
+    absent = sum(v == 0 for line in table.values for v in line)
+    assert absent == len(table.places) * len(table.sources) - len(rows) > 0
+    assert pa.fusion_regularization(model) > 0
+    expected = logits(model)
+    folded = pa.fold(model, name="one")
+    assert folded.active_adapters == ["one"]
+    assert isinstance(folded.peft_config["one"], LoraConfig)
+    assert (logits(folded) - expected).abs().max() < 1e-5
+
+
+def test_a_block_is_one_row_where_there_is_one_kind_of_place(saved: Paths) -> None:
+    table = pa.transfer_report(target(saved["pal"]))
+    assert list(table.places) == ["0", "1", "2"]

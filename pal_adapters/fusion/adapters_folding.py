@@ -1,0 +1,253 @@
+"""Folding in `adapters`: a ScaLearn fusion of bottlenecks as one bottleneck of the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from adapters.composition import Fuse
+from adapters.configuration import AdapterConfig, BnConfig
+from adapters.context import ForwardContext
+from adapters.methods.bottleneck import BottleneckLayer
+from adapters.methods.modeling import Adapter, PHMLayer
+from torch import Tensor, nn
+
+from ..bottlenecks import Bottleneck, widen
+from ..errors import ConfigError, UnknownAdapterError, UnsupportedError
+from ..hosts.adapters_config import task_configs
+from ..hosts.adapters_fusion import Combination, combination_config, down_of, places, scaling_of, unlike
+from .folding import Folded, cut_to_width
+
+_SAMPLES = 4096
+
+
+def fold_adapters(
+    model: Any,
+    fusion: Fuse | str | None,
+    name: str | None,
+    *,
+    truncate: int | None = None,
+    data: Iterable[Mapping[str, Any]] | None = None,
+) -> Folded:
+    """See `pal_adapters.fold`."""
+    key = fusion.name if isinstance(fusion, Fuse) else fusion
+    _check_arguments(model, key, name, truncate, data)
+    assert key is not None
+    assert name is not None
+    _, sources = model.adapters_config.get_fusion(key)
+    _check_sources(model, key, sources)
+    with torch.no_grad(), _context(model):
+        folded = {(i, layer.location_key): _fold_place(layer, key, i) for i, layer in places(model, key)}
+    wide = {place: weights for place, weights in folded.items() if weights is not None}
+    config = model.adapters_config.match(sources[0], BnConfig)
+    _add(model, name, config, wide)
+    errors: dict[str, float] = {}
+    if truncate is not None:
+        try:
+            cut = _truncate(model, name, wide, truncate, data, errors)
+        finally:
+            model.delete_adapter(name)
+        _add(model, name, config, cut)
+        wide = cut
+    return Folded(name, {f"{i}.{key}": w.up.shape[1] for (i, key), w in wide.items()}, errors)
+
+
+def _check_arguments(
+    model: Any, key: str | None, name: str | None, width: int | None, data: Iterable[Any] | None
+) -> None:
+    known = model.adapters_config.fusions
+    if key not in known:
+        raise UnknownAdapterError(
+            f"no fusion {key!r} on the model: pass the Fuse(...) of one of {', '.join(map(repr, known)) or '(none)'}."
+        )
+    if not isinstance(name, str) or not name or "." in name or name in model.adapters_config:
+        raise ConfigError(f"name={name!r} is not allowed: use a name that no adapter of the model has, without a dot.")
+    if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
+        raise ConfigError(f"truncate={width!r} is not allowed: use a width of at least 1, or None.")
+    if data is not None and width is None:
+        raise ConfigError("data has no effect without truncate: leave it out.")
+
+
+def _check_sources(model: Any, key: str, sources: list[str]) -> None:
+    refused = f"the fusion {key!r} has no exact fold: "
+    config, _ = model.adapters_config.get_fusion(key)
+    if combination_config(config) is None:
+        raise UnsupportedError(
+            f"{refused}AdapterFusion attends over its sources, so that their weights depend on the input. Fold a "
+            "ScaLearn fusion."
+        )
+    for name in sources:
+        whole = model.adapters_config.get(name)
+        if whole is None:
+            raise UnknownAdapterError(f"{refused}its source {name!r} is not on the model any more.")
+        ours = [c.architecture for c in task_configs(whole)]
+        if ours:
+            raise UnsupportedError(f"{refused}{name!r} ({ours[0]}) is no bottleneck, it attends or acts elsewhere.")
+        if AdapterConfig.load(whole).get("inv_adapter") is not None:
+            raise UnsupportedError(f"{refused}{name!r} has an invertible adapter behind the embeddings.")
+
+
+def _fold_place(layer: BottleneckLayer, key: str, index: int) -> Bottleneck | None:
+    combination: Combination = layer.adapter_fusion_layer[key]
+    rows = [row for row, name in enumerate(combination.names) if name in layer.adapters]
+    if not rows:
+        return None
+    adapters = [layer.adapters[combination.names[row]] for row in rows]
+    refused = f"the fusion {key!r} has no exact fold: in block {index}, "
+    reason = unlike(adapters)
+    if reason is not None:
+        raise UnsupportedError(f"{refused}{reason}.")
+    if len({a.add_layer_norm_before for a in adapters}) > 1:
+        raise UnsupportedError(f"{refused}the sources differ in ln_before.")
+    training = combination.training
+    coefficients = combination.eval()()[rows].double()
+    combination.train(training)
+    scales = torch.stack([scaling_of(a) for a in adapters]).double()
+    return widen([_weights(a, refused) for a in adapters], coefficients * scales.to(coefficients.device))
+
+
+def _weights(adapter: Adapter, refused: str) -> Bottleneck:
+    """The weights in float64, with the norm's own weights in the down-projection."""
+    down, down_bias = _linear(down_of(adapter), adapter.input_size, refused)
+    up, up_bias = _linear(adapter.adapter_up, adapter.down_sample, refused)
+    if adapter.add_layer_norm_before:
+        norm = adapter.adapter_norm_before
+        down_bias = down_bias + down @ norm.bias.double()
+        down = down * norm.weight.double()
+    return Bottleneck(down, down_bias, up, up_bias)
+
+
+def _linear(module: nn.Module, width: int, refused: str) -> tuple[Tensor, Tensor]:
+    if type(module) is nn.Linear:
+        return module.weight.double(), module.bias.double()
+    if not isinstance(module, PHMLayer):
+        raise UnsupportedError(f"{refused}a projection is a {type(module).__name__}, which is no plain linear map.")
+    inputs = torch.cat([torch.eye(width), torch.zeros(1, width)]).to(next(module.parameters()))
+    outputs = module(inputs).double()  # a Compacter's matrix is a sum of Kronecker products
+    return (outputs[:-1] - outputs[-1]).t(), outputs[-1]
+
+
+def _context(model: Any) -> ForwardContext:
+    context = ForwardContext(None)
+    context.shared_parameters = model.base_model.shared_parameters
+    return context
+
+
+def _add(model: Any, name: str, source: BnConfig, wide: Mapping[tuple[int, str], Bottleneck]) -> None:
+    first = next(iter(wide.values()))
+    hidden = first.up.shape[0]
+    indices = [index for index, _ in model.iter_layers()]
+    widths = {index: weights.up.shape[1] for (index, _), weights in wide.items()}
+    factors = {str(index): _reduction_factor(hidden, width) for index, width in widths.items()}
+    values = {
+        **{k: v for k, v in source.to_dict().items() if k in BnConfig.__dataclass_fields__},
+        "reduction_factor": next(iter(factors.values())) if len(set(factors.values())) == 1 else factors,
+        "leave_out": [index for index in indices if index not in widths],
+        "scaling": 1.0,
+        "dropout": 0.0,
+        "stochastic_depth": 0.0,
+        "phm_layer": False,
+        "shared_phm_rule": False,
+        "shared_W_phm": False,
+        "init_weights": "bert",
+        "init_weights_seed": None,
+    }
+    model.add_adapter(name, config=BnConfig.from_dict(values))
+    layers = {(i, m.location_key): m for i, block in model.iter_layers() for m in _bottlenecks(block, name)}
+    assert layers.keys() == wide.keys()
+    for place, weights in wide.items():
+        adapter = layers[place].adapters[name]
+        adapter.to(next(p for n, a in layers[place].adapters.items() if n != name for p in a.parameters()))
+        with torch.no_grad():
+            linear = down_of(adapter)
+            targets = (linear.weight, linear.bias, adapter.adapter_up.weight, adapter.adapter_up.bias)
+            for target, value in zip(targets, weights, strict=True):
+                assert target.shape == value.shape
+                target.copy_(value)
+
+
+def _bottlenecks(block: nn.Module, name: str) -> list[BottleneckLayer]:
+    return [m for m in block.modules() if isinstance(m, BottleneckLayer) and name in m.adapters]
+
+
+def _reduction_factor(hidden: int, width: int) -> float:
+    """A factor from which the host computes exactly this width."""
+    factor = hidden / width
+    # The host rounds down: keep away from the edge.
+    return factor if int(hidden // factor) == width else hidden / (width + 0.5)
+
+
+def _truncate(
+    model: Any,
+    name: str,
+    wide: Mapping[tuple[int, str], Bottleneck],
+    width: int,
+    data: Iterable[Mapping[str, Any]] | None,
+    errors: dict[str, float],
+) -> dict[tuple[int, str], Bottleneck]:
+    layers = {(i, m.location_key): m for i, block in model.iter_layers() for m in _bottlenecks(block, name)}
+    ups = {place: layers[place].adapters[name].adapter_up for place in wide}
+    if data is None:
+        moments = {place: _moments_of_noise(layers[place].adapters[name]) for place in wide}
+    else:
+        moments = _moments_of_data(model, name, ups, data)
+    cut = {}
+    for (index, location), weights in wide.items():
+        if weights.up.shape[1] <= width:
+            cut[index, location] = weights
+            continue
+        place = (index, location)
+        cut[place], errors[f"{index}.{location}"] = cut_to_width(weights, moments[place].to(weights.up.device), width)
+    return cut
+
+
+def _moments_of_noise(adapter: Adapter) -> Tensor:
+    weight = adapter.adapter_up.weight
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(_SAMPLES, adapter.input_size, generator=generator).to(weight)
+    with torch.no_grad():
+        return _moments(adapter.adapter_down(inputs)) / _SAMPLES
+
+
+def _moments_of_data(
+    model: Any, name: str, ups: Mapping[tuple[int, str], nn.Module], data: Iterable[Mapping[str, Any]]
+) -> dict[tuple[int, str], Tensor]:
+    sums: dict[tuple[int, str], Tensor] = {}
+    keep: list[Tensor | None] = [None]
+
+    def hook_of(place: tuple[int, str]) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            hidden = args[0].detach()
+            mask = keep[0]
+            if mask is not None and mask.shape == hidden.shape[:2]:
+                hidden = hidden[mask]
+            sums[place] = sums.get(place, 0) + _moments(hidden.flatten(0, -2))
+
+        return hook
+
+    setup, modes = model.active_adapters, {module: module.training for module in model.modules()}
+    handles = [module.register_forward_pre_hook(hook_of(place)) for place, module in ups.items()]
+    try:
+        model.set_active_adapters(name)
+        model.eval()
+        for batch in data:
+            mask = batch.get("attention_mask")
+            keep[0] = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            with torch.no_grad():
+                model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.adapters_config.active_setup = setup
+        for module, mode in modes.items():
+            module.training = mode
+    if not sums:
+        raise ConfigError("data=[] is not allowed: pass at least one batch of model inputs, or None.")
+    return {place: total / total[-1, -1] for place, total in sums.items()}
+
+
+def _moments(hidden: Tensor) -> Tensor:
+    """The sum of `[h, 1]^T [h, 1]` over tokens, `[R + 1, R + 1]`, for `h` `[t, R]`."""
+    extended = torch.cat([hidden.double(), torch.ones_like(hidden[:, :1], dtype=torch.float64)], 1)
+    return extended.t() @ extended

@@ -1,0 +1,48 @@
+"""Which host a model belongs to, and the functions that ask each host for the same thing."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+
+
+def host_of(model: Any) -> Literal["adapters", "peft"]:
+    """The library that adapted a model.
+
+    Raises:
+        UnsupportedError: for a model without adapters of either.
+    """
+    peft = sys.modules.get("peft")
+    if peft is not None and isinstance(model, peft.PeftModel):
+        return "peft"
+    if hasattr(model, "adapters_config"):
+        return "adapters"
+    raise UnsupportedError(
+        f"{type(model).__name__} has no adapters: pass a model after adapters.init(model) or get_peft_model(...)."
+    )
+
+
+def fusion_regularization(model: nn.Module) -> Tensor:
+    """The penalty of the active fusion on its coefficients, a scalar in float32; 0 where its weight is 0.
+
+    Models add it to the loss that they return in training. For a training loop that computes its own loss from logits.
+
+    Args:
+        model: a model of `adapters` with an active `Fuse`, or a `PeftModel` with an active combination.
+
+    Raises:
+        UnsupportedError: for a model without adapters.
+    """
+    if host_of(model) == "peft":
+        from .peft import regularization_loss
+
+        penalty: Tensor | None = regularization_loss(model)
+    else:
+        from ..hosts.adapters_fusion import active_penalty
+
+        penalty = active_penalty(model)
+    return next(model.parameters()).new_zeros(()).float() if penalty is None else penalty

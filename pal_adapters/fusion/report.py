@@ -1,0 +1,144 @@
+"""Which source matters where: a table of a learned combination, and its heat map."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .host import host_of
+
+
+@dataclass(frozen=True)
+class TransferTable:
+    """How much each source counts in each place.
+
+    Attributes:
+        sources: names, the columns.
+        places: names of the rows, from the first block to the last; `"all"` where blocks share their coefficients.
+        values: one row a place, one number a source.
+        measure: what the numbers are, such as `"mean |coefficient|"`.
+    """
+
+    sources: Sequence[str]
+    places: Sequence[str]
+    values: Sequence[Sequence[float]]
+    measure: str = "mean |coefficient|"
+
+    def __post_init__(self) -> None:
+        if len(self.values) != len(self.places) or any(len(row) != len(self.sources) for row in self.values):
+            raise ConfigError(
+                f"values of {[len(row) for row in self.values]} columns are not allowed: give {len(self.places)} rows "
+                f"of {len(self.sources)} numbers."
+            )
+
+    def totals(self) -> dict[str, float]:
+        """The mean of each source over the places."""
+        return {s: sum(row[i] for row in self.values) / len(self.values) for i, s in enumerate(self.sources)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, for a JSON file."""
+        return {
+            "measure": self.measure,
+            "sources": list(self.sources),
+            "places": list(self.places),
+            "values": [list(row) for row in self.values],
+        }
+
+    def __str__(self) -> str:
+        left = max(len(place) for place in ("mean", *self.places))
+        widths = [max(len(source), 6) for source in self.sources]
+        rows = [*zip(self.places, self.values, strict=True), ("mean", list(self.totals().values()))]
+        lines = [" ".join([" " * left, *(s.rjust(w) for s, w in zip(self.sources, widths, strict=True))])]
+        for place, values in rows:
+            numbers = (f"{v:.3f}".rjust(w) for v, w in zip(values, widths, strict=True))
+            lines.append(" ".join([place.rjust(left), *numbers]))
+        return "\n".join([self.measure, *lines])
+
+
+def transfer_report(
+    model: Any, fusion: Any = None, *, data: Iterable[Mapping[str, Any]] | None = None
+) -> TransferTable:
+    """How much each source of a fusion counts in each block.
+
+    For coefficients, the mean over the channels of their absolute values, without dropout and after the normalisation
+    of an ablation. For AdapterFusion, the mean attention that the tokens of a data set pay to each source, which sums
+    to one in each block.
+
+    Args:
+        model: a model of `adapters`, or a `PeftModel`.
+        fusion: the `Fuse` block, or the name of the fusion or PEFT adapter; None is the active one.
+        data: batches (dicts of the base model's inputs, on its device), for AdapterFusion alone. Padding does not
+            count.
+
+    Raises:
+        ConfigError: for data that has no effect, or that is missing or empty.
+        UnknownAdapterError: for a fusion that is not on the model.
+        UnsupportedError: for a model without adapters, or without a single active fusion.
+    """
+    if host_of(model) == "adapters":
+        from .adapters_report import report_adapters
+
+        return report_adapters(model, fusion, data)
+    from .peft_report import report_peft
+
+    return report_peft(model, fusion, data)
+
+
+def plot_transfer(
+    table: Any, path: str | os.PathLike[str] | None = None, *, title: str = "", ax: Any = None, **options: Any
+) -> Any:
+    """Draw a heat map, sources by blocks. Needs matplotlib.
+
+    Args:
+        table: a `TransferTable`, or a model, whose `transfer_report(model, **options)` is drawn.
+        path: where to save it, `.png` or `.svg`; None does not save.
+        title: over the map.
+        ax: axes of matplotlib to draw into; None makes a figure. Without `path`.
+        **options: for `transfer_report`.
+
+    Returns:
+        The figure of matplotlib.
+
+    Raises:
+        ConfigError: for a file name of another kind, or options that have no effect.
+    """
+    if path is not None and Path(path).suffix.lower() not in (".png", ".svg"):
+        raise ConfigError(f"path={os.fspath(path)!r} is not allowed: use a name that ends with .png or .svg.")
+    if path is not None and ax is not None:
+        raise ConfigError("path is not allowed together with ax: save the figure that the axes belong to.")
+    if not isinstance(table, TransferTable):
+        table = transfer_report(table, **options)
+    elif options:
+        raise ConfigError(f"{next(iter(options))} has no effect on a table: leave it out.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot_transfer needs matplotlib: pip install 'matplotlib>=3.9'.") from error
+    places, sources = len(table.places), len(table.sources)
+    if ax is None:
+        figure = Figure(figsize=(2.6 + 0.62 * max(places, 3), 1.6 + 0.42 * sources), layout="constrained")
+        ax = figure.add_subplot()
+    else:
+        figure = ax.figure
+    columns = [[row[i] for row in table.values] for i in range(sources)]
+    highest = max((v for row in columns for v in row), default=0.0)
+    image = ax.imshow(columns, cmap="viridis", vmin=0.0, vmax=highest or 1.0, aspect="auto")
+    ax.set_xticks(range(places), table.places, rotation=45 if max(map(len, table.places)) > 3 else 0)
+    ax.set_yticks(range(sources), table.sources)
+    ax.set_xlabel("block")
+    ax.set_ylabel("source")
+    ax.set_title(title)
+    if places <= 24:
+        for y, row in enumerate(columns):
+            for x, value in enumerate(row):
+                dark = value < 0.6 * highest
+                ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    figure.colorbar(image, ax=ax, label=table.measure)
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    return figure
