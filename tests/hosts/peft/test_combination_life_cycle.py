@@ -314,6 +314,34 @@ def test_half_precision_bases(saved: Paths) -> None:
         assert (got - exact).abs().max() < 0.1 * exact.abs().max()
 
 
+def test_what_is_no_parameter_stays_in_single_precision(saved: Paths) -> None:
+    given = {"mnli": 0.3, "qqp": 0.7, "rte": -0.1}
+    config = pa.FixedCombinationPeftConfig(adapters=dict(saved["lora"]), coefficients=given)
+    model = get_peft_model(cases.bert().bfloat16(), config)
+    (omega,) = {
+        u.mixer("value").omega for p, u in sources.units(model).items() if p.endswith("layer.1.attention.self.key")
+    }
+    assert torch.equal(omega, torch.tensor([[-0.1]]))
+    config = pa.AdapterFusionPeftConfig(adapters=dict(saved["pal"]), temperature=True, regularization=0.0)
+    model = get_peft_model(cases.bert().bfloat16(), config).train()
+    for _ in range(2):
+        model(**cases.inputs())
+    taus = [unit.mixer("residual").tau for unit in sources.units(model).values()]
+    torch.testing.assert_close(torch.stack(taus), torch.full((3,), 49.9))
+
+
+def test_generation_uses_the_cache(tmp_path: pathlib.Path) -> None:
+    settings = [pa.PALPeftConfig(hidden_size=r, num_heads=3, task_type="CAUSAL_LM") for r in (12, 18)]
+    paths = {f"s{i}": sources.save(tmp_path / f"s{i}", c, seed=i, build=cases.llama) for i, c in enumerate(settings)}
+    paths["lora"] = sources.save(tmp_path / "l", LoraConfig(target_modules=["v_proj"]), seed=2, build=cases.llama)
+    model = get_peft_model(cases.llama(), pa.ScaLearnPeftConfig(adapters=paths, task_type="CAUSAL_LM")).eval()
+    given = cases.rows_of(cases.inputs("llama"), 0, 2)
+    arguments = {"max_new_tokens": 6, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    cached, whole = (model.generate(**given, **arguments, use_cache=use) for use in (True, False))
+    assert torch.equal(cached.sequences, whole.sequences)
+    torch.testing.assert_close(torch.stack(cached.scores), torch.stack(whole.scores), atol=1e-4, rtol=1e-4)
+
+
 def test_checkpointing_is_exact(saved: Paths) -> None:
     for name in ("scalearn lora", "scalearn_pp houlsby", "scalearn pal"):
         found = []
