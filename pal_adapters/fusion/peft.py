@@ -144,6 +144,12 @@ class CombinationTuner(TaskTuner):
                 f"source {name!r} is not on the model, which has {self._adapters_on_model()}: pass the path or hub id "
                 f"of a saved adapter, adapters={{{name!r}: '<path>'}}, or add the adapter to the model first."
             )
+        if config.bundle and config.fingerprints and config._origin is None and path is not None:
+            # Configs that PEFT's base class or transformers read do not know their folder.
+            try:
+                return read_source(self.model, name, path, revision)
+            except ConfigError as error:
+                raise ConfigError(f"{error} Its bundled copy is found by PeftModel.from_pretrained alone.") from error
         return read_source(self.model, name, path, revision)
 
     def _adapters_on_model(self) -> list[str]:
@@ -282,13 +288,22 @@ class CombinationTuner(TaskTuner):
             shared.append(self._held[key])
         return UnitSources(range(len(parts)), [p.unit for p in parts], [p.own for p in parts], shared, registers=first)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        if not any(isinstance(config, CombinationPeftConfig) for config in self.peft_config.values()):
+            _remove_hook(self.model)
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        for key, hook in list(model._forward_hooks.items()):
-            if hook is add_regularization:
-                del model._forward_hooks[key]
-                model._forward_hooks_with_kwargs.pop(key, None)
+        _remove_hook(model)
         return model
+
+
+def _remove_hook(model: nn.Module) -> None:
+    for key, hook in list(model._forward_hooks.items()):
+        if hook is add_regularization:
+            del model._forward_hooks[key]
+            model._forward_hooks_with_kwargs.pop(key, None)
 
 
 class ScaLearnModel(CombinationTuner):

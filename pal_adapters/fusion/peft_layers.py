@@ -54,9 +54,13 @@ class _Names:
         if shared is not None:
             registered[adapter_name] = shared.train(self.training)
         units[adapter_name] = unit.train(self.training)
+        # `place` brings an adapter to the dtype of the base model, and the host only parameters back to float32. Fixed
+        # coefficients, temperatures and sources keep theirs.
+        kept = [(m, n, b) for m in unit.mixers.modules() for n, b in m.named_buffers(recurse=False)]
         self.place(adapter_name, inference_mode=inference_mode)
-        # Behind `place`, which brings an adapter to the dtype of the base model: sources keep theirs.
         device = self._get_base_layer_device_and_dtype(innermost(self._near[0]))[0]
+        for module, name, buffer in kept:
+            setattr(module, name, buffer.to(device))
         unit.groups = nn.ModuleList(groups).to(device).train(self.training) if known is None else known
 
 
@@ -67,7 +71,7 @@ def _same(one: Iterable[nn.Module], other: Iterable[nn.Module]) -> bool:
 
 def _equal(a: nn.Module, b: nn.Module) -> bool:
     mine, theirs = dict(a.named_buffers()), dict(b.named_buffers())
-    if type(a) is not type(b) or list(mine) != list(theirs):
+    if type(a) is not type(b) or list(mine) != list(theirs) or a.rows != b.rows:
         return False
     if getattr(a, "activations", None) != getattr(b, "activations", None):
         return False

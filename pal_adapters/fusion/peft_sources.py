@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, UnknownAdapterError, UnsupportedError
 from ..hosts.methods import Method
-from ..hosts.peft import adapter_on, commit_of, lora_extras, lora_scaling, method_of, read_adapter
+from ..hosts.peft import adapter_on, lora_extras, lora_scaling, method_of, read_adapter
 from ..hosts.sites import Block, find_blocks, iter_blocks
 from ..units import TaskUnit
 
@@ -130,13 +130,13 @@ def read_source(model: nn.Module, name: str, path: str | None, revision: str | N
     else:
         where, subfolder = locate(path)
         try:
-            config, tensors = read_adapter(model, where, subfolder=subfolder, revision=revision)
+            config, tensors, commit = read_adapter(model, where, subfolder=subfolder, revision=revision)
         except Exception as error:
             raise ConfigError(
                 f"source {name!r} could not be read from {path!r}: {type(error).__name__}: {error}. It has to be a "
                 "folder or a hub repository with adapter_config.json and adapter_model.safetensors."
             ) from error
-        revision = commit_of(where, subfolder=subfolder, revision=revision) or revision
+        revision = commit or revision
     source = Source(name, config, {}, path=path, revision=revision)
     _take_apart(source, {key.removeprefix(_PREFIX): value for key, value in tensors.items()}, model)
     return source

@@ -54,6 +54,8 @@ from typing import Any, cast
 import peft
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from packaging.version import Version
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.tuners_utils import (
@@ -371,27 +373,28 @@ def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Ten
 
 def read_adapter(
     model: nn.Module, path: str, *, subfolder: str | None = None, revision: str | None = None
-) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
-    """Config and tensors of a saved adapter, from a folder or the hub; the names of the tensors as in the file.
+) -> tuple[PeftConfig, dict[str, torch.Tensor], str | None]:
+    """Config and tensors of a saved adapter, and the commit if it is on the hub; names of tensors as in the file.
 
     Args:
         model: the base model, whose own renaming of old checkpoints applies.
+        path: a folder or a hub repository.
+        subfolder: in either.
+        revision: of the repository.
     """
-    where = {"subfolder": subfolder, "revision": revision}
-    config = PeftConfig.from_pretrained(path, **where)
+    commit = None
+    if not os.path.isdir(path):
+        # The host's own download looks for a subfolder inside itself where there is no network.
+        file = hf_hub_download(path, "adapter_config.json", subfolder=subfolder, revision=revision)
+        commit = file.rpartition("/snapshots/")[2].partition("/")[0]
+        try:
+            hf_hub_download(path, "adapter_model.safetensors", subfolder=subfolder, revision=commit)
+        except EntryNotFoundError:
+            hf_hub_download(path, "adapter_model.bin", subfolder=subfolder, revision=commit)
+        path, subfolder = os.path.dirname(file), None
+    folder = path if subfolder is None else os.path.join(path, subfolder)
     mapping = getattr(model, "_checkpoint_conversion_mapping", {})
-    return config, load_peft_weights(path, device="cpu", key_mapping=mapping, **{k: v for k, v in where.items() if v})
-
-
-def commit_of(path: str, *, subfolder: str | None = None, revision: str | None = None) -> str | None:
-    """The commit of an adapter that was read from the hub; None for a folder."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if os.path.isdir(path):
-        return None
-    name = "adapter_config.json" if subfolder is None else f"{subfolder}/adapter_config.json"
-    file = try_to_load_from_cache(path, name, revision=revision)
-    return None if not isinstance(file, str) else file.rpartition("/snapshots/")[2].partition("/")[0]
+    return PeftConfig.from_pretrained(folder), load_peft_weights(folder, device="cpu", key_mapping=mapping), commit
 
 
 def adapter_on(model: nn.Module, adapter_name: str) -> tuple[PeftConfig, dict[str, torch.Tensor]] | None:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -216,6 +217,7 @@ def test_several_targets_on_one_base(saved: Paths) -> None:
     torch.testing.assert_close(cases.run(model, "second", cases.inputs()), outputs["second"], atol=0, rtol=0)
     assert not [n for n, _ in [*model.named_parameters(), *model.named_buffers()] if ".first" in n]
     model.delete_adapter("second")
+    assert not model.base_model.model._forward_hooks
     assert list(model.base_model.model.bert.state_dict()) == list(cases.bert().bert.state_dict())
 
 
@@ -312,6 +314,34 @@ def test_half_precision_bases(saved: Paths) -> None:
         assert (got - exact).abs().max() < 0.1 * exact.abs().max()
 
 
+def test_what_is_no_parameter_stays_in_single_precision(saved: Paths) -> None:
+    given = {"mnli": 0.3, "qqp": 0.7, "rte": -0.1}
+    config = pa.FixedCombinationPeftConfig(adapters=dict(saved["lora"]), coefficients=given)
+    model = get_peft_model(cases.bert().bfloat16(), config)
+    (omega,) = {
+        u.mixer("value").omega for p, u in sources.units(model).items() if p.endswith("layer.1.attention.self.key")
+    }
+    assert torch.equal(omega, torch.tensor([[-0.1]]))
+    config = pa.AdapterFusionPeftConfig(adapters=dict(saved["pal"]), temperature=True, regularization=0.0)
+    model = get_peft_model(cases.bert().bfloat16(), config).train()
+    for _ in range(2):
+        model(**cases.inputs())
+    taus = [unit.mixer("residual").tau for unit in sources.units(model).values()]
+    torch.testing.assert_close(torch.stack(taus), torch.full((3,), 49.9))
+
+
+def test_generation_uses_the_cache(tmp_path: pathlib.Path) -> None:
+    settings = [pa.PALPeftConfig(hidden_size=r, num_heads=3, task_type="CAUSAL_LM") for r in (12, 18)]
+    paths = {f"s{i}": sources.save(tmp_path / f"s{i}", c, seed=i, build=cases.llama) for i, c in enumerate(settings)}
+    paths["lora"] = sources.save(tmp_path / "l", LoraConfig(target_modules=["v_proj"]), seed=2, build=cases.llama)
+    model = get_peft_model(cases.llama(), pa.ScaLearnPeftConfig(adapters=paths, task_type="CAUSAL_LM")).eval()
+    given = cases.rows_of(cases.inputs("llama"), 0, 2)
+    arguments = {"max_new_tokens": 6, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    cached, whole = (model.generate(**given, **arguments, use_cache=use) for use in (True, False))
+    assert torch.equal(cached.sequences, whole.sequences)
+    torch.testing.assert_close(torch.stack(cached.scores), torch.stack(whole.scores), atol=1e-4, rtol=1e-4)
+
+
 def test_checkpointing_is_exact(saved: Paths) -> None:
     for name in ("scalearn lora", "scalearn_pp houlsby", "scalearn pal"):
         found = []
@@ -383,23 +413,21 @@ def test_a_regulariser_without_a_loss_warns(saved: Paths) -> None:
     assert regularization_loss(one(saved)) is None
 
 
-def test_the_regulariser_with_accumulated_gradients(saved: Paths) -> None:
-    """The shares of the batches of one step add up to the whole."""
-    config = pa.ScaLearnPeftConfig(adapters=dict(saved["lora"]), omega_dropout=0.0, regularization=0.5)
-    model = get_peft_model(cases.bert(), config).train()
-    cases.no_dropout(model)
-    rows = [cases.rows_of(cases.inputs(), *r) for r in ((0,), (1, 2, 3))]
-    labels = [LABELS[:1], LABELS[1:]]
+def test_the_regulariser_with_accumulated_gradients(tmp_path: pathlib.Path) -> None:
+    """Losses that are summed over the batches of a step hold it once, whatever the sizes of the batches."""
+    path = sources.save(tmp_path, LoraConfig(target_modules=["q_proj"]), seed=0, build=cases.llama)
+    config = pa.ScaLearnPeftConfig(adapters={"a": path}, omega_dropout=0.0, regularization=0.5)
+    model = get_peft_model(cases.llama(), config)
+    given = cases.inputs("llama")
+    labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    items = (labels != -100).sum()
     whole = 0.0
-    for given, label in zip(rows, labels, strict=True):
-        with torch.enable_grad():
-            base = model.get_base_model()
-            with_term = base(**given, labels=label, num_items_in_batch=4).loss if cases.TRANSFORMERS_5 else None
-            if with_term is None:
-                return  # this version's models do not take it
-            whole += (with_term - model.eval()(**given, labels=label).loss).item()
-            model.train()
-    assert abs(whole - regularization_loss(model).item()) < 1e-4
+    for rows in ((0,), (1, 2, 3)):
+        part = {**cases.rows_of(given, *rows), "labels": labels[list(rows)], "num_items_in_batch": items}
+        whole += model.train()(**part).loss.item() - model.eval()(**part).loss.item()
+    expected = regularization_loss(model)
+    assert expected is not None
+    assert abs(whole - expected.item()) < 1e-4 * expected.item()
 
 
 def test_trainer(saved: Paths, tmp_path: pathlib.Path) -> None:
@@ -416,6 +444,62 @@ def test_trainer(saved: Paths, tmp_path: pathlib.Path) -> None:
     assert best is not None
     loaded = PeftModel.from_pretrained(cases.bert(), best).eval()
     torch.testing.assert_close(logits(loaded), logits(model.eval()), atol=1e-6, rtol=1e-6)
+
+
+def test_sources_on_the_hub(saved: Paths, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The saved config names the commit, and loading asks for it; the hub is the local cache here."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub" / "models--user--adapters"
+    commits = ["a" * 40, "b" * 40]
+    for commit, source in zip(commits, ("mnli", "qqp"), strict=True):
+        shutil.copytree(saved["lora"][source], repository / "snapshots" / commit)
+        shutil.copytree(saved["lora"]["rte"], repository / "snapshots" / commit / "inside" / "rte")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commits[0])
+    adapters = {"first": "user/adapters", "second": "user/adapters/inside/rte"}
+    model = get_peft_model(cases.bert(), pa.ScaLearnPeftConfig(adapters=adapters)).eval()
+    assert model.peft_config["default"].revisions == dict.fromkeys(adapters, commits[0])
+    sources.set_all(model, {"first": 1.0})
+    expected = logits(model)
+    model.save_pretrained(str(tmp_path / "out"))
+    (repository / "refs" / "main").write_text(commits[1])
+    loaded = PeftModel.from_pretrained(cases.bert(), str(tmp_path / "out")).eval()
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-6, rtol=1e-6)
+    other = pa.ScaLearnPeftConfig(adapters=adapters, revisions={"first": commits[1]})
+    model = get_peft_model(cases.bert(), other).eval()
+    assert other.revisions == dict.fromkeys(adapters, commits[1])
+    sources.set_all(model, {"first": 1.0})
+    assert (logits(model) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_loaded_target_trains_on(saved: Paths, tmp_path: pathlib.Path, low_cpu_mem_usage: bool) -> None:
+    model = one(saved, "scalearn_pp lora").eval()
+    sources.randomise(model, seed=3)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(
+        cases.bert(), str(tmp_path), is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    torch.testing.assert_close(logits(loaded.eval()), logits(model), atol=0, rtol=0)
+    names = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (model, loaded)]
+    assert names[0] == names[1]
+    frozen = PeftModel.from_pretrained(cases.bert(), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not [n for n, p in frozen.named_parameters() if p.requires_grad]
+
+
+def test_transformers_own_api(saved: Paths, tmp_path: pathlib.Path) -> None:
+    config = pa.ScaLearnPeftConfig(adapters=dict(saved["lora"]), variant="scalearn_pp")
+    model = get_peft_model(cases.bert(), config).eval()
+    sources.randomise(model, seed=3)
+    model.save_pretrained(str(tmp_path))
+    base = cases.bert()
+    base.load_adapter(str(tmp_path))
+    torch.testing.assert_close(logits(base.eval()), logits(model), atol=0, rtol=0)
+    base = cases.bert()
+    base.add_adapter(pa.ScaLearnPeftConfig(adapters=dict(saved["houlsby"]), regularization=0.1))
+    base(**cases.inputs(), labels=LABELS).loss.backward()
+    assert regularization_loss(base) is not None
 
 
 # What is refused

@@ -316,8 +316,9 @@ def _() -> None:
     assert parameters(host.load_peft_weights) == ["model_id", "device", "key_mapping", "hf_hub_download_kwargs"]
     with tempfile.TemporaryDirectory() as folder:
         lora().save_pretrained(folder)
-        config, tensors = host.read_adapter(cases.bert(), folder)
+        config, tensors, commit = host.read_adapter(cases.bert(), folder)
     assert isinstance(config, LoraConfig)
+    assert commit is None
     assert "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight" in tensors
 
 
