@@ -23,6 +23,8 @@ from .errors import (
 from .hosts.sites import BlockSites, register_block
 
 if TYPE_CHECKING:
+    from .camtl.adapters import CAMTLConfig
+    from .camtl.peft import CAMTLPeftConfig
     from .houlsby.adapters import HoulsbyPALConfig, ParallelHoulsbyConfig
     from .houlsby.peft import HoulsbyPeftConfig
     from .houlsby.variants_peft import HoulsbyPALPeftConfig, ParallelHoulsbyPeftConfig
@@ -39,6 +41,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockSites",
+    "CAMTLConfig",
+    "CAMTLPeftConfig",
     "ConfigError",
     "HoulsbyPALConfig",
     "HoulsbyPALPeftConfig",
@@ -65,7 +69,7 @@ __all__ = [
 
 _MODULES = {
     "adapters": ("pal.adapters", "low_rank.adapters", "top.adapters", "lhuc.adapters", "houlsby.adapters"),
-    "peft": ("pal.peft", "low_rank.peft", "top.peft", "lhuc.peft", "houlsby.peft", "houlsby.variants_peft"),
+    "peft": ("pal.peft", "low_rank.peft", "top.peft", "lhuc.peft", "houlsby.peft", "houlsby.variants_peft", "camtl.peft"),
 }
 _HOSTED = tuple(__all__)
 _missing: dict[str, str] = {}
