@@ -68,8 +68,23 @@ __all__ = [
 ]
 
 _MODULES = {
-    "adapters": ("pal.adapters", "low_rank.adapters", "top.adapters", "lhuc.adapters", "houlsby.adapters"),
-    "peft": ("pal.peft", "low_rank.peft", "top.peft", "lhuc.peft", "houlsby.peft", "houlsby.variants_peft", "camtl.peft"),
+    "adapters": (
+        "pal.adapters",
+        "low_rank.adapters",
+        "top.adapters",
+        "lhuc.adapters",
+        "houlsby.adapters",
+        "camtl.adapters",
+    ),
+    "peft": (
+        "pal.peft",
+        "low_rank.peft",
+        "top.peft",
+        "lhuc.peft",
+        "houlsby.peft",
+        "houlsby.variants_peft",
+        "camtl.peft",
+    ),
 }
 _HOSTED = tuple(__all__)
 _missing: dict[str, str] = {}

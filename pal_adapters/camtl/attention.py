@@ -48,9 +48,7 @@ class ConditionalAttentionBias(nn.Module):
             `"matrix"`, of `c x c`, the same for every block (as the paper's notation reads).
     """
 
-    def __init__(
-        self, size: int, max_length: int, *, modulation: Literal["columns", "matrix"] = "columns"
-    ) -> None:
+    def __init__(self, size: int, max_length: int, *, modulation: Literal["columns", "matrix"] = "columns") -> None:
         super().__init__()
         self.max_length = max_length
         self.columns = block_layout(size, max_length)[1]

@@ -46,9 +46,7 @@ class ConditionalBottleneck(nn.Module):
         return linear(y, self.up.weight, self.up.bias).to(x.dtype)
 
 
-def side_stream(
-    bottlenecks: list[ConditionalBottleneck], outputs: list[Tensor], condition: Condition
-) -> Tensor:
+def side_stream(bottlenecks: list[ConditionalBottleneck], outputs: list[Tensor], condition: Condition) -> Tensor:
     """`f_l = CB_l(z', y_l + f_(l-1))` with `f_0 = 0`, over the outputs `y_l` of all blocks; returns the last."""
     value: Tensor | None = None
     for bottleneck, output in zip(bottlenecks, outputs, strict=True):

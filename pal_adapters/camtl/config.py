@@ -78,7 +78,11 @@ def validate(config: Any) -> None:
             _no_effect("bottleneck_size", config.bottleneck_size, "bottleneck='none'")
     if config.norm_modulate_bias and config.norm_layers is not None and not config.norm_layers:
         _no_effect("norm_modulate_bias", True, "norm_layers=[]")
-    if config.attention_layers is not None and not config.attention_layers and config.attention_modulation != "columns":
+    if (
+        config.attention_layers is not None
+        and not config.attention_layers
+        and config.attention_modulation != "columns"
+    ):
         _no_effect("attention_modulation", config.attention_modulation, "attention_layers=[]")
     if not config.train_base:
         if config.freeze_layers is not None:
@@ -106,7 +110,9 @@ def _upper_half(depth: int) -> list[int]:
 
 def _prepare(config: Any, blocks: list[Block], base_parameters: int) -> Any:
     if config.tasks is None:
-        raise ConfigError("tasks=None is not allowed: pass tasks=[...], the names of the tasks, or how many there are.")
+        raise ConfigError(
+            "tasks=None is not allowed: pass tasks=[...], the names of the tasks, or how many there are."
+        )
     first = blocks[0]
     if any(block.stack != first.stack for block in blocks):
         raise UnsupportedError(
@@ -182,4 +188,5 @@ METHOD = Method(
     build_shared=_build_shared,
     prepare=_prepare,
     unmergeable="its modules depend on the task of each row, which no weight of the base model does.",
+    network=True,
 )

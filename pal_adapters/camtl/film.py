@@ -19,15 +19,15 @@ class Condition(NamedTuple):
 
     Attributes:
         table: `[c, d]`.
-        index: `[b]`, the row of `table` of each row of the batch; None if `table` has one row, or one a batch row.
+        member: `[b]`, the row of `table` of each row of the batch; None if `table` has one row, or one a batch row.
     """
 
     table: Tensor
-    index: Tensor | None
+    member: Tensor | None
 
     def rows(self, values: Tensor) -> Tensor:
         """`[c, ...]` -> `[b, ...]`; `[1, ...]`, to be broadcast, where there is one condition."""
-        return values if self.index is None else values.index_select(0, self.index)
+        return values if self.member is None else values.index_select(0, self.member)
 
 
 def condition_of(table: Tensor, index: Tensor) -> Condition:

@@ -74,7 +74,7 @@ class ConditionalBlock(TaskUnit):
         modules = [self.attention, *self.norms.values(), *self.bottlenecks, self.closing_norm]
         for module in modules:
             if module is not None:
-                module.reset_parameters(identity=identity, generator=generator)  # type: ignore[operator]
+                module.reset_parameters(identity=identity, generator=generator)
 
     @property
     def has_attention(self) -> bool:

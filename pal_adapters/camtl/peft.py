@@ -74,13 +74,13 @@ class CAMTLPeftConfig(TaskPeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.tasks = task_list(self.tasks)  # type: ignore[assignment]
+        self.tasks = task_list(self.tasks)
         validate(self)
         for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
             if getattr(self, name) is not None:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r} is not allowed: the network is in all blocks; say which get which "
-                    "module by attention_layers and norm_layers."
+                    f"{name}={getattr(self, name)!r} is not allowed: the network is in all blocks; say which get "
+                    "which module by attention_layers and norm_layers."
                 )
 
     @classmethod

@@ -6,12 +6,12 @@ module's call, so that another adapter finds its own and no adapter finds the pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .sites import Block
 
@@ -79,7 +79,7 @@ class BaseCopies:
         copies: the trained values by the same names.
     """
 
-    def __init__(self, slots: Slots, copies: Mapping[str, Tensor]) -> None:
+    def __init__(self, slots: Slots, copies: nn.ParameterDict) -> None:
         self.slots = slots
         self.copies = copies
 
@@ -94,7 +94,7 @@ class BaseCopies:
                     parameters = module._parameters
                     original: Any = parameters[name]
                     kept.append((parameters, name, original))
-                    parameters[name] = copy if copy.dtype == original.dtype else copy.to(original.dtype)  # type: ignore[assignment]
+                    parameters[name] = copy if copy.dtype == original.dtype else copy.to(original.dtype)
             yield
         finally:
             for parameters, name, original in reversed(kept):

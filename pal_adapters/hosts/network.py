@@ -1,10 +1,10 @@
 """Hooks that let one network act in a whole model. Knows no method and neither host.
 
 Where a task module adds a term to a block (`attach.py`), a network also changes the input of the first block, the
-attention scores, the norms and the output of the stack, and brings its own copies of pretrained weights. Each block has
-its own `NetworkHooks`. What acts in a block is done in a function that stands in the place of the block's `forward`,
-so that activation checkpointing repeats it, and reads nothing but parameters and the tasks of the rows: a tensor computed
-in front of the block would not get its gradient back from a reentrant checkpoint.
+attention scores, the norms and the output of the stack, and brings its own copies of pretrained weights. Each block
+has its own `NetworkHooks`. What acts in a block is done in a function that stands in the place of the block's
+`forward`, so that activation checkpointing repeats it, and reads nothing but parameters and the tasks of the rows: a
+tensor computed in front of the block would not get its gradient back from a reentrant checkpoint.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Steer(NamedTuple):
     """What acts in the running call of a block."""
 
     unit: NetworkUnit
-    index: Tensor
+    rows: Tensor
 
 
 class NetworkHooks:
@@ -261,8 +261,8 @@ class NetworkHooks:
             x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         if x.dim() != 3:
             raise UnsupportedError(
-                f"{self.block.name} got hidden states of shape {list(x.shape)}: [batch, tokens, width] is needed. Load "
-                "the model with attn_implementation='sdpa' or 'eager' (flash attention removes padding)."
+                f"{self.block.name} got hidden states of shape {list(x.shape)}: [batch, tokens, width] is needed. "
+                "Load the model with attn_implementation='sdpa' or 'eager' (flash attention removes padding)."
             )
         index = self.runner.task_index(x.shape[0], x.device)
         if self.block.index == 0:

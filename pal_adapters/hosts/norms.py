@@ -30,6 +30,11 @@ def is_norm(norm: nn.Module) -> bool:
     return (isinstance(norm, nn.LayerNorm) and norm.weight is not None) or is_rms(norm)
 
 
+def _spans(norm: nn.Module, width: int) -> bool:
+    weight = getattr(norm, "weight", None)
+    return is_norm(norm) and isinstance(weight, Tensor) and tuple(weight.shape) == (width,)
+
+
 def full_norms(block: Block) -> dict[str, nn.Module]:
     """The norms of a block over its whole width, by path.
 
@@ -43,9 +48,8 @@ def full_norms(block: Block) -> dict[str, nn.Module]:
             continue
         if path and type(module).__module__.startswith(_ADDED):
             skipped.append(path)
-        elif path.rpartition(".")[2] not in _INSIDE_ATTENTION and is_norm(module):
-            if tuple(module.weight.shape) == (block.width,):  # type: ignore[union-attr]
-                found[path] = module
+        elif path.rpartition(".")[2] not in _INSIDE_ATTENTION and _spans(module, block.width):
+            found[path] = module
     if not found:
         raise SiteError(
             f"{block.name} has no layer norm or RMS norm over its {block.width} features, which conditional norms "

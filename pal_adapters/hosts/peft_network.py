@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..units import TaskUnit
-from .base_part import block_slots, fill, outer_slots, scratch
+from .base_part import Slots, block_slots, fill, outer_slots, scratch
 from .network import NetworkHooks
 from .peft import TaskTuner
 from .peft_joint import check_trainable, task_parameter_ids
@@ -56,7 +56,7 @@ class NetworkTunerLayer(TaskTunerLayer):
             fill(made.base, inner)
             if block.last and config.top_block_init == "scratch":
                 scratch(made.base, inner, None)
-            outer = {}
+            outer: Slots = {}
             if block.last:
                 headless = getattr(model, "base_model", model)
                 blocks = find_blocks(model, config.sites)
@@ -92,8 +92,8 @@ class NetworkTunerLayer(TaskTunerLayer):
         names = [name for name in self.active_adapters if name in self.units]
         if len(names) > 1:
             raise UnsupportedError(
-                f"{' and '.join(map(repr, names))} are active together, but each {self.method.name} adapter steers the "
-                "whole model: activate one of them."
+                f"{' and '.join(map(repr, names))} are active together, but each {self.method.name} adapter steers "
+                "the whole model: activate one of them."
             )
         return names[0] if names else None
 

@@ -24,8 +24,8 @@ def _number(task: Any, tasks: Sequence[str]) -> int:
     if whole and 0 <= int(task) < len(tasks):
         return int(task)
     raise UnknownAdapterError(
-        f"task_ids has {task!r}, which is no task of this adapter: use one of {', '.join(map(repr, tasks))} or a number "
-        f"from 0 to {len(tasks) - 1}."
+        f"task_ids has {task!r}, which is no task of this adapter: use one of {', '.join(map(repr, tasks))} or a "
+        f"number from 0 to {len(tasks) - 1}."
     )
 
 
@@ -45,8 +45,8 @@ def task_numbers(ids: Any, tasks: Sequence[str], batch: int, *, repeated: bool =
     if ids is None:
         if len(tasks) > 1:
             raise UnsupportedError(
-                f"task_ids is None, but the active adapter has the tasks {', '.join(map(repr, tasks))}: pass task_ids to "
-                "the model, one name or number a row."
+                f"task_ids is None, but the active adapter has the tasks {', '.join(map(repr, tasks))}: pass task_ids "
+                "to the model, one name or number a row."
             )
         return torch.zeros(batch, dtype=torch.long)
     if isinstance(ids, Tensor):

@@ -23,6 +23,14 @@ from .training import (
     predict,
     score,
 )
+from .uncertainty import (
+    Selection,
+    Uncertainty,
+    UncertaintySampler,
+    select_uncertain,
+    uncertain_epoch_length,
+    uncertainty,
+)
 
 __all__ = [
     "ADAPTER_METHODS",
@@ -36,11 +44,14 @@ __all__ = [
     "EncodedSplit",
     "FitResult",
     "MultiTaskModel",
+    "Selection",
     "TaskData",
     "TaskDataError",
     "TaskMetric",
     "TaskSpec",
     "TrainingConfig",
+    "Uncertainty",
+    "UncertaintySampler",
     "annealed_alpha",
     "baseline",
     "default_host",
@@ -55,7 +66,10 @@ __all__ = [
     "predict",
     "primary_metric",
     "score",
+    "select_uncertain",
     "task_names",
     "task_probabilities",
     "train_dev_split",
+    "uncertain_epoch_length",
+    "uncertainty",
 ]

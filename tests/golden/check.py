@@ -2,8 +2,8 @@
 
     python tests/golden/check.py --golden DIR [--host adapters|peft|layer] [--case NAME]
 
-For every case of the PAL family in DIR: builds `BertModel` from `DIR/base`, adds the method through the host's public
-API
+For every case of the PAL and CA-MTL families in DIR: builds `BertModel` from `DIR/base`, adds the method through the
+host's public API
 (`--host layer`: calls the plain modules), loads the case's weights and compares every stored output and gradient.
 Prints
 one line a case and a JSON line last. Exit status 0 only if at least one case ran and all that ran are within 2e-5.
@@ -32,6 +32,12 @@ from pal_adapters.pal.layer import PAL, Projections
 from pal_adapters.top.layer import TopAttention, TopBertLayer
 from pal_adapters.units import TaskUnit, UnitInputs
 
+if __package__:
+    from . import camtl
+else:  # called as a command
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+    from tests.golden import camtl
+
 TOLERANCE = 2e-5
 REPOSITORY = "AsaCooperStickland/Bert-n-Pals"
 Tensors = dict[str, torch.Tensor]
@@ -49,8 +55,12 @@ class Case:
             self.tensors.update(load_file(directory / file))
 
     @property
+    def repository(self) -> str:
+        return self.meta["reference"]["repository"]
+
+    @property
     def ours(self) -> bool:
-        return self.meta["reference"]["repository"] == REPOSITORY
+        return self.repository in (REPOSITORY, camtl.REPOSITORY)
 
     @property
     def reference(self) -> dict[str, Any]:
@@ -384,6 +394,8 @@ class _Namespace:
 
 def compare(case: Case, host: str) -> tuple[float, float] | None:
     """Maximal differences of outputs and gradients, or None where the case says nothing about this host."""
+    if case.repository == camtl.REPOSITORY:
+        return camtl.compare(case, host)
     if "dataset_sizes" in case.meta:
         return compare_sampling(case) if host == "layer" else None
     if case.name.startswith("pal_limits"):
