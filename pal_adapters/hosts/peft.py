@@ -24,6 +24,7 @@ Every touch, for peft 0.21:
 | `BaseTuner._check_merge_allowed`                  | overridden: refuses before anything changes                    |
 | `BaseTuner._unload_and_optionally_merge`          | extended: takes our layers out                                 |
 | `BaseTuner._enable_peft_forward_hooks`            | provided: `adapter_names`, in training too                     |
+| `PeftModel.special_peft_forward_args`             | gets `task_ids` for tuners that route rows by it               |
 | `ModulesToSaveWrapper.forward`                    | replaced while `adapter_names` is in force: the host's mixes   |
 |                                                   | single linear modules only, and no repeated rows               |
 | `PeftModel.forward`                               | hooked, to refuse `task_ids` or to let them pass: the host     |
@@ -141,6 +142,7 @@ def _watch_task_ids(tuner: TaskTuner) -> None:
             handle.remove()
             if isinstance(module, PeftModel) and child is expected:
                 module.register_forward_pre_hook(expected._on_task_ids, with_kwargs=True)
+                module.special_peft_forward_args.update(expected.forward_arguments)
 
     handle = register_module_module_registration_hook(registered)
 
@@ -154,6 +156,8 @@ class TaskTuner(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
     # A hook in front of `PeftModel.forward`; tuners that are steered by tasks replace it.
     _on_task_ids = staticmethod(_refuse_task_ids)
+    # Arguments that only `_enable_peft_forward_hooks` is to see.
+    forward_arguments: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._of_peft_model = isinstance(peft_config, dict)  # else it only serves to inject one adapter

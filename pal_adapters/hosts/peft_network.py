@@ -15,7 +15,8 @@ from .base_part import Slots, block_slots, fill, outer_slots, scratch
 from .network import NetworkHooks
 from .peft import TaskTuner
 from .peft_joint import check_trainable, task_parameter_ids
-from .peft_layer import TaskTunerLayer, tuner_layers
+from .peft_layer import TaskTunerLayer
+from .peft_rows import generates
 from .sites import Block, find_blocks
 from .tasks import ARGUMENT, CARRIED, TaskRows
 
@@ -39,7 +40,14 @@ class NetworkTunerLayer(TaskTunerLayer):
         self.tasks: dict[str, list[str]] = {}
         self._taken: Any = None
         if block.index == 0:
-            self._taken = model.register_forward_pre_hook(task_rows(model).take, with_kwargs=True)
+            self._taken = model.register_forward_pre_hook(self._before_model, with_kwargs=True)
+
+    def _before_model(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Take `task_ids` where no `PeftModel` did, and see to it that checkpointed blocks know their rows again."""
+        rows = task_rows(model)
+        if model.training:
+            rows.repeat_in([m.base_layer for m in model.modules() if isinstance(m, NetworkTunerLayer)])
+        return rows.take(args, kwargs)
 
     def update_layer(self, adapter_name: str, config: Any, shared: nn.Module | None) -> nn.Module | None:
         self.tasks[adapter_name] = config.tasks
@@ -110,6 +118,8 @@ class NetworkTunerLayer(TaskTunerLayer):
 class NetworkTuner(TaskTuner):
     """Base of the tuners of such methods."""
 
+    forward_arguments = (ARGUMENT, CARRIED)
+
     @staticmethod
     def _on_task_ids(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """In front of `PeftModelFor*.forward`, which would drop `task_ids`: let them pass under another name."""
@@ -118,27 +128,18 @@ class NetworkTuner(TaskTuner):
             del kwargs[ARGUMENT]
         return args, kwargs
 
-    def _network_layers(self) -> list[NetworkTunerLayer]:
-        return [layer for _, layer in tuner_layers(self.model) if isinstance(layer, NetworkTunerLayer)]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own, with `task_ids`."""
-        ids = kwargs.pop(ARGUMENT, None)
-        carried = kwargs.pop(CARRIED, None)
-        rows = task_rows(self.model)
-        rows.repeat_in([layer.base_layer for layer in self._network_layers()])
-        with rows.in_force(carried if ids is None else ids):
-            return super().forward(*args, **kwargs)
-
-    def generate(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
-        """The model's own, with `task_ids`; it may repeat the rows of a batch."""
-        with task_rows(self.model).in_force(task_ids, repeated=True):
-            return self.model.generate(*args, **kwargs)
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise UnsupportedError(
                 f"adapter_names is not supported for {self.method.name}: one adapter serves all tasks, pass task_ids."
             )
-        yield
+        ids = kwargs.pop(ARGUMENT, None)
+        carried = kwargs.pop(CARRIED, None)
+        with task_rows(self.model).in_force(carried if ids is None else ids, repeated=generates(self.model, kwargs)):
+            yield
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, which may repeat the rows of a batch."""
+        task_rows(self.model).allow_repeated()
+        return self.model.generate(*args, **kwargs)

@@ -94,8 +94,12 @@ class TaskRows:
         finally:
             self._set(*before)
 
-    def take(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """A hook in front of a model's forward, which takes `task_ids` out of its arguments."""
+    def allow_repeated(self) -> None:
+        """Generation is about to repeat rows (beams, several returned sequences)."""
+        self._repeated = True
+
+    def take(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The arguments of a model's forward without `task_ids`, which are noted."""
         ids = [kwargs[name] for name in (ARGUMENT, CARRIED) if kwargs.get(name) is not None]
         if ids or not self._held:
             # They stay until the next call, since activation checkpointing runs blocks again in the backward pass.
