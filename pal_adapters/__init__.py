@@ -12,6 +12,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from .camtl.network import NetworkSize, add_task, network_size
 from .errors import (
     ConfigError,
     MissingHostError,
@@ -52,6 +53,7 @@ __all__ = [
     "LowRankConfig",
     "LowRankPeftConfig",
     "MissingHostError",
+    "NetworkSize",
     "PALConfig",
     "PALPeftConfig",
     "PalAdaptersError",
@@ -64,6 +66,8 @@ __all__ = [
     "TopBertLayerPeftConfig",
     "UnknownAdapterError",
     "UnsupportedError",
+    "add_task",
+    "network_size",
     "register_block",
 ]
 

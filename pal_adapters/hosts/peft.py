@@ -24,11 +24,11 @@ Every touch, for peft 0.21:
 | `BaseTuner._check_merge_allowed`                  | overridden: refuses before anything changes                    |
 | `BaseTuner._unload_and_optionally_merge`          | extended: takes our layers out                                 |
 | `BaseTuner._enable_peft_forward_hooks`            | provided: `adapter_names`, in training too                     |
-| `PeftModel.special_peft_forward_args`             | gets `task_ids` for tuners that route rows by it               |
 | `ModulesToSaveWrapper.forward`                    | replaced while `adapter_names` is in force: the host's mixes   |
 |                                                   | single linear modules only, and no repeated rows               |
 | `PeftModel.forward`                               | hooked, to refuse `task_ids` or to let them pass: the host     |
 |                                                   | drops them silently                                            |
+| `PeftModel.special_peft_forward_args`             | gets `task_ids` for tuners that route rows by it               |
 | `register_module_module_registration_hook`        | (torch) shows us the `PeftModel` that holds a tuner            |
 | `PreTrainedModel._hf_peft_config_loaded`          | reset if transformers' `add_adapter` failed on a plain model   |
 | `PreTrainedModel._gradient_checkpointing_func`    | wrapped while `adapter_names` is in force, so that a block     |

@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from pal_adapters import add_task, network_size
 from pal_adapters.errors import ConfigError, PalAdaptersError, SiteError, UnknownAdapterError, UnsupportedError
 from tests.zoo import HOST_WARNINGS, V5
 
@@ -251,6 +252,63 @@ def test_compiled(host: str, bottleneck: str) -> None:
         output = compiled(**batch, task_ids=torch.tensor(IDS)).last_hidden_state
     torch.compiler.reset()
     assert close(output, expected)
+
+
+@both
+def test_a_task_is_added_to_a_trained_network(host: str, tmp_path: pathlib.Path) -> None:
+    network, batch = Network(host), inputs("bert")
+    network.randomise()
+    before, expected = network_size(network.model, "all"), network(batch, IDS)
+    others = {n: p.detach().clone() for n, p in network.parameters().items() if "task_embedding" not in n}
+    assert add_task(network.model, "qqp", "all") == 3
+    assert network_size(network.model, "all").added == before.added + before.per_task == before.added + 24
+    assert close(network(batch, IDS), expected)
+    assert all(torch.equal(p, others[n]) for n, p in network.parameters().items() if n in others)
+    network.train()
+    network.model.eval()
+    output = network(batch, ["qqp", "rte", 3, "qqp"])
+    assert close(output[1], network(batch, [0, 0, 0, 0])[1])
+    output.sum().backward()
+    grads = [p.grad for n, p in network.parameters().items() if "task_embedding" in n]
+    assert len(grads) == 1
+    assert grads[0] is not None
+    assert grads[0][3].any()
+    with pytest.raises(ConfigError, match="task='qqp'"):
+        add_task(network.model, "qqp", "all")
+    with pytest.raises(UnknownAdapterError, match="adapter_name='none'"):
+        add_task(network.model, "sst2", "none")
+    fresh = build("bert")
+    if host == "adapters":
+        import adapters
+
+        network.model.save_adapter(str(tmp_path / "all"), "all", use_safetensors=True)
+        adapters.init(fresh)
+        fresh.load_adapter(str(tmp_path / "all"), set_active=True, use_safetensors=True)
+        again: Any = fresh.eval()
+    else:
+        import peft
+
+        network.model.save_pretrained(str(tmp_path))
+        again = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "all")).eval()
+    loaded = again(**batch, task_ids=["qqp", "rte", "qqp", "qqp"]).last_hidden_state
+    assert close(loaded, output)
+
+
+@pytest.mark.parametrize(
+    ("size", "added", "trained", "per_task"),
+    [("base", 19_740_688, 50_205_696, 768), ("large", 146_738_936, 152_204_288, 1024)],
+)
+@both
+def test_counts(host: str, size: str, added: int, trained: int, per_task: int) -> None:
+    large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    with torch.device("meta"):
+        config = transformers.BertConfig(vocab_size=28996, **(large if size == "large" else {}))
+        bottleneck = {"bottleneck": "stream"} if size == "large" else {}
+        network = Network(host, base=transformers.BertModel(config), tasks=8, max_length=128, **bottleneck)
+    found = network_size(network.model, "all")
+    assert (found.added, found.trained_base, found.per_task) == (added, trained, per_task)
+    assert round(100 * found.frozen_share, 1) == (54.4 if size == "large" else 53.6)
+    assert f"{added:,} parameters added" in str(found)
 
 
 _READ = """
