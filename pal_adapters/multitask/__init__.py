@@ -4,6 +4,7 @@ Needs the packages of the extra `train`.
 """
 
 from .data import load_task, train_dev_split
+from .loss import multi_task_loss
 from .metrics import TaskMetric, primary_metric
 from .models import ADAPTER_METHODS, HOSTS, METHODS, SIZED_METHODS, MultiTaskModel, default_host, default_model
 from .sampling import annealed_alpha, task_probabilities
@@ -62,6 +63,7 @@ __all__ = [
     "get_task",
     "load_task",
     "load_toy_task",
+    "multi_task_loss",
     "precompute",
     "predict",
     "primary_metric",
