@@ -205,7 +205,7 @@ def test_presets(host: str) -> None:
 
     cls: Any = pal_adapters.CAMTLConfig if host == "adapters" else pal_adapters.CAMTLPeftConfig
     default, base = cls(tasks=TASKS), cls.preset("ca_mtl_base", tasks=TASKS)
-    assert {k: v for k, v in default.to_dict().items()} == {k: v for k, v in base.to_dict().items()}
+    assert default.to_dict() == base.to_dict()
     large = cls.preset("ca_mtl_large_code", tasks=2, max_length=64)
     assert (large.bottleneck, large.freeze_rule, large.tasks, large.max_length) == ("stream", "code", ["0", "1"], 64)
     assert large.identity_init is False
