@@ -281,6 +281,8 @@ class NetworkHooks:
 
     def _top(self, unit: NetworkUnit, y: Tensor, index: Tensor) -> Tensor:
         h = self._h
+        if h is not None and h.dim() == 2 and h.numel() == y.numel():  # OPT, see `_behind_norm`
+            h = h.view(y.shape)
         if h is None or h.shape != y.shape:
             raise UnsupportedError(
                 f"{self.block.name} runs its feed-forward part on parts of the sequence: set "

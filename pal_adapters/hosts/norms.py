@@ -52,7 +52,7 @@ def full_norms(block: Block) -> dict[str, nn.Module]:
             found[path] = module
     if not found:
         raise SiteError(
-            f"{block.name} has no layer norm or RMS norm over its {block.width} features, which conditional norms "
-            "need: pass norm_layers=[]."
+            f"{block.name} has no layer norm or RMS norm of a known kind over its {block.width} features, which "
+            "conditional norms need: pass norm_layers=[]."
         )
     return found

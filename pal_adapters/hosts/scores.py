@@ -55,12 +55,13 @@ def refusal(attention: nn.Module, positions: dict[str, int], implementation: str
         return "its eager attention multiplies by its only mask: load it with attn_implementation='sdpa'"
     if "MultiHeadSelfAttention" in classes and "DistilBertSelfAttention" not in classes and eager:
         return "its eager attention takes a mask of zeros and ones: load it with attn_implementation='sdpa'"
+    files = [cls.__module__ for cls in type(getattr(attention, "base_layer", attention)).__mro__]
+    if any(file.rpartition(".")[2] in _ADDS_MASK for file in files):
+        return None
     if "position_bias" in positions:
-        return "the blocks pass the sum of mask and position biases on to each other"
-    for cls in type(getattr(attention, "base_layer", attention)).__mro__:
-        file = sys.modules.get(cls.__module__)
-        if cls.__module__.rpartition(".")[2] in _ADDS_MASK or hasattr(file, "ALL_ATTENTION_FUNCTIONS"):
-            return None
+        return "its blocks pass the sum of mask and position biases on to each other"
+    if any(hasattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS") for file in files):
+        return None
     return f"it is not known whether {type(attention).__name__} adds its mask to the scores"
 
 

@@ -229,22 +229,22 @@ def test_activation_checkpointing_gives_the_same_gradients(
 def test_bfloat16(host: str) -> None:
     wide = Network(host)
     wide.randomise()
+    batch = inputs("bert")
     narrow = Network(host, base=build("bert").to(torch.bfloat16))
     narrow.randomise()
-    narrow.model.to(torch.bfloat16)
-    batch = inputs("bert")
-    output = narrow(batch, IDS)
-    assert output.dtype == torch.bfloat16
-    assert close(real(batch, output.float()), real(batch, wide(batch, IDS)), 0.25)
+    for _ in ("modules in float32", "modules in bfloat16"):
+        output = narrow(batch, IDS)
+        assert output.dtype == torch.bfloat16
+        assert close(real(batch, output.float()), real(batch, wide(batch, IDS)), 0.25)
+        narrow.model.to(torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = wide(batch, IDS)
     assert close(real(batch, mixed.float()), real(batch, wide(batch, IDS)), 0.25)
 
 
 @both
-@topologies
-def test_compiled(host: str, bottleneck: str) -> None:
-    network, batch = Network(host, bottleneck=bottleneck), inputs("bert")
+def test_compiled(host: str) -> None:
+    network, batch = Network(host, bottleneck="stream" if host == "peft" else "top"), inputs("bert")
     network.randomise()
     expected = network(batch, torch.tensor(IDS))
     compiled = torch.compile(network.model, backend="eager", fullgraph=host == "peft")
@@ -321,46 +321,50 @@ base = transformers.BertModel.from_pretrained(folder + "/base").eval()
 stored = load_file(folder + "/expected.safetensors")
 batch = {n: stored[n] for n in ("input_ids", "attention_mask")}
 plain = base(**batch).last_hidden_state
+assert (plain - stored["plain"]).abs().max() < 1e-5
 if host == "adapters":
     import adapters
     adapters.init(base)
-    base.load_adapter(folder + "/all", set_active=True, use_safetensors=True)
-    model = base.eval()
+    for name in ("all", "other"):
+        base.load_adapter(folder + "/" + name, use_safetensors=True)
+    model, activate = base.eval(), base.set_active_adapters
 else:
     import peft
-    model = peft.PeftModel.from_pretrained(base, folder + "/all", adapter_name="all").eval()
-output = model(**batch, task_ids=["rte", "cola", "mrpc", "rte"])
-for computed, name in ((output.last_hidden_state, "expected"), (output.pooler_output, "pooled"), (plain, "plain")):
-    assert (computed - stored[name]).abs().max() < 1e-5, name
+    model = peft.PeftModel.from_pretrained(base, folder + "/all", adapter_name="all")
+    model.load_adapter(folder + "/other", adapter_name="other")
+    model, activate = model.eval(), model.set_adapter
+for name in ("other", "all"):
+    activate(name)
+    output = model(**batch, task_ids=["rte", "cola", "mrpc", "rte"])
+    for part, computed in (("", output.last_hidden_state), (".pooled", output.pooler_output)):
+        assert (computed - stored[name + part]).abs().max() < 1e-5, name + part
 print("same")
 """
 
 
 @both
-@topologies
-def test_saved_and_loaded_in_a_new_process(host: str, bottleneck: str, tmp_path: pathlib.Path) -> None:
+def test_saved_and_loaded_in_a_new_process(host: str, tmp_path: pathlib.Path) -> None:
     from safetensors.torch import load_file, save_file
 
     plain = build("bert")
     plain.save_pretrained(tmp_path / "base")
     batch = inputs("bert")
-    network = Network(host, base=copy.deepcopy(plain), bottleneck=bottleneck)
-    network.randomise()
-    folder = tmp_path / "all"
-    if host == "adapters":
-        network.model.save_adapter(str(folder), "all", use_safetensors=True)
-    else:
-        network.model.save_pretrained(str(tmp_path))  # makes a folder of the adapter's name
-    assert folder.is_dir()
-    saved = load_file(next(folder.glob("*.safetensors")))
-    assert sum(v.numel() for v in saved.values()) == sum(p.numel() for p in network.parameters().values())
-    output = network.model(**batch, task_ids=IDS)
-    tensors = {
-        **batch,
-        "expected": output.last_hidden_state,
-        "pooled": output.pooler_output,
-        "plain": plain(**batch)[0],
-    }
+    network = Network(host, base=copy.deepcopy(plain))
+    network.add("other", bottleneck="stream")
+    tensors = {**batch, "plain": plain(**batch)[0]}
+    for seed, name in enumerate(("all", "other")):
+        network.randomise(name, seed=seed)
+        network.activate(name)
+        output = network.model(**batch, task_ids=IDS)
+        tensors |= {name: output.last_hidden_state, f"{name}.pooled": output.pooler_output}
+        if host == "adapters":
+            network.model.save_adapter(str(tmp_path / name), name, use_safetensors=True)
+    if host == "peft":
+        network.model.save_pretrained(str(tmp_path))  # makes folders of the adapters' names
+    for name in ("all", "other"):
+        saved = load_file(next((tmp_path / name).glob("*.safetensors")))
+        assert sum(v.numel() for v in saved.values()) == sum(p.numel() for p in network.parameters(name).values())
+    assert not close(tensors["all"], tensors["other"], 1e-3)
     save_file({n: v.detach().contiguous() for n, v in tensors.items()}, tmp_path / "expected.safetensors")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _READ, host, str(tmp_path)],
@@ -435,6 +439,51 @@ def test_models_without_the_sites_are_refused_and_left_alone(host: str) -> None:
 def test_wrong_configs_are_refused(host: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Network(host, **changes)
+
+
+@both
+@pytest.mark.parametrize("bottleneck", ["top", "stream"])
+@pytest.mark.parametrize("name", ["Mistral", "MPNet", "OPT"])
+def test_other_structures(host: str, name: str, bottleneck: str) -> None:
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40}
+    more: dict[str, Any] = {"OPT": {"ffn_dim": 32, "word_embed_proj_dim": 24}}.get(name, {"intermediate_size": 32})
+    if name == "Mistral":
+        more["num_key_value_heads"] = 2
+    if host == "adapters" and name != "Mistral":
+        pytest.skip("the host does not know the model")
+    base = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes, **more)).eval()
+    network, batch = Network(host, base=base, bottleneck=bottleneck), inputs("bert")
+    network.randomise()
+    mixed = network(batch, IDS)
+    alone = {n: v[1:2] for n, v in batch.items()}
+    assert close(real(alone, network(alone, [2])), real(alone, mixed[1:2]))
+    assert not close(network(batch, [1, 1, 1, 1])[0], mixed[0], 1e-3)
+
+
+@both
+def test_gemma_norms_are_refused(host: str) -> None:
+    config = transformers.GemmaConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
+        intermediate_size=32, vocab_size=40,
+    )  # fmt: skip
+    if host == "adapters":
+        pytest.skip("the host does not know the model")
+    with pytest.raises(SiteError, match=r"no layer norm or RMS norm of a known kind"):
+        Network(host, base=transformers.GemmaModel(config))
+
+
+@both
+def test_static_cache_and_recorded_states(host: str) -> None:
+    network, batch = Network(host, "gpt2", bottleneck="stream"), inputs("gpt2")
+    network.randomise()
+    output = network.model(**batch, task_ids=IDS, output_hidden_states=True)
+    assert close(network.base.lm_head(output.hidden_states[-1]), output.logits)
+    if host == "peft":
+        llama, settings = Network("peft", "llama"), {"max_new_tokens": 4, "do_sample": False, "task_ids": IDS}
+        llama.randomise()
+        batch = inputs("llama")
+        expected = llama.model.generate(**batch, **settings, use_cache=False)
+        assert torch.equal(llama.model.generate(**batch, **settings, cache_implementation="static"), expected)
 
 
 @both
