@@ -6,7 +6,8 @@ BERT-base size, random weights, 16 x 64 tokens, two threads. In every round each
 time is divided by the plain frozen model's forward pass of the same round, and the median over the rounds is reported.
 Peak memory is that of a process of its own for each variant (growth of the resident set during one training step).
 
-Mixed batches compare one forward pass over rows of many tasks with one over the same rows and a single task.
+Mixed batches compare one forward pass over rows of many tasks with one over the same rows and a single task. The part
+`camtl` does so for CA-MTL with 8 tasks and 16 x 128 tokens, and compares with the plain model.
 """
 
 from __future__ import annotations
@@ -224,6 +225,28 @@ def mixed_batches(size: dict[str, int], tasks: int, rows: int, count: int, only:
     return result
 
 
+def ca_mtl(count: int, host: str) -> dict[str, Any]:
+    """CA-MTL with 8 tasks: a mixed batch of 16 x 128 beside the plain model, and beside a batch of one task."""
+    batch = inputs(16, 128)
+    plain = bert(BERT_BASE)
+    if host == "peft":
+        model: Any = peft.get_peft_model(bert(BERT_BASE), pal_adapters.CAMTLPeftConfig(tasks=8))
+    else:
+        model = bert(BERT_BASE)
+        adapters.init(model)
+        model.add_adapter("all", config=pal_adapters.CAMTLConfig(tasks=8))
+        model.set_active_adapters("all")
+    mixed, one = torch.arange(16) % 8, torch.zeros(16, dtype=torch.long)
+    measure = {
+        "plain": lambda: forward(plain, batch),
+        "mixed": lambda: forward(model, {**batch, "task_ids": mixed}),
+        "one": lambda: forward(model, {**batch, "task_ids": one}),
+    }
+    beside_plain = rounds(measure, "plain", count)["mixed"]
+    del measure["plain"]
+    return {"mixed / plain": beside_plain, "8 tasks / 1 task": rounds(measure, "one", count)["mixed"]}
+
+
 def peak_memory(name: str) -> float:
     """MiB by which the resident set grows in one training step, in a process of its own."""
     done = subprocess.run(
@@ -252,7 +275,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="OUT", help="where to write the results")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="*", help="variants to measure")
-    parser.add_argument("--parts", nargs="*", default=["single", "mixed8", "mixed32", "mixed64", "memory"])
+    parser.add_argument("--parts", nargs="*", default=["single", "mixed8", "mixed32", "mixed64", "camtl", "memory"])
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
@@ -286,6 +309,9 @@ def main() -> None:
     ):
         if part in options.parts:
             keep(part, mixed_batches(size, tasks, rows, options.rounds, options.only))
+    if "camtl" in options.parts:
+        for host in ("peft", "adapters"):
+            keep("camtl", {f"{host} {name}": row for name, row in ca_mtl(options.rounds, host).items()})
     for name, row in result.get("single", {}).items():
         step = row.get("step", {}).get("ratio", float("nan"))
         line = f"{name:32} forward {row.get('forward', {}).get('ratio', float('nan')):6.3f}  step {step:6.3f}"
@@ -293,6 +319,8 @@ def main() -> None:
     for part in ("mixed8", "mixed32", "mixed64"):
         for name, row in result.get(part, {}).items():
             print(f"{part} {name:44} {row['ratio']:6.3f} ({row['q1']:.3f} to {row['q3']:.3f})")
+    for name, row in result.get("camtl", {}).items():
+        print(f"camtl {name:28} {row['ratio']:6.3f} ({row['q1']:.3f} to {row['q3']:.3f})")
 
 
 if __name__ == "__main__":

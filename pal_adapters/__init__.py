@@ -12,6 +12,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from .camtl.network import NetworkSize, add_task, network_size
 from .errors import (
     ConfigError,
     MissingHostError,
@@ -26,6 +27,8 @@ from .fusion.report import TransferTable, plot_transfer, transfer_report
 from .hosts.sites import BlockSites, register_block
 
 if TYPE_CHECKING:
+    from .camtl.adapters import CAMTLConfig
+    from .camtl.peft import CAMTLPeftConfig
     from .fusion.adapters import ScaLearnConfig
     from .fusion.peft_config import AdapterFusionPeftConfig, FixedCombinationPeftConfig, ScaLearnPeftConfig
     from .houlsby.adapters import HoulsbyPALConfig, ParallelHoulsbyConfig
@@ -45,6 +48,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterFusionPeftConfig",
     "BlockSites",
+    "CAMTLConfig",
+    "CAMTLPeftConfig",
     "ConfigError",
     "FixedCombinationPeftConfig",
     "Folded",
@@ -56,6 +61,7 @@ __all__ = [
     "LowRankConfig",
     "LowRankPeftConfig",
     "MissingHostError",
+    "NetworkSize",
     "PALConfig",
     "PALPeftConfig",
     "PalAdaptersError",
@@ -71,8 +77,10 @@ __all__ = [
     "TransferTable",
     "UnknownAdapterError",
     "UnsupportedError",
+    "add_task",
     "fold",
     "fusion_regularization",
+    "network_size",
     "plot_transfer",
     "register_block",
     "transfer_report",
@@ -86,6 +94,7 @@ _MODULES = {
         "lhuc.adapters",
         "houlsby.adapters",
         "fusion.adapters",
+        "camtl.adapters",
     ),
     "peft": (
         "pal.peft",
@@ -96,6 +105,7 @@ _MODULES = {
         "houlsby.variants_peft",
         "fusion.peft",
         "fusion.peft_config",
+        "camtl.peft",
     ),
 }
 _HOSTED = tuple(__all__)

@@ -136,6 +136,9 @@ class TaskUnit(nn.Module):
         """Initialise; `identity=True` makes the unit leave the value as it is."""
         raise NotImplementedError
 
+    def mark_frozen(self) -> None:
+        """Take `requires_grad` from what does not train although its adapter does."""
+
     def forward(self, site: str, value: Tensor, inputs: UnitInputs, weights: Weights) -> Tensor:
         """The new value at `site`, `[b, n, d]`, in the dtype of `value`."""
         raise NotImplementedError

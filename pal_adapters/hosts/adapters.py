@@ -63,7 +63,14 @@ from ..errors import ConfigError, MissingHostError, PalAdaptersError, SiteError,
 from . import adapters_fusion, adapters_lora
 from .adapters_composition import architectures
 from .adapters_config import CONFIGS, TaskAdapterConfig, is_ours, task_configs
-from .adapters_layer import TaskLayer, base_parameters, task_parameters, trains_base, unfusable
+from .adapters_layer import (
+    TaskLayer,
+    base_parameters,
+    task_parameters,
+    trains_base,
+    trains_originals,
+    unfusable,
+)
 from .adapters_mixture import Mixture
 from .methods import parameters_of
 from .sites import Block, find_blocks, resolve
@@ -431,7 +438,7 @@ def _filter_func(original: Any) -> Any:
         ours = tuple(f"{table}{config.method.name}_stack" for config in configs)
         prefix = _prefix(self.model)
         base: set[str] = set()
-        if any(config.train_base for config in configs):
+        if any(map(trains_originals, configs)):
             base = {prefix + name for name in base_parameters(self.model.base_model)}
 
         def kept(key: str) -> bool:

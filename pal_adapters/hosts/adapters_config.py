@@ -34,6 +34,8 @@ class TaskAdapterConfig(AdapterConfig):
     init_choices: ClassVar[tuple[str, ...]] = ("zero_decoder", "bert")
     # What the host asks for to put adapters into one Fuse; only methods that add a term behind the feed-forward part.
     fusable: ClassVar[bool] = True
+    # Whether `train_base` trains copies that belong to the adapter, and leaves the model's own weights alone.
+    copies_base: ClassVar[bool] = False
 
     leave_out: list[int] = field(default_factory=list)
     init_weights: str = "zero_decoder"

@@ -20,6 +20,7 @@ from ..errors import UnsupportedError
 from ..units import TaskUnit, UnitInputs
 from .adapters_composition import State, ValueComposition, architectures, grow, task_children
 from .adapters_config import TaskAdapterConfig, is_ours, task_configs
+from .adapters_network import LayerNetwork
 from .attach import Attachment
 from .batch import RowPlan, run_rows, run_unit
 from .methods import generator_for
@@ -52,6 +53,7 @@ class TaskLayer(ValueComposition, nn.Module):
         for layer in self._bottlenecks:
             layer.pal_adapters_task_layer = (self,)
         self.link(model, block)
+        self.network: LayerNetwork | None = None
 
     def link(self, model: nn.Module, block: Block) -> None:
         """Set the model that shared parameters are kept in, and the block as this model counts it.
@@ -60,6 +62,11 @@ class TaskLayer(ValueComposition, nn.Module):
         """
         self._model = (model,)
         self._block = (block,)
+
+    @property
+    def model(self) -> nn.Module:
+        """The host's base model."""
+        return self._model[0]
 
     @property
     def block(self) -> Block:
@@ -99,7 +106,19 @@ class TaskLayer(ValueComposition, nn.Module):
         generator = generator_for(config.init_weights_seed, self.block)
         unit.reset_parameters(identity=config.identity_init, generator=generator)
         unit.to(next(self.block.module.parameters()).device)
-        self.attachment.require(unit.sites, unit.needs)
+        if config.method.network:
+            self.network = self.network or LayerNetwork(self)
+            self.network.complete(unit, config, {id(p) for p in task_parameters(self.model)})
+        else:
+            self.attachment.require(unit.sites, unit.needs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        if self.network is not None and not any(
+            hasattr(u, "slots") for name in self.pal_adapters for u in self.units(name)
+        ):
+            self.network.remove()
+            self.network = None
 
     def _share(self, unit: TaskUnit, adapter_name: str, config: TaskAdapterConfig) -> None:
         block = self.block
@@ -140,6 +159,8 @@ class TaskLayer(ValueComposition, nn.Module):
             if name in self.pal_adapters and name in self._shared:
                 for parameter in self._shared[name].parameters():
                     parameter.requires_grad = True
+            for unit in self.units(name):
+                unit.mark_frozen()
         if trains_base(self.adapters_config, adapter_setup):
             for parameter in base_parameters(self._model[0]).values():
                 parameter.requires_grad = True
@@ -303,7 +324,12 @@ def fuses(setup: AdapterCompositionBlock | str, names: set[str]) -> bool:
 def trains_base(adapters_config: Any, setup: AdapterCompositionBlock | None) -> bool:
     """Whether an adapter of the setup trains the base model too."""
     names = set() if setup is None else setup.flatten()
-    return any(config.train_base for name in names for config in task_configs(adapters_config.get(name)))
+    return any(trains_originals(config) for name in names for config in task_configs(adapters_config.get(name)))
+
+
+def trains_originals(config: TaskAdapterConfig) -> bool:
+    """Whether an adapter trains the model's own pretrained weights, not copies of them."""
+    return config.train_base and not config.copies_base
 
 
 def unfusable(names: Collection[str], layer: TaskLayer) -> str | None:

@@ -33,6 +33,7 @@ class Method:
         build_shared: makes the module that the blocks of one stack share, or None.
         prepare: the config with values that depend on the model filled in.
         unmergeable: why the method cannot be merged into the base weights.
+        network: whether an adapter is one network for many tasks, whose units act as `network.NetworkUnit` says.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Method:
     unmergeable: str
     build_shared: Callable[[Any, Block], nn.Module | None] = lambda config, block: None
     prepare: Callable[[Any, list[Block], int], Any] = lambda config, blocks, base_parameters: config
+    network: bool = False
 
 
 def parameters_of(model: nn.Module, blocks: list[Block], task_parameters: Iterable[nn.Parameter]) -> int:

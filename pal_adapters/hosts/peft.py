@@ -26,7 +26,9 @@ Every touch, for peft 0.21:
 | `BaseTuner._enable_peft_forward_hooks`            | provided: `adapter_names`, in training too                     |
 | `ModulesToSaveWrapper.forward`                    | replaced while `adapter_names` is in force: the host's mixes   |
 |                                                   | single linear modules only, and no repeated rows               |
-| `PeftModel.forward`                               | hooked, to refuse `task_ids`: the host drops them silently     |
+| `PeftModel.forward`                               | hooked, to refuse `task_ids` or to let them pass: the host     |
+|                                                   | drops them silently                                            |
+| `PeftModel.special_peft_forward_args`             | gets `task_ids` for tuners that route rows by it               |
 | `register_module_module_registration_hook`        | (torch) shows us the `PeftModel` that holds a tuner            |
 | `PreTrainedModel._hf_peft_config_loaded`          | reset if transformers' `add_adapter` failed on a plain model   |
 | `PreTrainedModel._gradient_checkpointing_func`    | wrapped while `adapter_names` is in force, so that a block     |
@@ -137,8 +139,8 @@ def _refuse_task_ids(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> No
         )
 
 
-def _watch_task_ids(tuner: nn.Module) -> None:
-    """Give the `PeftModel` that is about to hold `tuner` a hook that refuses `task_ids`.
+def _watch_task_ids(tuner: TaskTuner) -> None:
+    """Give the `PeftModel` that is about to hold `tuner` a hook that sees `task_ids`.
 
     `PeftModelFor*.forward` takes `task_ids` and passes it on for POLY alone, and a tuner never meets its `PeftModel`.
     """
@@ -149,7 +151,8 @@ def _watch_task_ids(tuner: nn.Module) -> None:
         if expected is None or child is expected:
             handle.remove()
             if isinstance(module, PeftModel) and child is expected:
-                module.register_forward_pre_hook(_refuse_task_ids, with_kwargs=True)
+                module.register_forward_pre_hook(expected._on_task_ids, with_kwargs=True)
+                module.special_peft_forward_args.update(expected.forward_arguments)
 
     handle = register_module_module_registration_hook(registered)
 
@@ -161,6 +164,10 @@ class TaskTuner(BaseTuner):
     prefix: str
     tuner_layer_cls: type[BaseTunerLayer]
     target_module_mapping: dict[str, list[str]] = {}
+    # A hook in front of `PeftModel.forward`; tuners that are steered by tasks replace it.
+    _on_task_ids = staticmethod(_refuse_task_ids)
+    # Arguments that only `_enable_peft_forward_hooks` is to see.
+    forward_arguments: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._of_peft_model = isinstance(peft_config, dict)  # else it only serves to inject one adapter

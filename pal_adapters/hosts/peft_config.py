@@ -34,6 +34,8 @@ class TaskPeftConfig(PeftConfig):
     """
 
     method: ClassVar[Method]
+    # Whether `train_base` trains copies that belong to the adapter, and leaves the model's own weights alone.
+    copies_base: ClassVar[bool] = False
 
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Blocks to adapt; all by default."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Blocks to leave out."})

@@ -45,8 +45,8 @@ def base_tensors(model: nn.Module, *, tied: Literal["once", "each"] = "once") ->
 
 
 def is_joint(config: Any) -> bool:
-    """Whether the pretrained weights belong to an adapter."""
-    return getattr(config, "train_base", False) is True
+    """Whether the model's own pretrained weights belong to an adapter (not copies of them)."""
+    return getattr(config, "train_base", False) is True and not getattr(config, "copies_base", False)
 
 
 def mark_base(model: nn.Module, active: Iterable[str], configs: Mapping[str, Any] | None = None) -> None:

@@ -140,6 +140,8 @@ class TaskTunerLayer(TunerLayer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "method"):  # a base of the layers of several methods
+            return
         cls.prefix = f"{cls.method.name}_"
         cls.adapter_layer_names = (f"{cls.prefix}units", f"{cls.prefix}shared")
 
@@ -178,10 +180,14 @@ class TaskTunerLayer(TunerLayer):
             unit.share(shared)
         unit.reset_parameters(identity=identity)
         unit.train(self.training)
+        self.complete(unit, config)
         self.units[adapter_name] = unit
-        self.attachment.require(unit.sites, unit.needs)
         self.place(adapter_name, inference_mode=config.inference_mode)
         return shared
+
+    def complete(self, unit: TaskUnit, config: Any) -> None:
+        """Install the hooks that a fresh unit asks for."""
+        self.attachment.require(unit.sites, unit.needs)
 
     def detach(self) -> None:
         """Take the hooks off the block and the layer out of it."""

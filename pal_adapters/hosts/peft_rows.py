@@ -46,7 +46,7 @@ def _batch_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return None
 
 
-def _generates(model: nn.Module, kwargs: dict[str, Any]) -> bool:
+def generates(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether these arguments are for `generate`, which `PeftModel` without a task type calls past the tuner."""
     return bool(set(kwargs) - set(inspect.signature(type(model).forward).parameters))
 
@@ -96,7 +96,7 @@ class Routing:
 
     def __init__(self, model: nn.Module, names: Any, known: Sequence[str], kwargs: dict[str, Any]) -> None:
         self.model = model
-        self.repeated = _generates(model, kwargs)
+        self.repeated = generates(model, kwargs)
         checkpointed = model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
         self.plan = RowPlan(check_names(names, known), keep=not checkpointed)
         self._layers = [layer for _, layer in tuner_layers(model) if isinstance(layer, RowRouting)]

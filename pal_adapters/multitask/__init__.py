@@ -4,6 +4,7 @@ Needs the packages of the extra `train`.
 """
 
 from .data import load_task, train_dev_split
+from .loss import multi_task_loss
 from .metrics import TaskMetric, primary_metric
 from .models import ADAPTER_METHODS, HOSTS, METHODS, SIZED_METHODS, MultiTaskModel, default_host, default_model
 from .sampling import annealed_alpha, task_probabilities
@@ -24,6 +25,14 @@ from .training import (
     score,
 )
 from .transfer import COMBINATIONS, TransferModel
+from .uncertainty import (
+    Selection,
+    Uncertainty,
+    UncertaintySampler,
+    select_uncertain,
+    uncertain_epoch_length,
+    uncertainty,
+)
 
 __all__ = [
     "ADAPTER_METHODS",
@@ -38,12 +47,15 @@ __all__ = [
     "EncodedSplit",
     "FitResult",
     "MultiTaskModel",
+    "Selection",
     "TaskData",
     "TaskDataError",
     "TaskMetric",
     "TaskSpec",
     "TrainingConfig",
     "TransferModel",
+    "Uncertainty",
+    "UncertaintySampler",
     "annealed_alpha",
     "baseline",
     "default_host",
@@ -54,11 +66,15 @@ __all__ = [
     "get_task",
     "load_task",
     "load_toy_task",
+    "multi_task_loss",
     "precompute",
     "predict",
     "primary_metric",
     "score",
+    "select_uncertain",
     "task_names",
     "task_probabilities",
     "train_dev_split",
+    "uncertain_epoch_length",
+    "uncertainty",
 ]

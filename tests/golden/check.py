@@ -2,13 +2,10 @@
 
     python tests/golden/check.py --golden DIR [--host adapters|peft|layer] [--case NAME]
 
-For every case of the PAL and ScaLearn families in DIR: builds `BertModel` from `DIR/base`, adds the method through the
-host's public API
-(`--host layer`: calls the plain modules), loads the case's weights and compares every stored output and gradient.
-Prints
-one line a case and a JSON line last. Exit status 0 only if at least one case ran and all that ran are within 2e-5.
-Cases of
-other methods are listed as `not yet`.
+For every case in DIR: builds `BertModel` from `DIR/base`, adds the method through the host's public API (`--host layer`:
+calls the plain modules), loads the case's weights and compares every stored output and gradient. Prints one line a case
+and a JSON line last. Exit status 0 only if at least one case ran and all that ran are within 2e-5. Cases that say nothing
+about the host, or that are of no method of this package, are listed as `not yet`.
 """
 
 from __future__ import annotations
@@ -33,9 +30,10 @@ from pal_adapters.top.layer import TopAttention, TopBertLayer
 from pal_adapters.units import TaskUnit, UnitInputs
 
 if __package__:
-    from . import fusion_cases
-else:  # run as a script
-    import fusion_cases  # type: ignore[no-redef]
+    from . import camtl, fusion_cases
+else:  # called as a command
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+    from tests.golden import camtl, fusion_cases
 
 TOLERANCE = 2e-5
 REPOSITORY = "AsaCooperStickland/Bert-n-Pals"
@@ -54,8 +52,12 @@ class Case:
             self.tensors.update(load_file(directory / file))
 
     @property
+    def repository(self) -> str:
+        return self.meta["reference"]["repository"]
+
+    @property
     def ours(self) -> bool:
-        return self.meta["reference"]["repository"] in (REPOSITORY, fusion_cases.REPOSITORY)
+        return self.repository in (REPOSITORY, camtl.REPOSITORY, fusion_cases.REPOSITORY)
 
     @property
     def reference(self) -> dict[str, Any]:
@@ -389,8 +391,10 @@ class _Namespace:
 
 def compare(case: Case, host: str) -> tuple[float, float] | None:
     """Maximal differences of outputs and gradients, or None where the case says nothing about this host."""
-    if case.meta["reference"]["repository"] == fusion_cases.REPOSITORY:
+    if case.repository == fusion_cases.REPOSITORY:
         return fusion_cases.compare(case, host)
+    if case.repository == camtl.REPOSITORY:
+        return camtl.compare(case, host)
     if "dataset_sizes" in case.meta:
         return compare_sampling(case) if host == "layer" else None
     if case.name.startswith("pal_limits"):

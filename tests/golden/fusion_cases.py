@@ -251,10 +251,8 @@ def compare(case: Any, host: str) -> tuple[float, float] | None:
     if host == "adapters":
         return compare_adapters(case)
     if host == "peft":
-        if __package__:
-            from . import check_peft_fusion
-        else:  # run as a script
-            import check_peft_fusion  # type: ignore[no-redef]
+        from . import check_peft_fusion
+
         with tempfile.TemporaryDirectory() as folder:
             return check_peft_fusion.compare(case, pathlib.Path(folder))
     return regularize(case) if host == "layer" else None

@@ -59,6 +59,21 @@ def test_temperature_sampling_equals_the_authors_code() -> None:
     assert max(fusion_cases.compare_sampling(check.Case(DATA, "scalearn_sampling"))) <= 1e-12
 
 
+@pytest.mark.parametrize("name", sorted(p.stem for p in DATA.glob("camtl_*.json") if "encoder" not in p.stem))
+def test_ca_mtl_modules_equal_the_authors_code(name: str) -> None:
+    case = check.Case(DATA, name)
+    results = [result for host in [*HOSTS, "layer"] if (result := check.compare(case, host)) is not None]
+    assert results
+    assert max(max(result) for result in results) <= check.TOLERANCE
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in DATA.glob("mt_uncertainty*.json")))
+def test_uncertainty_equals_the_authors_code(name: str) -> None:
+    result = check.compare(check.Case(DATA, name), "layer")
+    assert result is not None
+    assert max(result) <= 1e-6
+
+
 def test_sizes_that_the_reference_fails_on_are_refused() -> None:
     assert check.compare_limits(check.Case(DATA, "pal_limits")) == (0.0, 0.0)
 
@@ -87,6 +102,6 @@ def test_command_fails_when_a_number_differs(tmp_path: pathlib.Path, capsys: pyt
 def test_cases_of_methods_not_built_are_never_passed(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "camtl_film.json").write_text(json.dumps({"reference": {"repository": "CAMTL/CA-MTL"}}))
+    (tmp_path / "other.json").write_text(json.dumps({"reference": {"repository": "some/other"}}))
     assert check.main(["--golden", str(tmp_path)]) == 1  # nothing ran
-    assert capsys.readouterr().out.startswith("camtl_film not yet")
+    assert capsys.readouterr().out.startswith("other not yet")

@@ -22,6 +22,7 @@ from peft.utils import peft_types
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
+import pal_adapters
 from pal_adapters.hosts import peft as host
 from pal_adapters.houlsby.peft import HoulsbyModel
 from pal_adapters.lhuc.peft import LHUCModel
@@ -257,6 +258,17 @@ def _() -> None:
     lora(task_type="SEQ_CLS")(**cases.inputs(), task_ids=torch.tensor([0]))  # dropped in silence
     hooks = cases.peft_model("lhuc")._forward_pre_hooks.values()
     assert list(hooks) == [host._refuse_task_ids]
+
+
+@touch("PeftModel.special_peft_forward_args")
+def _() -> None:
+    assert cases.peft_model("lhuc").special_peft_forward_args == {"adapter_names", "alora_offsets"}
+    network = get_peft_model(cases.bert(), pal_adapters.CAMTLPeftConfig(tasks=2))
+    assert network.special_peft_forward_args > {"adapter_names", "task_ids"}
+    seen: list[dict[str, Any]] = []
+    network.base_model.model.forward = lambda **kwargs: seen.append(kwargs)
+    network(input_ids=torch.zeros(1, 2), task_ids=[0])
+    assert "task_ids" not in seen[0]
 
 
 @touch("register_module_module_registration_hook")

@@ -1,0 +1,58 @@
+"""The norms of a block over the model's width. Knows no method and neither host."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..errors import SiteError
+from .sites import Block
+
+# Norms over queries and keys are no norms of the residual stream.
+_INSIDE_ATTENTION = frozenset({"q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"})
+_ADDED = ("adapters.methods", "peft", "pal_adapters")
+
+
+def is_rms(norm: nn.Module) -> bool:
+    """Whether a module is an RMS norm `x / rms(x) * weight`, as in Llama and T5.
+
+    Gemma's, which multiplies with `1 + weight`, has no `variance_epsilon`.
+    """
+    return isinstance(getattr(norm, "variance_epsilon", None), float) and isinstance(norm.weight, Tensor)
+
+
+def norm_eps(norm: nn.Module) -> float:
+    """The small number in the denominator of a norm."""
+    return float(norm.variance_epsilon if is_rms(norm) else norm.eps)  # type: ignore[arg-type]
+
+
+def is_norm(norm: nn.Module) -> bool:
+    """Whether a module is a layer norm with a weight, or an RMS norm."""
+    return (isinstance(norm, nn.LayerNorm) and norm.weight is not None) or is_rms(norm)
+
+
+def _spans(norm: nn.Module, width: int) -> bool:
+    weight = getattr(norm, "weight", None)
+    return is_norm(norm) and isinstance(weight, Tensor) and tuple(weight.shape) == (width,)
+
+
+def full_norms(block: Block) -> dict[str, nn.Module]:
+    """The norms of a block over its whole width, by path.
+
+    Raises:
+        SiteError: if it has none of a known kind.
+    """
+    found: dict[str, nn.Module] = {}
+    skipped: list[str] = []
+    for path, module in block.module.named_modules():
+        if any(path == s or path.startswith(s + ".") for s in skipped):
+            continue
+        if path and type(module).__module__.startswith(_ADDED):
+            skipped.append(path)
+        elif path.rpartition(".")[2] not in _INSIDE_ATTENTION and _spans(module, block.width):
+            found[path] = module
+    if not found:
+        raise SiteError(
+            f"{block.name} has no layer norm or RMS norm of a known kind over its {block.width} features, which "
+            "conditional norms need: pass norm_layers=[]."
+        )
+    return found

@@ -1,0 +1,117 @@
+"""A term in the attention scores, brought in through the additive attention mask. Knows no method and neither host."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+from .masks import normalise_mask
+
+MASKS = ("attention_mask", "mask", "attn_mask")
+
+# transformers 4.57 writes these attentions out, with a mask that is added; the others go through the common interface.
+_ADDS_MASK = frozenset(
+    f"modeling_{name}"
+    for name in (
+        "bert", "roberta", "xlm_roberta", "xlm_roberta_xl", "camembert", "electra", "mpnet", "openai", "distilbert",
+        "bert_generation", "ernie", "roberta_prelayernorm", "esm",
+    )
+)  # fmt: skip
+
+
+def mask_argument(attention: nn.Module, positions: dict[str, int]) -> str | None:
+    """The argument of a self-attention that is added to its scores, or None."""
+    named = next((name for name in MASKS if name in positions), None)
+    # transformers 4.57, ViT: the only tensor that reaches the kernel, which adds it (sdpa) or multiplies (eager).
+    return "head_mask" if named is None and "head_mask" in positions else named
+
+
+def refusal(attention: nn.Module, positions: dict[str, int], implementation: str | None) -> str | None:
+    """Why a self-attention takes no additive term, or None.
+
+    Args:
+        attention: the module.
+        positions: its arguments.
+        implementation: the model's `attn_implementation`.
+    """
+    if implementation not in (None, "eager", "sdpa"):
+        return (
+            f"attn_implementation={implementation!r} has no place for a term in its scores: load the model with "
+            "attn_implementation='sdpa' or 'eager'"
+        )
+    classes = {cls.__name__ for module in attention.modules() for cls in type(module).__mro__}
+    if any(name.startswith("Disentangled") for name in classes):
+        return "its attention takes a mask of True and False, not one that is added to the scores"
+    argument = mask_argument(attention, positions)
+    if argument is None:
+        return "its self-attention takes no mask"
+    eager = implementation == "eager"
+    if argument == "head_mask" and eager:
+        return "its eager attention multiplies by its only mask: load it with attn_implementation='sdpa'"
+    if "MultiHeadSelfAttention" in classes and "DistilBertSelfAttention" not in classes and eager:
+        return "its eager attention takes a mask of zeros and ones: load it with attn_implementation='sdpa'"
+    files = [cls.__module__ for cls in type(getattr(attention, "base_layer", attention)).__mro__]
+    if any(file.rpartition(".")[2] in _ADDS_MASK for file in files):
+        return None
+    if "position_bias" in positions:
+        return "its blocks pass the sum of mask and position biases on to each other"
+    if any(hasattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS") for file in files):
+        return None
+    return f"it is not known whether {type(attention).__name__} adds its mask to the scores"
+
+
+def past_length(cache: Any, layer: int) -> int:
+    """How many tokens a generation cache holds for one block."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    if cache is None or not hasattr(cache, "get_seq_length"):
+        return 0
+    return int(cache.get_seq_length(layer))
+
+
+def with_bias(mask: Any, bias: Tensor, *, causal: bool, window: int | None, dtype: torch.dtype) -> Tensor:
+    """An additive mask that hides what `mask` hides and adds `bias` to the rest.
+
+    Args:
+        mask: as the self-attention got it, in any form.
+        bias: `[b, 1, q, k]`, or `[1, 1, q, k]`.
+        causal: whether the self-attention hides later positions.
+        window: see `normalise_mask`.
+        dtype: of the scores.
+
+    Returns:
+        `[b, h, q, k]`, heads and rows broadcast where they are equal.
+
+    Raises:
+        UnsupportedError: for a mask of an unknown form, or too few keys for a window of them.
+    """
+    queries, keys = bias.shape[-2:]
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        if mask.shape[-1] < keys:
+            raise UnsupportedError(
+                f"the self-attention sees {mask.shape[-1]} of {keys} tokens: the conditional attention needs all."
+            )
+        # Static caches: slots that are not filled yet.
+        bias = F.pad(bias, (0, mask.shape[-1] - keys))
+        keys = mask.shape[-1]
+    per_head = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] != 1 and mask.is_floating_point()
+    if per_head:
+        hidden: Tensor | None = mask
+    else:
+        hidden, is_causal = normalise_mask(
+            mask, q_len=queries, kv_len=keys, causal=causal, device=bias.device, window=window
+        )
+        if is_causal:
+            hidden = torch.ones(queries, keys, dtype=torch.bool, device=bias.device).tril(keys - queries)[None, None]
+    floor = torch.finfo(dtype).min
+    bias = bias.to(dtype)
+    if hidden is None:
+        return bias
+    if hidden.dtype == torch.bool:
+        return bias.masked_fill(~hidden, floor)
+    # The sum may leave the range of a narrow dtype, and a row of minus infinities would be NaN.
+    return (bias + hidden.to(dtype)).clamp(min=floor)

@@ -1,0 +1,512 @@
+"""CA-MTL through both hosts: values, rows of mixed batches, life cycle, errors."""
+
+from __future__ import annotations
+
+import copy
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from pal_adapters import add_task, network_size
+from pal_adapters.errors import ConfigError, PalAdaptersError, SiteError, UnknownAdapterError, UnsupportedError
+from tests.zoo import HOST_WARNINGS, V5
+
+from .network import HOSTS, TASKS, Network, build, inputs, real
+
+pytestmark = [
+    *HOST_WARNINGS,
+    pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
+]
+KINDS = ["bert", "roberta", "distilbert", "electra", "vit", "gpt2", "llama"]
+IDS = [0, 2, 1, 0]
+ROOT = pathlib.Path(__file__).parents[2]
+both = pytest.mark.parametrize("host", HOSTS)
+topologies = pytest.mark.parametrize("bottleneck", ["top", "stream"])
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    transformers.logging.set_verbosity_error()
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 2e-5) -> bool:
+    return float((a - b).detach().abs().max()) <= tolerance
+
+
+@both
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_bottleneck_and_zero_film_is_the_plain_model(host: str, kind: str) -> None:
+    batch = inputs(kind)
+    plain = build(kind)(**batch)[0].detach()
+    network = Network(host, kind, bottleneck="none")
+    assert close(real(batch, network(batch, IDS)), real(batch, plain), 3e-6)
+
+
+@both
+def test_one_task_and_eager_attention_is_the_plain_model_bit_for_bit(host: str) -> None:
+    batch = inputs("bert")
+    network = Network(host, base=build("bert", _attn_implementation="eager"), bottleneck="none", tasks=1)
+    output = network(batch)
+    network.activate(None)
+    assert torch.equal(network(batch), output)
+
+
+@both
+@topologies
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixed_batch_equals_one_forward_per_row(host: str, kind: str, bottleneck: str) -> None:
+    network, batch = Network(host, kind, bottleneck=bottleneck), inputs(kind)
+    network.randomise()
+    mixed = network(batch, torch.tensor(IDS))
+    for row, task in enumerate(IDS):
+        alone = {n: v[row : row + 1] for n, v in batch.items()}
+        assert close(real(alone, network(alone, [TASKS[task]])), real(alone, mixed[row : row + 1]))
+    other = [1, 1, 2, 2]
+    assert not close(network(batch, other)[0], mixed[0], 1e-3)  # the task matters
+    order = [2, 0, 3, 1]
+    shuffled = network({n: v[order] for n, v in batch.items()}, [TASKS[IDS[i]] for i in order])
+    assert close(shuffled, mixed[order])
+
+
+@both
+@topologies
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_masked_tokens_change_nothing(host: str, kind: str, bottleneck: str) -> None:
+    network, batch = Network(host, kind, bottleneck=bottleneck), inputs(kind)
+    network.randomise()
+    before = network(batch, IDS)
+    ids = torch.where(batch["attention_mask"] == 0, 7, batch["input_ids"])
+    assert close(real(batch, network({**batch, "input_ids": ids}, IDS)), real(batch, before), 1e-6)
+
+
+@both
+@topologies
+def test_kernels_agree_and_shorter_sequences_take_the_leading_part(host: str, bottleneck: str) -> None:
+    results = []
+    for implementation in ("eager", "sdpa"):
+        network = Network(host, base=build("bert", _attn_implementation=implementation), bottleneck=bottleneck)
+        network.randomise()
+        batch = inputs("bert", tokens=12)
+        results.append(network(batch, IDS))
+    assert close(*results)
+    padded = {n: torch.nn.functional.pad(v, (0, 4)) for n, v in batch.items()}
+    assert close(network(padded, IDS)[:, :12], results[-1])
+
+
+@both
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@topologies
+def test_cached_generation_equals_uncached(host: str, kind: str, bottleneck: str) -> None:
+    if host == "adapters" and kind == "llama":
+        pytest.skip("adapters 1.3 loses the cache of Llama itself, see the tests of that host")
+    network, batch = Network(host, kind, bottleneck=bottleneck), inputs(kind)
+    network.randomise()
+    settings = {"max_new_tokens": 5, "do_sample": False, "task_ids": torch.tensor(IDS), "eos_token_id": None}
+    cached = network.model.generate(**batch, **settings, use_cache=True)
+    assert torch.equal(cached, network.model.generate(**batch, **settings, use_cache=False))
+    beams = network.model.generate(**batch, **settings, use_cache=True, num_beams=2)
+    assert torch.equal(beams, network.model.generate(**batch, **settings, use_cache=False, num_beams=2))
+
+
+@both
+@topologies
+def test_deactivated_and_deleted_is_exactly_the_plain_model(host: str, bottleneck: str) -> None:
+    batch = inputs("bert")
+    plain = build("bert")
+    if host == "adapters":
+        import adapters
+
+        adapters.init(plain)
+    expected, state = plain(**batch)[0], plain.state_dict()
+    network = Network(host, bottleneck=bottleneck)
+    network.randomise()
+    network.activate(None)
+    assert torch.equal(network.model(**batch).last_hidden_state, expected)
+    network.activate("all")
+    assert not close(network(batch, IDS), expected, 1e-3)
+    network.add("other", bottleneck="none")
+    network.activate("other")
+    network.model.delete_adapter("all")
+    assert close(network(batch, IDS), expected, 3e-6)
+    network.model.delete_adapter("other")
+    base = network.model.unload() if host == "peft" else network.base
+    assert torch.equal(base(**batch)[0], expected)
+    kept = {n: v for n, v in base.state_dict().items() if n in state}
+    assert len(kept) == len(state)
+    assert all(torch.equal(v, state[n]) for n, v in kept.items())
+    assert not [n for n, _ in base.named_parameters() if "ca_mtl" in n]
+    assert all("forward" not in module.__dict__ for module in base.encoder.layer)
+
+
+@both
+def test_two_networks_keep_their_own_weights(host: str) -> None:
+    network, batch = Network(host), inputs("bert")
+    network.add("other", bottleneck="stream", tasks=2)
+    outputs = {}
+    for seed, name in enumerate(("all", "other")):
+        network.randomise(name, seed=seed)
+        network.activate(name)
+        outputs[name] = network(batch, [0, 1, 1, 0])
+    assert not close(outputs["all"], outputs["other"], 1e-3)
+    network.activate("all")
+    assert torch.equal(network(batch, [0, 1, 1, 0]), outputs["all"])
+    clone = copy.deepcopy(network.model)
+    network.randomise("all", seed=9)
+    again = clone(**batch, task_ids=[0, 1, 1, 0]).last_hidden_state
+    assert torch.equal(again, outputs["all"])
+
+
+@both
+@topologies
+def test_what_trains(host: str, bottleneck: str) -> None:
+    network, batch = Network(host, bottleneck=bottleneck), inputs("bert")
+    network.randomise()
+    network.train()
+    own = network.parameters()
+    assert own
+    training = {n for n, p in network.model.named_parameters() if p.requires_grad}
+    assert training == set(own)
+    frozen = 2 if bottleneck == "stream" else 1
+    assert [bool(unit.base) for unit in network.units()] == [i >= frozen for i in range(4)]
+    before = {n: p.detach().clone() for n, p in network.model.named_parameters()}
+    optimizer = torch.optim.SGD(network.model.parameters(), lr=0.1)
+    output = network.model(**batch, task_ids=[0, 0, 1, 1])
+    (output.last_hidden_state.sum() + output.pooler_output.square().sum()).backward()
+    optimizer.step()
+    still = {n for n, p in own.items() if p.grad is None or not p.grad.any()}
+    # Only the attention's key biases, which a softmax ignores, may rest.
+    assert all("key__bias" in name for name in still)
+    for name, parameter in network.model.named_parameters():
+        assert name in own or torch.equal(parameter, before[name])
+    table = next(p for n, p in own.items() if "task_embedding" in n)
+    assert table.grad is not None
+    assert not table.grad[2].any()  # the task that is absent
+    assert table.grad[:2].any(dim=1).all()
+
+
+@both
+@topologies
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_activation_checkpointing_gives_the_same_gradients(
+    host: str, bottleneck: str, reentrant: bool, kind: str
+) -> None:
+    if host == "adapters" and reentrant:
+        pytest.skip("the host refuses it")
+    grads = []
+    for checkpointed in (False, True):
+        network, batch = Network(host, kind, bottleneck=bottleneck), inputs(kind)
+        network.randomise()
+        network.train()
+        if checkpointed:
+            network.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            network.model.enable_input_require_grads()
+        network.model.train()
+        for module in network.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            if isinstance(getattr(module, "dropout_prob", None), float):
+                module.dropout_prob = 0.0
+        extra = {"use_cache": False} if kind == "gpt2" else {}
+        first = network(batch, IDS, **extra)
+        second = network(batch, [1, 1, 1, 1], **extra)  # another forward pass before the first one's backward
+        (real(batch, first).square().sum() + real(batch, second).sum()).backward()
+        grads.append({n: p.grad for n, p in network.parameters().items()})
+    for name, plain in grads[0].items():
+        again = grads[1][name]
+        assert (plain is None) == (again is None), name
+        assert plain is None or close(plain, again, 1e-4 * max(1.0, float(plain.abs().max()))), name
+
+
+@both
+def test_bfloat16(host: str) -> None:
+    wide = Network(host)
+    wide.randomise()
+    batch = inputs("bert")
+    narrow = Network(host, base=build("bert").to(torch.bfloat16))
+    narrow.randomise()
+    for _ in ("modules in float32", "modules in bfloat16"):
+        output = narrow(batch, IDS)
+        assert output.dtype == torch.bfloat16
+        assert close(real(batch, output.float()), real(batch, wide(batch, IDS)), 0.25)
+        narrow.model.to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = wide(batch, IDS)
+    assert close(real(batch, mixed.float()), real(batch, wide(batch, IDS)), 0.25)
+
+
+@both
+def test_compiled(host: str) -> None:
+    network, batch = Network(host, bottleneck="stream" if host == "peft" else "top"), inputs("bert")
+    network.randomise()
+    expected = network(batch, torch.tensor(IDS))
+    compiled = torch.compile(network.model, backend="eager", fullgraph=host == "peft")
+    with torch.no_grad():
+        output = compiled(**batch, task_ids=torch.tensor(IDS)).last_hidden_state
+    torch.compiler.reset()
+    assert close(output, expected)
+
+
+@both
+def test_a_task_is_added_to_a_trained_network(host: str, tmp_path: pathlib.Path) -> None:
+    network, batch = Network(host), inputs("bert")
+    network.randomise()
+    before, expected = network_size(network.model, "all"), network(batch, IDS)
+    others = {n: p.detach().clone() for n, p in network.parameters().items() if "task_embedding" not in n}
+    assert add_task(network.model, "qqp", "all") == 3
+    assert network_size(network.model, "all").added == before.added + before.per_task == before.added + 24
+    assert close(network(batch, IDS), expected)
+    assert all(torch.equal(p, others[n]) for n, p in network.parameters().items() if n in others)
+    network.train()
+    network.model.eval()
+    output = network(batch, ["qqp", "rte", 3, "qqp"])
+    assert close(output[1], network(batch, [0, 0, 0, 0])[1])
+    output.sum().backward()
+    grads = [p.grad for n, p in network.parameters().items() if "task_embedding" in n]
+    assert len(grads) == 1
+    assert grads[0] is not None
+    assert grads[0][3].any()
+    with pytest.raises(ConfigError, match="task='qqp'"):
+        add_task(network.model, "qqp", "all")
+    with pytest.raises(UnknownAdapterError, match="adapter_name='none'"):
+        add_task(network.model, "sst2", "none")
+    fresh = build("bert")
+    if host == "adapters":
+        import adapters
+
+        network.model.save_adapter(str(tmp_path / "all"), "all", use_safetensors=True)
+        adapters.init(fresh)
+        fresh.load_adapter(str(tmp_path / "all"), set_active=True, use_safetensors=True)
+        again: Any = fresh.eval()
+    else:
+        import peft
+
+        network.model.save_pretrained(str(tmp_path))
+        again = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "all")).eval()
+    loaded = again(**batch, task_ids=["qqp", "rte", "qqp", "qqp"]).last_hidden_state
+    assert close(loaded, output)
+
+
+@pytest.mark.parametrize(
+    ("size", "added", "trained", "per_task"),
+    [("base", 19_740_688, 50_205_696, 768), ("large", 146_738_936, 152_204_288, 1024)],
+)
+@both
+def test_counts(host: str, size: str, added: int, trained: int, per_task: int) -> None:
+    large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    with torch.device("meta"):
+        config = transformers.BertConfig(vocab_size=28996, **(large if size == "large" else {}))
+        bottleneck = {"bottleneck": "stream"} if size == "large" else {}
+        network = Network(host, base=transformers.BertModel(config), tasks=8, max_length=128, **bottleneck)
+    found = network_size(network.model, "all")
+    assert (found.added, found.trained_base, found.per_task) == (added, trained, per_task)
+    assert round(100 * found.frozen_share, 1) == (54.4 if size == "large" else 53.6)
+    assert f"{added:,} parameters added" in str(found)
+
+
+_READ = """
+import sys, torch, transformers
+from safetensors.torch import load_file
+transformers.logging.set_verbosity_error()
+import pal_adapters
+host, folder = sys.argv[1:]
+base = transformers.BertModel.from_pretrained(folder + "/base").eval()
+stored = load_file(folder + "/expected.safetensors")
+batch = {n: stored[n] for n in ("input_ids", "attention_mask")}
+plain = base(**batch).last_hidden_state
+assert (plain - stored["plain"]).abs().max() < 1e-5
+if host == "adapters":
+    import adapters
+    adapters.init(base)
+    for name in ("all", "other"):
+        base.load_adapter(folder + "/" + name, use_safetensors=True)
+    model, activate = base.eval(), base.set_active_adapters
+else:
+    import peft
+    model = peft.PeftModel.from_pretrained(base, folder + "/all", adapter_name="all")
+    model.load_adapter(folder + "/other", adapter_name="other")
+    model, activate = model.eval(), model.set_adapter
+for name in ("other", "all"):
+    activate(name)
+    output = model(**batch, task_ids=["rte", "cola", "mrpc", "rte"])
+    for part, computed in (("", output.last_hidden_state), (".pooled", output.pooler_output)):
+        assert (computed - stored[name + part]).abs().max() < 1e-5, name + part
+print("same")
+"""
+
+
+@both
+def test_saved_and_loaded_in_a_new_process(host: str, tmp_path: pathlib.Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    plain = build("bert")
+    plain.save_pretrained(tmp_path / "base")
+    batch = inputs("bert")
+    network = Network(host, base=copy.deepcopy(plain))
+    network.add("other", bottleneck="stream")
+    tensors = {**batch, "plain": plain(**batch)[0]}
+    for seed, name in enumerate(("all", "other")):
+        network.randomise(name, seed=seed)
+        network.activate(name)
+        output = network.model(**batch, task_ids=IDS)
+        tensors |= {name: output.last_hidden_state, f"{name}.pooled": output.pooler_output}
+        if host == "adapters":
+            network.model.save_adapter(str(tmp_path / name), name, use_safetensors=True)
+    if host == "peft":
+        network.model.save_pretrained(str(tmp_path))  # makes folders of the adapters' names
+    for name in ("all", "other"):
+        saved = load_file(next((tmp_path / name).glob("*.safetensors")))
+        assert sum(v.numel() for v in saved.values()) == sum(p.numel() for p in network.parameters(name).values())
+    assert not close(tensors["all"], tensors["other"], 1e-3)
+    save_file({n: v.detach().contiguous() for n, v in tensors.items()}, tmp_path / "expected.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _READ, host, str(tmp_path)],
+        capture_output=True, text=True, check=False, timeout=300,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.stdout.strip() == "same", done.stderr
+
+
+@both
+@pytest.mark.parametrize(
+    ("tasks", "error", "message"),
+    [
+        (None, UnsupportedError, "task_ids is None"),
+        ([0, 1, 2, 3], UnknownAdapterError, "task_ids has 3"),
+        (torch.tensor([0, -1, 0, 0]), UnknownAdapterError, "task_ids has -1"),
+        (["rte", "qqp", "rte", "rte"], UnknownAdapterError, "task_ids has 'qqp'"),
+        ([0, 1], UnsupportedError, "2 entries, but the batch has 4"),
+        (torch.zeros(4), UnsupportedError, "torch.float32"),
+        ("rte", UnsupportedError, "task_ids='rte'"),
+    ],
+)
+def test_wrong_task_ids_are_one_clear_error(host: str, tasks: Any, error: type[Exception], message: str) -> None:
+    network, batch = Network(host), inputs("bert")
+    network.randomise()
+    expected = network(batch, IDS)
+    with pytest.raises(error, match=message):
+        network(batch, tasks)
+    assert torch.equal(network(batch, IDS), expected)
+
+
+@both
+def test_too_long_a_sequence_is_refused_with_the_lengths(host: str) -> None:
+    network, batch = Network(host), inputs("bert")
+    expected = network(batch, IDS)
+    with pytest.raises(UnsupportedError, match=r"17 tokens, but max_length=16"):
+        network(inputs("bert", tokens=17), IDS)
+    assert torch.equal(network(batch, IDS), expected)
+
+
+@both
+def test_models_without_the_sites_are_refused_and_left_alone(host: str) -> None:
+    batch = inputs("deberta-v2")
+    base = build("deberta-v2")
+    expected = base(**batch)[0]
+    with pytest.raises(SiteError, match=r"conditional attention cannot be added.*True and False"):
+        Network(host, "deberta-v2", base=base)
+    assert torch.equal(base(**batch)[0], expected)
+    without = Network(host, "deberta-v2", attention_layers=[])
+    assert without(batch, IDS).shape == expected.shape
+    if not V5:
+        with pytest.raises(SiteError, match="attn_implementation='sdpa'"):
+            Network(host, "vit", base=build("vit", _attn_implementation="eager"))
+
+
+@both
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": []}, "tasks="),
+        ({"tasks": ["a", "a"]}, "tasks="),
+        ({"tasks": None}, "tasks=None"),
+        ({"max_length": 0}, "max_length=0"),
+        ({"bottleneck": "side"}, "bottleneck='side'"),
+        ({"norm_layers": [4]}, r"norm_layers=\[4\]"),
+        ({"attention_layers": [-1]}, r"attention_layers=\[-1\]"),
+        ({"train_base": False, "freeze_rule": "code"}, "freeze_rule='code' has no effect"),
+        ({"top_block_init": "scratch", "freeze_layers": [3]}, "top_block_init='scratch'"),
+        ({"bottleneck": "none", "bottleneck_size": 3}, "bottleneck_size=3 has no effect"),
+    ],
+)
+def test_wrong_configs_are_refused(host: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Network(host, **changes)
+
+
+@both
+@pytest.mark.parametrize("bottleneck", ["top", "stream"])
+@pytest.mark.parametrize("name", ["Mistral", "MPNet", "OPT"])
+def test_other_structures(host: str, name: str, bottleneck: str) -> None:
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40}
+    more: dict[str, Any] = {"OPT": {"ffn_dim": 32, "word_embed_proj_dim": 24}}.get(name, {"intermediate_size": 32})
+    if name == "Mistral":
+        more["num_key_value_heads"] = 2
+    if host == "adapters" and name != "Mistral":
+        pytest.skip("the host does not know the model")
+    base = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes, **more)).eval()
+    network, batch = Network(host, base=base, bottleneck=bottleneck), inputs("bert")
+    network.randomise()
+    mixed = network(batch, IDS)
+    alone = {n: v[1:2] for n, v in batch.items()}
+    assert close(real(alone, network(alone, [2])), real(alone, mixed[1:2]))
+    assert not close(network(batch, [1, 1, 1, 1])[0], mixed[0], 1e-3)
+
+
+@both
+def test_gemma_norms_are_refused(host: str) -> None:
+    config = transformers.GemmaConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
+        intermediate_size=32, vocab_size=40,
+    )  # fmt: skip
+    if host == "adapters":
+        pytest.skip("the host does not know the model")
+    with pytest.raises(SiteError, match=r"no layer norm or RMS norm of a known kind"):
+        Network(host, base=transformers.GemmaModel(config))
+
+
+@both
+def test_static_cache_and_recorded_states(host: str) -> None:
+    network, batch = Network(host, "gpt2", bottleneck="stream"), inputs("gpt2")
+    network.randomise()
+    output = network.model(**batch, task_ids=IDS, output_hidden_states=True)
+    assert close(network.base.lm_head(output.hidden_states[-1]), output.logits)
+    if host == "peft":
+        llama, settings = Network("peft", "llama"), {"max_new_tokens": 4, "do_sample": False, "task_ids": IDS}
+        llama.randomise()
+        batch = inputs("llama")
+        expected = llama.model.generate(**batch, **settings, use_cache=False)
+        assert torch.equal(llama.model.generate(**batch, **settings, cache_implementation="static"), expected)
+
+
+@both
+def test_an_encoder_decoder_is_refused(host: str) -> None:
+    config = transformers.BartConfig(
+        vocab_size=40, d_model=24, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=40,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedError, match="one stack"):
+        Network(host, "bart", base=transformers.BartModel(config))
+
+
+@both
+def test_two_networks_at_once_are_refused(host: str) -> None:
+    network, batch = Network(host), inputs("bert")
+    network.add("other")
+    if host == "adapters":
+        from adapters.composition import Stack
+
+        network.activate(Stack("all", "other"))  # type: ignore[arg-type]
+    else:
+        network.model.base_model.set_adapter(["all", "other"])
+    with pytest.raises(PalAdaptersError, match=r"steers the whole model"):
+        network(batch, IDS)
+    network.activate("all")
+    network(batch, IDS)

@@ -1,0 +1,144 @@
+"""MT-uncertainty: scores, choice, regression rules, cost; and the loss of mixed batches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pal_adapters.errors import ConfigError
+from pal_adapters.multitask import (
+    UncertaintySampler,
+    multi_task_loss,
+    select_uncertain,
+    uncertain_epoch_length,
+    uncertainty,
+)
+
+
+def pool() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(n, c, generator=generator) for name, n, c in (("mnli", 5, 3), ("rte", 4, 2), ("qa", 3, 7))
+    }
+
+
+def by_hand(logits: Tensor) -> list[float]:
+    rows = []
+    for row in logits.tolist():
+        weights = [math.exp(v) for v in row]
+        rows.append(-sum(w / sum(weights) * math.log(w / sum(weights)) for w in weights))
+    return rows
+
+
+@pytest.mark.parametrize("score", ["code", "paper"])
+def test_scores_against_plain_python(score: str) -> None:
+    logits = pool()
+    entropies = {t: by_hand(v) for t, v in logits.items()}
+    normal = {t: [h / (math.log(v.shape[1]) + 1e-5) for h in entropies[t]] for t, v in logits.items()}
+    means = {t: sum(v) / len(v) for t, v in normal.items()}
+    largest = max(sum(v) / len(v) for v in entropies.values())
+    for task, found in uncertainty(logits, score=score).items():  # type: ignore[arg-type]
+        factor = means[task] / max(means.values()) if score == "code" else 1 / largest
+        assert found.score.tolist() == pytest.approx([u * factor for u in normal[task]], rel=1e-5)
+        assert found.entropy.tolist() == pytest.approx(entropies[task], rel=1e-5)
+
+
+def test_uniform_logits_are_as_uncertain_as_can_be() -> None:
+    for classes in (2, 3, 10):
+        found = uncertainty({"a": torch.zeros(2, classes)})["a"]
+        expected = math.log(classes) / (math.log(classes) + 1e-5)
+        assert found.normalised.tolist() == pytest.approx([expected] * 2)
+
+
+def test_the_two_scores_choose_differently_between_a_certain_and_an_uncertain_task() -> None:
+    sure = torch.tensor([[9.0, 0.0]] * 5 + [[0.5, 0.0]])  # one doubtful row of a certain task
+    doubtful = torch.tensor([[1.0, 0.0]] * 6)
+    logits = {"sure": sure, "doubtful": doubtful}
+    assert select_uncertain(logits, 1, score="paper").rows == {"sure": [5]}
+    assert set(select_uncertain(logits, 1, score="code").rows) == {"doubtful"}
+
+
+def test_indices_count_over_all_candidates() -> None:
+    logits = pool()
+    chosen = select_uncertain(logits, 6)
+    starts = {"mnli": 0, "rte": 5, "qa": 9}
+    again = [starts[t] + r for t, rows in chosen.rows.items() for r in rows]
+    assert sorted(again) == sorted(chosen.indices.tolist())
+    assert len(set(again)) == 6
+    scores = torch.cat([u.score for u in uncertainty(logits).values()])
+    assert chosen.scores.tolist() == sorted(scores.tolist(), reverse=True)[:6]
+    assert len(select_uncertain(logits, 100).indices) == 12
+
+
+def test_regression_takes_a_proxy_or_a_number_or_stays_at_zero() -> None:
+    logits = {**pool(), "STS-B": torch.randn(6, 1), "MRPC": torch.randn(4, 2)}
+    found = uncertainty(logits)
+    assert torch.equal(found["STS-B"].score[:4], found["MRPC"].score)
+    assert not found["STS-B"].score[4:].any()
+    assert not found["STS-B"].normalised.any()
+    alone = uncertainty({"stsb": torch.randn(2, 1), "rte": torch.zeros(1, 2)})["stsb"]
+    assert not alone.score.any()
+    assert uncertainty(logits, regression={"STS-B": 0.5})["STS-B"].score.tolist() == [0.5] * 6
+    assert torch.equal(uncertainty(logits, regression={"STS-B": "rte"})["STS-B"].score[:4], found["rte"].score)
+    for rule, message in (({"rte": 1.0}, "'rte' has 2 classes"), ({"STS-B": "none"}, "'none' is no classification")):
+        with pytest.raises(ConfigError, match=message):
+            uncertainty(logits, regression=rule)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout, self.frozen = nn.Dropout(0.5), nn.Dropout(0.5)
+        self.frozen.eval()
+        self.modes: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.modes.append(self.dropout.training)
+        assert not torch.is_grad_enabled()
+        return self.dropout(x)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_sampler_counts_its_cost_and_leaves_the_model_as_it_was(mode: str) -> None:
+    model, candidates = Model(), {"rte": torch.randn(8, 2), "qa": torch.randn(8, 5)}
+    sampler = UncertaintySampler(mode=mode)  # type: ignore[arg-type]
+    for _ in range(3):
+        chosen = sampler.choose(model, lambda task, batch: model(batch), candidates, 8)
+        assert len(chosen.indices) == 8
+    assert set(model.modes) == {mode == "train"}
+    assert model.dropout.training
+    assert not model.frozen.training
+    assert (sampler.forward_rows, sampler.trained_rows, sampler.cost) == (48, 24, 2.0)
+    if mode == "eval":
+        assert set(chosen.rows) == set(select_uncertain(candidates, 8).rows)
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ConfigError, match="score='mean'"):
+        uncertainty(pool(), score="mean")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="size=0"):
+        select_uncertain(pool(), 0)
+    with pytest.raises(ConfigError, match="mode='both'"):
+        UncertaintySampler(mode="both")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"\[4\]"):
+        uncertainty({"a": torch.zeros(4)})
+    assert uncertain_epoch_length([100, 33], 8) == 26
+    assert uncertain_epoch_length([100, 33], 8, fraction=0.5) == 13
+
+
+def test_macro_loss_counts_every_task_the_same() -> None:
+    logits = {"rte": torch.randn(6, 2), "stsb": torch.randn(2, 1), "cb": torch.zeros(0, 3)}
+    labels = {"rte": torch.tensor([0.0, 1, 1, 0, 1, 1]), "stsb": torch.tensor([3.8, 0.2]), "cb": torch.zeros(0)}
+    rte = nn.functional.cross_entropy(logits["rte"], labels["rte"].long())
+    stsb = (logits["stsb"][:, 0] - labels["stsb"]).square().mean()
+    assert float(multi_task_loss(logits, labels)) == pytest.approx(float((rte + stsb) / 2))
+    assert float(multi_task_loss(logits, labels, task_mean="micro")) == pytest.approx(float((6 * rte + 2 * stsb) / 8))
+    with pytest.raises(ConfigError, match="a regression are floats"):
+        multi_task_loss(logits, {**labels, "stsb": torch.tensor([3, 0])})
+    with pytest.raises(ConfigError, match=r"shape \[1\]: \[6\]"):
+        multi_task_loss(logits, {**labels, "rte": torch.zeros(1)})
+    with pytest.raises(ConfigError, match="no row"):
+        multi_task_loss({"cb": logits["cb"]}, labels)
