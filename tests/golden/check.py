@@ -2,10 +2,10 @@
 
     python tests/golden/check.py --golden DIR [--host adapters|peft|layer] [--case NAME]
 
-For every case in DIR: builds `BertModel` from `DIR/base`, adds the method through the host's public API (`--host layer`:
-calls the plain modules), loads the case's weights and compares every stored output and gradient. Prints one line a case
-and a JSON line last. Exit status 0 only if at least one case ran and all that ran are within 2e-5. Cases that say nothing
-about the host, or that are of no method of this package, are listed as `not yet`.
+For every case in DIR: builds `BertModel` from `DIR/base`, adds the method through the host's public API (`--host
+layer`: calls the plain modules), loads the case's weights and compares every stored output and gradient. Prints one
+line a case and a JSON line last. Exit status 0 only if at least one case ran and all that ran are within 2e-5. Cases
+that say nothing about the host, or that are of no method of this package, are listed as `not yet`.
 """
 
 from __future__ import annotations
