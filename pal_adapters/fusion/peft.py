@@ -421,7 +421,7 @@ def add_regularization(module: nn.Module, args: Any, kwargs: dict[str, Any], out
     if not module.training or not torch.is_grad_enabled():
         return None
     term = regularization_loss(module)
-    if term is None:
+    if term is None or not term.requires_grad:
         return None
     labels = kwargs.get("labels")
     if isinstance(output, tuple) and labels is not None:

@@ -204,9 +204,9 @@ class AdapterFusionPeftConfig(CombinationPeftConfig):
     with `q = Q u + b`, `k_s = K a_s + b` at each place, see `pal_adapters.fusion.layer.SourceAttention`. The query
     reads the value that the sources add to, `u = v`: for a Houlsby bottleneck its input, for LoRA the output `W x + b`
     of the module that it adapts, which has the width of `a_s`. For PALs and the other task modules, `u` is the block's
-    input. LoRA therefore costs `3 d^2` for each adapted module of output width `d`. Sources with layer norms of their
-    own are refused. Source: Pfeiffer et al., EACL 2021. Differs from the paper in: LoRA sources, and the regulariser,
-    which is part of the loss.
+    input. LoRA therefore costs `3 d^2` for each adapted module of output width `d`. Where one source alone acts, its
+    attention is 1 and only `V` learns. Sources with layer norms of their own are refused. Source: Pfeiffer et al.,
+    EACL 2021. Differs from the paper in: LoRA sources, and the regulariser, which is part of the loss.
 
     Args:
         score_dropout: of `D`.

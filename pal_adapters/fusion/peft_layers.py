@@ -143,6 +143,13 @@ class FusionNormLayer(_Names, HoulsbyNorm):
     def __init__(self, model: nn.Module, base_layer: nn.Module, parent: nn.Module, name: str, method: Method) -> None:
         self._belong_to(method)
         super().__init__(model, base_layer, parent, name)
+        if isinstance(base_layer, HoulsbyNorm):  # of a source on the model, whose place is inside now
+            base_layer._place = (self, "base_layer")
+
+    def detach(self) -> None:
+        super().detach()
+        if isinstance(self.base_layer, HoulsbyNorm):
+            self.base_layer._place = self._place
 
     @property
     def units(self) -> nn.ModuleDict:

@@ -93,7 +93,7 @@ class Source:
         for name in sorted(self.used):
             tensor = self.tensors[name]
             digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:32]
 
 

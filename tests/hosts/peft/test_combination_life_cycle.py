@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import pal_adapters as pa
 from pal_adapters.fusion.peft import regularization_loss
+from pal_adapters.fusion.peft_folding import fold
 
 from . import cases, sources
 
@@ -268,6 +269,18 @@ def test_sources_that_are_on_the_model(saved: Paths, kind: str, tmp_path: pathli
         PeftModel.from_pretrained(cases.bert(), str(tmp_path / "target"))
     model.set_adapter("mnli")
     torch.testing.assert_close(logits(model), expected_mnli, atol=1e-6, rtol=1e-6)
+    twin = copy.deepcopy(model)
+    twin.delete_adapter("target")
+    twin.set_adapter("mnli")
+    torch.testing.assert_close(logits(twin), expected_mnli, atol=1e-6, rtol=1e-6)
+    assert not [n for n, m in twin.named_modules() if "scalearn" in n or type(m).__name__.startswith("Fusion")]
+    # The target has what it needs of them: they can be deleted, and the rest folded.
+    model.set_adapter("target")
+    for name in ("mnli", "qqp"):
+        model.delete_adapter(name)
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    if kind != "pal":
+        torch.testing.assert_close(logits(fold(model)), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_unload_gives_the_base_back_and_merging_is_refused(saved: Paths) -> None:
