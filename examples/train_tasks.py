@@ -6,7 +6,8 @@
 such folders inside; without `--data_dir` the data sets of these names come from the hub. Every task gets an adapter
 and a linear head of its own; the base is frozen. With `--joint` the base is trained as well, with the adapters of all
 tasks at once, as in the paper on PALs. `--method full` trains a copy of the base for every task, and `--method head`
-only a head: the two ends of the scale.
+only a head: the two ends of the scale. `--method ca_mtl_base` trains one network for all tasks on batches that mix them,
+`--sampling mt_uncertainty` on the rows about which it is least certain.
 
 The best epoch is chosen on a tenth of the training rows. The validation rows are used once, for the scores at the end.
 Writes `results.json` and the folder `adapters`, with one folder for each task.
@@ -33,13 +34,16 @@ DEFAULTS = {
     "lhuc": (5, 1e-2, 1.0),
     "houlsby": (5, 1e-3, 1.0),
     "houlsby_pal": (5, 1e-3, 5.0),
+    "ca_mtl_base": (5, 1e-4, 1.0),
+    "ca_mtl_large": (5, 1e-4, 1.0),
     "full": (5, 1e-4, 1.0),
     "head": (30, 1e-2, 1.0),
 }
 JOINT_LEARNING_RATE = 1e-4
 METHODS = tuple(DEFAULTS)
 SIZED = ("pal", "low_rank", "top_attention", "houlsby", "houlsby_pal")
-HOSTED = (*SIZED, "lhuc")
+NETWORKS = ("ca_mtl_base", "ca_mtl_large")
+HOSTED = (*SIZED, "lhuc", *NETWORKS)
 
 
 class InputError(Exception):
@@ -66,6 +70,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", help="name or folder of the base (a MiniLM encoder that comes with pip)")
     parser.add_argument("--joint", action="store_true", help="train the base too, with all tasks at once")
+    parser.add_argument(
+        "--sampling", choices=("proportional", "mt_uncertainty"), help="rows of a mixed batch of ca_mtl (proportional)"
+    )
     parser.add_argument("--pooling", choices=("mean", "cls"), default="mean", help="what the heads see of the tokens")
     parser.add_argument("--hidden_size", type=positive_int, help="width of the adapters (the method's own)")
     parser.add_argument("--epochs", type=positive_int, help="passes over the training rows (by method)")
@@ -81,6 +88,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--hidden_size has no effect with --method {args.method}; leave it out")
     if args.joint and args.method == "head":
         parser.error("--joint cannot be combined with --method head, which trains nothing that tasks could share")
+    if args.joint and args.method in NETWORKS:
+        parser.error(f"--joint has no effect with --method {args.method}, one network for all tasks; leave it out")
+    if args.sampling is not None and args.method not in NETWORKS:
+        parser.error(
+            f"--sampling has no effect with --method {args.method}, whose batches hold one task; leave it out"
+        )
+    if args.method in NETWORKS:
+        args.sampling = args.sampling or "proportional"
     epochs, learning_rate, args.attention_factor = DEFAULTS[args.method]
     args.epochs = args.epochs or epochs
     args.learning_rate = args.learning_rate or (JOINT_LEARNING_RATE if args.joint else learning_rate)
@@ -182,6 +197,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         }
         tasks.append(TaskData(spec, encoded[0], encoded[1], test))
 
+    if args.method in NETWORKS:
+        results = run_network(args, base, tokenizer, tasks)
+        results["seconds"] = round(time.perf_counter() - start, 2)
+        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        return results
     try:
         model = MultiTaskModel(
             base,
@@ -250,6 +270,93 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         model.save_base(output / "base")
     results["seconds"] = round(time.perf_counter() - start, 2)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def run_network(args: argparse.Namespace, base: Any, tokenizer: Any, tasks: list[Any]) -> dict[str, Any]:
+    """One network for all tasks, trained on batches that mix them."""
+    import transformers
+
+    from pal_adapters.multitask import (
+        BatchMaker,
+        NetworkModel,
+        TrainingConfig,
+        UncertaintySampler,
+        baseline,
+        fit_network,
+        predict,
+        primary_metric,
+        score,
+    )
+
+    names = [task.spec.name for task in tasks]
+    transformers.set_seed(args.seed)
+    try:
+        model: Any = NetworkModel(
+            base,
+            [task.spec for task in tasks],
+            network=args.method,
+            host=args.host,
+            max_length=args.max_length,
+            pooling=args.pooling,
+        )
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(f"--method {args.method}: {error}") from error
+    batches = BatchMaker(tokenizer, model.device)
+    config = TrainingConfig(
+        epochs=args.epochs,
+        learning_rate=args.learning_rate,
+        batch_size=args.batch_size,
+        max_steps=args.max_steps,
+        seed=args.seed,
+    )
+    sampler = UncertaintySampler() if args.sampling == "mt_uncertainty" else None
+    done = fit_network(model, tasks, config, batches, sampling=args.sampling, sampler=sampler)
+    model.save(Path(args.output_dir) / "adapters")
+    results: dict[str, Any] = {
+        "config": vars(args) | {"tasks": names},
+        "versions": versions(),
+        "device": str(model.device),
+        "parameters": {
+            "base_total": model.size.base,
+            "base_trained": model.size.trained_base,
+            "network": model.size.added,
+            "tasks": {},
+        },
+        "sampling": {
+            "updates": done.steps,
+            "rows_trained": sum(done.draws.values()),
+            "rows_of_one_pass": sum(len(task.train) for task in tasks),
+            "candidates_forward": sampler.forward_rows if sampler else 0,
+        },
+        "tasks": {},
+    }
+    for task in tasks:
+        began, name = time.perf_counter(), task.spec.name
+        head = sum(p.numel() for p in model.heads[name].parameters())
+        own = model.size.per_task + head
+        results["parameters"]["tasks"][name] = {
+            "adapter": model.size.per_task,
+            "head": head,
+            "trainable": own,
+            "share_of_base": own / model.size.base,
+        }
+        metrics, trivial = {}, {}
+        for split, rows in task.test.items():
+            metrics[split] = score(task.spec, rows, predict(model, task.spec, rows, batches))
+            trivial[split] = baseline(task.spec, task.train, rows)
+        results["tasks"][name] = {
+            "benchmark": task.spec.benchmark,
+            "rows": {"train": len(task.train), "dev": len(task.dev)} | {s: len(r) for s, r in task.test.items()},
+            "primary_metric": primary_metric(task.spec),
+            "metrics": metrics,
+            "baseline": trivial,
+            "dev_history": [scores[name] for scores in done.history],
+            "best_epoch": done.best_epoch,
+            "rows_drawn": done.draws[name],
+            "share_of_own_rows": done.draws[name] / len(task.train),
+            "seconds": round(done.seconds / len(tasks) + time.perf_counter() - began, 2),
+        }
     return results
 
 

@@ -54,9 +54,11 @@ def transformed(weights: Mapping[str, Tensor], index: Tensor) -> Condition:
         weights: the tensors of a `TaskConditions` by name.
         index: `[b]`, the task of each row.
     """
-    condition = condition_of(weights["task_embedding"], index)
+    table = weights["task_embedding"]
+    condition = condition_of(table, index.to(table.device))
     table = F.linear(condition.table, weights["transformation.weight"], weights["transformation.bias"])
-    return condition._replace(table=table)
+    # A model that is spread over devices has its blocks elsewhere.
+    return Condition(table.to(index.device), None if condition.member is None else index)
 
 
 def align(weights: Mapping[str, Tensor], x: Tensor, index: Tensor) -> Tensor:

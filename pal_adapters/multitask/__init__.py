@@ -7,6 +7,7 @@ from .data import load_task, train_dev_split
 from .loss import multi_task_loss
 from .metrics import TaskMetric, primary_metric
 from .models import ADAPTER_METHODS, HOSTS, METHODS, SIZED_METHODS, MultiTaskModel, default_host, default_model
+from .network import NETWORKS, SAMPLERS, NetworkModel, fit_network
 from .sampling import annealed_alpha, task_probabilities
 from .tasks import TASKS, TaskDataError, TaskSpec, find_tasks, get_task, task_names
 from .toy import TOY_TASKS, load_toy_task
@@ -39,6 +40,8 @@ __all__ = [
     "COMBINATIONS",
     "HOSTS",
     "METHODS",
+    "NETWORKS",
+    "SAMPLERS",
     "SIZED_METHODS",
     "TASKS",
     "TOY_TASKS",
@@ -47,6 +50,7 @@ __all__ = [
     "EncodedSplit",
     "FitResult",
     "MultiTaskModel",
+    "NetworkModel",
     "Selection",
     "TaskData",
     "TaskDataError",
@@ -63,6 +67,7 @@ __all__ = [
     "encode_rows",
     "find_tasks",
     "fit",
+    "fit_network",
     "get_task",
     "load_task",
     "load_toy_task",

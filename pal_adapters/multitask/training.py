@@ -150,11 +150,15 @@ class BatchMaker:
         if "pooled" in features[0]:
             inputs: Mapping[str, Tensor] = {"pooled": torch.stack([choice["pooled"] for choice in features])}
         else:
-            inputs = self._pad(features)
+            inputs = self.pad(features)
         labels = torch.tensor(
             [split.labels[row] for row in rows], dtype=torch.float32 if spec.is_regression else torch.long
         )
         return {name: tensor.to(self._device) for name, tensor in inputs.items()}, labels.to(self._device)
+
+    def pad(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """What the tokenizer made of some inputs, each `[b, n]`."""
+        return {name: tensor.to(self._device) for name, tensor in self._pad(list(features)).items()}
 
 
 def precompute(model: MultiTaskModel, data: TaskData, batches: BatchMaker, *, batch_size: int = 64) -> TaskData:

@@ -409,10 +409,18 @@ def test_too_long_a_sequence_is_refused_with_the_lengths(host: str) -> None:
 def test_models_without_the_sites_are_refused_and_left_alone(host: str) -> None:
     batch = inputs("deberta-v2")
     base = build("deberta-v2")
-    expected = base(**batch)[0]
+    if host == "adapters":
+        import adapters
+
+        adapters.init(base)
+    expected, names = base(**batch)[0], list(base.state_dict())
     with pytest.raises(SiteError, match=r"conditional attention cannot be added.*True and False"):
         Network(host, "deberta-v2", base=base)
     assert torch.equal(base(**batch)[0], expected)
+    assert list(base.state_dict()) == names
+    for block in base.encoder.layer:
+        assert "forward" not in block.__dict__
+        assert not block.attention._forward_pre_hooks
     without = Network(host, "deberta-v2", attention_layers=[])
     assert without(batch, IDS).shape == expected.shape
     if not V5:

@@ -46,6 +46,27 @@ def write(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+@pytest.mark.parametrize("host", INSTALLED)
+@pytest.mark.parametrize(("method", "sampling"), [("ca_mtl_base", "mt_uncertainty"), ("ca_mtl_large", "proportional")])
+def test_one_network_for_all_tasks(start: Any, tmp_path: Path, method: str, sampling: str, host: str) -> None:
+    options = ("--sampling", sampling, "--host", host, "--max_steps", "3", "--batch_size", "4", "--max_length", "48")
+    assert start("--tasks", "rte", "stsb", "copa", "--method", method, *options) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results["tasks"]) == {"rte", "stsb", "copa"}
+    assert results["sampling"]["updates"] == 3
+    assert results["sampling"]["rows_trained"] == 12
+    assert results["sampling"]["candidates_forward"] == (36 if sampling == "mt_uncertainty" else 0)
+    assert results["parameters"]["tasks"]["rte"]["adapter"] == 24
+    assert list((tmp_path / "out" / "adapters" / "tasks").glob("*.safetensors"))
+
+
+def test_options_of_networks_are_refused_elsewhere(start: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(*RTE, "pal", "--sampling", "proportional") == 2
+    assert "--sampling has no effect with --method pal" in capsys.readouterr().err
+    assert start(*RTE, "ca_mtl_base", "--joint") == 2
+    assert "--joint has no effect with --method ca_mtl_base" in capsys.readouterr().err
+
+
 @pytest.fixture
 def start(train_tasks: ModuleType, data: Path, tiny_encoder: str, tmp_path: Path) -> Any:
     """Runs the script in this process."""
