@@ -304,6 +304,15 @@ def places(model: nn.Module, name: str) -> Iterator[tuple[int, BottleneckLayer]]
                 yield index, module
 
 
+def place_names(layers: Sequence[tuple[int, BottleneckLayer]]) -> list[str]:
+    """`0.output_adapter`, ... for what `places` gives; `encoder.0.output_adapter`, ... where a decoder counts anew."""
+    keys = [f"{index}.{layer.location_key}" for index, layer in layers]
+    if len(set(keys)) == len(keys):
+        return keys
+    parts = ["encoder" if key not in keys[:i] else "decoder" for i, key in enumerate(keys)]
+    return [f"{part}.{key}" for part, key in zip(parts, keys, strict=True)]
+
+
 def link(model: nn.Module) -> None:
     """Make the places of each fusion whose coefficients are shared use those of the first."""
     for name in model.adapters_config.fusions:  # type: ignore[union-attr]

@@ -19,6 +19,7 @@ from pal_adapters import ConfigError, ScaLearnConfig, UnknownAdapterError, Unsup
 from pal_adapters.hosts import adapters_fusion
 from pal_adapters.hosts.adapters_fusion import Combination
 
+from . import test_model_classes as classes
 from .tiny import SMALL, output, randomise, tiny_config
 
 VARIANTS = ["scalearn", "scalearn_uniform", "scalearn_pp", "scalearn_uniform_pp"]
@@ -546,6 +547,47 @@ def test_the_hosts_own_fusion_is_what_it_was(
         original = getattr(BottleneckLayer, name)._pal_adapters_original
         monkeypatch.setattr(BottleneckLayer, name, original)
     assert torch.equal(output(bert, batch, FUSE), expected)
+
+
+# Model classes
+
+MODELS = ("albert", "bart", "distilbert", "encoder-decoder", "gpt2", "llama", "phi", "roberta", "t5", "vit")
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_value` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["seq_bn", "double_seq_bn"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_model(name: str, kind: str) -> None:
+    model = classes.plain(name)
+    classes.init(model)
+    names = ("a", "b")
+    for index, source in enumerate(names):
+        model.add_adapter(source, config=config_of(kind))
+        randomise(model, source, std=0.1 + 0.1 * index)
+    fuse, inputs = Fuse(*names), classes.inputs(name)
+    config = ScaLearnConfig(variant="scalearn_pp", init_std=0.3)
+    model.add_adapter_fusion(fuse, config=config)
+    (omega,) = omegas(model, "a,b")
+    model.eval()
+
+    def run(setup: Any) -> Tensor:
+        model.set_active_adapters(setup)
+        with torch.no_grad():
+            result = model(**inputs)
+        return result.last_hidden_state if "last_hidden_state" in result else result.logits
+
+    learned = run(fuse)
+    pal_adapters.fold(model, fuse, name="folded")
+    torch.testing.assert_close(run("folded"), learned, atol=2e-5, rtol=1e-4)
+    for index, source in enumerate(names):
+        with torch.no_grad():
+            omega.copy_(torch.eye(2)[index][:, None].expand_as(omega))
+        torch.testing.assert_close(run(fuse), run(source), atol=1e-5, rtol=1e-4)
+        assert (run(source) - run(None)).abs().max() > 1e-3
+    with torch.no_grad():
+        omega.zero_()
+    assert torch.equal(run(fuse), run(None))
 
 
 # Bad input
