@@ -87,13 +87,15 @@ class WideSources:
         normed = any(a.add_layer_norm_before for a in adapters)
         self._alike = plain and not normed and unlike(adapters) is None
         self._scaled = any(not isinstance(a.scaling, float) or a.scaling != 1.0 for a in adapters)
+        self._parts = [module for adapter in adapters for module in adapter.modules()]
         self._linears: list[tuple[Any, Any]] = [(down_of(a), a.adapter_up) for a in adapters]
 
     def usable(self) -> bool:
         """Whether a wide bottleneck gives what the sources give now: they must neither drop out nor be hooked."""
-        return self._alike and not any(
-            (a.training and (a.dropout.p > 0 or hasattr(a, "DropPath"))) or a._forward_hooks or a._forward_pre_hooks
-            for a in self.adapters
+        return (
+            self._alike
+            and not any(a.training and (a.dropout.p > 0 or hasattr(a, "DropPath")) for a in self.adapters)
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in self._parts)
         )
 
     def __call__(self, x: Tensor, coefficients: Tensor) -> Tensor:

@@ -166,6 +166,11 @@ def test_a_hook_or_dropout_of_a_source_is_heeded(bert: nn.Module, batch: dict[st
     handle = source.register_forward_hook(lambda m, args, out: (out[0] * 2, *out[1:]))
     assert (output(bert, batch) - before).abs().max() > 1e-3
     handle.remove()
+    seen: list[Tensor] = []
+    handle = source.adapter_up.register_forward_hook(lambda m, args, out: seen.append(out))
+    torch.testing.assert_close(output(bert, batch), before, atol=2e-6, rtol=1e-5)
+    assert seen
+    handle.remove()
     assert torch.equal(output(bert, batch), before)
     with torch.no_grad():  # in place and behind autograd's back, as loaders do
         source.adapter_up.weight.data.mul_(3)
@@ -397,6 +402,23 @@ def test_checkpointed_gradients(variant: str, bert: nn.Module, batch: dict[str, 
         bert(**batch).last_hidden_state.square().sum().backward()
         grads.append([o.grad.clone() for o in omegas(bert)])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["seq_bn", "functions"])
+def test_compiled_without_graph_breaks(kind: str, bert: nn.Module, batch: dict[str, Tensor]) -> None:
+    with_sources(bert, kind)
+    bert.add_adapter_fusion(FUSE, config="scalearn_pp")
+    bert.train_adapter_fusion(FUSE)
+    bert.eval()
+    value = bert(**batch).last_hidden_state
+    value.square().sum().backward()
+    (omega,) = omegas(bert)
+    gradient, omega.grad = omega.grad, None
+    compiled = torch.compile(bert, fullgraph=True, backend="eager")
+    found = compiled(**batch).last_hidden_state
+    found.square().sum().backward()
+    torch.testing.assert_close(found, value, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(omega.grad, gradient, atol=1e-3, rtol=1e-4)
 
 
 def test_half_precision_base(bert: nn.Module, batch: dict[str, Tensor]) -> None:
