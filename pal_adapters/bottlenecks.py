@@ -46,7 +46,7 @@ def widen(sources: Sequence[Bottleneck], coefficients: Tensor) -> Bottleneck:
         coefficients: `omega`, `[S, d]` or `[S, 1]`.
     """
     up = torch.cat([source.up for source in sources], 1)
-    coefficients = coefficients.to(up.dtype)
+    coefficients = coefficients.to(up)
     width = up.shape[0]
     per_channel = coefficients.expand(-1, width)
     if len({source.up.shape[1] for source in sources}) == 1:

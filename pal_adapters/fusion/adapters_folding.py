@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..bottlenecks import Bottleneck, widen
 from ..errors import ConfigError, UnknownAdapterError, UnsupportedError
 from ..hosts.adapters_config import task_configs
-from ..hosts.adapters_fusion import Combination, combination_config, down_of, places, scaling_of, unlike
+from ..hosts.adapters_fusion import Combination, combination_config, down_of, place_names, places, scaling_of, unlike
 from .folding import Folded, cut_to_width
 
 _SAMPLES = 4096
@@ -38,19 +38,24 @@ def fold_adapters(
     _, sources = model.adapters_config.get_fusion(key)
     _check_sources(model, key, sources)
     with torch.no_grad(), _context(model):
-        folded = {(i, layer.location_key): _fold_place(layer, key, i) for i, layer in places(model, key)}
-    wide = {place: weights for place, weights in folded.items() if weights is not None}
+        layers = list(places(model, key))
+        folded = {layer: _fold_place(layer, key, index) for index, layer in layers}
+    wide = {layer: weights for layer, weights in folded.items() if weights is not None}
+    labels = {layer: label for (_, layer), label in zip(layers, place_names(layers), strict=True)}
     config = model.adapters_config.match(sources[0], BnConfig)
     _add(model, name, config, wide)
-    errors: dict[str, float] = {}
+    errors: dict[BottleneckLayer, float] = {}
     if truncate is not None:
         try:
-            cut = _truncate(model, name, wide, truncate, data, errors)
+            wide = _truncate(model, name, wide, truncate, data, errors)
         finally:
             model.delete_adapter(name)
-        _add(model, name, config, cut)
-        wide = cut
-    return Folded(name, {f"{i}.{key}": w.up.shape[1] for (i, key), w in wide.items()}, errors)
+        _add(model, name, config, wide)
+    return Folded(
+        name,
+        {labels[layer]: weights.up.shape[1] for layer, weights in wide.items()},
+        {labels[layer]: error for layer, error in errors.items()},
+    )
 
 
 def _check_arguments(
@@ -134,16 +139,15 @@ def _context(model: Any) -> ForwardContext:
     return context
 
 
-def _add(model: Any, name: str, source: BnConfig, wide: Mapping[tuple[int, str], Bottleneck]) -> None:
-    first = next(iter(wide.values()))
-    hidden = first.up.shape[0]
-    indices = [index for index, _ in model.iter_layers()]
-    widths = {index: weights.up.shape[1] for (index, _), weights in wide.items()}
+def _add(model: Any, name: str, source: BnConfig, wide: Mapping[BottleneckLayer, Bottleneck]) -> None:
+    hidden = next(iter(wide.values())).up.shape[0]
+    indices = {index for index, _ in model.iter_layers()}
+    widths = {layer.layer_idx: weights.up.shape[1] for layer, weights in wide.items()}
     factors = {str(index): _reduction_factor(hidden, width) for index, width in widths.items()}
     values = {
         **{k: v for k, v in source.to_dict().items() if k in BnConfig.__dataclass_fields__},
         "reduction_factor": next(iter(factors.values())) if len(set(factors.values())) == 1 else factors,
-        "leave_out": [index for index in indices if index not in widths],
+        "leave_out": sorted(indices - widths.keys()),
         "scaling": 1.0,
         "dropout": 0.0,
         "stochastic_depth": 0.0,
@@ -154,21 +158,15 @@ def _add(model: Any, name: str, source: BnConfig, wide: Mapping[tuple[int, str],
         "init_weights_seed": None,
     }
     model.add_adapter(name, config=BnConfig.from_dict(values))
-    layers = {(i, m.location_key): m for i, block in model.iter_layers() for m in _bottlenecks(block, name)}
-    assert layers.keys() == wide.keys()
-    for place, weights in wide.items():
-        adapter = layers[place].adapters[name]
-        adapter.to(next(p for n, a in layers[place].adapters.items() if n != name for p in a.parameters()))
+    for layer, weights in wide.items():
+        adapter = layer.adapters[name]
+        adapter.to(next(p for n, a in layer.adapters.items() if n != name for p in a.parameters()))
         with torch.no_grad():
             linear = down_of(adapter)
             targets = (linear.weight, linear.bias, adapter.adapter_up.weight, adapter.adapter_up.bias)
             for target, value in zip(targets, weights, strict=True):
                 assert target.shape == value.shape
                 target.copy_(value)
-
-
-def _bottlenecks(block: nn.Module, name: str) -> list[BottleneckLayer]:
-    return [m for m in block.modules() if isinstance(m, BottleneckLayer) and name in m.adapters]
 
 
 def _reduction_factor(hidden: int, width: int) -> float:
@@ -181,24 +179,21 @@ def _reduction_factor(hidden: int, width: int) -> float:
 def _truncate(
     model: Any,
     name: str,
-    wide: Mapping[tuple[int, str], Bottleneck],
+    wide: Mapping[BottleneckLayer, Bottleneck],
     width: int,
     data: Iterable[Mapping[str, Any]] | None,
-    errors: dict[str, float],
-) -> dict[tuple[int, str], Bottleneck]:
-    layers = {(i, m.location_key): m for i, block in model.iter_layers() for m in _bottlenecks(block, name)}
-    ups = {place: layers[place].adapters[name].adapter_up for place in wide}
+    errors: dict[BottleneckLayer, float],
+) -> dict[BottleneckLayer, Bottleneck]:
     if data is None:
-        moments = {place: _moments_of_noise(layers[place].adapters[name]) for place in wide}
+        moments = {layer: _moments_of_noise(layer.adapters[name]) for layer in wide}
     else:
-        moments = _moments_of_data(model, name, ups, data)
+        moments = _moments_of_data(model, name, list(wide), data)
     cut = {}
-    for (index, location), weights in wide.items():
+    for layer, weights in wide.items():
         if weights.up.shape[1] <= width:
-            cut[index, location] = weights
-            continue
-        place = (index, location)
-        cut[place], errors[f"{index}.{location}"] = cut_to_width(weights, moments[place].to(weights.up.device), width)
+            cut[layer] = weights
+        else:
+            cut[layer], errors[layer] = cut_to_width(weights, moments[layer].to(weights.up.device), width)
     return cut
 
 
@@ -211,12 +206,12 @@ def _moments_of_noise(adapter: Adapter) -> Tensor:
 
 
 def _moments_of_data(
-    model: Any, name: str, ups: Mapping[tuple[int, str], nn.Module], data: Iterable[Mapping[str, Any]]
-) -> dict[tuple[int, str], Tensor]:
-    sums: dict[tuple[int, str], Tensor] = {}
+    model: Any, name: str, layers: list[BottleneckLayer], data: Iterable[Mapping[str, Any]]
+) -> dict[BottleneckLayer, Tensor]:
+    sums: dict[BottleneckLayer, Tensor] = {}
     keep: list[Tensor | None] = [None]
 
-    def hook_of(place: tuple[int, str]) -> Any:
+    def hook_of(place: BottleneckLayer) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             hidden = args[0].detach()
             mask = keep[0]
@@ -227,7 +222,7 @@ def _moments_of_data(
         return hook
 
     setup, modes = model.active_adapters, {module: module.training for module in model.modules()}
-    handles = [module.register_forward_pre_hook(hook_of(place)) for place, module in ups.items()]
+    handles = [m.adapters[name].adapter_up.register_forward_pre_hook(hook_of(m)) for m in layers]
     try:
         model.set_active_adapters(name)
         model.eval()

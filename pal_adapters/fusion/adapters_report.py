@@ -11,7 +11,7 @@ from adapters.methods.bottleneck import BottleneckLayer
 from torch import Tensor
 
 from ..errors import ConfigError, UnknownAdapterError, UnsupportedError
-from ..hosts.adapters_fusion import combination_config, fusions_in, places
+from ..hosts.adapters_fusion import combination_config, fusions_in, place_names, places
 from .report import TransferTable
 
 _SHORT = {"mh_adapter": "attention", "output_adapter": "output", "cross_adapter": "cross"}
@@ -62,7 +62,11 @@ def _key(model: Any, fusion: Fuse | str | None) -> str:
 def _labels(layers: list[tuple[int, BottleneckLayer]]) -> list[str]:
     """`0`, `1`, ..., or `0 attention`, `0 output`, ... where a block has more than one place."""
     several = len({layer.location_key for _, layer in layers}) > 1
-    return [f"{i} {_SHORT[layer.location_key]}" if several else str(i) for i, layer in layers]
+    labels = []
+    for name in place_names(layers):
+        *front, location = name.split(".")
+        labels.append(" ".join([*front, _SHORT[location]] if several else front))
+    return labels
 
 
 def _attention(model: Any, key: str, names: list[str], data: Iterable[Mapping[str, Any]] | None) -> TransferTable:
@@ -72,6 +76,11 @@ def _attention(model: Any, key: str, names: list[str], data: Iterable[Mapping[st
         )
     base = model.base_model
     layers = list(places(model, key))
+    if len({(i, layer.location_key) for i, layer in layers}) < len(layers):
+        raise UnsupportedError(
+            "the attention of AdapterFusion cannot be reported for an encoder with a decoder: adapters keeps the one "
+            "of the decoder alone."
+        )
     sums = {(i, layer.location_key): torch.zeros(len(names), dtype=torch.float64) for i, layer in layers}
     tokens = 0
     setup, modes = model.active_adapters, {module: module.training for module in model.modules()}

@@ -26,6 +26,7 @@ Every symbol of adapters 1.3 that is replaced:
 | `.compose_multi_task`                            |                                                                |
 | `AdapterLoader.filter_func`, `.rename_func`      | wrapped: the host overlooks `shared_parameters` of a model     |
 |                                                  | without a head, and a jointly trained base belongs to the file |
+| `AdapterLoader.load`                             | wrapped: an adapter that cannot be loaded stays half added     |
 | `AdapterFusionLoader.filter_func`,               | wrapped: the host takes `a,b,c` for a part of `a,b`            |
 | `.rename_func`                                   |                                                                |
 | `AdapterFusionLoader.load`                       | wrapped: a file that cannot be loaded leaves the model as it   |
@@ -139,6 +140,7 @@ def _install() -> None:
         _wrap(LoRALinear, name, getattr(adapters_lora, name))
     _wrap(AdapterLoader, "filter_func", _filter_func)
     _wrap(AdapterLoader, "rename_func", _rename_func)
+    _wrap(AdapterLoader, "load", _adapter_load)
     _wrap(AdapterFusionLoader, "filter_func", _fusion_filter_func)
     _wrap(AdapterFusionLoader, "rename_func", _fusion_rename_func)
     _wrap(AdapterFusionLoader, "load", _fusion_load)
@@ -465,6 +467,27 @@ def _rename_func(original: Any) -> Any:
         return renamed
 
     return rename_func
+
+
+def _adapter_load(original: Any) -> Any:
+    def load(self: AdapterLoader, adapter_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        known, setup = self.model.adapters_config, self.model.active_adapters
+        before = set(known.adapters)
+        try:
+            return original(self, adapter_name_or_path, *args, **kwargs)
+        except Exception as error:
+            for added in set(known.adapters) - before:
+                self.model.delete_adapter(added)
+            known.active_setup = setup
+            if isinstance(error, RuntimeError) and "size mismatch" in str(error):
+                first = next(line for line in str(error).splitlines() if "size mismatch" in line)
+                raise ConfigError(
+                    f"the adapter in {adapter_name_or_path} does not fit this {type(self.model).__name__}, it was "
+                    f"made for a model of another size: {first.strip()}"
+                ) from error
+            raise
+
+    return load
 
 
 def _fusion_filter_func(original: Any) -> Any:

@@ -87,13 +87,15 @@ class WideSources:
         normed = any(a.add_layer_norm_before for a in adapters)
         self._alike = plain and not normed and unlike(adapters) is None
         self._scaled = any(not isinstance(a.scaling, float) or a.scaling != 1.0 for a in adapters)
+        self._parts = [module for adapter in adapters for module in adapter.modules()]
         self._linears: list[tuple[Any, Any]] = [(down_of(a), a.adapter_up) for a in adapters]
 
     def usable(self) -> bool:
         """Whether a wide bottleneck gives what the sources give now: they must neither drop out nor be hooked."""
-        return self._alike and not any(
-            (a.training and (a.dropout.p > 0 or hasattr(a, "DropPath"))) or a._forward_hooks or a._forward_pre_hooks
-            for a in self.adapters
+        return (
+            self._alike
+            and not any(a.training and (a.dropout.p > 0 or hasattr(a, "DropPath")) for a in self.adapters)
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in self._parts)
         )
 
     def __call__(self, x: Tensor, coefficients: Tensor) -> Tensor:
@@ -302,6 +304,15 @@ def places(model: nn.Module, name: str) -> Iterator[tuple[int, BottleneckLayer]]
         for module in block.modules():
             if isinstance(module, BottleneckLayer) and name in module.adapter_fusion_layer:
                 yield index, module
+
+
+def place_names(layers: Sequence[tuple[int, BottleneckLayer]]) -> list[str]:
+    """`0.output_adapter`, ... for what `places` gives; `encoder.0.output_adapter`, ... where a decoder counts anew."""
+    keys = [f"{index}.{layer.location_key}" for index, layer in layers]
+    if len(set(keys)) == len(keys):
+        return keys
+    parts = ["encoder" if key not in keys[:i] else "decoder" for i, key in enumerate(keys)]
+    return [f"{part}.{key}" for part, key in zip(parts, keys, strict=True)]
 
 
 def link(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from pal_adapters import (
     transfer_report,
 )
 
+from . import test_model_classes as classes
 from .test_scalearn import FUSE, NAMES, omegas, randomise_omegas, with_sources
 
 
@@ -79,6 +80,18 @@ def test_attention_over_a_mixture(bert: nn.Module, batch: dict[str, Tensor]) -> 
     table = transfer_report(bert, FUSE, data=[batch])
     assert isinstance(table, TransferTable)
     assert all(sum(row) == pytest.approx(1) for row in table.values)
+
+
+def test_encoder_and_decoder() -> None:
+    model = classes.plain("encoder-decoder")
+    classes.init(model)
+    with_sources(model, "seq_bn")
+    model.add_adapter_fusion(FUSE, config="scalearn_uniform")
+    table = transfer_report(model, FUSE)
+    assert list(table.places) == ["encoder 0", "encoder 1", "decoder 0", "decoder 1"]
+    model.add_adapter_fusion(Fuse("a", "b"), config="dynamic")
+    with pytest.raises(UnsupportedError, match="encoder with a decoder"):
+        transfer_report(model, Fuse("a", "b"), data=[classes.inputs("encoder-decoder")])
 
 
 BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {

@@ -19,6 +19,7 @@ from pal_adapters import ConfigError, ScaLearnConfig, UnknownAdapterError, Unsup
 from pal_adapters.hosts import adapters_fusion
 from pal_adapters.hosts.adapters_fusion import Combination
 
+from . import test_model_classes as classes
 from .tiny import SMALL, output, randomise, tiny_config
 
 VARIANTS = ["scalearn", "scalearn_uniform", "scalearn_pp", "scalearn_uniform_pp"]
@@ -164,6 +165,11 @@ def test_a_hook_or_dropout_of_a_source_is_heeded(bert: nn.Module, batch: dict[st
     source = bert.encoder.layer[1].output.adapters["b"]
     handle = source.register_forward_hook(lambda m, args, out: (out[0] * 2, *out[1:]))
     assert (output(bert, batch) - before).abs().max() > 1e-3
+    handle.remove()
+    seen: list[Tensor] = []
+    handle = source.adapter_up.register_forward_hook(lambda m, args, out: seen.append(out))
+    torch.testing.assert_close(output(bert, batch), before, atol=2e-6, rtol=1e-5)
+    assert seen
     handle.remove()
     assert torch.equal(output(bert, batch), before)
     with torch.no_grad():  # in place and behind autograd's back, as loaders do
@@ -398,6 +404,23 @@ def test_checkpointed_gradients(variant: str, bert: nn.Module, batch: dict[str, 
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["seq_bn", "functions"])
+def test_compiled_without_graph_breaks(kind: str, bert: nn.Module, batch: dict[str, Tensor]) -> None:
+    with_sources(bert, kind)
+    bert.add_adapter_fusion(FUSE, config="scalearn_pp")
+    bert.train_adapter_fusion(FUSE)
+    bert.eval()
+    value = bert(**batch).last_hidden_state
+    value.square().sum().backward()
+    (omega,) = omegas(bert)
+    gradient, omega.grad = omega.grad, None
+    compiled = torch.compile(bert, fullgraph=True, backend="eager")
+    found = compiled(**batch).last_hidden_state
+    found.square().sum().backward()
+    torch.testing.assert_close(found, value, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(omega.grad, gradient, atol=1e-3, rtol=1e-4)
+
+
 def test_half_precision_base(bert: nn.Module, batch: dict[str, Tensor]) -> None:
     with_sources(bert, "seq_bn")
     bert.add_adapter_fusion(FUSE, config="scalearn")
@@ -546,6 +569,47 @@ def test_the_hosts_own_fusion_is_what_it_was(
         original = getattr(BottleneckLayer, name)._pal_adapters_original
         monkeypatch.setattr(BottleneckLayer, name, original)
     assert torch.equal(output(bert, batch, FUSE), expected)
+
+
+# Model classes
+
+MODELS = ("albert", "bart", "distilbert", "encoder-decoder", "gpt2", "llama", "phi", "roberta", "t5", "vit")
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_value` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["seq_bn", "double_seq_bn"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_model(name: str, kind: str) -> None:
+    model = classes.plain(name)
+    classes.init(model)
+    names = ("a", "b")
+    for index, source in enumerate(names):
+        model.add_adapter(source, config=config_of(kind))
+        randomise(model, source, std=0.1 + 0.1 * index)
+    fuse, inputs = Fuse(*names), classes.inputs(name)
+    config = ScaLearnConfig(variant="scalearn_pp", init_std=0.3)
+    model.add_adapter_fusion(fuse, config=config)
+    (omega,) = omegas(model, "a,b")
+    model.eval()
+
+    def run(setup: Any) -> Tensor:
+        model.set_active_adapters(setup)
+        with torch.no_grad():
+            result = model(**inputs)
+        return result.last_hidden_state if "last_hidden_state" in result else result.logits
+
+    learned = run(fuse)
+    pal_adapters.fold(model, fuse, name="folded")
+    torch.testing.assert_close(run("folded"), learned, atol=2e-5, rtol=1e-4)
+    for index, source in enumerate(names):
+        with torch.no_grad():
+            omega.copy_(torch.eye(2)[index][:, None].expand_as(omega))
+        torch.testing.assert_close(run(fuse), run(source), atol=1e-5, rtol=1e-4)
+        assert (run(source) - run(None)).abs().max() > 1e-3
+    with torch.no_grad():
+        omega.zero_()
+    assert torch.equal(run(fuse), run(None))
 
 
 # Bad input

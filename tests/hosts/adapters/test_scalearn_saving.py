@@ -14,13 +14,13 @@ from adapters import AdapterTrainer, AutoAdapterModel
 from adapters.composition import Fuse, Stack
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BertForSequenceClassification, TrainingArguments
+from transformers import BertForSequenceClassification, BertModel, TrainingArguments
 
 from pal_adapters import ConfigError, ScaLearnConfig
 
 from .test_scalearn import FUSE, NAMES, VARIANTS, layers_of, omegas, randomise_omegas, with_sources
 from .test_training import Remember, examples
-from .tiny import fresh, output
+from .tiny import fresh, output, tiny_config
 
 SAFE = pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
 ALL = {
@@ -286,3 +286,25 @@ def test_stack_with_a_fusion_is_saved_as_a_setup(
     other = fresh(base_path)
     other.load_adapter_setup(str(tmp_path), set_active=True, use_safetensors=True)
     assert torch.equal(output(other, batch), expected)
+
+
+@pytest.mark.parametrize("how", ["wide", "corrupted", "missing"])
+def test_a_source_that_cannot_be_loaded_is_not_half_added(how: str, bert: nn.Module, tmp_path: pathlib.Path) -> None:
+    other = BertModel(tiny_config(hidden_size=32))
+    adapters.init(other)
+    other.add_adapter("a", config=adapters.SeqBnConfig(reduction_factor=4))
+    other.save_adapter(str(tmp_path / "a"), "a", use_safetensors=True)
+    file = next((tmp_path / "a").glob("*.safetensors"))
+    if how == "corrupted":
+        file.write_bytes(b"no tensors")
+    elif how == "missing":
+        file.unlink()
+    before = list(bert.state_dict())
+    expected = ConfigError if how == "wide" else (OSError, ValueError)
+    with pytest.raises(expected) as error:
+        bert.load_adapter(str(tmp_path / "a"), use_safetensors=True, set_active=True)
+    if how == "wide":
+        assert "another size: size mismatch for" in str(error.value)
+    assert list(bert.state_dict()) == before
+    assert not list(bert.adapters_config)
+    assert bert.active_adapters is None

@@ -66,6 +66,11 @@ WRAPPED: dict[str, tuple[Any, list[str]]] = {
     "LoRALinear.compose_multi_task": (lora.LoRALinear, ["self", "adapter_setup", "state", "lvl"]),
     "AdapterLoader.filter_func": (loading.AdapterLoader, ["self", "adapter_name"]),
     "AdapterLoader.rename_func": (loading.AdapterLoader, ["self", "old_name", "new_name"]),
+    "AdapterLoader.load": (
+        loading.AdapterLoader,
+        ["self", "adapter_name_or_path", "config", "version", "model_name", "load_as", "loading_info", "leave_out",
+         "set_active", "kwargs"],
+    ),
     "AdapterFusionLoader.filter_func": (loading.AdapterFusionLoader, ["self", "adapter_fusion_name"]),
     "AdapterFusionLoader.rename_func": (loading.AdapterFusionLoader, ["self", "old_name", "new_name"]),
     "AdapterFusionLoader.load": (
