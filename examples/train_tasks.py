@@ -6,8 +6,8 @@
 such folders inside; without `--data_dir` the data sets of these names come from the hub. Every task gets an adapter
 and a linear head of its own; the base is frozen. With `--joint` the base is trained as well, with the adapters of all
 tasks at once, as in the paper on PALs. `--method full` trains a copy of the base for every task, and `--method head`
-only a head: the two ends of the scale. `--method ca_mtl_base` trains one network for all tasks on batches that mix them,
-`--sampling mt_uncertainty` on the rows about which it is least certain.
+only a head: the two ends of the scale. `--method ca_mtl_base` trains one network for all tasks on batches that mix
+them, `--sampling mt_uncertainty` on the rows about which it is least certain.
 
 The best epoch is chosen on a tenth of the training rows. The validation rows are used once, for the scores at the end.
 Writes `results.json` and the folder `adapters`, with one folder for each task.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from pal_adapters.errors import ConfigError, require_one_of
 
-from .models import MultiTaskModel
+from .models import MultiTaskModel, _installed
 from .tasks import TaskSpec
 
 COMBINATIONS = ("scalearn", "scalearn_uniform", "scalearn_pp", "scalearn_uniform_pp", "fusion", "average")
@@ -114,12 +113,11 @@ class _AdaptersTransfer:
 def _make_host(name: str, base: Any, reduction_factor: float) -> TransferHost:
     if name == "adapters":
         return _AdaptersTransfer(base, reduction_factor)
-    try:
-        module = importlib.import_module("pal_adapters.multitask.transfer_peft")
-    except ImportError as error:
-        raise ConfigError(f"host={name!r} is not available here ({error}): use 'adapters'.") from error
-    host: TransferHost = module.PeftTransfer(base, reduction_factor)
-    return host
+    if not _installed("peft"):
+        raise ConfigError("host='peft' is not available here: pip install 'pal-adapters[peft]'.")
+    from .transfer_peft import PeftTransfer
+
+    return PeftTransfer(base, reduction_factor)
 
 
 class TransferModel(MultiTaskModel):
