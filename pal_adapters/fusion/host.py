@@ -32,13 +32,13 @@ def fusion_regularization(model: nn.Module) -> Tensor:
     Models add it to the loss that they return in training. For a training loop that computes its own loss from logits.
 
     Args:
-        model: a model of `adapters` with an active `Fuse`.
+        model: a model of `adapters` with an active `Fuse`, or a `PeftModel` with an active combination.
 
     Raises:
         UnsupportedError: for a model without adapters.
     """
     if host_of(model) == "peft":
-        from .peft import active_penalty  # type: ignore[import-not-found, unused-ignore]
+        from .peft import regularization_loss as active_penalty  # type: ignore[import-not-found, unused-ignore]
     else:
         from ..hosts.adapters_fusion import active_penalty
     penalty: Tensor | None = active_penalty(model)

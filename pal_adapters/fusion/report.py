@@ -60,7 +60,7 @@ class TransferTable:
 
 
 def transfer_report(
-    model: Any, fusion: Any = None, *, data: Iterable[Mapping[str, Any]] | None = None, **options: Any
+    model: Any, fusion: Any = None, *, data: Iterable[Mapping[str, Any]] | None = None
 ) -> TransferTable:
     """How much each source of a fusion counts in each block.
 
@@ -71,8 +71,7 @@ def transfer_report(
     Args:
         model: a model of `adapters`, or a `PeftModel`.
         fusion: the `Fuse` block, or the name of the fusion or PEFT adapter; None is the active one.
-        data: batches (dicts of the base model's inputs, on its device), for AdapterFusion alone. Padding does not
-        count. **options: passed on for a `PeftModel`.
+        data: batches (dicts of the base model's inputs, on its device), for AdapterFusion alone. Padding is left out.
 
     Raises:
         ConfigError: for data that has no effect, or that is missing or empty.
@@ -82,12 +81,35 @@ def transfer_report(
     if host_of(model) == "adapters":
         from .adapters_report import report_adapters
 
-        return report_adapters(model, fusion, data, **options)
+        return report_adapters(model, fusion, data)
     try:
         from . import peft_report  # type: ignore[attr-defined, unused-ignore]
     except ImportError as error:
         raise UnsupportedError(f"a PeftModel cannot be reported here: {error}.") from error
-    return peft_report.report_peft(model, fusion, data, **options)
+    rows = peft_report.transfer_rows(model, fusion, data=data)
+    return table_of_rows(rows, "mean |coefficient|" if data is None else "mean attention")
+
+
+def table_of_rows(rows: Iterable[tuple[str, int | None, str, float]], measure: str) -> TransferTable:
+    """A table of `(kind of module, block, source, value)`, in the order of the rows. A source that is not there is 0."""
+    rows = list(rows)
+    kinds = {kind for kind, _, _, _ in rows}
+    values: dict[tuple[int | None, str], dict[str, float]] = {}
+    for kind, block, source, value in rows:
+        values.setdefault((block, kind), {})[source] = value
+    sources = list(dict.fromkeys(source for _, _, source, _ in rows))
+
+    def name(block: int | None, kind: str) -> str:
+        if block is None:
+            return kind
+        return f"{block} {kind}" if len(kinds) > 1 else str(block)
+
+    return TransferTable(
+        sources,
+        [name(*place) for place in values],
+        [[row.get(s, 0.0) for s in sources] for row in values.values()],
+        measure,
+    )
 
 
 def plot_transfer(
