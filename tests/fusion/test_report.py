@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from pal_adapters import ConfigError, TransferTable, plot_transfer
+from pal_adapters.fusion.report import table_of_rows
 
 TABLE = TransferTable(["mnli", "qqp"], ["0", "1", "2"], [[0.5, 1.0], [0.25, 2.0], [0.0, 3.0]])
 
@@ -23,6 +24,16 @@ def test_table_as_text_and_as_json() -> None:
     assert len({len(line) for line in lines[1:]}) == 1
     assert TransferTable(**TABLE.to_dict()) == TABLE
     assert TABLE.totals() == {"mnli": 0.25, "qqp": 2.0}
+
+
+def test_table_of_rows() -> None:
+    rows = [("query", 0, "a", 1.0), ("query", 0, "b", 2.0), ("value", 0, "a", 3.0), ("query", 1, "b", 4.0)]
+    table = table_of_rows([*rows, ("pooler", None, "b", 5.0)], "mean attention")
+    assert list(table.sources) == ["a", "b"]
+    assert list(table.places) == ["0 query", "0 value", "1 query", "pooler"]
+    assert table.values == [[1.0, 2.0], [3.0, 0.0], [0.0, 4.0], [0.0, 5.0]]
+    assert table.measure == "mean attention"
+    assert list(table_of_rows(rows[:2], "x").places) == ["0"]
 
 
 def test_a_table_that_is_none() -> None:
