@@ -13,7 +13,6 @@ from ..errors import UnknownAdapterError, UnsupportedError
 from .layer import SourceAttention, normalise
 from .peft import combinations
 from .peft_units import Combination
-from .report import TransferTable
 
 
 class TransferRow(NamedTuple):
@@ -63,25 +62,6 @@ def transfer_rows(
     if data is None:
         raise UnsupportedError("the attention of AdapterFusion depends on the input: pass data=, some batches.")
     return _attention(model, attentive, data)
-
-
-def report_peft(model: nn.Module, adapter: str | None, data: Iterable[Any] | None) -> TransferTable:
-    """`transfer_rows` as a table, a row a block or a row a block and kind of module; 0 for a source not there."""
-    rows = transfer_rows(model, adapter, data=data)
-    kinds = list(dict.fromkeys(row.place for row in rows))
-    values: dict[str, dict[str, float]] = {}
-    for row in rows:
-        parts = [] if row.block is None else [str(row.block)]
-        values.setdefault(".".join([*parts, row.place] if len(kinds) > 1 or not parts else parts), {})[row.source] = (
-            row.value
-        )
-    sources = list(dict.fromkeys(row.source for row in rows))
-    return TransferTable(
-        sources,
-        list(values),
-        [[found.get(source, 0.0) for source in sources] for found in values.values()],
-        "mean |coefficient|" if data is None else "mean attention",
-    )
 
 
 def _named(place: str, unit: Combination, site: str) -> tuple[str, int | None]:

@@ -83,9 +83,32 @@ def transfer_report(
         from .adapters_report import report_adapters
 
         return report_adapters(model, fusion, data)
-    from .peft_report import report_peft
+    from .peft_report import transfer_rows
 
-    return report_peft(model, fusion, data)
+    rows = transfer_rows(model, fusion, data=data)
+    return table_of_rows(rows, "mean |coefficient|" if data is None else "mean attention")
+
+
+def table_of_rows(rows: Iterable[tuple[str, int | None, str, float]], measure: str) -> TransferTable:
+    """A table of `(kind of module, block, source, value)`, in the order of the rows; 0 where a source is missing."""
+    rows = list(rows)
+    kinds = {kind for kind, _, _, _ in rows}
+    values: dict[tuple[int | None, str], dict[str, float]] = {}
+    for kind, block, source, value in rows:
+        values.setdefault((block, kind), {})[source] = value
+    sources = list(dict.fromkeys(source for _, _, source, _ in rows))
+
+    def name(block: int | None, kind: str) -> str:
+        if block is None:
+            return kind
+        return f"{block}.{kind}" if len(kinds) > 1 else str(block)
+
+    return TransferTable(
+        sources,
+        [name(*place) for place in values],
+        [[row.get(s, 0.0) for s in sources] for row in values.values()],
+        measure,
+    )
 
 
 def plot_transfer(

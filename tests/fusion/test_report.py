@@ -30,7 +30,7 @@ def test_table_of_rows() -> None:
     rows = [("query", 0, "a", 1.0), ("query", 0, "b", 2.0), ("value", 0, "a", 3.0), ("query", 1, "b", 4.0)]
     table = table_of_rows([*rows, ("pooler", None, "b", 5.0)], "mean attention")
     assert list(table.sources) == ["a", "b"]
-    assert list(table.places) == ["0 query", "0 value", "1 query", "pooler"]
+    assert list(table.places) == ["0.query", "0.value", "1.query", "pooler"]
     assert table.values == [[1.0, 2.0], [3.0, 0.0], [0.0, 4.0], [0.0, 5.0]]
     assert table.measure == "mean attention"
     assert list(table_of_rows(rows[:2], "x").places) == ["0"]
