@@ -91,7 +91,7 @@ def transfer_report(
 
 
 def table_of_rows(rows: Iterable[tuple[str, int | None, str, float]], measure: str) -> TransferTable:
-    """A table of `(kind of module, block, source, value)`, in the order of the rows. A source that is not there is 0."""
+    """A table of `(kind of module, block, source, value)`, in the order of the rows; 0 where a source is missing."""
     rows = list(rows)
     kinds = {kind for kind, _, _, _ in rows}
     values: dict[tuple[int | None, str], dict[str, float]] = {}

@@ -1,0 +1,92 @@
+"""Two-stage transfer in PEFT: LoRA sources and the combinations of `pal_adapters`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+from torch import Tensor
+
+import pal_adapters
+from pal_adapters.errors import MissingHostError
+
+_TYPE = {"task_type": "FEATURE_EXTRACTION"}
+
+
+class PeftTransfer:
+    """LoRA on the modules that PEFT adapts by default, of rank `width / reduction_factor`; see `TransferHost`."""
+
+    def __init__(self, base: Any, reduction_factor: float) -> None:
+        if not hasattr(pal_adapters, "ScaLearnPeftConfig"):
+            raise MissingHostError("combinations in PEFT are not part of this version of pal_adapters")
+        self.model = base
+        self._rank = max(1, int(base.config.hidden_size / reduction_factor))
+        self._names: dict[str, str] = {}
+        self._methods: dict[str, str] = {}
+
+    def _name(self, task: str) -> str:
+        return self._names.get(task, task)
+
+    def add(self, task: str) -> None:
+        self._add(task, peft.LoraConfig(r=self._rank, lora_alpha=2 * self._rank, lora_dropout=0.0, **_TYPE))
+
+    def _add(self, name: str, config: Any) -> None:
+        if isinstance(self.model, peft.PeftModel):
+            self.model.add_adapter(name, config)
+        else:
+            self.model = peft.get_peft_model(self.model, config, adapter_name=name)
+
+    def combine(self, task: str, sources: Sequence[str], method: str) -> None:
+        configs: Any = pal_adapters
+        options = {"adapters": list(sources), **_TYPE}
+        if method == "fusion":
+            config = configs.AdapterFusionPeftConfig(**options)
+        elif method == "average":
+            config = configs.FixedCombinationPeftConfig(**options)
+        else:
+            config = configs.ScaLearnPeftConfig(variant=method, **options)
+        name = f"to_{task}"
+        self._add(name, config)
+        self._names[task], self._methods[task] = name, method
+
+    def train(self, tasks: Iterable[str]) -> None:
+        # The loop adds the regulariser of AdapterFusion by itself, see `penalty`.
+        warnings.filterwarnings("ignore", message="The regulariser of the combination is not in the loss")
+        for task in tasks:
+            self.activate(task)
+
+    def activate(self, task: str) -> None:
+        self.model.set_adapter(self._name(task))
+
+    def penalty(self, task: str) -> Tensor | None:
+        return pal_adapters.fusion_regularization(self.model) if self._methods.get(task) == "fusion" else None
+
+    def table(self, task: str, data: Any) -> Any:
+        self.activate(task)
+        data = data if self._methods[task] == "fusion" else None
+        return pal_adapters.transfer_report(self.model, self._name(task), data=data)
+
+    def fold(self, task: str, name: str) -> Any:
+        self.activate(task)
+        self.model = pal_adapters.fold(self.model, self._name(task), name=name)
+        self._names[task] = name
+        return self.model
+
+    def save(self, task: str, directory: Path) -> None:
+        name = self._name(task)
+        # The host makes a folder of the adapter's name by itself.
+        self.model.save_pretrained(str(directory), selected_adapters=[name])
+        if name != task:
+            for file in (directory / name).iterdir():
+                file.replace(directory / task / file.name)
+            (directory / name).rmdir()
+
+    def load(self, task: str, directory: Path) -> None:
+        path = str(directory / task)
+        if isinstance(self.model, peft.PeftModel):
+            self.model.load_adapter(path, adapter_name=task)
+        else:
+            self.model = peft.PeftModel.from_pretrained(self.model, path, adapter_name=task)
