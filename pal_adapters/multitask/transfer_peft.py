@@ -13,7 +13,7 @@ from torch import Tensor
 import pal_adapters
 from pal_adapters.errors import MissingHostError
 
-_TYPE = {"task_type": "FEATURE_EXTRACTION"}
+_TYPE: dict[str, Any] = {"task_type": "FEATURE_EXTRACTION"}
 
 
 class PeftTransfer:
