@@ -11,19 +11,24 @@ import peft
 from torch import Tensor
 
 import pal_adapters
-from pal_adapters.errors import MissingHostError
+from pal_adapters.errors import ConfigError, MissingHostError
 
 _TYPE: dict[str, Any] = {"task_type": "FEATURE_EXTRACTION"}
 
 
 class PeftTransfer:
-    """LoRA on the modules that PEFT adapts by default, of rank `width / reduction_factor`; see `TransferHost`."""
+    """LoRA on the modules that PEFT adapts by default, of rank `width / reduction_factor`; see `TransferHost`.
+
+    The host does not hold LoRA and a combination in one model. `combine` takes the sources off and reads them, frozen,
+    from where `save` or `load` have seen them.
+    """
 
     def __init__(self, base: Any, reduction_factor: float) -> None:
         if not hasattr(pal_adapters, "ScaLearnPeftConfig"):
             raise MissingHostError("combinations in PEFT are not part of this version of pal_adapters")
         self.model = base
         self._rank = max(1, int(base.config.hidden_size / reduction_factor))
+        self._folders: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._methods: dict[str, str] = {}
 
@@ -31,17 +36,18 @@ class PeftTransfer:
         return self._names.get(task, task)
 
     def add(self, task: str) -> None:
-        self._add(task, peft.LoraConfig(r=self._rank, lora_alpha=2 * self._rank, lora_dropout=0.0, **_TYPE))
-
-    def _add(self, name: str, config: Any) -> None:
+        config = peft.LoraConfig(r=self._rank, lora_alpha=2 * self._rank, lora_dropout=0.0, **_TYPE)
         if isinstance(self.model, peft.PeftModel):
-            self.model.add_adapter(name, config)
+            self.model.add_adapter(task, config)
         else:
-            self.model = peft.get_peft_model(self.model, config, adapter_name=name)
+            self.model = peft.get_peft_model(self.model, config, adapter_name=task)
 
     def combine(self, task: str, sources: Sequence[str], method: str) -> None:
         configs: Any = pal_adapters
-        options = {"adapters": list(sources), **_TYPE}
+        unsaved = [name for name in sources if name not in self._folders]
+        if unsaved:
+            raise ConfigError(f"sources={list(sources)} is not allowed: save_task or load_task {unsaved[0]!r} first.")
+        options = {"adapters": {name: self._folders[name] for name in sources}, **_TYPE}
         if method == "fusion":
             config = configs.AdapterFusionPeftConfig(**options)
         elif method == "average":
@@ -49,7 +55,7 @@ class PeftTransfer:
         else:
             config = configs.ScaLearnPeftConfig(variant=method, **options)
         name = f"to_{task}"
-        self._add(name, config)
+        self.model = peft.get_peft_model(self.model.unload(), config, adapter_name=name)
         self._names[task], self._methods[task] = name, method
 
     def train(self, tasks: Iterable[str]) -> None:
@@ -79,7 +85,9 @@ class PeftTransfer:
         name = self._name(task)
         # The host makes a folder of the adapter's name by itself.
         self.model.save_pretrained(str(directory), selected_adapters=[name])
-        if name != task:
+        if name == task:
+            self._folders[task] = str(directory / task)
+        else:
             for file in (directory / name).iterdir():
                 file.replace(directory / task / file.name)
             (directory / name).rmdir()
@@ -90,3 +98,4 @@ class PeftTransfer:
             self.model.load_adapter(path, adapter_name=task)
         else:
             self.model = peft.PeftModel.from_pretrained(self.model, path, adapter_name=task)
+        self._folders[task] = path
