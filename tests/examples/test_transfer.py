@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+import pal_adapters
 from pal_adapters.multitask import load_toy_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,6 +113,34 @@ def test_every_method(
     printed = capsys.readouterr().out
     for part in (f"{COUNTS[method]:,} parameters of {method}", "target", "folded"):
         assert part in printed
+
+
+@pytest.mark.skipif(not hasattr(pal_adapters, "ScaLearnPeftConfig"), reason="no combinations in PEFT")
+def test_in_peft(transfer: ModuleType, data: Path, tiny_encoder: str, tmp_path: Path) -> None:
+    counts = {
+        "scalearn": 2 * 2 * 2 * 24,
+        "scalearn_uniform_pp": 2,
+        "fusion": 2 * 2 * (3 * 24 * 24 + 2 * 24),
+        "average": 0,
+    }
+    for number, (method, count) in enumerate(counts.items()):
+        options = ["--data_dir", str(data), "--model", tiny_encoder, "--sources", "rte", "stsb", "--target", "rte"]
+        options += ["--method", method, "--host", "peft", "--output_dir", str(tmp_path / method)]
+        options += ["--source_dir", str(tmp_path / "sources"), "--source_learning_rate", "0.05", *COMMON]
+        assert start(transfer, *options) == 0
+        results = json.loads((tmp_path / method / "results.json").read_text(encoding="utf-8"))
+        assert results["target"]["parameters"] == {"transfer": count, "head": 50}
+        assert results["sources"]["rte"]["trained_here"] is (number == 0)
+        folded = results["target"]["folded"]
+        assert ("reason" in folded) is (method == "fusion")
+        if method != "fusion":
+            assert folded["same_predictions"] is True
+            saved = json.loads(
+                (tmp_path / method / "folded" / "rte" / "adapter_config.json").read_text(encoding="utf-8")
+            )
+            assert saved["peft_type"] == "LORA"
+            assert saved["r"] == 2 * 6
+        assert (tmp_path / method / "transfer.png").is_file()
 
 
 def test_the_folded_adapter_is_plain(
