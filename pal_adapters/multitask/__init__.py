@@ -3,12 +3,28 @@
 Needs the packages of the extra `train`.
 """
 
+from .arguments import MultiTaskTrainingArguments
+from .collate import MultiTaskCollator
 from .data import load_task, train_dev_split
+from .encoding import ConcatTasks, EncodedTask
+from .heads import HeadConfig
 from .metrics import TaskMetric, primary_metric
 from .models import ADAPTER_METHODS, HOSTS, METHODS, SIZED_METHODS, MultiTaskModel, default_host, default_model
-from .sampling import annealed_alpha, task_probabilities
+from .sampling import (
+    STRATEGIES,
+    MultiTaskBatchSampler,
+    Strategy,
+    Temperature,
+    annealed_alpha,
+    get_strategy,
+    task_probabilities,
+)
+from .storage import StorageError
+from .task import Task
+from .task_heads import Route, TaskHeads, TaskHeadsOutput
 from .tasks import TASKS, TaskDataError, TaskSpec, find_tasks, get_task, task_names
 from .toy import TOY_TASKS, load_toy_task
+from .trainer import BatchSelector, Candidates, MultiTaskTrainer, last_checkpoint
 from .training import (
     BatchMaker,
     DivergedError,
@@ -29,17 +45,34 @@ __all__ = [
     "HOSTS",
     "METHODS",
     "SIZED_METHODS",
+    "STRATEGIES",
     "TASKS",
     "TOY_TASKS",
     "BatchMaker",
+    "BatchSelector",
+    "Candidates",
+    "ConcatTasks",
     "DivergedError",
     "EncodedSplit",
+    "EncodedTask",
     "FitResult",
+    "HeadConfig",
+    "MultiTaskBatchSampler",
+    "MultiTaskCollator",
     "MultiTaskModel",
+    "MultiTaskTrainer",
+    "MultiTaskTrainingArguments",
+    "Route",
+    "StorageError",
+    "Strategy",
+    "Task",
     "TaskData",
     "TaskDataError",
+    "TaskHeads",
+    "TaskHeadsOutput",
     "TaskMetric",
     "TaskSpec",
+    "Temperature",
     "TrainingConfig",
     "annealed_alpha",
     "baseline",
@@ -48,7 +81,9 @@ __all__ = [
     "encode_rows",
     "find_tasks",
     "fit",
+    "get_strategy",
     "get_task",
+    "last_checkpoint",
     "load_task",
     "load_toy_task",
     "precompute",
