@@ -10,6 +10,7 @@ from .encoding import ConcatTasks, EncodedTask
 from .heads import HeadConfig
 from .metrics import TaskMetric, primary_metric
 from .models import ADAPTER_METHODS, HOSTS, METHODS, SIZED_METHODS, MultiTaskModel, default_host, default_model
+from .presets import PRESETS, Preset, RecipeWarning, get_preset, scalearn_arguments
 from .sampling import (
     STRATEGIES,
     MultiTaskBatchSampler,
@@ -19,6 +20,7 @@ from .sampling import (
     get_strategy,
     task_probabilities,
 )
+from .selectors import UncertaintySelector
 from .storage import StorageError
 from .task import Task
 from .task_heads import Route, TaskHeads, TaskHeadsOutput
@@ -44,6 +46,7 @@ __all__ = [
     "ADAPTER_METHODS",
     "HOSTS",
     "METHODS",
+    "PRESETS",
     "SIZED_METHODS",
     "STRATEGIES",
     "TASKS",
@@ -62,6 +65,8 @@ __all__ = [
     "MultiTaskModel",
     "MultiTaskTrainer",
     "MultiTaskTrainingArguments",
+    "Preset",
+    "RecipeWarning",
     "Route",
     "StorageError",
     "Strategy",
@@ -74,6 +79,7 @@ __all__ = [
     "TaskSpec",
     "Temperature",
     "TrainingConfig",
+    "UncertaintySelector",
     "annealed_alpha",
     "baseline",
     "default_host",
@@ -81,6 +87,7 @@ __all__ = [
     "encode_rows",
     "find_tasks",
     "fit",
+    "get_preset",
     "get_strategy",
     "get_task",
     "last_checkpoint",
@@ -89,6 +96,7 @@ __all__ = [
     "precompute",
     "predict",
     "primary_metric",
+    "scalearn_arguments",
     "score",
     "task_names",
     "task_probabilities",

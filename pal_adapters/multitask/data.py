@@ -51,7 +51,7 @@ def load_task(name: str, data_dir: str | Path | None = None) -> tuple[TaskSpec, 
         if position == 0 or any((folder / f"{split}{suffix}").exists() for suffix in _SUFFIXES):
             files[split] = _find_file(spec, folder, split)
     for file in files.values():
-        _check_rows(spec, _read_json_lines(file), where=str(file))
+        _check_rows(spec, read_json_lines(file), where=str(file))
     return spec, _prepare(spec, _from_json(files), {split: str(file) for split, file in files.items()})
 
 
@@ -157,7 +157,7 @@ def _find_file(spec: TaskSpec, folder: Path, split: str) -> Path:
     return found[0]
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Yields (line number, value). Empty lines are skipped, as `datasets` does."""
     number = 0
     try:

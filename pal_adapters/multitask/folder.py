@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
+import json
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
 
 from pal_adapters.errors import ConfigError
 
-from .data import quiet
+from .data import read_json_lines
 from .tasks import TaskDataError
 
-_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _NOT_IN_A_FILE = {"dataset", "loss", "render", "expand", "_choices"}
 
 
@@ -51,21 +55,37 @@ def _read_splits(folder: Path) -> datasets.DatasetDict:
             continue
         if stem in splits:
             raise TaskDataError(f"{folder}: two files for the split {stem!r}; keep one of them")
-        options = {"delimiter": "\t"} if suffix == ".tsv" else {}
-        # A cache of its own, read into memory and dropped, rules out rows of an older file.
-        with tempfile.TemporaryDirectory(prefix="pal_adapters_data_") as cache, quiet():
-            try:
-                splits[stem] = datasets.load_dataset(
-                    _READERS[suffix],
-                    data_files=str(path),
-                    split="train",
-                    cache_dir=cache,
-                    keep_in_memory=True,
-                    **options,
-                )
-            except Exception as error:  # whatever the readers dislike; they have no common base
-                cause = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-                raise TaskDataError(f"{path}: cannot be read ({cause[0]})") from error
+        try:
+            splits[stem] = _READERS[suffix](path)
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            cause = str(error).strip().splitlines() or [type(error).__name__]
+            raise TaskDataError(f"{path}: cannot be read ({cause[0]})") from error
     if not splits:
         raise TaskDataError(f"{folder}: no data; looked for files such as train.jsonl, train.csv and train.parquet")
     return splits
+
+
+def _read_lines(path: Path) -> datasets.Dataset:
+    return datasets.Dataset.from_list([row for _, row in read_json_lines(path)])
+
+
+def _read_list(path: Path) -> datasets.Dataset:
+    return datasets.Dataset.from_list(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _read_table(path: Path, delimiter: str = ",") -> datasets.Dataset:
+    options = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    return datasets.Dataset(pyarrow.csv.read_csv(path, parse_options=options))
+
+
+def _read_parquet(path: Path) -> datasets.Dataset:
+    return datasets.Dataset(pyarrow.parquet.read_table(path))
+
+
+_READERS: dict[str, Callable[[Path], datasets.Dataset]] = {
+    ".jsonl": _read_lines,
+    ".json": _read_list,
+    ".csv": _read_table,
+    ".tsv": partial(_read_table, delimiter="\t"),
+    ".parquet": _read_parquet,
+}

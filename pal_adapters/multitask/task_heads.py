@@ -227,18 +227,15 @@ class TaskHeads(nn.Module):
             if not torch.is_autocast_enabled(source.device.type) and head.linear is not None:
                 source = source.to(head.linear.weight.dtype)
             logits[task] = head(source, _embeddings(self.backbone) if head.linear is None else None)
-        output = TaskHeadsOutput(logits=logits)
-        if labels is not None:
-            self._add_loss(output, logits, labels, num_items_in_batch)
-        return output
+        if labels is None:
+            return TaskHeadsOutput(logits=logits)
+        loss, losses, counts = self._loss(logits, labels, num_items_in_batch)
+        return TaskHeadsOutput(loss=loss, logits=logits, task_losses=losses, task_counts=counts)
 
-    def _add_loss(
-        self,
-        output: TaskHeadsOutput,
-        logits: dict[str, Tensor],
-        labels: Mapping[str, Tensor] | Tensor,
-        num_items: Tensor | None,
-    ) -> None:
+    def _loss(
+        self, logits: dict[str, Tensor], labels: Mapping[str, Tensor] | Tensor, num_items: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, and for each task the sum of its losses and over how much it goes `[t]`."""
         if isinstance(labels, Tensor):
             if len(logits) > 1:
                 raise ConfigError(f"labels is one tensor, but the batch has {len(logits)} tasks: pass a dict by task.")
@@ -254,8 +251,7 @@ class TaskHeads(nn.Module):
         weights = torch.tensor([route.weight for route in self.routes.values()]).to(own.device, non_blocking=True)
         shares = weights * (whole if self.balance == "row" else (whole > 0))
         shares = shares / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny)
-        output.loss = (shares * losses / whole.clamp(min=1)).sum()
-        output.task_losses, output.task_counts = losses.detach(), own.detach()
+        return (shares * losses / whole.clamp(min=1)).sum(), losses.detach(), own.detach()
 
     def _names(self, task_ids: Any, rows: int) -> list[str]:
         if isinstance(task_ids, str):

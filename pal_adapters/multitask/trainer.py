@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from .sampling import MultiTaskBatchSampler, Strategy, get_strategy, uncertainty
 from .storage import StorageError, added_parameters
 from .task import Task, check_tasks
 from .task_heads import TaskHeads
+
+if TYPE_CHECKING:
+    from .presets import Preset
 
 Rows = Any
 """Rows of a task: a `datasets.Dataset`, or an `EncodedTask`."""
@@ -89,7 +92,8 @@ class MultiTaskTrainer(Trainer):
             not evaluated.
         processing_class: The tokenizer.
         strategy: A strategy of one's own, see `sampling.Strategy`, instead of `args.sampling`.
-        batch_selector: What chooses the rows of `sampling="uncertainty"`.
+        batch_selector: What chooses the rows of `sampling="uncertainty"`; by default `UncertaintySelector`.
+        preset: The recipe that the run follows: warns where the model differs from it.
         **kwargs: Other arguments of `transformers.Trainer`.
 
     Raises:
@@ -110,6 +114,7 @@ class MultiTaskTrainer(Trainer):
         processing_class: Any = None,
         strategy: Strategy | None = None,
         batch_selector: BatchSelector | None = None,
+        preset: Preset | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(model, TaskHeads):
@@ -125,9 +130,16 @@ class MultiTaskTrainer(Trainer):
         self.strategy = strategy or get_strategy(args.sampling, temperature=args.sampling_temperature)
         if strategy is not None and args.sampling != "proportional":
             raise ConfigError(f"sampling={args.sampling!r} and strategy are both given: leave one of them out.")
-        if (self.strategy is uncertainty) is not (batch_selector is not None):
-            raise ConfigError("sampling='uncertainty' needs a batch_selector, and nothing else has use for one.")
+        if self.strategy is not uncertainty and batch_selector is not None:
+            raise ConfigError("batch_selector has no effect without sampling='uncertainty': leave it out.")
+        if self.strategy is uncertainty and batch_selector is None:
+            from .selectors import UncertaintySelector
+
+            batch_selector = UncertaintySelector()
         self.batch_selector = batch_selector
+        if preset is not None:
+            preset.check(model)
+        self.preset = preset
         self._encode = partial(self._encoded, tokenizer=processing_class, max_length=args.max_length)
         training = {
             name: self._encode(t, self._train_rows(t, train_dataset), "training") for name, t in self.tasks.items()
@@ -285,6 +297,7 @@ class MultiTaskTrainer(Trainer):
     def _selected(self, batch: Batch) -> Batch:
         assert self.batch_selector is not None
         model = cast("TaskHeads", self.accelerator.unwrap_model(self.model))
+        model.train()  # as in the released code; also in the first step, so that a resumed run chooses the same
         batch = cast("Batch", self._prepare_inputs(batch))
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         with torch.no_grad(), self.compute_loss_context_manager():
