@@ -1,4 +1,4 @@
-"""A small run in a process of its own: `python job.py FOLDER OUTPUT JSON`, also under torchrun."""
+"""A small run in a process of its own: `python job.py MODEL OUTPUT JSON`, also under torchrun."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ class Killer(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    folder, output, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+def run(folder: str, output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     kill, resume = settings.pop("kill", None), settings.pop("resume", False)
     dropout = settings.pop("dropout", True)
     callbacks = [Killer(kill)] if kill is not None else []
@@ -37,10 +35,21 @@ def main() -> None:
     if not dropout:
         without_dropout(trainer)
     trainer.train(resume_from_checkpoint=True if resume else None)
-    if trainer.is_world_process_zero():
-        torch.save(
-            {"losses": losses(trainer), "parameters": dict(trainer.model.named_parameters())}, output / "result.pt"
-        )
+    parameters = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    return {"losses": losses(trainer), "parameters": parameters}
 
 
-main()
+def main() -> None:
+    torch.set_num_threads(1)
+    for number, settings in enumerate(json.loads(sys.argv[3])):
+        output = Path(sys.argv[2]) / str(number)
+        result = run(sys.argv[1], output, settings)
+        if os.environ.get("RANK", "0") == "0":
+            torch.save(result, output / "result.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

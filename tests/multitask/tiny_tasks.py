@@ -123,4 +123,6 @@ def without_dropout(trainer: MultiTaskTrainer) -> MultiTaskTrainer:
             module.p = 0.0
         if hasattr(module, "dropout_prob"):  # of the fused attention of transformers 4
             module.dropout_prob = 0.0
+        if isinstance(getattr(module, "dropout", None), float):  # of the attention of a PAL
+            module.dropout = 0.0
     return trainer
