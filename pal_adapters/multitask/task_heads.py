@@ -324,6 +324,13 @@ class TaskHeads(nn.Module):
         if options["use_reentrant"]:
             self.backbone.enable_input_require_grads()
 
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The same under the name that transformers 5 has for it."""
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        self.backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
+
     def gradient_checkpointing_disable(self) -> None:
         """Turns it off again."""
         self.backbone.gradient_checkpointing_disable()
