@@ -51,8 +51,34 @@ def load_task(name: str, data_dir: str | Path | None = None) -> tuple[TaskSpec, 
         if position == 0 or any((folder / f"{split}{suffix}").exists() for suffix in _SUFFIXES):
             files[split] = _find_file(spec, folder, split)
     for file in files.values():
-        _check_rows(spec, _read_json_lines(file), where=str(file))
+        _check_rows(spec, read_json_lines(file), where=str(file))
     return spec, _prepare(spec, _from_json(files), {split: str(file) for split, file in files.items()})
+
+
+def load_rows(benchmark: str, name: str, data_dir: str | Path | None, splits: Sequence[str]) -> datasets.DatasetDict:
+    """The rows of a data set as they are, from `<data_dir>/<name>/<split>.jsonl[.gz]` or from the hub.
+
+    Raises:
+        TaskDataError: If a file is missing or cannot be read.
+    """
+    if data_dir is None:
+        try:
+            with quiet():
+                return datasets.load_dataset(_HUB[benchmark], name)
+        except Exception as error:  # the errors of the network, of the hub and of `datasets` have no common base
+            raise TaskDataError(f"task {name!r}: cannot load it from the hub ({_first_line(error)})") from error
+    root = Path(data_dir)
+    places = [root / benchmark / name, root / name]
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is None:
+        raise TaskDataError(f"task {name!r}: no folder {places[0]} or {places[1]}")
+    files = {}
+    for split in splits:
+        found = [folder / f"{split}{suffix}" for suffix in _SUFFIXES if (folder / f"{split}{suffix}").is_file()]
+        if len(found) != 1:
+            raise TaskDataError(f"task {name!r}: {len(found)} files {folder / split}.jsonl[.gz]; one is needed")
+        files[split] = found[0]
+    return _from_json(files)
 
 
 def train_dev_split(
@@ -131,7 +157,7 @@ def _find_file(spec: TaskSpec, folder: Path, split: str) -> Path:
     return found[0]
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Yields (line number, value). Empty lines are skipped, as `datasets` does."""
     number = 0
     try:
@@ -185,7 +211,7 @@ def _check_label(spec: TaskSpec, label: Any, where: str) -> None:
 
 def _from_json(files: Mapping[str, Path]) -> datasets.DatasetDict:
     """Loads checked files. A cache of its own, read into memory and dropped, rules out rows of an older file."""
-    with tempfile.TemporaryDirectory(prefix="pal_adapters_data_") as cache, _no_progress_bars():
+    with tempfile.TemporaryDirectory(prefix="pal_adapters_data_") as cache, quiet():
         try:
             return datasets.load_dataset(
                 "json",
@@ -202,7 +228,7 @@ def _from_json(files: Mapping[str, Path]) -> datasets.DatasetDict:
 def _from_hub(spec: TaskSpec) -> datasets.DatasetDict:
     repository = _HUB[spec.benchmark]
     try:
-        with _no_progress_bars():
+        with quiet():
             return datasets.load_dataset(repository, spec.name)
     except Exception as error:  # the errors of the network, of the hub and of `datasets` have no common base
         raise TaskDataError(
@@ -223,7 +249,7 @@ def _prepare(spec: TaskSpec, loaded: datasets.DatasetDict, files: Mapping[str, s
         rows = loaded[split]
         if split not in files:
             _check_rows(spec, enumerate(rows, start=1), where=f"{_HUB[spec.benchmark]} ({spec.name}, {split})")
-        with _no_progress_bars():
+        with quiet():
             same = rows.features[spec.label_column] == value
             splits[split] = rows if same else rows.cast_column(spec.label_column, value)
     return splits
@@ -235,7 +261,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences the bars of `datasets` for a while, and leaves them as they were."""
     were_on = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()

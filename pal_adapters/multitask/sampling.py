@@ -1,10 +1,39 @@
-"""How often each task is drawn when many tasks train one base."""
+"""Which task trains next, and which of its rows.
+
+A *strategy* says how often each task is drawn in an epoch: a function of the sizes of the tasks, the epoch and the
+number of epochs. `MultiTaskBatchSampler` draws with it and deals out the rows. Everything it yields is a function of
+its seed and the epoch alone, so every process of a distributed run sees the same sequence, and a run can go on
+anywhere.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+from torch.utils.data import Sampler
+
+from pal_adapters.errors import ConfigError, require_bool, require_int, require_one_of
+
+
+class Strategy(Protocol):
+    """How often each task is drawn.
+
+    Any function with these arguments will do. It must return the same for the same arguments.
+    """
+
+    def __call__(self, sizes: Sequence[int], epoch: int, epochs: int) -> Sequence[float] | np.ndarray:
+        """Weights `[t]` of the tasks, which need not add up to 1.
+
+        Args:
+            sizes: `N_i`, the training rows of each task.
+            epoch: `e`, counted from 1.
+            epochs: `E`.
+        """
+        ...
 
 
 def annealed_alpha(epoch: int, epochs: int) -> float:
@@ -37,7 +66,284 @@ def task_probabilities(sizes: Sequence[int], alpha: float) -> np.ndarray:
     Returns:
         Probabilities `[t]`.
     """
-    if not sizes or min(sizes) < 1:
+    if not len(sizes) or min(sizes) < 1:
         raise ValueError(f"sizes must be positive and not empty, got {list(sizes)}")
-    weights = np.asarray(sizes, dtype=np.float64) ** alpha
+    # Relative sizes first: the power of a large count may leave the range of a float.
+    weights = (np.asarray(sizes, dtype=np.float64) / sum(sizes)) ** alpha
     return weights / weights.sum()
+
+
+def uniform(sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
+    r"""All tasks alike, $p_i = 1/T$."""
+    return task_probabilities(sizes, 0.0)
+
+
+def proportional(sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
+    r"""By the number of rows, $p_i \propto N_i$."""
+    return task_probabilities(sizes, 1.0)
+
+
+def square_root(sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
+    r"""By the root of the number of rows, $p_i \propto \sqrt{N_i}$ ("BERT and PALs", ICML 2019)."""
+    return task_probabilities(sizes, 0.5)
+
+
+def annealed(sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
+    r"""By size at first, more evenly from epoch to epoch: $p_i \propto N_i^\alpha$, see `annealed_alpha`."""
+    return task_probabilities(sizes, annealed_alpha(epoch, epochs))
+
+
+@dataclass(frozen=True)
+class Temperature:
+    r"""A power of the share of rows, $p_i \propto (N_i / \sum_j N_j)^{1/\tau}$, as in the released code of ScaLearn.
+
+    Args:
+        temperature: `τ`: 1 is proportional, 2 is `square_root`, large is nearly uniform.
+    """
+
+    temperature: float
+
+    def __post_init__(self) -> None:
+        value = self.temperature
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ConfigError(f"temperature={value!r} is not allowed: use a number above 0.")
+
+    def __call__(self, sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
+        return task_probabilities(sizes, 1.0 / self.temperature)
+
+
+def round_robin(sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
+    """One task after the other, without chance. The turn goes on where the epoch before ended.
+
+    The released code of PALs has an option of this name, which never leaves the first task.
+    """
+    return task_probabilities(sizes, 0.0)
+
+
+def uncertainty(sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
+    """Candidates of every task in each batch, of which a selector keeps the least certain ones (CA-MTL).
+
+    The sampler yields `T` times `batch_size` rows; `MultiTaskTrainer` asks its `batch_selector` which to train on.
+    """
+    return task_probabilities(sizes, 0.0)
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "uniform": uniform,
+    "proportional": proportional,
+    "sqrt": square_root,
+    "annealed": annealed,
+    "round_robin": round_robin,
+    "uncertainty": uncertainty,
+}
+"""The strategies without an argument, by name. `"temperature"` is `Temperature(...)`."""
+
+
+def get_strategy(strategy: str | Strategy, *, temperature: float | None = None) -> Strategy:
+    """A strategy by its name, or the one that is given.
+
+    Args:
+        strategy: A name of `STRATEGIES`, `"temperature"`, or any function like `Strategy`.
+        temperature: `τ` of `"temperature"`.
+
+    Raises:
+        ConfigError: For an unknown name, and for a temperature where none is needed, or none where one is.
+    """
+    if strategy == "temperature":
+        if temperature is None:
+            raise ConfigError("strategy='temperature' needs temperature=..., a number above 0.")
+        return Temperature(temperature)
+    if temperature is not None:
+        raise ConfigError(f"temperature={temperature!r} has no effect for strategy={strategy!r}: leave it out.")
+    if callable(strategy):
+        return strategy
+    require_one_of("strategy", strategy, (*STRATEGIES, "temperature"))
+    return STRATEGIES[strategy]
+
+
+def probabilities(strategy: Strategy, sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
+    """What a strategy says, checked and brought to a sum of 1: `[t]`.
+
+    Raises:
+        ConfigError: If it is not one weight a task, if one is negative or not finite, or if all are 0.
+    """
+    given = strategy(sizes, epoch, epochs)
+    weights = np.asarray(given, dtype=np.float64)
+    name = getattr(strategy, "__name__", type(strategy).__name__)
+    if weights.shape != (len(sizes),):
+        raise ConfigError(f"strategy {name} gave weights of shape {weights.shape} for {len(sizes)} tasks: one each.")
+    if not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum() > 0:
+        raise ConfigError(f"strategy {name} gave the weights {weights.tolist()}: none below 0, and not all of them 0.")
+    return weights / weights.sum()
+
+
+class MultiTaskBatchSampler(Sampler[list[int]]):
+    """Batches of rows of many tasks, for `DataLoader(ConcatDataset([...]), batch_sampler=...)`.
+
+    Rows are numbered through all tasks: task 0 has the rows `0 .. N_0 - 1`, task 1 the next `N_1`, and so on. The rows
+    of a task are dealt out in a random order, and in a new one when all had their turn, also across epochs: a task
+    that is drawn rarely gets to all its rows in the end. Every batch is full, so a task with fewer rows than a batch
+    has some of them twice in it.
+
+    In a distributed run give each process the same arguments and let `accelerate` deal the batches out in turn, with
+    `group_size` multiplied by the number of processes: then all processes have the same task in a step.
+
+    Args:
+        sizes: `N_i`, the training rows of each task, in order, or by name.
+        batch_size: Rows of a batch.
+        strategy: A name of `STRATEGIES`, or a function like `Strategy`.
+        mixed: Whether each *row* draws a task, rather than each group of batches.
+        epochs: `E`, for strategies that change over the run.
+        steps_per_epoch: Groups in an epoch. By default as many as all rows take.
+        group_size: Batches that make one step of the optimiser (gradient accumulation). They have one task.
+        seed: Seed of the draws and of the order of the rows.
+
+    Raises:
+        ConfigError: If a size is below 1, and for arguments that are not allowed.
+
+    Example:
+        >>> sampler = MultiTaskBatchSampler({"rte": 3, "mrpc": 5}, 2, strategy="round_robin", steps_per_epoch=4)
+        >>> [sorted({sampler.task_of(row) for row in batch}) for batch in sampler]
+        [[0], [1], [0], [1]]
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int] | Mapping[str, int],
+        batch_size: int,
+        *,
+        strategy: str | Strategy = "proportional",
+        mixed: bool = False,
+        epochs: int = 1,
+        steps_per_epoch: int | None = None,
+        group_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        named = dict(sizes) if isinstance(sizes, Mapping) else {str(i): size for i, size in enumerate(sizes)}
+        if not named:
+            raise ConfigError("sizes is empty: give the number of rows of at least one task.")
+        for name, size in named.items():
+            require_int(f"sizes[{name}]", size, minimum=1)
+        require_int("batch_size", batch_size, minimum=1)
+        require_int("epochs", epochs, minimum=1)
+        require_int("group_size", group_size, minimum=1)
+        require_int("seed", seed, minimum=0)
+        require_bool("mixed", mixed)
+        if steps_per_epoch is not None:
+            require_int("steps_per_epoch", steps_per_epoch, minimum=1)
+        self.names = tuple(named)
+        self.sizes = tuple(named.values())
+        self.strategy = get_strategy(strategy)
+        if self.strategy is uncertainty and mixed:
+            raise ConfigError("mixed=True has no effect for strategy='uncertainty', whose batches are: leave it out.")
+        self.mixed = mixed
+        self.batch_size = batch_size * (len(named) if self.strategy is uncertainty else 1)
+        self.rows = batch_size
+        self.epochs = epochs
+        self.group_size = group_size
+        self.steps_per_epoch = steps_per_epoch or self._steps()
+        self.seed = seed
+        self.drop_last = False
+        self.epoch = 0
+        self._offsets = np.cumsum([0, *self.sizes])
+        self._first = 0
+        self._at = 0
+        # Rows of each task that epochs before took: one entry an epoch, found when first needed.
+        self._taken = [np.zeros(len(named), dtype=np.int64)]
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+
+    def _steps(self) -> int:
+        step = self.rows * self.group_size
+        if self.strategy is uncertainty:  # CA-MTL: as often as the largest task has batches, times the tasks
+            return max(math.ceil(size / step) for size in self.sizes) * len(self.sizes)
+        return math.ceil(sum(self.sizes) / step)
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return self.steps_per_epoch * self.group_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Goes to the start of an epoch, counted from 0, as `Trainer` and `accelerate` count."""
+        require_int("epoch", epoch, minimum=0)
+        self.epoch = epoch
+        self._first = self._at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the sequence stands: the epoch, and how many of its batches were taken."""
+        return {"epoch": self.epoch, "batch": self._at}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes on from what `state_dict` of a sampler with the same arguments said."""
+        self.set_epoch(state["epoch"])
+        self._first = self._at = state["batch"]
+
+    def task_of(self, row: int) -> int:
+        """Number of the task that a row belongs to."""
+        return int(np.searchsorted(self._offsets, row, side="right")) - 1
+
+    def probabilities(self, epoch: int | None = None) -> np.ndarray:
+        """Share of the draws that each task has in an epoch, counted from 0: `[t]`."""
+        number = (self.epoch if epoch is None else epoch) + 1
+        # A run that goes on beyond its epochs stays at the end of the schedule.
+        return probabilities(self.strategy, self.sizes, min(number, self.epochs), self.epochs)
+
+    def draws(self, epoch: int | None = None) -> np.ndarray:
+        """Tasks in the order of their draws: one a group `[steps]`, or in mixed batches one a row `[steps, rows]`."""
+        epoch = self.epoch if epoch is None else epoch
+        tasks = len(self.sizes)
+        shape: tuple[int, ...] = (self.steps_per_epoch,)
+        if self.strategy is uncertainty:
+            row = np.repeat(np.arange(tasks), self.rows)
+            return np.tile(np.tile(row, self.group_size), (self.steps_per_epoch, 1))
+        if self.mixed:
+            shape = (self.steps_per_epoch, self.rows * self.group_size)
+        count = math.prod(shape)
+        if self.strategy is round_robin:
+            return ((epoch * count + np.arange(count)) % tasks).reshape(shape)
+        generator = np.random.default_rng([self.seed, 0, epoch])
+        return generator.choice(tasks, size=shape, p=self.probabilities(epoch))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        draws = self.draws()
+        position = self._taken_before(self.epoch).copy()
+        first, self._first = self._first, 0
+        rows = self.rows * self.group_size
+        for step, drawn in enumerate(draws):
+            tasks = np.full(rows, drawn) if draws.ndim == 1 else drawn
+            numbers = np.empty(len(tasks), dtype=np.int64)
+            for task in np.unique(tasks):
+                at = tasks == task
+                numbers[at] = self._offsets[task] + self._take(int(task), int(position[task]), int(at.sum()))
+                position[task] += at.sum()
+            for place, batch in enumerate(numbers.reshape(self.group_size, -1).tolist()):
+                number = step * self.group_size + place
+                if number >= first:
+                    self._at = number + 1
+                    yield batch
+
+    def _taken_before(self, epoch: int) -> np.ndarray:
+        """Rows of each task that the epochs before this one took `[t]`."""
+        while len(self._taken) <= epoch:
+            draws = self.draws(len(self._taken) - 1)
+            counts = np.bincount(draws.ravel(), minlength=len(self.sizes))
+            if draws.ndim == 1:
+                counts = counts * self.rows * self.group_size
+            self._taken.append(self._taken[-1] + counts)
+        return self._taken[epoch]
+
+    def _take(self, task: int, position: int, count: int) -> np.ndarray:
+        """The next rows of a task, from its endless sequence of random orders."""
+        parts = []
+        while count:
+            number, start = divmod(position, self.sizes[task])
+            part = self._order(task, number)[start : start + count]
+            parts.append(part)
+            position, count = position + len(part), count - len(part)
+        return np.concatenate(parts)
+
+    def _order(self, task: int, number: int) -> np.ndarray:
+        known = self._orders.get(task)
+        if known is None or known[0] != number:
+            generator = np.random.default_rng([self.seed, 1, task, number])
+            known = self._orders[task] = (number, generator.permutation(self.sizes[task]))
+        return known[1]

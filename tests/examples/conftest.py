@@ -51,3 +51,8 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """New processes find the package, installed or not."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=":")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(scope="session")
+def glue() -> ModuleType:
+    return load_script(ROOT / "examples" / "glue.py")

@@ -1,0 +1,295 @@
+"""Trains one model on many GLUE and SuperGLUE tasks by a recipe, and writes a table and a picture.
+
+    python examples/glue.py --preset pals --data_dir DATA --tasks all --output_dir out --max_steps 2000
+
+`DATA` holds `<task>/train.jsonl[.gz]` and `<task>/validation.jsonl[.gz]`, or folders `glue` and `super_glue` with such
+folders inside; without `--data_dir` the data sets come from the hub. `--preset` is a recipe of
+`pal_adapters.multitask.PRESETS`, or `full_single`: a fine-tuned copy of the model for every task, one after the other.
+
+A tenth of the training rows chooses the best checkpoint; the validation rows are used once, for the scores at the end.
+The run can be killed at any time: the same command goes on from the last checkpoint and ends with the same table.
+Writes `results.json`, `pareto.png` and the folder `model`; `--compare` puts the results of other folders into the
+picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
+SINGLE = "full_single"
+PER_RUN = ("data_dir", "output_dir", "compare")  # arguments that may change when a run goes on
+
+
+class InputError(Exception):
+    """What the user asked for cannot be done; the message is one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends with one line, where the standard parser prints the usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--preset", required=True, help="name of a recipe, or full_single")
+    parser.add_argument("--data_dir", help="folder with the data (the data sets on the hub)")
+    parser.add_argument("--tasks", nargs="+", default=["all"], help="names of tasks; all: the eight of GLUE")
+    parser.add_argument("--model", help="name or folder of the base (a MiniLM encoder that comes with pip)")
+    parser.add_argument("--output_dir", required=True, help="folder for checkpoints and results")
+    parser.add_argument("--max_steps", type=positive, help="steps of the optimiser (the recipe's epochs)")
+    parser.add_argument("--seed", type=int, default=42, help="seed of everything random")
+    parser.add_argument("--host", choices=("adapters", "peft"), help="library of the adapters (the first found)")
+    parser.add_argument("--sampling", help="how tasks are drawn (the recipe's)")
+    parser.add_argument("--learning_rate", type=float, help="peak learning rate (the recipe's)")
+    parser.add_argument("--attention_learning_rate", type=float, help="that of the attention in PALs (the same)")
+    parser.add_argument("--hidden_size", type=positive, help="width of the adapters (the method's own)")
+    parser.add_argument("--batch_size", type=positive, help="rows of a batch (the recipe's)")
+    parser.add_argument("--max_length", type=positive, help="tokens after which a text is cut (the recipe's)")
+    parser.add_argument("--max_train_rows", type=positive, help="rows of each task to train on at most (all)")
+    parser.add_argument("--evaluations", type=positive, default=5, help="evaluations and checkpoints in the run")
+    parser.add_argument("--compare", nargs="*", default=[], help="folders of other runs for the picture")
+    return parser.parse_args(argv)
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: an integer of at least 1")
+    return int(text)
+
+
+def load_tasks(args: argparse.Namespace) -> tuple[list[Any], dict[str, dict[str, Any]]]:
+    """The tasks with a part of their training rows to choose by, and the rows to score at the end."""
+    from pal_adapters.multitask import Task, train_dev_split
+
+    names = list(GLUE) if args.tasks == ["all"] else args.tasks
+    tasks, test = [], {}
+    for name in names:
+        task = Task.named(name, args.data_dir)
+        rows = task.dataset[task.train_split]
+        label = task.label_column or "label"
+        train, dev = train_dev_split(rows, seed=42, label_column=label, split_columns=task.split_columns)
+        if args.max_train_rows is not None and len(train) > args.max_train_rows:
+            train = train.shuffle(seed=42, keep_in_memory=True).select(range(args.max_train_rows))
+        test[task.name] = task.validation()
+        dev = dev.select(range(min(len(dev), 1000)))
+        tasks.append(task.with_data({"train": train, "validation": dev}))
+    return tasks, test
+
+
+def load_base(name: str | None) -> tuple[Any, Any]:
+    """The base model and its tokenizer."""
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    from pal_adapters.multitask import default_model
+
+    transformers_logging.disable_progress_bar()  # of weights; the bar of the training stays
+    name = name or default_model()
+    try:
+        return AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # hosts raise OSError, ValueError, KeyError and more, with many lines
+        raise InputError(f"--model {name}: cannot be loaded ({first_line(error)})") from error
+
+
+def train_group(args: argparse.Namespace, tasks: list[Any], test: dict[str, Any], output: Path) -> dict[str, Any]:
+    """One run: trains the tasks together, or goes on, and gives what the table needs."""
+    import transformers
+
+    from pal_adapters.multitask import EncodedTask, MultiTaskTrainer, get_preset, last_checkpoint
+
+    done = output / "done.json"
+    if done.is_file():
+        return json.loads(done.read_text(encoding="utf-8"))
+    preset = get_preset("full" if args.preset == SINGLE else args.preset)
+    base, tokenizer = load_base(args.model)
+    transformers.set_seed(args.seed)
+    sized = {} if args.hidden_size is None else {"hidden_size": args.hidden_size}
+    model = preset.build(base, tasks, host=args.host, **sized)
+    names = ("sampling", "learning_rate", "attention_learning_rate", "max_length", "max_steps")
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.batch_size is not None:
+        changes["per_device_train_batch_size"] = args.batch_size
+    epochs = int(preset.arguments["num_train_epochs"])
+    if args.max_steps is not None:  # the recipe's schedule, over fewer steps
+        changes["steps_per_epoch"] = max(1, math.ceil(args.max_steps / epochs))
+    arguments = preset.training_arguments(
+        str(output / "checkpoints"),
+        num_tasks=len(tasks),
+        seed=args.seed,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1.0 / args.evaluations,
+        save_steps=1.0 / args.evaluations,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        logging_steps=1.0 / max(args.evaluations, 20),
+        per_device_eval_batch_size=64,
+        report_to=[],
+        **{name: value for name, value in changes.items() if name != "seed"},
+    )
+    trainer = MultiTaskTrainer(model, arguments, tasks, processing_class=tokenizer, preset=preset)
+    trainer.train(resume_from_checkpoint=last_checkpoint(output / "checkpoints"))
+    rows = {key: (task, split) for task in tasks for key, split in test[task.name].items()}
+    length = arguments.max_length
+    scores = trainer.evaluate({key: EncodedTask(*pair, tokenizer, length, where=key) for key, pair in rows.items()})
+    model.save_pretrained(output / "model")
+    tokenizer.save_pretrained(output / "model")
+    result = {
+        "scores": {name.removeprefix("eval_"): value for name, value in scores.items()},
+        "parameters": model.count_parameters(),
+        "steps": trainer.state.global_step,
+        "dev": [e["eval_average"] for e in trainer.state.log_history if "eval_average" in e][:-1],
+    }
+    done.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from pal_adapters.multitask import get_preset
+    from pal_adapters.multitask.scores import metric_name
+
+    if args.preset != SINGLE:
+        get_preset(args.preset)
+    tasks, test = load_tasks(args)
+    names = [task.name for task in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"--tasks: {twice[0]} is named twice")
+    output = Path(args.output_dir)
+    config = {name: value for name, value in vars(args).items() if name not in PER_RUN} | {"tasks": names}
+    claim(output, config)
+    groups = [[task] for task in tasks] if args.preset == SINGLE else [tasks]
+    folders = [output / group[0].name if args.preset == SINGLE else output for group in groups]
+    results = [train_group(args, group, test, folder) for group, folder in zip(groups, folders, strict=True)]
+    scores: dict[str, dict[str, float]] = {}
+    for group, result in zip(groups, results, strict=True):
+        for task in group:
+            for key in test[task.name]:
+                found = {n.removeprefix(f"{key}_"): v for n, v in result["scores"].items() if n.startswith(f"{key}_")}
+                metrics = [metric_name(metric) for metric in task.metrics]
+                scores[key] = {n: found[n] for n in (*metrics, *sorted(found)) if n in found and n != "loss"}
+    counts = results[0]["parameters"]
+    trained = sum(result["parameters"]["trainable"] for result in results)
+    primary = [next(iter(scores[task.name].values())) for task in tasks]
+    summary = {
+        "config": config,
+        "versions": versions(),
+        "scores": scores,
+        "average": sum(primary) / len(primary),
+        "steps": sum(result["steps"] for result in results),
+        "parameters": {"base": counts["base"], "trained": trained, "trained_per_task": trained / len(tasks)},
+    }
+    (output / "results.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def claim(output: Path, config: dict[str, Any]) -> None:
+    """Makes the folder, or checks that it is of the same run."""
+    path = output / "config.json"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            other = sorted(name for name in config if before.get(name) != config[name])
+            if other:
+                raise InputError(
+                    f"--output_dir {output} holds a run with {other[0]} {before.get(other[0])!r}, not "
+                    f"{config[other[0]]!r}: use another folder"
+                )
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output_dir {output}: cannot be written ({error.strerror})") from error
+
+
+def table(results: dict[str, Any]) -> str:
+    rows = [("task", "metric", "score")]
+    for name, metrics in results["scores"].items():
+        rows += [(name, metric, f"{value:.4f}") for metric, value in metrics.items()]
+    rows.append(("average", "first metrics", f"{results['average']:.4f}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["  ".join((row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2].rjust(widths[2]))) for row in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    lines.insert(-1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
+def picture(results: dict[str, Any], others: Sequence[str], path: Path) -> None:
+    """Average score over trained parameters for each task, of this run and of others."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    every = [results]
+    for folder in others:
+        try:
+            every.append(json.loads((Path(folder) / "results.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--compare {folder}: no results.json that can be read ({first_line(error)})") from error
+    points: dict[str, list[tuple[float, float]]] = {}
+    for one in every:
+        label = one["config"]["preset"] + (f" ({one['config']['sampling']})" if one["config"]["sampling"] else "")
+        points.setdefault(label, []).append((one["parameters"]["trained_per_task"], one["average"]))
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for label, found in points.items():
+        axes.plot(*zip(*found, strict=True), "o", label=label)
+    axes.set(xscale="log", xlabel="trained parameters per task", ylabel="average score")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "adapters", "peft", "datasets", "evaluate", "pal-adapters"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    # This host warns that no adapter is active while it activates the first one.
+    logging.getLogger("adapters").setLevel(logging.ERROR)
+    try:
+        from pal_adapters.errors import PalAdaptersError
+
+        results = run(args)
+        picture(results, args.compare, Path(args.output_dir) / "pareto.png")
+    except ImportError as error:
+        print(f"glue.py: error: {error}; pip install 'pal-adapters[all]'", file=sys.stderr)
+        return 1
+    except (InputError, PalAdaptersError) as error:
+        print(f"glue.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print(table(results))
+    counts = results["parameters"]
+    print(f"\n{counts['trained']:,} parameters trained, {counts['trained_per_task']:,.0f} for each task")
+    print(f"written: {Path(args.output_dir) / 'results.json'} and pareto.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

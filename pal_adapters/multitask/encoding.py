@@ -1,0 +1,265 @@
+"""The rows of a task as tokens, kept in flat arrays, and what their scores are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from pal_adapters.errors import ConfigError
+
+from . import scores
+from .heads import IGNORED
+from .task import Task, check_labels
+from .tasks import TaskDataError
+
+_CHUNK = 1000
+_LONGEST_ANSWER = 30
+
+
+class EncodedTask(torch.utils.data.Dataset[Any]):
+    """Tokens and labels of the rows of a task, without padding. One item is one row of a batch.
+
+    A question with a long context makes several items, one for each window of the context.
+
+    Args:
+        task: The task.
+        rows: A split of its data.
+        tokenizer: A fast tokenizer.
+        max_length: Tokens after which a text is cut, the longer one of a pair first.
+        where: What to call the rows in error messages.
+
+    Raises:
+        TaskDataError: If there are no rows, a column is missing, or a label does not fit the task.
+    """
+
+    def __init__(
+        self, task: Task, rows: datasets.Dataset, tokenizer: Any, max_length: int, *, where: str = "data"
+    ) -> None:
+        self.task = task
+        self.rows = task.expand(rows) if task.expand is not None else rows
+        self._check(where)
+        self._arrays: dict[str, list[np.ndarray]] = {}
+        lengths: list[np.ndarray] = []
+        self._tags: list[np.ndarray] = []
+        # Of questions: the row of each window, and where its tokens stand in the context.
+        self.windows: list[tuple[int, np.ndarray]] = []
+        labels: list[Any] = []
+        for start in range(0, len(self.rows), _CHUNK):
+            chunk = self.rows[start : start + _CHUNK]
+            encode = {"token_tagging": self._encode_words, "span_qa": self._encode_questions}.get(task.kind)
+            encoded = (encode or self._encode_texts)(chunk, tokenizer, max_length, start, labels)
+            lengths.append(np.fromiter(map(len, encoded["input_ids"]), dtype=np.int64))
+            for name in ("input_ids", "attention_mask", "token_type_ids"):
+                if name in encoded:
+                    self._arrays.setdefault(name, []).append(
+                        np.concatenate([np.asarray(r, np.int32) for r in encoded[name]])
+                    )
+        self.columns = {name: np.concatenate(parts) for name, parts in self._arrays.items()}
+        self._arrays = {}
+        self.offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+        self.labels = self._label_array(labels)
+
+    def _check(self, where: str) -> None:
+        task = self.task
+        if len(self.rows) == 0:
+            raise TaskDataError(f"task {task.name!r}, {where}: no rows")
+        needed = [*task.text_columns, *([task.label_column] if task.label_column else []), *task.group_columns]
+        for column in needed:
+            if column not in self.rows.column_names:
+                found = ", ".join(self.rows.column_names)
+                raise TaskDataError(f"task {task.name!r}, {where}: no column {column!r}; found: {found}")
+        if task.label_column:
+            check_labels(task, self.rows[task.label_column][:], where)
+        for column in task.text_columns:
+            kind = list if task.kind == "token_tagging" else str
+            for number, value in enumerate(self.rows[column][:] if task.render is None else (), start=1):
+                if not isinstance(value, kind):
+                    raise TaskDataError(
+                        f"task {task.name!r}, {where}, row {number}: column {column!r} holds {value!r:.40}, not a "
+                        f"{'list of words' if kind is list else 'text'}"
+                    )
+
+    def _encode_texts(self, chunk: Any, tokenizer: Any, max_length: int, start: int, labels: list[Any]) -> Any:
+        task = self.task
+        count = len(next(iter(chunk.values())))
+        records = [{name: values[i] for name, values in chunk.items()} for i in range(count)]
+        segments = [segment for record in records for segment in task.segments(record)]
+        if len(segments) != count * task.num_choices:
+            raise TaskDataError(f"task {task.name!r}: {len(segments)} encoder inputs for {count} rows")
+        first = [a for a, _ in segments]
+        texts = (first, [b for _, b in segments]) if segments[0][1] is not None else (first,)
+        if task.label_column:
+            labels += chunk[task.label_column]
+        return tokenizer(*texts, truncation=True, max_length=max_length)
+
+    def _encode_words(self, chunk: Any, tokenizer: Any, max_length: int, start: int, labels: list[Any]) -> Any:
+        words, tags = chunk[self.task.text_columns[0]], chunk[self.task.label_column]
+        encoded = tokenizer(words, truncation=True, max_length=max_length, is_split_into_words=True)
+        for number, (row, given) in enumerate(zip(words, tags, strict=True)):
+            if len(row) != len(given):
+                raise TaskDataError(
+                    f"task {self.task.name!r}, row {start + number + 1}: {len(given)} labels for {len(row)} words"
+                )
+            before, out = None, []
+            for word in encoded.word_ids(number):  # the first piece of a word has its label
+                out.append(IGNORED if word is None or word == before else given[word])
+                before = word
+            self._tags.append(np.asarray(out, dtype=np.int64))
+        return encoded
+
+    def _encode_questions(self, chunk: Any, tokenizer: Any, max_length: int, start: int, labels: list[Any]) -> Any:
+        questions, contexts = (chunk[column] for column in self.task.text_columns)
+        encoded = tokenizer(
+            [question.lstrip() for question in questions],
+            contexts,
+            truncation="only_second",
+            max_length=max_length,
+            stride=min(128, max_length // 4),
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        for window, row in enumerate(encoded["overflow_to_sample_mapping"]):
+            places = np.asarray(encoded["offset_mapping"][window], dtype=np.int64).copy()  # [n, 2]
+            places[[part != 1 for part in encoded.sequence_ids(window)]] = -1
+            self.windows.append((start + row, places))
+            labels.append(_span(places, chunk[self.task.label_column][row]))
+        return encoded
+
+    def _label_array(self, labels: list[Any]) -> np.ndarray | None:
+        kind, classes = self.task.kind, self.task.num_labels
+        if kind in ("token_tagging", "language_modeling"):
+            return None
+        if kind == "regression":
+            return np.asarray(labels, dtype=np.float32)
+        if kind == "multi_label":
+            sets = np.zeros((len(labels), classes or 0), dtype=np.float32)
+            # A column is read as a 0 or 1 for each class if every row may be; else as numbers of classes.
+            flags = all(len(given) == classes and set(given) <= {0, 1} for given in labels)
+            for row, given in enumerate(labels):
+                sets[row, np.flatnonzero(given) if flags else given] = 1.0
+            return sets
+        return np.asarray(labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return (len(self.offsets) - 1) // self.task.num_choices
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """Row of a batch: the name of the task, its encoder inputs as arrays, and its label."""
+        choices = self.task.num_choices
+        inputs = []
+        for number in range(row * choices, (row + 1) * choices):
+            part = slice(self.offsets[number], self.offsets[number + 1])
+            inputs.append({name: column[part] for name, column in self.columns.items()})
+        if self.task.kind == "token_tagging":
+            label: Any = self._tags[row]
+        elif self.task.kind == "language_modeling":
+            label = inputs[0]["input_ids"]
+        else:
+            assert self.labels is not None
+            label = self.labels[row]
+        return {"task": self.task.name, "inputs": inputs, "label": label}
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of the longest encoder input of each row."""
+        return np.diff(self.offsets).reshape(len(self), -1).max(axis=1)
+
+    def score(self, logits: np.ndarray, loss: float | None = None) -> dict[str, float]:
+        """All metrics of the task for the logits of all rows, in their order.
+
+        Args:
+            logits: See `HeadConfig`; what stands behind the end of a row is not looked at.
+            loss: Mean loss, for the perplexity of a language model.
+        """
+        task = self.task
+        names = [metric for metric in task.metrics if isinstance(metric, str)]
+        found: dict[str, float] = {}
+        predicted: Any
+        true: Any
+        if task.kind == "language_modeling":
+            return {"perplexity": float(np.exp(min(loss if loss is not None else np.nan, 700.0)))}
+        if len(logits) != len(self):
+            raise ConfigError(f"task {task.name!r}: {len(logits)} rows of logits for {len(self)} rows.")
+        if task.kind == "token_tagging":
+            keep = [tags != IGNORED for tags in self._tags]
+            predicted = [logits[i, : len(k)][k].argmax(-1).tolist() for i, k in enumerate(keep)]
+            true = [tags[k].tolist() for tags, k in zip(self._tags, keep, strict=True)]
+            found = scores.score_tags(names, predicted, true, task.label_names)
+        elif task.kind == "span_qa":
+            predicted, true = self._answers(logits), [answer["text"] for answer in self.rows[task.label_column][:]]
+            found = scores.score_answers(names, predicted, true)
+        elif task.kind == "multi_label":
+            assert self.labels is not None
+            predicted, true = (logits > 0).astype(int), self.labels.astype(int)
+            found = scores.score_label_sets(names, predicted, true)
+        else:
+            assert self.labels is not None
+            numbers = task.kind == "regression"
+            predicted = np.asarray(logits, dtype=np.float64) if numbers else logits.argmax(-1)
+            true = self.labels.astype(np.float64 if numbers else np.int64)
+            if names:
+                found = scores.score_rows(task.name, names, predicted, true, groups=self._groups(), numbers=numbers)
+        for metric in task.metrics:
+            if not isinstance(metric, str):
+                takes_rows = getattr(metric, "takes_rows", False)
+                found |= metric(self, logits) if takes_rows else scores.score_own(metric, predicted, true)
+        return found
+
+    def primary(self, found: dict[str, float]) -> float:
+        """The score that models are chosen by, turned round if less is better."""
+        name = scores.metric_name(self.task.metrics[0])
+        value = found[name] if name in found else next(iter(found.values()))
+        return -value if scores.lower_is_better(name) else value
+
+    def _groups(self) -> list[Any] | None:
+        columns = self.task.group_columns
+        return list(zip(*(self.rows[column][:] for column in columns), strict=True)) if columns else None
+
+    def _answers(self, logits: np.ndarray) -> list[str]:
+        """For each question the best span over all windows of its context."""
+        best = [(-np.inf, "")] * len(self.rows)
+        contexts = self.rows[self.task.text_columns[1]]
+        for (row, places), scored in zip(self.windows, logits, strict=True):
+            inside = np.flatnonzero(places[:, 0] >= 0)
+            if not len(inside):
+                continue
+            start, end = (scored[inside, side] for side in (0, 1))
+            total = start[:, None] + end[None, :]
+            length = np.arange(len(inside))[None, :] - np.arange(len(inside))[:, None]
+            total = np.where((length >= 0) & (length < _LONGEST_ANSWER), total, -np.inf)
+            first, last = np.unravel_index(total.argmax(), total.shape)
+            if total[first, last] > best[row][0]:
+                text = contexts[row][places[inside[first], 0] : places[inside[last], 1]]
+                best[row] = (float(total[first, last]), text)
+        return [text for _, text in best]
+
+
+def _span(places: np.ndarray, answer: Any) -> tuple[int, int]:
+    """First and last token of the first answer, or the first token of all where the window lacks it."""
+    if not len(answer["text"]):
+        return 0, 0
+    start = answer["answer_start"][0]
+    end = start + len(answer["text"][0])
+    holds_start = np.flatnonzero((places[:, 0] <= start) & (places[:, 1] > start) & (places[:, 0] >= 0))
+    holds_end = np.flatnonzero((places[:, 0] < end) & (places[:, 1] >= end) & (places[:, 0] >= 0))
+    if not len(holds_start) or not len(holds_end):
+        return 0, 0
+    return int(holds_start[0]), int(holds_end[-1])
+
+
+class ConcatTasks(torch.utils.data.Dataset[Any]):
+    """The rows of all tasks, numbered through, as `MultiTaskBatchSampler` numbers them."""
+
+    def __init__(self, tasks: Sequence[EncodedTask]) -> None:
+        self.tasks = list(tasks)
+        self._offsets = np.cumsum([0, *map(len, tasks)])
+
+    def __len__(self) -> int:
+        return int(self._offsets[-1])
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        task = int(np.searchsorted(self._offsets, row, side="right")) - 1
+        return self.tasks[task][row - int(self._offsets[task])]

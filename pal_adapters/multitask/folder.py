@@ -1,0 +1,91 @@
+"""Reads a folder with `task.yaml` and data files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
+
+from pal_adapters.errors import ConfigError
+
+from .data import read_json_lines
+from .tasks import TaskDataError
+
+_NOT_IN_A_FILE = {"dataset", "loss", "render", "expand", "_choices"}
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], datasets.DatasetDict]:
+    """The fields of the task, and its splits. See `Task.from_folder`."""
+    import yaml
+
+    from .task import Task
+
+    path = folder / "task.yaml"
+    if not path.is_file():
+        raise TaskDataError(f"{path} is not there: a folder of a task has this file, with the fields of Task")
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TaskDataError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(given, dict):
+        raise TaskDataError(f"{path}: not a mapping of the fields of Task")
+    allowed = {f.name for f in fields(Task)} - _NOT_IN_A_FILE
+    unknown = sorted(set(given) - allowed)
+    if unknown:
+        raise ConfigError(f"{path}: unknown field {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given.setdefault("name", folder.name)
+    return given, _read_splits(folder)
+
+
+def _read_splits(folder: Path) -> datasets.DatasetDict:
+    splits = datasets.DatasetDict()
+    for path in sorted(folder.iterdir()):
+        name = path.name.removesuffix(".gz")
+        stem, suffix = Path(name).stem, Path(name).suffix
+        if suffix not in _READERS:
+            continue
+        if stem in splits:
+            raise TaskDataError(f"{folder}: two files for the split {stem!r}; keep one of them")
+        try:
+            splits[stem] = _READERS[suffix](path)
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            cause = str(error).strip().splitlines() or [type(error).__name__]
+            raise TaskDataError(f"{path}: cannot be read ({cause[0]})") from error
+    if not splits:
+        raise TaskDataError(f"{folder}: no data; looked for files such as train.jsonl, train.csv and train.parquet")
+    return splits
+
+
+def _read_lines(path: Path) -> datasets.Dataset:
+    return datasets.Dataset.from_list([row for _, row in read_json_lines(path)])
+
+
+def _read_list(path: Path) -> datasets.Dataset:
+    return datasets.Dataset.from_list(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _read_table(path: Path, delimiter: str = ",") -> datasets.Dataset:
+    options = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    return datasets.Dataset(pyarrow.csv.read_csv(path, parse_options=options))
+
+
+def _read_parquet(path: Path) -> datasets.Dataset:
+    return datasets.Dataset(pyarrow.parquet.read_table(path))
+
+
+_READERS: dict[str, Callable[[Path], datasets.Dataset]] = {
+    ".jsonl": _read_lines,
+    ".json": _read_list,
+    ".csv": _read_table,
+    ".tsv": partial(_read_table, delimiter="\t"),
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,195 @@
+"""A head for each kind of task: what it makes of the hidden states, and its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pal_adapters.errors import ConfigError, require_int, require_one_of, require_probability
+
+Kind = Literal[
+    "single_label",
+    "multi_label",
+    "regression",
+    "token_tagging",
+    "span_qa",
+    "multiple_choice",
+    "language_modeling",
+]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+Pooling = Literal["mean", "first", "last", "pooler"]
+POOLINGS: tuple[str, ...] = get_args(Pooling)
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""A loss of one's own: the mean over a batch of logits and labels of one task."""
+
+IGNORED = -100
+"""Label of tokens that do not count."""
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """What a head is. Shapes are of `b` rows with `n` tokens.
+
+    | `kind` | logits | labels | loss |
+    |---|---|---|---|
+    | `single_label` | `[b, c]` | class `[b]` | cross-entropy |
+    | `multi_label` | `[b, c]` | 0 or 1 `[b, c]` | binary cross-entropy, mean over classes |
+    | `regression` | `[b]`, or `[b, c]` for `c > 1` | number, as the logits | squared error |
+    | `token_tagging` | `[b, n, c]` | class `[b, n]`, -100 does not count | cross-entropy of the tokens |
+    | `span_qa` | `[b, n, 2]` | first and last token `[b, 2]` | mean cross-entropy of the two |
+    | `multiple_choice` | `[b, choices]` | number of the choice `[b]` | cross-entropy |
+    | `language_modeling` | `[b, n, vocabulary]` | token `[b, n]`, or -100 | cross-entropy of the next token |
+
+    Args:
+        kind: One of the above.
+        num_labels: `c`; not for the last three kinds.
+        num_choices: Encoder inputs of one row of `multiple_choice`, which lie next to each other in the batch.
+        pooling: What a head for whole rows reads: the mean over the tokens, the first token, the last one that is not
+            padding (for decoders), or the base model's own pooler.
+        dropout: Dropout in front of the head.
+        label_names: Names of the classes, for model cards and predictions.
+    """
+
+    kind: Kind = "single_label"
+    num_labels: int | None = None
+    num_choices: int = 1
+    pooling: Pooling = "mean"
+    dropout: float = 0.1
+    label_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_one_of("kind", self.kind, KINDS)
+        require_one_of("pooling", self.pooling, POOLINGS)
+        require_probability("dropout", self.dropout)
+        object.__setattr__(self, "label_names", tuple(self.label_names))
+        if self.kind in ("span_qa", "multiple_choice", "language_modeling"):
+            if self.num_labels is not None:
+                raise ConfigError(f"num_labels={self.num_labels} has no effect for kind={self.kind!r}: leave it out.")
+        else:
+            default = len(self.label_names) or (1 if self.kind == "regression" else None)
+            object.__setattr__(self, "num_labels", self.num_labels or default)
+            require_int(
+                "num_labels", self.num_labels, minimum=2 if self.kind in ("single_label", "token_tagging") else 1
+            )
+        if self.label_names and self.num_labels is not None and len(self.label_names) != self.num_labels:
+            raise ConfigError(f"label_names has {len(self.label_names)} names for num_labels={self.num_labels}.")
+        if self.kind == "multiple_choice":
+            require_int("num_choices", self.num_choices, minimum=2)
+        elif self.num_choices != 1:
+            raise ConfigError(f"num_choices={self.num_choices} has no effect for kind={self.kind!r}: leave it out.")
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of the linear layer; 0 for a language model, which uses the embeddings of the base."""
+        return {"span_qa": 2, "multiple_choice": 1, "language_modeling": 0}.get(self.kind, self.num_labels or 0)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the head reads every token, rather than one vector a row."""
+        return self.kind in ("token_tagging", "span_qa", "language_modeling")
+
+
+class Head(nn.Module):
+    r"""Dropout and one linear layer, $W\,\mathrm{drop}(h) + b$ with `W: [outputs, d]`; see `HeadConfig`.
+
+    The head of a language model has no weights of its own: it uses the input embeddings of the base.
+
+    Args:
+        config: What the head is.
+        width: `d` of the base.
+        loss: A loss of one's own instead of the one of the kind; for the mean over a batch. It is not saved.
+    """
+
+    def __init__(self, config: HeadConfig, width: int, *, loss: Loss | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.own_loss = loss
+        self.dropout = nn.Dropout(config.dropout)
+        self.linear: nn.Linear | None = None
+        if config.outputs:
+            self.linear = nn.Linear(width, config.outputs)
+            nn.init.normal_(self.linear.weight, std=0.02)
+            nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor, embeddings: Tensor | None = None) -> Tensor:
+        """Logits, see `HeadConfig`.
+
+        Args:
+            hidden: `[r, d]` or, for heads that read every token, `[r, n, d]`; `r` is `b` times the choices.
+            embeddings: Input embeddings of the base `[v, d]`, for a language model.
+        """
+        hidden = self.dropout(hidden)
+        if self.linear is None:
+            return F.linear(hidden, cast("Tensor", embeddings))
+        logits = self.linear(hidden)
+        if self.config.kind == "multiple_choice":
+            return logits.view(-1, self.config.num_choices)
+        if self.config.kind == "regression" and self.config.num_labels == 1:
+            return logits.squeeze(-1)
+        return logits
+
+    def loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the losses of what counts, and how much counts: two numbers, in float32 or wider."""
+        count = count_items(self.config.kind, labels)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        if self.own_loss is not None:
+            return self.own_loss(logits, labels) * count, count
+        kind = self.config.kind
+        if kind == "regression":
+            total = F.mse_loss(logits, labels.to(logits.dtype), reduction="sum")
+            return total / (self.config.num_labels or 1), count
+        if kind == "multi_label":
+            total = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
+            return total / logits.shape[-1], count
+        if kind == "span_qa":  # [b, n, 2] -> [b, 2, n]
+            total = F.cross_entropy(logits.transpose(1, 2).flatten(0, 1), labels.flatten(), reduction="sum")
+            return total / 2, count
+        if kind == "language_modeling":
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        if kind in ("token_tagging", "language_modeling"):
+            logits, labels = logits.flatten(0, 1), labels.flatten()
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), count
+
+
+def count_items(kind: str, labels: Tensor) -> Tensor:
+    """Over how many items the loss of a kind is a mean: rows, or the tokens that count. A float32 number."""
+    if kind == "token_tagging":
+        return (labels != IGNORED).sum().float()
+    if kind == "language_modeling":
+        return (labels[:, 1:] != IGNORED).sum().float()
+    return torch.full((), float(labels.shape[0]), device=labels.device)
+
+
+def pool(hidden: Tensor, mask: Tensor | None, pooling: str, pooled: Tensor | None = None) -> Tensor:
+    """One vector a row `[r, d]` of the last hidden states `[r, n, d]`.
+
+    Args:
+        hidden: Last hidden states.
+        mask: 1 for tokens, 0 for padding `[r, n]`; `None` is all ones.
+        pooling: See `HeadConfig`.
+        pooled: What the pooler of the base gave.
+    """
+    if pooling == "pooler":
+        if pooled is None:
+            raise ConfigError("pooling='pooler' is not possible: the base model has no pooler. Use 'mean' or 'first'.")
+        return pooled
+    if mask is None:
+        mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    if pooling == "mean":
+        weights = mask.unsqueeze(-1).to(hidden.dtype)  # [r, n, 1]
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    # Padding may be on either side.
+    numbers = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    if pooling == "first":
+        position = torch.where(mask > 0, numbers, mask.shape[1] - 1).amin(1)
+    else:
+        position = torch.where(mask > 0, numbers, 0).amax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), position]

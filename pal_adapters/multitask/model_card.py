@@ -1,0 +1,94 @@
+"""The model card of a model of many tasks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .routing import adapter_config
+from .scores import metric_name
+from .task_heads import _adapters_in
+
+if TYPE_CHECKING:
+    from .trainer import MultiTaskTrainer
+
+
+def write_model_card(trainer: MultiTaskTrainer, given: dict[str, Any]) -> None:
+    """Writes `README.md` into the output folder of a trainer.
+
+    Args:
+        trainer: The trainer; its last evaluation gives the results.
+        given: What `Trainer.push_to_hub` knows: `model_name`, `license`, `language`, `tags`.
+    """
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    args = trainer.args
+    counts = model.count_parameters()
+    base = model.config._name_or_path or type(model.backbone).__name__
+    tags = [
+        *([given["tags"]] if isinstance(given.get("tags"), str) else given.get("tags") or []),
+        "multi-task",
+        "adapters",
+    ]
+    head: dict[str, Any] = {"tags": sorted(set(tags)), "library_name": "pal-adapters"}
+    head |= {name: given[name] for name in ("license", "language") if given.get(name)}
+    if base and not Path(base).exists():
+        head["base_model"] = base
+    rows, results = ["| task | kind | training rows | adapter | weight |", "|---|---|---|---|---|"], []
+    trained: Any = trainer.train_dataset
+    sizes = {rows.task.name: len(rows) for rows in trained.tasks}
+    for name, task in trainer.tasks.items():
+        route = model.routes[name]
+        rows.append(f"| {name} | {task.kind} | {sizes[name]:,} | {route.adapter or 'none'} | {route.weight:g} |")
+    adapters = sorted({name for route in model.routes.values() for name in _adapters_in(route.adapter)})
+    methods = sorted({type(adapter_config(model.backbone, name)).__name__ for name in adapters})
+    scored = next((entry for entry in reversed(trainer.state.log_history) if "eval_average" in entry), {})
+    evaluated: Any = trainer.eval_dataset or {}
+    for key, encoded in evaluated.items():
+        for metric in encoded.task.metrics:
+            value = scored.get(f"eval_{key}_{metric_name(metric)}")
+            if value is not None:
+                results.append(f"| {key} | {metric_name(metric)} | {value:.4f} |")
+    if scored:
+        results.append(f"| all | {trainer.args.eval_aggregate} of the first metrics | {scored['eval_average']:.4f} |")
+    strategy = getattr(trainer.strategy, "__name__", str(trainer.strategy))
+    lines = [
+        "---",
+        *(f"{name}: {json.dumps(value)}" for name, value in head.items()),
+        "---",
+        "",
+        f"# {given.get('model_name') or Path(str(trainer.args.output_dir)).name}",
+        "",
+        f"One model for {len(rows) - 2} tasks, on `{Path(base).name if Path(base).exists() else base}`.",
+        "",
+        "## Tasks",
+        "",
+        *rows,
+        "",
+        "## Training",
+        "",
+        f"- method: {', '.join(methods) or 'no adapters'}; base {'trained' if model._base_trained else 'frozen'}",
+        f"- sampling: {strategy}, {'mixed batches' if args.mixed_batches else 'one task a batch'}",
+        f"- parameters: {counts['base']:,} of the base, {counts['adapters']:,} of adapters, "
+        f"{counts['heads']:,} of heads; {counts['trainable']:,} trained",
+        f"- {trainer.state.global_step:,} steps of {args.train_batch_size * args.world_size} rows × "
+        f"{args.gradient_accumulation_steps}, learning rate {args.learning_rate:g}, seed {args.seed}",
+        "",
+        "## Results",
+        "",
+        *(["| evaluation set | metric | score |", "|---|---|---|", *results] if results else ["Not evaluated."]),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import pal_adapters",
+        "from pal_adapters.multitask import TaskHeads",
+        "",
+        f'model = TaskHeads.from_pretrained("{given.get("model_name") or "this folder"}")',
+        f'logits = model(task_ids="{next(iter(trainer.tasks))}", **tokenizer("...", return_tensors="pt")).logits',
+        "```",
+        "",
+    ]
+    path = Path(str(trainer.args.output_dir)) / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines), encoding="utf-8")

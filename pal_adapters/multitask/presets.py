@@ -1,0 +1,270 @@
+"""The recipes of the papers, each by one name: which modules, what trains, how tasks are drawn, the optimiser."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import transformers
+
+from pal_adapters.errors import ConfigError, require_one_of
+
+from .arguments import MultiTaskTrainingArguments
+from .heads import Pooling
+from .models import HOSTS, default_host
+from .routing import adapter_config, host_of
+from .task import Task, check_tasks
+from .task_heads import TaskHeads
+
+
+class RecipeWarning(UserWarning):
+    """A preset is used without something that its results depend on."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A recipe.
+
+    Args:
+        name: Its name.
+        source: Where it comes from.
+        base: What happens to the base: `"trained"` with the modules, or `"frozen"`.
+        adapters: `"task"` for one adapter a task, `"shared"` for one network of all tasks, or `"none"`.
+        config: The adapter's config by host: a name in `pal_adapters`, and its arguments.
+        arguments: Arguments of the training.
+        pooling: What the heads read, if the base has a pooler and if not.
+        steps_per_task: Steps of an epoch for each task; 0 for as many as the rows take.
+        needs: Arguments without which the recipe is known not to work.
+    """
+
+    name: str
+    source: str
+    base: str
+    adapters: str
+    config: Mapping[str, tuple[str, Mapping[str, Any]]]
+    arguments: Mapping[str, Any]
+    pooling: Pooling = "mean"
+    steps_per_task: int = 0
+    needs: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, base: Any, tasks: Iterable[Task], *, host: str | None = None, **changes: Any) -> TaskHeads:
+        """The model of the recipe: adapters and heads for the tasks on a base, and only what it trains trainable.
+
+        Args:
+            base: A model of `transformers`; it is changed.
+            tasks: The tasks.
+            host: `"adapters"` or `"peft"`; by default the first that is installed. For recipes with adapters.
+            **changes: Arguments of the adapter's config that shall differ.
+
+        Raises:
+            ConfigError: For arguments that do not go together.
+        """
+        named = check_tasks(tasks)
+        if host_of(base) != "none":
+            raise ConfigError(f"base has adapters already: pass a plain model to build the preset {self.name!r}.")
+        if self.adapters == "none":
+            if host is not None or changes:
+                given = f"host={host!r}" if host is not None else next(iter(changes))
+                raise ConfigError(f"{given} has no effect for the preset {self.name!r}, which adds no adapters.")
+            backbone = base
+        else:
+            require_one_of("host", host or default_host(), HOSTS)
+            backbone = self._add_adapters(base, tuple(named), host or default_host(), changes)
+        model = TaskHeads(backbone)
+        pooling = self.pooling
+        if pooling == "pooler" and getattr(base, "pooler", None) is None:
+            pooling = "first"
+        for name, task in named.items():
+            head = task.head_config()
+            if task.pooling == "mean":  # the default, so the recipe decides
+                head = type(head)(**{**vars(head), "pooling": pooling})
+            adapter = {"task": name, "shared": self.name, "none": None}[self.adapters]
+            model.add(name, task.head or head, adapter=adapter, weight=task.weight, loss=task.loss)
+        model.prepare_training(base=self.base == "trained")
+        return model
+
+    def _add_adapters(self, base: Any, tasks: tuple[str, ...], host: str, changes: Mapping[str, Any]) -> Any:
+        name, options = self.config[host]
+        names = tasks if self.adapters == "task" else (self.name,)
+        given = {**options, **changes, **({"tasks": list(tasks)} if self.adapters == "shared" else {})}
+        make = _config_maker(name)
+        if host == "adapters":
+            import adapters
+
+            adapters.init(base)
+            for adapter in names:
+                base.add_adapter(adapter, config=make(**given))
+            return base
+        import peft
+
+        given["task_type"] = "FEATURE_EXTRACTION"
+        first, *rest = names
+        model = peft.get_peft_model(base, make(**given), adapter_name=first)
+        for adapter in rest:
+            model.add_adapter(adapter, make(**given))
+        return model
+
+    def training_arguments(self, output_dir: str, *, num_tasks: int, **changes: Any) -> MultiTaskTrainingArguments:
+        """The arguments of the recipe.
+
+        Args:
+            output_dir: Where checkpoints go.
+            num_tasks: Number of tasks, which the length of an epoch may depend on.
+            **changes: Arguments that shall differ. One that the recipe is known to need gives a `RecipeWarning`.
+        """
+        arguments = {**self.arguments}
+        if self.steps_per_task:
+            arguments["steps_per_epoch"] = self.steps_per_task * num_tasks
+        arguments |= changes
+        for name, needed in self.needs.items():
+            if arguments.get(name) != needed:
+                warnings.warn(
+                    f"{name}={arguments.get(name)!r} with the preset {self.name!r}, whose results depend on "
+                    f"{name}={needed!r} ({self.source}).",
+                    RecipeWarning,
+                    stacklevel=2,
+                )
+        if "warmup_ratio" in arguments and not transformers.__version__.startswith("4."):
+            # transformers 5 has one argument for both, where a value below 1 is a share.
+            arguments["warmup_steps"] = arguments.pop("warmup_ratio")
+        return MultiTaskTrainingArguments(output_dir=output_dir, **arguments)
+
+    def check(self, model: TaskHeads) -> None:
+        """Warns with a `RecipeWarning` if what trains is not what the recipe trains."""
+        base = [t for t in model._base_tensors().values() if t.is_floating_point()]
+        trains = any(tensor.requires_grad for tensor in base)
+        if trains is not (self.base == "trained"):
+            warnings.warn(
+                f"the base is {'trained' if trains else 'frozen'} with the preset {self.name!r}, which has it "
+                f"{self.base} ({self.source}).",
+                RecipeWarning,
+                stacklevel=2,
+            )
+        if (
+            self.adapters == "shared"
+            and getattr(adapter_config(model.backbone, self.name), "freeze_layers", None) == []
+        ):
+            warnings.warn(
+                f"freeze_layers=[] with the preset {self.name!r}, whose results depend on frozen lower blocks "
+                f"({self.source}).",
+                RecipeWarning,
+                stacklevel=2,
+            )
+
+
+def _config_maker(name: str) -> Callable[..., Any]:
+    """A config class, or one of its presets (`Class:preset`), in `pal_adapters` or, with a dot, in a host."""
+    name, _, preset = name.partition(":")
+    module, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(module or "pal_adapters"), attribute)
+    if not preset:
+        return found
+    return lambda **options: found.preset(preset, **options)
+
+
+_BERT = {"weight_decay": 0.01, "adam_epsilon": 1e-6, "warmup_ratio": 0.1}
+_PALS = {
+    **_BERT,
+    "sampling": "annealed",
+    "learning_rate": 2e-5,
+    "num_train_epochs": 25,
+    "per_device_train_batch_size": 32,
+    "adam_bias_correction": False,
+    "max_tensor_grad_norm": 1.0,
+    "schedule": "pals",
+    "max_length": 128,
+    "seed": 42,
+}
+_FROZEN = {
+    "sampling": "annealed",
+    "learning_rate": 1e-3,
+    "num_train_epochs": 5,
+    "per_device_train_batch_size": 32,
+    "weight_decay": 0.01,
+    "warmup_ratio": 0.1,
+    "max_length": 128,
+    "seed": 42,
+}
+_SCALEARN = {
+    "sampling": "proportional",
+    "num_train_epochs": 30,
+    "per_device_train_batch_size": 32,
+    "weight_decay": 0.0,
+    "max_length": 128,
+}
+_PALS_SOURCE = "Stickland and Murray, BERT and PALs, ICML 2019"
+
+
+def _both(stem: str, **options: Any) -> dict[str, tuple[str, dict[str, Any]]]:
+    return {"adapters": (f"{stem}Config", options), "peft": (f"{stem}PeftConfig", options)}
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "pals", _PALS_SOURCE, "trained", "task", _both("PAL"), _PALS,
+            pooling="pooler", steps_per_task=300, needs={"sampling": "annealed"},
+        ),
+        Preset("pals_frozen", f"{_PALS_SOURCE}, base frozen", "frozen", "task", _both("PAL"), _FROZEN),
+        Preset("low_rank_frozen", f"{_PALS_SOURCE}, base frozen", "frozen", "task", _both("LowRank"), _FROZEN),
+        Preset(
+            "full", f"{_PALS_SOURCE}: one model for all tasks, without task modules", "trained", "none", {}, _PALS,
+            pooling="pooler", steps_per_task=300,
+        ),
+        Preset(
+            "houlsby", "Houlsby et al., Parameter-Efficient Transfer Learning for NLP, ICML 2019", "frozen", "task",
+            {
+                "adapters": (
+                    "adapters.DoubleSeqBnConfig",
+                    {"non_linearity": "gelu", "reduction_factor": 12, "init_weights": "houlsby"},
+                ),
+                "peft": ("HoulsbyPeftConfig", {}),
+            },
+            {**_FROZEN, "sampling": "proportional", "learning_rate": 3e-4, "num_train_epochs": 20},
+            pooling="pooler",
+        ),
+        Preset(
+            "ca_mtl", "Pilault et al., Conditionally Adaptive Multi-Task Learning, ICLR 2021", "frozen", "shared",
+            {"adapters": ("CAMTLConfig:ca_mtl_base", {}), "peft": ("CAMTLPeftConfig:ca_mtl_base", {})},
+            {
+                "sampling": "uncertainty", "learning_rate": 2e-5, "num_train_epochs": 5, "warmup_ratio": 0.1,
+                "per_device_train_batch_size": 32, "max_length": 128, "seed": 12,
+            },
+            pooling="pooler", needs={"sampling": "uncertainty"},
+        ),
+        Preset(
+            "scalearn_sources", "Frohmann et al., ScaLearn, ACL Findings 2024: the first stage", "frozen", "task",
+            {
+                "adapters": ("adapters.SeqBnConfig", {}),
+                "peft": ("peft.LoraConfig", {"r": 8, "target_modules": "all-linear"}),
+            },
+            {**_SCALEARN, "learning_rate": 3e-4}, pooling="first",
+        ),
+    )
+}  # fmt: skip
+"""The recipes that train all tasks in one run, by name.
+
+The second stage of ScaLearn trains one target at a time on the sources of the first: see the page on two-stage
+transfer, and `scalearn_arguments`.
+"""
+
+
+def get_preset(name: str) -> Preset:
+    """A recipe by its name.
+
+    Raises:
+        ConfigError: If there is none of that name.
+    """
+    require_one_of("preset", name, tuple(PRESETS))
+    return PRESETS[name]
+
+
+def scalearn_arguments(output_dir: str, **changes: Any) -> MultiTaskTrainingArguments:
+    """Arguments of the second stage of ScaLearn: 30 epochs at 6e-3, the best epoch by validation loss kept."""
+    given = {**_SCALEARN, "learning_rate": 6e-3, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    given |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
+    return MultiTaskTrainingArguments(output_dir=output_dir, **{**given, **changes})

@@ -1,0 +1,142 @@
+"""How the rows of a batch reach the adapters of their tasks, in each host. Uses public names of the hosts only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pal_adapters.errors import UnknownAdapterError, UnsupportedError
+
+
+def host_of(backbone: nn.Module) -> str:
+    """`"adapters"`, `"peft"` or, for a plain model of transformers, `"none"`."""
+    peft = sys.modules.get("peft")
+    if peft is not None and isinstance(backbone, peft.PeftModel):
+        return "peft"
+    return "adapters" if hasattr(backbone, "adapters_config") else "none"
+
+
+def bare_model(backbone: Any) -> nn.Module:
+    """The model of transformers that makes the hidden states: without a wrapper of the host, and without a head."""
+    if host_of(backbone) == "peft":
+        backbone = backbone.get_base_model()
+    return getattr(backbone, "base_model", backbone)
+
+
+def adapter_names(backbone: Any) -> tuple[str, ...]:
+    """Names of the adapters on a model, in their order."""
+    host = host_of(backbone)
+    if host == "peft":
+        return tuple(backbone.peft_config)
+    return tuple(backbone.adapters_config.adapters) if host == "adapters" else ()
+
+
+def adapter_config(backbone: Any, name: str) -> Any:
+    """The configuration of an adapter."""
+    return backbone.peft_config[name] if host_of(backbone) == "peft" else backbone.adapters_config.get(name)
+
+
+class Router:
+    """Runs a base model with the adapter of each row.
+
+    * `adapters`: the composition `MultiTask`, with `task_ids`; a batch of one task activates its adapter alone.
+    * PEFT: `adapter_names`. PEFT's own methods do not take it in training, so there a batch must have one task.
+    * One adapter with several tasks in it (CA-MTL), in either host: `task_ids`.
+    * No host, or no adapter for a task: nothing but the base.
+
+    Args:
+        backbone: The model.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.host = host_of(backbone)
+
+    def check(self, backbone: nn.Module, adapter: Any) -> None:
+        """Raises `UnknownAdapterError` unless the model has the adapters of a task."""
+        known = adapter_names(backbone)
+        used = [adapter] if isinstance(adapter, str) else _flat(adapter)
+        for name in used:
+            if name not in known:
+                there = ", ".join(map(repr, known)) or "none"
+                raise UnknownAdapterError(f"adapter={name!r} is not on the model, which has: {there}.")
+
+    def __call__(
+        self, backbone: Any, inputs: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Last hidden states `[r, n, d]`, and what the base's pooler gave `[r, d]`.
+
+        Args:
+            backbone: The model.
+            inputs: Arguments of its forward, each tensor `[r, ...]`.
+            adapters: For each row the adapter: a name, a composition of `adapters`, or `None`.
+            tasks: For each row the name of its task.
+        """
+        known: dict[str, Any] = {str(adapter): adapter for adapter in adapters}
+        more: dict[str, Any] = {}
+        if list(known) != ["None"]:
+            route = self._through_adapters if self.host == "adapters" else self._through_peft
+            more = route(backbone, known, adapters, tasks)
+        # A model of `adapters` with heads would run one of them.
+        model = backbone if self.host == "peft" else bare_model(backbone)
+        outputs = model(**inputs, **more, return_dict=True)
+        hidden = getattr(outputs, "last_hidden_state", None)
+        if hidden is None:  # a PeftModel around a model with a head
+            outputs = model(**inputs, **more, return_dict=True, output_hidden_states=True)
+            hidden = outputs.hidden_states[-1]
+        return hidden, getattr(outputs, "pooler_output", None)
+
+    def _through_adapters(
+        self, backbone: Any, known: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
+    ) -> dict[str, Any]:
+        from adapters.composition import MultiTask
+
+        if len(known) == 1:
+            (setup,) = known.values()
+            self._activate(backbone, setup)
+            return self._numbers(backbone, setup, tasks)
+        if "None" in known:
+            raise UnsupportedError("a batch mixes rows with and without an adapter: give every task one, or none.")
+        self._activate(backbone, MultiTask(*known.values()))
+        order = {name: number for number, name in enumerate(known)}
+        return {"task_ids": torch.tensor([order[str(adapter)] for adapter in adapters])}
+
+    def _through_peft(
+        self, backbone: Any, known: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
+    ) -> dict[str, Any]:
+        if len(known) == 1:
+            (name,) = known.values()
+            self._activate(backbone, name)
+            return self._numbers(backbone, name, tasks)
+        return {"adapter_names": ["__base__" if adapter is None else adapter for adapter in adapters]}
+
+    def _numbers(self, backbone: Any, adapter: Any, tasks: Sequence[str]) -> dict[str, Any]:
+        """`task_ids`, for an adapter that serves several tasks."""
+        served = getattr(adapter_config(backbone, adapter), "tasks", None) if isinstance(adapter, str) else None
+        if not served:
+            return {}
+        unknown = sorted(set(tasks) - set(served))
+        if unknown:
+            raise UnknownAdapterError(
+                f"adapter {adapter!r} has the tasks {list(served)}, and none called {unknown[0]!r}."
+            )
+        return {"task_ids": torch.tensor([served.index(task) for task in tasks])}
+
+    def _activate(self, backbone: Any, setup: Any) -> None:
+        if self.host == "adapters":
+            if str(setup) != str(backbone.active_adapters):
+                backbone.set_active_adapters(setup)
+        elif list(backbone.active_adapters) != [setup]:
+            # PEFT freezes the adapters that it deactivates; what is trained is for the user to say.
+            trained = [(parameter, parameter.requires_grad) for parameter in backbone.parameters()]
+            backbone.set_adapter(setup)
+            for parameter, trains in trained:
+                if parameter.requires_grad is not trains:
+                    parameter.requires_grad_(trains)
+
+
+def _flat(adapter: Any) -> list[str]:
+    return [] if adapter is None else list(adapter.flatten())

@@ -1,0 +1,284 @@
+"""A task: its data, what its head is, how rows become text, and how it is scored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from pal_adapters.errors import ConfigError, require_one_of
+
+from .data import load_task
+from .heads import KINDS, HeadConfig, Kind, Loss, Pooling
+from .scores import METRICS, Metric, default_metrics
+from .tasks import Row, Segments, TaskDataError, TaskSpec
+
+Splits = Mapping[str, datasets.Dataset]
+
+_LABEL_COLUMNS = {"token_tagging": "tags", "span_qa": "answers", "language_modeling": None}
+_TEXT_COLUMNS = {"token_tagging": ("tokens",), "span_qa": ("question", "context"), "language_modeling": ("text",)}
+
+
+@dataclass
+class Task:
+    """One of the tasks that a model is trained on.
+
+    | `kind` | text columns | label column |
+    |---|---|---|
+    | `single_label` | a text, or a pair | class number |
+    | `multi_label` | a text, or a pair | list of class numbers, or of 0 and 1 for every class |
+    | `regression` | a text, or a pair | number |
+    | `token_tagging` | list of words | class number of every word, -100 for none |
+    | `span_qa` | question, context | `{"text": [...], "answer_start": [...]}` |
+    | `multiple_choice` | a text, and each of the choices | number of the choice |
+    | `language_modeling` | a text | none: the text itself |
+
+    Args:
+        name: Name, also of its head and, unless `adapter` says otherwise, of its adapter.
+        dataset: Splits by name: a `datasets.DatasetDict`, or a dict of `datasets.Dataset`.
+        kind: What is predicted, see above.
+        text_columns: Columns of the text. Tagging, questions and language models have default names.
+        label_column: Column of the label.
+        num_labels: Number of classes, or of numbers for a regression. Not needed with `label_names`.
+        label_names: Names of the classes.
+        metrics: Names of metrics, or functions of predictions and references, or objects of `evaluate`; the first is
+            the one that models are chosen by. By default those of the kind.
+        loss: A loss of one's own, the mean over logits and labels of a batch.
+        weight: Weight of its loss beside those of other tasks.
+        adapter: See `TaskHeads.add`.
+        head: Name of an earlier task whose head is used, instead of one of its own.
+        pooling: See `HeadConfig`.
+        dropout: See `HeadConfig`.
+        label_range: Smallest and largest label of a regression.
+        train_split: Name of the split to train on.
+        validation_splits: Names of the splits to evaluate on. The first is the one that models are chosen by.
+        group_columns: Columns that say which rows belong to one question, for `exact_match`.
+        split_columns: Columns whose equal values must stay together if the training rows are cut in two.
+        render: Turns a row into its encoder inputs, where the columns as they are will not do.
+        expand: Turns a split into the rows to encode, where one row makes several.
+
+    Raises:
+        ConfigError: For arguments that are not allowed or do not fit each other.
+
+    Example:
+        >>> rows = datasets.Dataset.from_dict({"text": ["good", "bad"], "label": [1, 0]})
+        >>> Task("mood", {"train": rows}, text_columns=("text",), num_labels=2).metrics
+        ('accuracy',)
+    """
+
+    name: str
+    dataset: Splits = field(repr=False)
+    kind: Kind = "single_label"
+    text_columns: tuple[str, ...] = ()
+    label_column: str | None = "label"
+    num_labels: int | None = None
+    label_names: tuple[str, ...] = ()
+    metrics: tuple[str | Metric, ...] = ()
+    loss: Loss | None = None
+    weight: float = 1.0
+    adapter: Any = "auto"
+    head: str | None = None
+    pooling: Pooling = "mean"
+    dropout: float = 0.1
+    label_range: tuple[float, float] | None = None
+    train_split: str = "train"
+    validation_splits: tuple[str, ...] = ("validation",)
+    group_columns: tuple[str, ...] = ()
+    split_columns: tuple[str, ...] = ()
+    render: Callable[[Row], list[Segments]] | None = field(default=None, repr=False)
+    expand: Callable[[datasets.Dataset], datasets.Dataset] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name or {"/", "."} & set(self.name):
+            raise ConfigError(f"name={self.name!r} is not allowed: use a text without '/' and '.'.")
+        require_one_of("kind", self.kind, KINDS)
+        for name in ("text_columns", "label_names", "metrics", "validation_splits", "group_columns", "split_columns"):
+            value = getattr(self, name)
+            setattr(self, name, (value,) if isinstance(value, str) or callable(value) else tuple(value))
+        if not self.text_columns:
+            if self.kind not in _TEXT_COLUMNS:
+                raise ConfigError(f"task {self.name!r}: text_columns is empty: name the columns of the text.")
+            self.text_columns = _TEXT_COLUMNS[self.kind]
+        if self.label_column == "label" and self.kind in _LABEL_COLUMNS:
+            self.label_column = _LABEL_COLUMNS[self.kind]
+        self.metrics = self.metrics or default_metrics(self.kind)
+        for metric in self.metrics:
+            if isinstance(metric, str) and metric not in METRICS[self.kind]:
+                raise ConfigError(
+                    f"task {self.name!r}: metric {metric!r} is not one of {self.kind}: "
+                    f"{', '.join(METRICS[self.kind])}."
+                )
+        if self.label_range is not None and self.kind != "regression":
+            raise ConfigError(f"task {self.name!r}: label_range has no effect for kind={self.kind!r}: leave it out.")
+        if not isinstance(self.dataset, Mapping):
+            raise ConfigError(
+                f"task {self.name!r}: dataset is a {type(self.dataset).__name__}: pass a dict of splits."
+            )
+        try:
+            config = self.head_config()
+        except ConfigError as error:
+            raise ConfigError(f"task {self.name!r}: {error}") from error
+        self.num_labels = config.num_labels
+
+    @property
+    def num_choices(self) -> int:
+        """Encoder inputs of each row."""
+        return len(self.text_columns) - 1 if self.kind == "multiple_choice" and self.render is None else self._choices
+
+    _choices: int = field(default=1, repr=False)
+
+    def head_config(self) -> HeadConfig:
+        """What its head is."""
+        return HeadConfig(
+            self.kind,
+            self.num_labels,
+            num_choices=self.num_choices,
+            pooling=self.pooling,
+            dropout=self.dropout,
+            label_names=self.label_names if self.kind not in ("multiple_choice", "span_qa") else (),
+        )
+
+    def segments(self, row: Row) -> list[Segments]:
+        """Encoder inputs of a row: each a text, or a pair."""
+        if self.render is not None:
+            return self.render(row)
+        first, *rest = (row[column] for column in self.text_columns)
+        if self.kind == "multiple_choice":
+            return [(first, choice) for choice in rest]
+        return [(first, rest[0] if rest else None)]
+
+    def validation(self) -> dict[str, datasets.Dataset]:
+        """The splits to evaluate on that are there, under the name of the task, and for more than one of the split."""
+        found = {}
+        for number, split in enumerate(self.validation_splits):
+            if split in self.dataset:
+                suffix = split.removeprefix("validation").strip("_") or str(number)
+                found[self.name if number == 0 else f"{self.name}_{suffix}"] = self.dataset[split]
+        return found
+
+    def with_data(self, dataset: Splits) -> Task:
+        """The same task with other rows."""
+        return replace(self, dataset=dataset)
+
+    @classmethod
+    def from_spec(cls, spec: TaskSpec, dataset: Splits, **changes: Any) -> Task:
+        """A task from its description in the tables of GLUE and SuperGLUE."""
+        kind: Kind = "regression" if spec.is_regression else "single_label"
+        if spec.num_choices > 1:
+            kind = "multiple_choice"
+        given: dict[str, Any] = {
+            "kind": kind,
+            "text_columns": spec.text_columns,
+            "label_column": spec.label_column,
+            "num_labels": spec.num_labels if kind == "single_label" else None,
+            "label_names": spec.label_names if kind != "multiple_choice" else (),
+            "metrics": spec.metrics,
+            "label_range": spec.label_range,
+            "group_columns": spec.group_columns,
+            "split_columns": spec.split_columns,
+            "validation_splits": spec.validation_splits,
+            "render": spec.render,
+            "_choices": spec.num_choices,
+        }
+        return cls(spec.name, dataset, **{**given, **changes})
+
+    @classmethod
+    def named(cls, name: str, data_dir: str | Path | None = None, **changes: Any) -> Task:
+        """A task of GLUE or SuperGLUE, with its data from a folder, or by name from the hub.
+
+        Args:
+            name: Name of the task, such as `"rte"`, `"STS-B"` or `"super_glue/rte"`.
+            data_dir: See `load_task`.
+            **changes: Fields of the task that shall differ.
+
+        Raises:
+            TaskDataError: See `load_task`.
+        """
+        if name.strip().lower().split("/")[-1] == "record":
+            from .record import record_task
+
+            return record_task(data_dir, **changes)
+        spec, splits = load_task(name, data_dir)
+        return cls.from_spec(spec, splits, **changes)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, **changes: Any) -> Task:
+        """A task of one's own: a folder with `task.yaml` and its data as json lines, csv or parquet.
+
+        `task.yaml` has the fields of this class except `dataset`, `loss`, `render` and `expand`; `name` is the name of
+        the folder unless given. The files are called after the splits, such as `train.jsonl` and `validation.csv`.
+
+        Raises:
+            TaskDataError: If a file is missing or cannot be read.
+            ConfigError: For fields that are unknown or not allowed.
+        """
+        from .folder import read_folder
+
+        given, splits = read_folder(Path(folder))
+        return cls(**{**given, "dataset": splits, **changes})
+
+
+def check_tasks(tasks: Iterable[Task]) -> dict[str, Task]:
+    """The tasks by name.
+
+    Raises:
+        ConfigError: If there is none, or two have one name, or one lacks rows to train on.
+    """
+    named: dict[str, Task] = {}
+    for task in tasks:
+        if not isinstance(task, Task):
+            raise ConfigError(f"tasks has a {type(task).__name__}: pass Task objects.")
+        if task.name in named:
+            raise ConfigError(f"tasks has two called {task.name!r}: give one of them another name.")
+        named[task.name] = task
+    if not named:
+        raise ConfigError("tasks is empty: pass at least one Task.")
+    return named
+
+
+def check_labels(task: Task, labels: Sequence[Any], where: str) -> None:
+    """Raises `TaskDataError` for the first label that the task does not have."""
+    for number, label in enumerate(labels, start=1):
+        problem = _problem(task, label)
+        if problem:
+            raise TaskDataError(f"task {task.name!r}, {where}, row {number}: label {label!r:.60} {problem}")
+
+
+def _problem(task: Task, label: Any) -> str:
+    classes = task.num_choices if task.kind == "multiple_choice" else task.num_labels or 0
+    if task.kind in ("single_label", "multiple_choice"):
+        return _class_problem(label, classes)
+    if task.kind == "regression":
+        values = [label] if classes == 1 else label
+        if not isinstance(values, (list, tuple)) or len(values) != classes:
+            return f"is not {classes} numbers"
+        low, high = task.label_range or (-math.inf, math.inf)
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                return "is not a finite number"
+            if not low <= value <= high:
+                return f"is out of range: allowed are {low} to {high}"
+    if task.kind == "multi_label":
+        if not isinstance(label, (list, tuple)):
+            return "is not a list of class numbers"
+        return next(filter(None, (_class_problem(value, max(classes, 2)) for value in label)), "")
+    if task.kind == "token_tagging":
+        if not isinstance(label, (list, tuple)):
+            return "is not a list with a class number for each word"
+        return next(filter(None, (_class_problem(value, classes) for value in label if value != -100)), "")
+    if task.kind == "span_qa":
+        if not isinstance(label, Mapping) or not {"text", "answer_start"} <= set(label):
+            return "is not a dict with 'text' and 'answer_start'"
+        if len(label["text"]) != len(label["answer_start"]):
+            return "has another number of texts than of starts"
+    return ""
+
+
+def _class_problem(label: Any, classes: int) -> str:
+    if isinstance(label, bool) or not isinstance(label, int):
+        return f"is of type {type(label).__name__}, not an integer from 0 to {classes - 1}"
+    return "" if 0 <= label < classes else f"is out of range: allowed are 0 to {classes - 1}"

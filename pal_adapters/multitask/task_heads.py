@@ -1,0 +1,465 @@
+"""Many heads on one base model, each row of a batch through the adapter and the head of its task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
+
+from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError, require_one_of
+
+from . import storage
+from .heads import Head, HeadConfig, Loss, pool
+from .routing import Router, adapter_names, host_of
+
+DESCRIPTION_FILE = "task_heads.json"
+HEADS_FILE = "heads.safetensors"
+
+
+@dataclass
+class TaskHeadsOutput(ModelOutput):
+    """What `TaskHeads` gives.
+
+    Args:
+        loss: The loss of the batch, if there were labels.
+        logits: For each task of the batch its logits, in the order of its rows; see `HeadConfig`.
+        task_losses: Sum of the losses of each task `[t]`, 0 for a task that is absent.
+        task_counts: Over how much each sum goes `[t]`: rows, or tokens that count.
+    """
+
+    loss: Tensor | None = None
+    logits: dict[str, Tensor] | None = None
+    task_losses: Tensor | None = None
+    task_counts: Tensor | None = None
+
+
+@dataclass
+class Route:
+    """Where a task goes.
+
+    Args:
+        head: Name of its head.
+        adapter: Its adapter: a name, a composition of `adapters` such as `Fuse`, or `None` for the base alone.
+        weight: Weight of its loss.
+    """
+
+    head: str
+    adapter: Any = None
+    weight: float = 1.0
+
+
+class TaskHeads(nn.Module):
+    r"""A base model that many tasks share, with a head for each, and the adapters that it has.
+
+    The loss of a batch is the weighted mean of the mean losses of the tasks in it,
+
+    $$L = \sum_t \frac{v_t}{\sum_s v_s} \frac{1}{n_t} \sum_{i \in t} L_i$$
+
+    with `n_t` the rows of task `t` in the batch (tokens for heads that read tokens) and `v_t` its weight, or with
+    `balance="row"` its weight times `n_t`, which is the plain mean over rows. The first is the rule of CA-MTL.
+
+    Args:
+        backbone: A model of `transformers` or `adapters`, or a `PeftModel`. It is used as it is: which parameters
+            train is up to the user, or see `prepare_training`.
+        balance: `"task"` or `"row"`, see above.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> base = BertModel(BertConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=30))
+        >>> model = TaskHeads(base)
+        >>> model.add("rte", HeadConfig("single_label", 2))
+        >>> model.add("stsb", HeadConfig("regression"))
+        >>> tokens = torch.ones(3, 5, dtype=torch.long)
+        >>> logits = model(task_ids=["rte", "stsb", "rte"], input_ids=tokens).logits
+        >>> {task: tuple(rows.shape) for task, rows in logits.items()}
+        {'rte': (2, 2), 'stsb': (1,)}
+    """
+
+    # The loss is normalised over a whole step where `num_items_in_batch` is given.
+    accepts_loss_kwargs = True
+
+    def __init__(self, backbone: nn.Module, *, balance: Literal["task", "row"] = "task") -> None:
+        super().__init__()
+        require_one_of("balance", balance, ("task", "row"))
+        config = getattr(backbone, "config", None)
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedError("the backbone has an encoder and a decoder: pass a model with one of them.")
+        self.backbone: Any = backbone
+        self.balance = balance
+        self.heads = nn.ModuleDict()
+        self.routes: dict[str, Route] = {}
+        self.width = int(getattr(config, "hidden_size", 0) or _embeddings(backbone).shape[1])
+        self._router = Router(backbone)
+        self._base_trained = False
+        self._base: dict[str, Tensor] | None = None
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the base model."""
+        return self.backbone.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lies."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks in the order of their numbers in `task_ids`."""
+        return tuple(self.routes)
+
+    def add(
+        self,
+        task: str,
+        head: HeadConfig | str,
+        *,
+        adapter: Any = "auto",
+        weight: float = 1.0,
+        loss: Loss | None = None,
+    ) -> None:
+        """Adds a task, with a head of its own or with the head of another task.
+
+        Args:
+            task: Name of the task.
+            head: What its head is, or the name of a head that is there, to use that one.
+            adapter: Name of its adapter, a composition of `adapters`, or `None` for the base alone. `"auto"` is the
+                adapter with the name of the task; else, if there is only one, that one; else none.
+            weight: Weight of its loss.
+            loss: A loss of one's own for a new head, see `heads.Loss`.
+
+        Raises:
+            ConfigError: If there is a task or a head of that name, or no head of the given name.
+            UnknownAdapterError: If the adapter is not on the model.
+        """
+        if not isinstance(task, str) or not task or "." in task or "/" in task:
+            raise ConfigError(f"task={task!r} is not allowed: use a name without '.' and '/'.")
+        if task in self.routes:
+            raise ConfigError(f"task={task!r} is there already: {', '.join(self.routes)}. Use another name.")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+            raise ConfigError(f"weight={weight!r} is not allowed: use a number above 0.")
+        if isinstance(head, str):
+            if head not in self.heads:
+                raise ConfigError(f"head={head!r} is not there: {', '.join(self.heads) or 'there is none'}.")
+            if loss is not None:
+                raise ConfigError(f"loss has no effect for the head {head!r}, which is there already: leave it out.")
+        elif task in self.heads:  # of a task that was removed, used by another
+            raise ConfigError(f"a head {task!r} is there already: pass head={task!r} to use it.")
+        if isinstance(adapter, str) and adapter == "auto":
+            names = adapter_names(self.backbone)
+            adapter = task if task in names else names[0] if len(names) == 1 else None
+        self._router.check(self.backbone, adapter)
+        if isinstance(head, str):
+            name = head
+        else:
+            name = task
+            reference = next(self.backbone.parameters())
+            made = Head(head, self.width, loss=loss)
+            # A base in half precision may have heads in full precision; a base on another device may not.
+            self.heads[task] = made.to(reference.device)
+        self.routes[task] = Route(name, adapter, float(weight))
+
+    def remove(self, task: str) -> None:
+        """Removes a task, and its head unless another task uses it. The numbers of the tasks behind it move up."""
+        self._route(task)
+        head = self.routes.pop(task).head
+        if all(route.head != head for route in self.routes.values()):
+            del self.heads[head]
+
+    def head(self, task: str) -> Head:
+        """The head of a task."""
+        head = self.heads[self._route(task).head]
+        assert isinstance(head, Head)
+        return head
+
+    def _heads(self) -> Iterator[tuple[str, Head]]:
+        return ((name, head) for name, head in self.heads.items() if isinstance(head, Head))
+
+    def _route(self, task: str) -> Route:
+        if task not in self.routes:
+            raise UnknownAdapterError(f"task {task!r} is not there: {', '.join(self.routes) or 'there is none'}.")
+        return self.routes[task]
+
+    def forward(
+        self,
+        task_ids: Sequence[str] | Sequence[int] | Tensor | str,
+        labels: Mapping[str, Tensor] | Tensor | None = None,
+        num_items_in_batch: Tensor | None = None,
+        **inputs: Any,
+    ) -> TaskHeadsOutput:
+        """Logits of a batch, and its loss if there are labels.
+
+        Args:
+            task_ids: For each of the `r` encoder inputs its task: a name, or a number in the order of `tasks`. One
+                name stands for all. A list spares a wait for the device that a tensor there costs.
+            labels: For each task of the batch the labels of its rows, in their order. For one task the labels alone.
+            num_items_in_batch: What to divide the sum of losses of each task by, `[t]`; 0 for tasks that are absent.
+                By default the counts of this batch; `MultiTaskTrainer` gives those of the whole step.
+            **inputs: Arguments of the base model, such as `input_ids` and `attention_mask`, each `[r, n]`.
+        """
+        given = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        rows = len(given) if given is not None else len(next(iter(inputs.values())))
+        names = self._names(task_ids, rows)
+        if self.training and not self._base_trained:
+            self._base_trained = any(tensor.requires_grad for tensor in self._base_tensors().values())
+        adapters = [self.routes[name].adapter for name in names]
+        hidden, pooled = self._router(self.backbone, inputs, adapters, names)
+        present = [task for task in self.routes if task in set(names)]
+        logits: dict[str, Tensor] = {}
+        pools: dict[str, Tensor] = {}
+        for task in present:
+            head = self.head(task)
+            if head.config.reads_tokens:
+                source = hidden
+            else:
+                kind = head.config.pooling
+                if kind not in pools:
+                    pools[kind] = pool(hidden, inputs.get("attention_mask"), kind, pooled)
+                source = pools[kind]
+            if len(present) > 1:
+                at = torch.tensor([row for row, name in enumerate(names) if name == task])
+                source = source.index_select(0, at.to(source.device, non_blocking=True))
+            if not torch.is_autocast_enabled(source.device.type) and head.linear is not None:
+                source = source.to(head.linear.weight.dtype)
+            logits[task] = head(source, _embeddings(self.backbone) if head.linear is None else None)
+        if labels is None:
+            return TaskHeadsOutput(logits=logits)
+        loss, losses, counts = self._loss(logits, labels, num_items_in_batch)
+        return TaskHeadsOutput(loss=loss, logits=logits, task_losses=losses, task_counts=counts)
+
+    def _loss(
+        self, logits: dict[str, Tensor], labels: Mapping[str, Tensor] | Tensor, num_items: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, and for each task the sum of its losses and over how much it goes `[t]`."""
+        if isinstance(labels, Tensor):
+            if len(logits) > 1:
+                raise ConfigError(f"labels is one tensor, but the batch has {len(logits)} tasks: pass a dict by task.")
+            labels = dict.fromkeys(logits, labels)
+        if set(labels) != set(logits):
+            raise ConfigError(f"labels are of {sorted(labels)}, but the rows are of {sorted(logits)}.")
+        zero = torch.zeros((), device=hidden_device(logits))
+        sums, counts = dict.fromkeys(self.routes, zero), dict.fromkeys(self.routes, zero)
+        for task, rows in logits.items():
+            sums[task], counts[task] = self.head(task).loss(rows, labels[task].to(rows.device))
+        losses, own = torch.stack(list(sums.values())), torch.stack(list(counts.values()))
+        whole = own if num_items is None else num_items.to(own.device, own.dtype)
+        weights = torch.tensor([route.weight for route in self.routes.values()]).to(own.device, non_blocking=True)
+        shares = weights * (whole if self.balance == "row" else (whole > 0))
+        shares = shares / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny)
+        return (shares * losses / whole.clamp(min=1)).sum(), losses.detach(), own.detach()
+
+    def _names(self, task_ids: Any, rows: int) -> list[str]:
+        if isinstance(task_ids, str):
+            task_ids = [task_ids] * rows
+        values = task_ids.flatten().tolist() if isinstance(task_ids, Tensor) else list(task_ids)
+        if len(values) != rows:
+            raise ConfigError(f"task_ids has {len(values)} entries for {rows} rows: pass one a row.")
+        tasks = self.tasks
+        names = []
+        for value in values:
+            if isinstance(value, str):
+                self._route(value)
+                names.append(value)
+            elif isinstance(value, bool) or not 0 <= value < len(tasks) or value != int(value):
+                raise UnknownAdapterError(
+                    f"task {value!r} is not there: use a name or a number from 0 to {len(tasks) - 1}."
+                )
+            else:
+                names.append(tasks[int(value)])
+        return names
+
+    def prepare_training(self, tasks: Iterable[str] | None = None, *, base: bool = False) -> list[str]:
+        """Makes the adapters and heads of tasks trainable and nothing else, except the base if asked for.
+
+        Args:
+            tasks: The tasks; by default all.
+            base: Whether the base trains too. Its unused pooler rests.
+
+        Returns:
+            Names of the parameters that train.
+        """
+        tasks = self.tasks if tasks is None else tuple(tasks)
+        routes = [self._route(task) for task in tasks]
+        names = {name for route in routes for name in _adapters_in(route.adapter)}
+        self.requires_grad_(False)
+        if names and host_of(self.backbone) == "peft":
+            self.backbone.set_requires_grad(sorted(names))
+        elif names:
+            from adapters.composition import Parallel
+
+            first, *rest = sorted(names)
+            training = self.training
+            self.backbone.train_adapter(Parallel(first, *rest) if rest else first)
+            self.train(training)
+        for route in routes:
+            self.heads[route.head].requires_grad_(True)
+        if base:
+            poolers = any(self.head(task).config.pooling == "pooler" for task in tasks)
+            for name, tensor in self._base_tensors().items():
+                if tensor.is_floating_point() and isinstance(tensor, nn.Parameter):
+                    tensor.requires_grad_(poolers or not name.startswith("pooler."))
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    def count_parameters(self) -> dict[str, int]:
+        """Parameters of the base, of the adapters, of the heads, and how many of all train. Shared ones count once."""
+        base = self._base_tensors()
+        kept = {id(t): t.numel() for t in base.values() if isinstance(t, nn.Parameter)}
+        added = storage.added_parameters(self.backbone, base.values())
+        return {
+            "base": sum(kept.values()),
+            "adapters": sum(parameter.numel() for parameter in added.values()),
+            "heads": sum(parameter.numel() for parameter in self.heads.parameters()),
+            "trainable": sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad),
+        }
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Turns activation checkpointing on in the base; without re-entrance unless asked for."""
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        if options["use_reentrant"]:
+            self.backbone.enable_input_require_grads()
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The same under the name that transformers 5 has for it."""
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        self.backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Turns it off again."""
+        self.backbone.gradient_checkpointing_disable()
+
+    def save_pretrained(self, directory: str | Path, *, checkpoint: bool = False, **_: Any) -> None:
+        """Writes adapters, heads and, if it was trained, the base to a folder that `from_pretrained` reads.
+
+        Adapters and fusions are in the format of their host, in the folder's own layout, `directory/<adapter>`, so the
+        host can load them alone. The base is an ordinary checkpoint in `directory/base`.
+
+        Args:
+            directory: The folder; it is made.
+            checkpoint: Whether `restore` shall be able to read it, too, which puts the adapters in it once more.
+            **_: Arguments of other `save_pretrained` methods, without a meaning here.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        base = self._base_tensors()
+        trained = self._base_trained or any(tensor.requires_grad for tensor in base.values())
+        description = {
+            "format": 1,
+            "balance": self.balance,
+            "heads": {name: asdict(head.config) for name, head in self._heads()},
+            "tasks": {
+                task: {"head": route.head, "adapter": _write_adapter(route.adapter), "weight": route.weight}
+                for task, route in self.routes.items()
+            },
+            "base_trained": trained,
+            **storage.describe(self.backbone),
+        }
+        storage.save_adapters(self.backbone, directory)
+        storage.write(self.heads.state_dict(), directory / HEADS_FILE)
+        if trained:
+            (directory / storage.BASE_FOLDER).mkdir(exist_ok=True)
+            storage.write(base, directory / storage.BASE_FOLDER / "model.safetensors")
+            self.config.save_pretrained(directory / storage.BASE_FOLDER)
+        if checkpoint:
+            storage.write(storage.added_parameters(self.backbone, base.values()), directory / storage.ADDED_FILE)
+        storage.write_json(description, directory / DESCRIPTION_FILE)  # last: a folder that has it is whole
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, backbone: nn.Module | None = None) -> TaskHeads:
+        """Reads what `save_pretrained` wrote, in evaluation mode. Losses of one's own have to be set again.
+
+        Args:
+            directory: The folder.
+            backbone: The base model, if it is not to be found under the name that it was loaded from. Adapters that it
+                has already are not loaded.
+
+        Raises:
+            StorageError: If the folder is not whole, or does not fit the model.
+        """
+        directory = Path(directory)
+        description = _read_description(directory)
+        if backbone is None:
+            backbone = storage.load_backbone(description, directory)
+        else:
+            backbone = storage.add_adapters(backbone, description, directory)
+        model = cls(backbone, balance=description["balance"])
+        for name, config in description["heads"].items():
+            model.heads[name] = Head(HeadConfig(**config), model.width).to(model.device)
+        for task, route in description["tasks"].items():
+            model.routes[task] = Route(route["head"], _read_adapter(route["adapter"]), route["weight"])
+        model._base_trained = description["base_trained"]
+        storage.copy_into(*model._files(directory)[: 2 if model._base_trained else 1])
+        return model.eval()
+
+    def restore(self, directory: str | Path) -> None:
+        """Goes back to the weights of a folder written with `checkpoint=True`; all tensors stay the same objects."""
+        directory = Path(directory)
+        description = _read_description(directory)
+        heads, base, added = self._files(directory)
+        storage.copy_into(heads, added, *([base] if description["base_trained"] else []))
+        self._base_trained |= description["base_trained"]
+
+    def _files(self, directory: Path) -> list[tuple[dict[str, Any], Path]]:
+        """Tensors, and the file that they are in: of the heads, of the base, of what was added to it."""
+        base = self._base_tensors()
+        return [
+            (dict(self.heads.named_parameters()), directory / HEADS_FILE),
+            (base, directory / storage.BASE_FOLDER / "model.safetensors"),
+            (storage.added_parameters(self.backbone, base.values()), directory / storage.ADDED_FILE),
+        ]
+
+    def _base_tensors(self) -> dict[str, Tensor]:
+        # An adapter that is added wraps modules, but keeps the tensors of the base.
+        if self._base is None:
+            self._base = storage.base_tensors(self.backbone)
+        return self._base
+
+    def _apply(self, function: Any, recurse: bool = True) -> TaskHeads:
+        self._base = None  # moving a model may replace its tensors
+        return super()._apply(function, recurse)
+
+
+def hidden_device(logits: Mapping[str, Tensor]) -> torch.device:
+    """Where the logits lie."""
+    return next(iter(logits.values())).device
+
+
+def _embeddings(backbone: Any) -> Tensor:
+    return backbone.get_input_embeddings().weight
+
+
+def _adapters_in(adapter: Any) -> list[str]:
+    if adapter is None:
+        return []
+    return [adapter] if isinstance(adapter, str) else list(adapter.flatten())
+
+
+def _write_adapter(adapter: Any) -> Any:
+    if adapter is None or isinstance(adapter, str):
+        return adapter
+    return {type(adapter).__name__: [_write_adapter(child) for child in adapter.children]}
+
+
+def _read_adapter(stored: Any) -> Any:
+    if not isinstance(stored, dict):
+        return stored
+    import adapters.composition
+
+    ((name, children),) = stored.items()
+    return getattr(adapters.composition, name)(*[_read_adapter(child) for child in children])
+
+
+def _read_description(directory: Path) -> dict[str, Any]:
+    path = directory / DESCRIPTION_FILE
+    if not path.is_file():
+        raise storage.StorageError(
+            f"{path} is not there: {directory} was not written by TaskHeads, or not to the end."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))

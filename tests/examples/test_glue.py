@@ -1,0 +1,131 @@
+"""The whole job on tiny data: every recipe, a run that is killed, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from pal_adapters.multitask import load_toy_task
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("importable")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    names = {"premise": "sentence1", "hypothesis": "sentence2"}
+    for task, toy, columns in (
+        ("rte", "entailment", names),
+        ("cola", "acceptability", {}),
+        ("stsb", "similarity", {}),
+    ):
+        _, splits = load_toy_task(toy, train_size=60, test_size=12)
+        (root / "glue" / task).mkdir(parents=True)
+        for split, rows in splits.items():
+            lines = [json.dumps(row) + "\n" for row in rows.rename_columns(columns).to_list()]
+            (root / "glue" / task / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return root
+
+
+def options(data: Path, encoder: str, output: Path, *more: str) -> list[str]:
+    common = ["--data_dir", str(data), "--model", encoder, "--output_dir", str(output), "--max_steps", "8"]
+    common += ["--batch_size", "4", "--max_length", "48", "--evaluations", "4"]
+    return [*common, "--tasks", "rte", "cola", "stsb", *more]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ("pals", "--hidden_size", "12"),
+        ("pals_frozen", "--hidden_size", "12", "--sampling", "proportional"),
+        ("full_single",),
+    ],
+)
+def test_whole_job(glue: ModuleType, data: Path, tiny_encoder: str, tmp_path: Path, capsys: Any, choice: Any) -> None:
+    first = options(data, tiny_encoder, tmp_path / "one", "--preset", *choice)
+    assert glue.main(first) == 0
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert set(results["scores"]) == {"rte", "cola", "stsb"}
+    assert set(results["scores"]["stsb"]) == {"pearson", "spearman"}
+    primary = [next(iter(metrics.values())) for metrics in results["scores"].values()]
+    assert results["average"] == pytest.approx(sum(primary) / 3)
+    assert f"average first metrics {results['average']:.4f}" in " ".join(printed.split())
+    assert results["steps"] == (24 if choice[0] == "full_single" else 8)
+    base = results["parameters"]["base"]
+    per_task = results["parameters"]["trained_per_task"]
+    assert (per_task > 0.9 * base) is (choice[0] == "full_single")
+    assert (tmp_path / "one" / "pareto.png").stat().st_size > 1000
+    # The finished run is not done again, and other runs come into the picture.
+    before = (tmp_path / "one" / "pareto.png").read_bytes()
+    assert glue.main([*first, "--compare", str(tmp_path / "one")]) == 0
+    assert json.loads((tmp_path / "one" / "results.json").read_text()) == results
+    assert before
+
+
+def test_killed_run_ends_with_the_same_table(
+    glue: ModuleType, data: Path, tiny_encoder: str, tmp_path: Path, capsys: Any
+) -> None:
+    given = {
+        name: options(data, tiny_encoder, tmp_path / name, "--preset", "pals", "--hidden_size", "12") for name in "ab"
+    }
+    command = [sys.executable, str(ROOT / "examples" / "glue.py"), *given["a"]]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / "a" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    while not checkpoint.is_file() and killed.poll() is None:
+        time.sleep(0.005)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert checkpoint.is_file()
+    assert not (tmp_path / "a" / "results.json").exists()
+    tables = []
+    for name in "ba":
+        assert glue.main(given[name]) == 0
+        printed = capsys.readouterr().out
+        tables.append(printed[printed.index("task ") : printed.index("written:")])
+    assert tables[0] == tables[1]
+    assert "stsb     pearson" in tables[0]
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in "ab")
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--preset", "palls"), "preset='palls' is not allowed: use one of 'pals'"),
+        (("--preset", "full", "--tasks", "rte", "rte"), "--tasks: rte is named twice"),
+        (("--preset", "full", "--tasks", "nli"), "unknown task 'nli'"),
+        (("--preset", "full", "--model", "/nowhere"), "--model /nowhere: cannot be loaded"),
+        (("--preset", "full", "--data_dir", "/nowhere"), "data_dir /nowhere is not a folder"),
+    ],
+)
+def test_what_is_refused(
+    glue: ModuleType, data: Path, tiny_encoder: str, tmp_path: Path, capsys: Any, more: Any, message: str
+) -> None:
+    assert glue.main([*options(data, tiny_encoder, tmp_path / "out"), *more]) == 1
+    problem = capsys.readouterr().err
+    assert message in problem
+    assert problem.count("\n") == 1
+
+
+def test_folder_of_another_run(glue: ModuleType, data: Path, tiny_encoder: str, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"preset": "pals"}))
+    assert glue.main(options(data, tiny_encoder, tmp_path, "--preset", "full")) == 1
+    assert "holds a run with" in capsys.readouterr().err
+
+
+def test_picture_of_sampling(tmp_path: Path) -> None:
+    from conftest import load_script
+
+    load_script(ROOT / "examples" / "sampling_picture.py").draw(tmp_path / "picture.png", epochs=3)
+    assert (tmp_path / "picture.png").stat().st_size > 1000

@@ -1,0 +1,55 @@
+"""A small run in a process of its own: `python job.py MODEL OUTPUT JSON`, also under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from tiny_tasks import losses, make_trainer, without_dropout
+from transformers import TrainerCallback
+
+
+class Killer(TrainerCallback):
+    """Ends the process without a word in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(folder: str, output: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    kill, resume = settings.pop("kill", None), settings.pop("resume", False)
+    dropout = settings.pop("dropout", True)
+    callbacks = [Killer(kill)] if kill is not None else []
+    trainer = make_trainer(folder, output, callbacks=callbacks, **settings)
+    if not dropout:
+        without_dropout(trainer)
+    trainer.train(resume_from_checkpoint=True if resume else None)
+    parameters = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    return {"losses": losses(trainer), "parameters": parameters}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for number, settings in enumerate(json.loads(sys.argv[3])):
+        output = Path(sys.argv[2]) / str(number)
+        result = run(sys.argv[1], output, settings)
+        if os.environ.get("RANK", "0") == "0":
+            torch.save(result, output / "result.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

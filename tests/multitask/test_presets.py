@@ -1,0 +1,102 @@
+"""The recipes: what they build, what trains, and when they warn."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from backbones import HOSTS
+from tiny_tasks import make_tasks
+from transformers import AutoModel, AutoTokenizer
+
+import pal_adapters
+from pal_adapters.errors import ConfigError
+from pal_adapters.multitask import PRESETS, MultiTaskTrainer, RecipeWarning, get_preset
+from pal_adapters.multitask.optim import UncorrectedAdamW, pals_schedule
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "pals": {"hidden_size": 12},
+    "pals_frozen": {"hidden_size": 12},
+    "low_rank_frozen": {"hidden_size": 5},
+}
+WITH_HOST = [h for h in HOSTS if h != "none"]
+CASES = [
+    (name, host) for name, preset in PRESETS.items() for host in (WITH_HOST if preset.adapters != "none" else [None])
+]
+
+
+@pytest.mark.parametrize(("name", "host"), CASES)
+def test_every_recipe_trains(tiny_encoder: str, tmp_path: Path, name: str, host: str | None) -> None:
+    preset = get_preset(name)
+    if preset.adapters == "shared" and not hasattr(pal_adapters, "CAMTLPeftConfig"):
+        pytest.skip("CA-MTL is not there")
+    tasks = make_tasks("rte", "stsb")
+    model = preset.build(AutoModel.from_pretrained(tiny_encoder), tasks, host=host, **CHANGES.get(name, {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RecipeWarning)
+        args = preset.training_arguments(
+            str(tmp_path), num_tasks=2, max_steps=3, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+            per_device_train_batch_size=2, dataloader_pin_memory=False, max_length=32,
+        )  # fmt: skip
+        trainer = MultiTaskTrainer(
+            model, args, tasks, processing_class=AutoTokenizer.from_pretrained(tiny_encoder), preset=preset
+        )
+    base = {n: t.clone() for n, t in model._base_tensors().items()}
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    trainer.train()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert any(not torch.equal(t, base[n]) for n, t in model._base_tensors().items()) is (preset.base == "trained")
+    assert {n for n in moved if n.startswith("heads.")}
+    added = {n for n in moved if n.startswith("backbone.")}
+    assert bool(added) is (preset.base == "trained" or preset.adapters != "none")
+    assert model.head("rte").config.pooling == preset.pooling
+
+
+def test_pals_follow_the_released_code(tmp_path: Path) -> None:
+    args = get_preset("pals").training_arguments(str(tmp_path), num_tasks=8, use_cpu=True)
+    assert (args.steps_per_epoch, args.num_train_epochs) == (2400, 25)
+    assert (args.sampling, args.learning_rate, args.weight_decay, args.adam_epsilon) == ("annealed", 2e-5, 0.01, 1e-6)
+    assert (args.max_grad_norm, args.max_tensor_grad_norm, args.adam_bias_correction) == (0.0, 1.0, False)
+    assert args.get_warmup_steps(60000) == 6000
+    factors = [pals_schedule(step, warmup_steps=10, steps=100) for step in (0, 5, 9, 10, 50, 100)]
+    assert factors == pytest.approx([0.0, 0.5, 0.9, 0.9, 0.5, 0.0])
+
+
+def test_optimiser_without_bias_correction() -> None:
+    parameter, resting = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+    optimiser = UncorrectedAdamW([parameter, resting], lr=0.1, eps=1e-6, weight_decay=0.01)
+    mean = square = torch.zeros(2)
+    value = parameter.detach().clone()
+    for step in range(3):
+        gradient = torch.tensor([0.5, -0.1]) * (step + 1)
+        parameter.grad = gradient.clone()
+        optimiser.step()
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        value = value - 0.1 * (mean / (square.sqrt() + 1e-6) + 0.01 * value)
+        torch.testing.assert_close(parameter.detach(), value)
+    assert resting.tolist() == [1.0, -2.0]
+
+
+def test_warns_where_the_recipe_is_not_followed(tiny_encoder: str, tmp_path: Path) -> None:
+    preset = get_preset("pals")
+    with pytest.warns(RecipeWarning, match="sampling='uniform' with the preset 'pals'"):
+        preset.training_arguments(str(tmp_path), num_tasks=2, sampling="uniform", use_cpu=True)
+    model = preset.build(AutoModel.from_pretrained(tiny_encoder), make_tasks("rte"), hidden_size=12)
+    model.prepare_training(base=False)
+    with pytest.warns(RecipeWarning, match="the base is frozen with the preset 'pals'"):
+        preset.check(model)
+
+
+def test_what_a_preset_refuses(tiny_encoder: str) -> None:
+    base = AutoModel.from_pretrained(tiny_encoder)
+    with pytest.raises(ConfigError, match="preset='pal' is not allowed: use one of 'pals'"):
+        get_preset("pal")
+    with pytest.raises(ConfigError, match="host='peft' has no effect for the preset 'full'"):
+        get_preset("full").build(base, make_tasks("rte"), host="peft")
+    get_preset("pals").build(base, make_tasks("rte"), host=HOSTS[-1], hidden_size=12)
+    if HOSTS[-1] == "adapters":
+        with pytest.raises(ConfigError, match="base has adapters already"):
+            get_preset("pals").build(base, make_tasks("rte"))

@@ -1,0 +1,377 @@
+"""Heads of every kind on one base: values, gradients, losses, saving."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backbones import HOSTS, TASKS, backbone
+from torch import Tensor
+
+from pal_adapters.errors import ConfigError, UnknownAdapterError
+from pal_adapters.multitask import HeadConfig, StorageError, TaskHeads
+from pal_adapters.multitask.heads import pool
+
+CONFIGS = {
+    "rte": HeadConfig("single_label", 2),
+    "stsb": HeadConfig("regression", pooling="first"),
+    "copa": HeadConfig("multiple_choice", num_choices=2, pooling="last"),
+    "ner": HeadConfig("token_tagging", 5),
+    "qa": HeadConfig("span_qa"),
+    "topics": HeadConfig("multi_label", 3, pooling="pooler"),
+}
+# A choice is a row of its own, next to the other.
+ROWS = ["ner", "rte", "copa", "copa", "stsb", "topics", "rte", "qa", "ner", "copa", "copa", "stsb"]
+
+
+def heads(folder: str, host: str, **options: Any) -> TaskHeads:
+    model = TaskHeads(backbone(folder, host), **options)
+    torch.manual_seed(3)
+    for task in TASKS:
+        model.add(task, CONFIGS[task])
+    return model.eval()
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(4, 60, (len(ROWS), 7), generator=generator)
+    mask = torch.ones_like(tokens)
+    for row in range(len(ROWS)):
+        mask[row, 7 - row % 4 :] = 0
+    return {"input_ids": tokens * mask, "attention_mask": mask}
+
+
+@pytest.fixture
+def labels() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    tags = torch.randint(0, 5, (2, 7), generator=generator)
+    tags[0, :3] = -100
+    return {
+        "rte": torch.tensor([1, 0]),
+        "stsb": torch.tensor([3.8, 0.6]),
+        "copa": torch.tensor([1, 0]),
+        "ner": tags,
+        "qa": torch.tensor([[1, 3]]),
+        "topics": torch.tensor([[1.0, 0.0, 1.0]]),
+    }
+
+
+def rows_of(batch: dict[str, Tensor], task: str) -> dict[str, Tensor]:
+    at = [row for row, name in enumerate(ROWS) if name == task]
+    return {name: tensor[at] for name, tensor in batch.items()}
+
+
+def gradients(model: TaskHeads) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_mixed_batch_equals_one_batch_a_task(
+    tiny_encoder: str, host: str, batch: dict[str, Tensor], labels: dict[str, Tensor]
+) -> None:
+    model = heads(tiny_encoder, host)
+    trained = model.prepare_training()
+    output = model(task_ids=ROWS, labels=labels, **batch)
+    output.loss.backward()
+    mixed = gradients(model)
+    model.zero_grad()
+    assert list(output.logits) == list(TASKS)
+    losses = []
+    for task in TASKS:
+        one = model(task_ids=task, labels=labels[task], **rows_of(batch, task))
+        torch.testing.assert_close(output.logits[task], one.logits[task], atol=1e-5, rtol=1e-4)
+        losses.append(one.loss)
+    torch.testing.assert_close(output.loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-5)
+    (sum(losses) / len(losses)).backward()
+    alone = gradients(model)
+    assert set(mixed) == set(alone)
+    assert {name.split(".")[1] for name in mixed if name.startswith("heads.")} == set(TASKS)
+    assert set(mixed) <= set(trained)
+    if host != "none":
+        assert any("query" in name for name in mixed)
+    for name, gradient in mixed.items():
+        torch.testing.assert_close(gradient, alone[name], atol=2e-6, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_each_row_goes_through_its_own_adapter(tiny_encoder: str, host: str, batch: dict[str, Tensor]) -> None:
+    model = heads(tiny_encoder, host)
+    inner = model.backbone
+    if host == "none":
+        hidden = inner(**batch).last_hidden_state
+    else:
+        activate = inner.set_active_adapters if host == "adapters" else inner.set_adapter
+        parts = []
+        for row, task in enumerate(ROWS):
+            activate(task)
+            parts.append(inner(**{n: t[row : row + 1] for n, t in batch.items()}).last_hidden_state)
+        hidden = torch.cat(parts)
+    at = [row for row, name in enumerate(ROWS) if name == "rte"]
+    mask = batch["attention_mask"][at].unsqueeze(-1).float()
+    linear = model.head("rte").linear
+    assert linear is not None
+    expected = ((hidden[at] * mask).sum(1) / mask.sum(1)) @ linear.weight.T + linear.bias
+    got = model(task_ids=ROWS, **batch).logits["rte"]
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    if host != "none":  # the adapters differ, so rows of the wrong one would show
+        activate("stsb")
+        other = inner(**{n: t[at] for n, t in batch.items()}).last_hidden_state
+        assert not torch.allclose(other, hidden[at], atol=1e-3)
+
+
+def test_losses_of_each_kind(tiny_encoder: str, batch: dict[str, Tensor], labels: dict[str, Tensor]) -> None:
+    model = heads(tiny_encoder, "none")
+    output = model(task_ids=ROWS, labels=labels, **batch)
+    logits = output.logits
+    spans = logits["qa"]
+    expected = {
+        "rte": F.cross_entropy(logits["rte"], labels["rte"]),
+        "stsb": ((logits["stsb"] - labels["stsb"]) ** 2).mean(),
+        "copa": F.cross_entropy(logits["copa"], labels["copa"]),
+        "ner": F.cross_entropy(logits["ner"].view(-1, 5), labels["ner"].view(-1)),
+        "qa": (F.cross_entropy(spans[..., 0], labels["qa"][:, 0]) + F.cross_entropy(spans[..., 1], labels["qa"][:, 1]))
+        / 2,
+        "topics": F.binary_cross_entropy_with_logits(logits["topics"], labels["topics"]),
+    }
+    assert output.task_counts.tolist() == [2, 2, 2, float((labels["ner"] != -100).sum()), 1, 1]
+    torch.testing.assert_close(output.task_losses / output.task_counts, torch.stack([expected[t] for t in TASKS]))
+    torch.testing.assert_close(output.loss, torch.stack(list(expected.values())).mean())
+
+
+def test_weights_and_balance(tiny_encoder: str, batch: dict[str, Tensor], labels: dict[str, Tensor]) -> None:
+    some = {n: t[[1, 4, 6]] for n, t in batch.items()}
+    names, given = ["rte", "stsb", "rte"], {"rte": labels["rte"], "stsb": labels["stsb"][:1]}
+    losses: dict[str, float] = {}
+    for balance, weight in (("task", 1.0), ("task", 3.0), ("row", 1.0), ("row", 3.0)):
+        model = TaskHeads(backbone(tiny_encoder, "none"), balance=balance)  # type: ignore[arg-type]
+        torch.manual_seed(3)
+        model.add("rte", CONFIGS["rte"])
+        model.add("stsb", CONFIGS["stsb"], weight=weight)
+        output = model.eval()(task_ids=names, labels=given, **some)
+        rte, stsb = (output.task_losses / output.task_counts).tolist()
+        shares = (1.0, weight) if balance == "task" else (2.0, weight)
+        losses[f"{balance}{weight}"] = output.loss.item()
+        assert output.loss.item() == pytest.approx((shares[0] * rte + shares[1] * stsb) / sum(shares), rel=1e-5)
+    assert len({round(loss, 4) for loss in losses.values()}) == 4
+
+
+def test_own_loss(tiny_encoder: str, batch: dict[str, Tensor], labels: dict[str, Tensor]) -> None:
+    model = TaskHeads(backbone(tiny_encoder, "none"))
+    model.add("stsb", CONFIGS["stsb"], loss=lambda logits, labels: (logits - labels).abs().mean())
+    output = model.eval()(task_ids="stsb", labels=labels["stsb"], **rows_of(batch, "stsb"))
+    torch.testing.assert_close(output.loss, (output.logits["stsb"] - labels["stsb"]).abs().mean())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pooling_with_padding_on_either_side(side: str) -> None:
+    hidden = torch.arange(24.0).view(2, 4, 3)
+    mask = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1]])
+    if side == "right":
+        mask = mask.flip(1)
+    for row in range(2):
+        tokens = hidden[row, mask[row].bool()]
+        assert pool(hidden, mask, "mean")[row].tolist() == pytest.approx(tokens.mean(0).tolist())
+        assert pool(hidden, mask, "first")[row].tolist() == tokens[0].tolist()
+        assert pool(hidden, mask, "last")[row].tolist() == tokens[-1].tolist()
+    assert pool(hidden, None, "last").tolist() == hidden[:, -1].tolist()
+
+
+def test_language_model_uses_the_embeddings() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    whole = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=16, n_layer=2, n_head=2, n_positions=16)).eval()
+    model = TaskHeads(whole.transformer)
+    model.add("text", HeadConfig("language_modeling"))
+    model.eval()
+    tokens = torch.randint(0, 30, (2, 6))
+    labels = tokens.clone()
+    labels[0, 4:] = -100
+    expected = whole(input_ids=tokens, labels=labels)
+    output = model(task_ids="text", labels=labels, input_ids=tokens)
+    torch.testing.assert_close(output.logits["text"], expected.logits)
+    torch.testing.assert_close(output.loss, expected.loss)
+    assert sum(p.numel() for p in model.heads.parameters()) == 0
+
+
+@pytest.mark.parametrize("form", [list, torch.tensor])
+def test_tasks_by_number(tiny_encoder: str, batch: dict[str, Tensor], form: Any) -> None:
+    model = heads(tiny_encoder, HOSTS[-1])
+    expected = model(task_ids=ROWS, **batch).logits
+    got = model(task_ids=form([TASKS.index(name) for name in ROWS]), **batch).logits
+    for task in TASKS:
+        torch.testing.assert_close(got[task], expected[task], atol=0, rtol=0)
+
+
+def test_adding_reusing_and_removing(tiny_encoder: str, batch: dict[str, Tensor]) -> None:
+    model = heads(tiny_encoder, "none")
+    model.add("scitail", "rte", adapter=None)
+    assert model.head("scitail") is model.head("rte")
+    rows = rows_of(batch, "rte")
+    torch.testing.assert_close(
+        model(task_ids="scitail", **rows).logits["scitail"], model(task_ids="rte", **rows).logits["rte"]
+    )
+    model.remove("rte")
+    assert "rte" in model.heads
+    assert "rte" not in model.tasks
+    with pytest.raises(ConfigError, match="a head 'rte' is there already"):
+        model.add("rte", HeadConfig("single_label", 4))
+    model.remove("scitail")
+    assert "rte" not in model.heads
+    model.add("rte", HeadConfig("single_label", 4))
+    assert model.eval()(task_ids="rte", **rows).logits["rte"].shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("rte", HeadConfig("regression")), ConfigError, "task='rte' is there already"),
+        (("a.b", HeadConfig("regression")), ConfigError, "without '.' and '/'"),
+        (("new", "nli"), ConfigError, "head='nli' is not there: rte, stsb"),
+        (
+            ("new", HeadConfig("regression"), {"adapter": "nli"}),
+            UnknownAdapterError,
+            "adapter='nli' is not on the model",
+        ),
+        (("new", HeadConfig("regression"), {"weight": 0.0}), ConfigError, "weight=0.0"),
+        (("new", "rte", {"loss": F.mse_loss}), ConfigError, "loss has no effect"),
+    ],
+)
+def test_tasks_that_cannot_be_added(tiny_encoder: str, arguments: Any, error: Any, message: str) -> None:
+    model = heads(tiny_encoder, "none")
+    before = list(model.state_dict())
+    *given, options = arguments if isinstance(arguments[-1], dict) else (*arguments, {})
+    with pytest.raises(error, match=message):
+        model.add(*given, **options)
+    assert list(model.state_dict()) == before
+    assert model.tasks == TASKS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "classification"}, "kind='classification' is not allowed: use one of 'single_label'"),
+        ({"kind": "single_label"}, "num_labels=None"),
+        ({"kind": "single_label", "num_labels": 1}, "num_labels=1"),
+        ({"kind": "span_qa", "num_labels": 2}, "num_labels=2 has no effect"),
+        ({"kind": "multiple_choice"}, "num_choices=1"),
+        ({"kind": "regression", "num_choices": 2}, "num_choices=2 has no effect"),
+        ({"kind": "regression", "pooling": "max"}, "pooling='max'"),
+        ({"kind": "regression", "dropout": 1.0}, "dropout=1.0"),
+        ({"num_labels": 3, "label_names": ("no", "yes")}, "label_names has 2 names for num_labels=3"),
+    ],
+)
+def test_heads_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        HeadConfig(**arguments)
+
+
+def test_batches_that_do_not_fit(tiny_encoder: str, batch: dict[str, Tensor], labels: dict[str, Tensor]) -> None:
+    model = heads(tiny_encoder, "none")
+    with pytest.raises(UnknownAdapterError, match="task 'nli' is not there"):
+        model(task_ids=["nli"] * 12, **batch)
+    with pytest.raises(UnknownAdapterError, match="task 6 is not there"):
+        model(task_ids=[6] * 12, **batch)
+    with pytest.raises(ConfigError, match="task_ids has 3 entries for 12 rows"):
+        model(task_ids=ROWS[:3], **batch)
+    with pytest.raises(ConfigError, match="labels are of"):
+        model(task_ids=ROWS, labels={"rte": labels["rte"]}, **batch)
+    with pytest.raises(ConfigError, match="labels is one tensor"):
+        model(task_ids=ROWS, labels=labels["rte"], **batch)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_only_what_is_asked_for_trains(tiny_encoder: str, host: str) -> None:
+    model = heads(tiny_encoder, host)
+    base = {n for n, p in model.named_parameters() if not n.startswith("heads.") and "pal" not in n}
+    base -= {n for n in base if "shared_parameters" in n}
+    names = set(model.prepare_training(["rte", "ner"]))
+    assert {n for n in names if n.startswith("heads.")} == {
+        f"heads.{t}.linear.{p}" for t in ("rte", "ner") for p in ("weight", "bias")
+    }
+    assert not names & base
+    assert (names == {n for n in names if n.startswith("heads.")}) is (host == "none")
+    joint = set(model.prepare_training(base=True))
+    assert base <= joint
+    counts = model.count_parameters()
+    assert counts["trainable"] == counts["base"] + counts["adapters"] + counts["heads"]
+    assert (counts["adapters"] > 0) is (host != "none")
+
+
+def test_saved_and_read_in_a_new_process(tiny_encoder: str, batch: dict[str, Tensor], tmp_path: Path) -> None:
+    cases = [(host, joint) for host in HOSTS for joint in (False, True)]
+    expected = []
+    for number, (host, joint) in enumerate(cases):
+        model = heads(tiny_encoder, host)
+        model.add("again", "rte", weight=0.5)
+        model.prepare_training(base=joint)
+        if joint:
+            with torch.no_grad():
+                for parameter in model.backbone.parameters():
+                    parameter.add_(0.01)
+        expected.append(model(task_ids=ROWS, **batch).logits)
+        model.save_pretrained(tmp_path / str(number))
+        assert (tmp_path / str(number) / "base").is_dir() is joint
+    torch.save({"batch": batch, "logits": expected}, tmp_path / "expected.pt")
+    code = f"""
+import torch, pal_adapters
+from pal_adapters.multitask import TaskHeads
+stored = torch.load({str(tmp_path / "expected.pt")!r})
+for number, expected in enumerate(stored["logits"]):
+    model = TaskHeads.from_pretrained({str(tmp_path)!r} + f"/{{number}}")
+    logits = model(task_ids={ROWS!r}, **stored["batch"]).logits
+    print(max(float((logits[t] - expected[t]).abs().max()) for t in logits), len(logits), *model.tasks, model.routes)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split(" ", 8) for line in done.stdout.strip().splitlines() if line[0].isdigit()]
+    assert len(lines) == len(cases)
+    for (host, _), (difference, count, *tasks, routes) in zip(cases, lines, strict=True):
+        assert (difference, count) == ("0.0", "6")
+        assert tasks[:6] == list(TASKS)
+        adapter = repr(None if host == "none" else "rte")
+        assert f"'rte': Route(head='rte', adapter={adapter}, weight=1.0)" in routes
+        assert "'again': Route(head='rte', adapter=None, weight=0.5)" in routes
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_goes_back_to_a_checkpoint(tiny_encoder: str, host: str, batch: dict[str, Tensor], tmp_path: Path) -> None:
+    model = heads(tiny_encoder, host)
+    model.prepare_training(base=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    objects = {name: id(value) for name, value in model.named_parameters()}
+    model.save_pretrained(tmp_path, checkpoint=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5).add_(0.1)
+    model.restore(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert objects == {name: id(value) for name, value in model.named_parameters()}
+
+
+def test_a_checkpoint_of_another_model_changes_nothing(tiny_encoder: str, tmp_path: Path) -> None:
+    saved = heads(tiny_encoder, "none")
+    saved.prepare_training()
+    saved.save_pretrained(tmp_path / "a", checkpoint=True)
+    other = TaskHeads(backbone(tiny_encoder, "none"))
+    other.add("rte", HeadConfig("single_label", 3))
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(StorageError, match="it is of another model"):
+        other.restore(tmp_path / "a")
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    with pytest.raises(StorageError, match=r"task_heads\.json is not there"):
+        other.restore(tmp_path)
+    description = json.loads((tmp_path / "a" / "task_heads.json").read_text())
+    description["base"]["name_or_path"] = ""
+    (tmp_path / "a" / "task_heads.json").write_text(json.dumps(description))
+    with pytest.raises(StorageError, match="pass backbone="):
+        TaskHeads.from_pretrained(tmp_path / "a")
+    assert TaskHeads.from_pretrained(tmp_path / "a", backbone(tiny_encoder, "none")).tasks == TASKS

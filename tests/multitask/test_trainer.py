@@ -1,0 +1,138 @@
+"""The Trainer: batches, losses, checkpoints, evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from backbones import HOSTS
+from tiny_tasks import NAMES, losses, make_task, make_trainer, without_dropout
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_trains_tasks_of_every_kind_and_scores_them(tiny_encoder: str, tmp_path: Path, host: str) -> None:
+    trainer = make_trainer(
+        tiny_encoder, tmp_path, host=host, names=tuple(NAMES), mixed_batches=True, eval_strategy="steps", eval_steps=3
+    )
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    assert {name.split(".")[1] for name in moved if name.startswith("heads.")} == set(NAMES)
+    assert any(name.startswith("backbone.") for name in moved) is (host != "none")
+    found = [entry for entry in trainer.state.log_history if "eval_average" in entry]
+    assert [entry["step"] for entry in found] == [3, 6]
+    for name in ("eval_rte_accuracy", "eval_stsb_pearson", "eval_copa_accuracy", "eval_ner_f1", "eval_qa_exact_match"):
+        assert -1 <= found[-1][name] <= 1
+    primary = ["rte_accuracy", "stsb_pearson", "copa_accuracy", "ner_f1", "qa_f1", "topics_f1_micro"]
+    assert found[-1]["eval_average"] == pytest.approx(sum(found[-1][f"eval_{name}"] for name in primary) / 6)
+    logged = losses(trainer)
+    assert set().union(*logged) == {"step", "loss", *(f"loss_{name}" for name in NAMES)}
+
+
+def test_loss_of_each_task_is_logged(tiny_encoder: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_encoder, tmp_path, sampling="round_robin")
+    trainer.train()
+    logged = losses(trainer)
+    assert [[name for name in entry if name.startswith("loss_")] for entry in logged] == [
+        ["loss_rte"], ["loss_stsb"], ["loss_copa"], ["loss_rte"], ["loss_stsb"], ["loss_copa"]
+    ]  # fmt: skip
+    for entry in logged:
+        (own,) = (value for name, value in entry.items() if name.startswith("loss_"))
+        assert entry["loss"] == pytest.approx(own, abs=1e-4)  # the host rounds
+
+
+def test_probabilities_are_logged_once_an_epoch(tiny_encoder: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_encoder, tmp_path, sampling="annealed", max_steps=8)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "sampling_epoch" in entry]
+    assert [(entry["step"], entry["sampling_epoch"]) for entry in logged] == [(1, 1), (5, 2)]
+    for entry, alpha in zip(logged, (1.0, 0.2), strict=True):
+        weights = [size**alpha for size in (10, 13, 16)]
+        assert entry["sampling_rte"] == pytest.approx(weights[0] / sum(weights))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_accumulated_batches_equal_one_large_batch(tiny_encoder: str, tmp_path: Path, mixed: bool) -> None:
+    names = ("rte", "ner", "stsb", "copa")
+    common = {"names": names, "mixed_batches": mixed, "max_steps": 4, "base": True, "max_grad_norm": 0.0}
+    common |= {"optim": "sgd", "learning_rate": 0.1}
+    one = make_trainer(tiny_encoder, tmp_path / "one", per_device_train_batch_size=8, **common)
+    many = make_trainer(
+        tiny_encoder, tmp_path / "many", per_device_train_batch_size=2, gradient_accumulation_steps=4, **common
+    )
+    for trainer in (one, many):
+        without_dropout(trainer).train()
+    for left, right in zip(losses(one), losses(many), strict=True):
+        assert left == pytest.approx(right, abs=2e-4)
+    for (name, value), other in zip(one.model.named_parameters(), many.model.parameters(), strict=True):
+        torch.testing.assert_close(value, other, atol=2e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("stop", [2, 4, 5])
+def test_resumed_run_equals_an_uninterrupted_one(tiny_encoder: str, tmp_path: Path, host: str, stop: int) -> None:
+    if host == "none" and stop != 2:
+        pytest.skip("one case is enough")
+    common: dict[str, Any] = {"host": host, "sampling": "annealed", "max_steps": 7, "base": host != "peft"}
+    common |= {
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": stop,
+        "save_total_limit": None,
+    }
+    common |= {"eval_strategy": "steps", "eval_steps": 3, "mixed_batches": stop == 5}
+    whole = make_trainer(tiny_encoder, tmp_path, **common)
+    whole.train()
+    checkpoint = tmp_path / f"checkpoint-{stop}"
+    resumed = make_trainer(tiny_encoder, tmp_path / "again", **common)
+    torch.manual_seed(99)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    keep = lambda log: [{k: v for k, v in e.items() if "runtime" not in k and "per_second" not in k} for e in log]  # noqa: E731
+    assert keep(resumed.state.log_history)[:-1] == keep(whole.state.log_history)[:-1]
+    for (name, value), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def test_best_model_is_restored(tiny_encoder: str, tmp_path: Path) -> None:
+    host = HOSTS[-1]
+    trainer = make_trainer(
+        tiny_encoder, tmp_path, host=host, base=True, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        save_steps=1, load_best_model_at_end=True, learning_rate=0.05, max_steps=5,
+    )  # fmt: skip
+    trainer.train()
+    scored = {e["step"]: e["eval_average"] for e in trainer.state.log_history if "eval_average" in e}
+    best = max(scored, key=lambda step: scored[step])
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert best < 5, "the test needs a run whose last step is not the best"
+    assert trainer.evaluate()["eval_average"] == pytest.approx(scored[best])
+    from pal_adapters.multitask import TaskHeads
+
+    read = TaskHeads.from_pretrained(tmp_path / f"checkpoint-{best}")
+    for (name, value), (other_name, other) in zip(
+        sorted(trainer.model.named_parameters()), sorted(read.named_parameters()), strict=True
+    ):
+        assert name == other_name
+        assert torch.equal(value, other), name
+
+
+def test_one_row_and_one_task(tiny_encoder: str, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tiny_encoder, tmp_path, tasks=[make_task("single_label", "rte", (1, 1))], eval_strategy="epoch"
+    )
+    trainer.train()
+    assert 0 <= trainer.evaluate()["eval_rte_accuracy"] <= 1
+
+
+def test_labels_keep_their_types_in_mixed_batches(tiny_encoder: str, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tiny_encoder, tmp_path, names=tuple(NAMES), mixed_batches=True, per_device_train_batch_size=24
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    labels = batch["labels"]
+    assert labels["stsb"].dtype == torch.float32
+    assert {round(value % 1, 3) for value in labels["stsb"].tolist()} == {0.8}
+    assert labels["rte"].dtype == torch.int64
+    assert len(batch["task_ids"]) == len(batch["input_ids"])
+    assert batch["task_ids"].count(2) == 2 * len(labels["copa"])

@@ -1,0 +1,294 @@
+"""What users of `Trainer` expect: precision, checkpointing, early stopping, cards, other hosts' methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from backbones import HOSTS, backbone
+from tiny_tasks import NAMES, losses, make_task, make_tasks, make_trainer, without_dropout
+from transformers import AutoModel, AutoTokenizer, EarlyStoppingCallback, TrainerCallback, TrainingArguments
+
+from pal_adapters.multitask import (
+    Candidates,
+    ConcatTasks,
+    EncodedTask,
+    MultiTaskBatchSampler,
+    MultiTaskCollator,
+    TaskHeads,
+)
+from pal_adapters.multitask import scores as scoring
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_activation_checkpointing_changes_nothing(tiny_encoder: str, tmp_path: Path, host: str) -> None:
+    runs = []
+    name = "gradient_checkpointing"  # transformers 5 has another name for it
+    name = "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else name
+    for on in (False, True):
+        made = make_trainer(tiny_encoder, tmp_path, host=host, mixed_batches=True, base=host != "peft", **{name: on})
+        made.train()
+        runs.append((losses(made), [p.detach().clone() for p in made.model.parameters()]))
+    # Up to the order in which gradients of what the blocks share are added.
+    for left, right in zip(runs[0][0], runs[1][0], strict=True):
+        assert left == pytest.approx(right, abs=1e-5)
+    for left, right in zip(runs[0][1], runs[1][1], strict=True):
+        torch.testing.assert_close(left, right, atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_follows_fp32(tiny_encoder: str, tmp_path: Path) -> None:
+    runs = []
+    for half in (False, True):
+        made = make_trainer(tiny_encoder, tmp_path, host=HOSTS[-1], names=tuple(NAMES), mixed_batches=True, bf16=half)
+        without_dropout(made).train()
+        assert {p.dtype for p in made.model.parameters()} == {torch.float32}
+        runs.append(losses(made))
+    assert runs[0] != runs[1]
+    for left, right in zip(*runs, strict=True):
+        assert left == pytest.approx(right, rel=0.05)
+
+
+def test_early_stopping(tiny_encoder: str, tmp_path: Path) -> None:
+    made = make_trainer(
+        tiny_encoder, tmp_path, learning_rate=1e-9, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        save_steps=1, load_best_model_at_end=True, callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+    )  # fmt: skip
+    made.train()
+    assert made.state.global_step == 3
+
+
+def test_model_card(tiny_encoder: str, tmp_path: Path) -> None:
+    host = HOSTS[-1]
+    made = make_trainer(tiny_encoder, tmp_path, host=host, sampling="sqrt", eval_strategy="epoch")
+    made.train()
+    made.create_model_card(model_name="me/three-tasks", license="mit", tags="glue")
+    card = (tmp_path / "README.md").read_text()
+    head, body = card.split("---\n")[1:3]
+    assert '"glue"' in head
+    assert 'license: "mit"' in head
+    assert "| copa | multiple_choice | 16 |" in body
+    assert "sampling: square_root, one task a batch" in body
+    counts = made.model.count_parameters()
+    assert f"{counts['trainable']:,} trained" in body
+    if host != "none":
+        assert "PAL" in body.split("method: ")[1].split("\n")[0]
+    scored = next(e for e in reversed(made.state.log_history) if "eval_average" in e)
+    assert f"| rte | accuracy | {scored['eval_rte_accuracy']:.4f} |" in body
+    assert f"| all | mean of the first metrics | {scored['eval_average']:.4f} |" in body
+
+
+@pytest.mark.skipif("peft" not in HOSTS, reason="needs PEFT")
+def test_methods_of_peft_train_one_task_a_batch(tiny_encoder: str, tmp_path: Path) -> None:
+    import peft
+
+    base = AutoModel.from_pretrained(tiny_encoder)
+    config = {"task_type": "FEATURE_EXTRACTION", "r": 2, "target_modules": ["query"]}
+    model = peft.get_peft_model(base, peft.LoraConfig(**config), adapter_name="rte")
+    model.add_adapter("stsb", peft.LoraConfig(**config))
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    made = make_trainer(tiny_encoder, tmp_path, names=("rte", "stsb"))
+    heads = TaskHeads(model)
+    tasks = make_tasks("rte", "stsb")
+    for task in tasks:
+        heads.add(task.name, task.head_config())
+    heads.prepare_training()
+    made.args.sampling = "round_robin"
+    trainer = type(made)(heads, made.args, tasks, processing_class=AutoTokenizer.from_pretrained(tiny_encoder))
+    trainer.train()
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert {name.split(".")[-2] for name in moved} == {"rte", "stsb"}
+    assert all("lora" in name for name in moved)
+
+
+class Last:
+    """Keeps the last candidates of the first task."""
+
+    def __init__(self) -> None:
+        self.seen: list[Candidates] = []
+
+    def select(self, candidates: Candidates) -> list[int]:
+        self.seen.append(candidates)
+        return candidates.rows["rte"][-candidates.num_select :]
+
+
+def test_selector_chooses_the_rows_to_train_on(tiny_encoder: str, tmp_path: Path) -> None:
+    selector = Last()
+    made = make_trainer(
+        tiny_encoder, tmp_path, sampling="uncertainty", batch_selector=selector, per_device_train_batch_size=2
+    )
+    made.train()
+    assert len(selector.seen) == 6
+    for candidates in selector.seen:
+        assert candidates.task_ids == [0, 0, 1, 1, 2, 2]
+        assert {task: len(rows) for task, rows in candidates.logits.items()} == {"rte": 2, "stsb": 2, "copa": 2}
+        assert candidates.logits["copa"].shape == (2, 2)
+        assert not candidates.logits["rte"].requires_grad
+    assert all({"step", "loss", "loss_rte"} == set(entry) for entry in losses(made))
+
+
+def test_rows_taken_out_of_a_batch(tiny_encoder: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    tasks = make_tasks()
+    encoded = ConcatTasks([EncodedTask(t, t.dataset["train"], tokenizer, 32) for t in tasks])
+    collate = MultiTaskCollator(tokenizer, {t.name: t.head_config() for t in tasks})
+    rows = next(iter(MultiTaskBatchSampler([len(t) for t in encoded.tasks], 24, mixed=True, seed=3)))
+    whole = collate([encoded[row] for row in rows])
+    chosen = [11, 3, 17, 0, 20]
+    taken = collate.take(whole, chosen)
+    expected = collate([encoded[rows[number]] for number in chosen])
+    assert taken["task_ids"] == expected["task_ids"]
+    length = expected["input_ids"].shape[1]
+    assert torch.equal(taken["input_ids"][:, :length], expected["input_ids"])
+    assert not taken["attention_mask"][:, length:].any()
+    for task, labels in expected["labels"].items():
+        got = taken["labels"][task]
+        assert torch.equal(got[:, :length] if task == "ner" else got, labels)
+
+
+def test_padding_on_the_left(tiny_encoder: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, padding_side="left")
+    task = make_task("token_tagging", "ner")
+    encoded = EncodedTask(task, task.dataset["train"], tokenizer, 32)
+    batch = MultiTaskCollator(tokenizer, {"ner": task.head_config()}, pad_to_multiple_of=8)([encoded[0], encoded[1]])
+    assert batch["input_ids"].shape[1] % 8 == 0
+    assert batch["attention_mask"][:, -1].tolist() == [1, 1]
+    assert torch.equal(
+        batch["labels"]["ner"] != -100, (batch["labels"]["ner"] != -100) & batch["attention_mask"].bool()
+    )
+
+
+def test_tags_stand_at_the_first_piece_of_a_word(tiny_encoder: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    task = make_task("token_tagging", "ner")
+    data = task.dataset["train"].select([0]).to_list()
+    data[0] |= {"tokens": ["the", "xyz"], "tags": [1, 2]}
+    import datasets
+
+    encoded = EncodedTask(task, datasets.Dataset.from_list(data), tokenizer, 32)
+    pieces = tokenizer.convert_ids_to_tokens(encoded[0]["inputs"][0]["input_ids"].tolist())
+    assert pieces == ["[CLS]", "the", "x", "##y", "##z", "[SEP]"]
+    assert encoded[0]["label"].tolist() == [-100, 1, 2, -100, -100, -100]
+
+
+def test_long_contexts_make_windows_and_answers_come_back(tiny_encoder: str) -> None:
+    import datasets
+
+    words = [f"w{i}" for i in range(40)]
+    context = " ".join(words)
+    rows = datasets.Dataset.from_list(
+        [
+            {
+                "question": "the",
+                "context": context,
+                "answers": {"text": ["w30 w31"], "answer_start": [context.index("w30")]},
+            },
+            {"question": "the", "context": "it is", "answers": {"text": [], "answer_start": []}},
+        ]
+    )
+    task = make_task("span_qa", "qa")
+    encoded = EncodedTask(task, rows, AutoTokenizer.from_pretrained(tiny_encoder), 32)
+    assert len(encoded) > len(rows)
+    assert encoded.labels is not None
+    longest = int(encoded.lengths().max())
+    logits = np.full((len(encoded), longest, 2), -5.0)
+    for window, (first, last) in enumerate(encoded.labels):
+        if first:  # a window that has the answer
+            logits[window, first, 0] = logits[window, last, 1] = 5.0
+    assert (encoded.labels[:, 0] > 0).any()
+    assert encoded._answers(logits)[0] == "w30 w31"
+    assert encoded.score(logits)["exact_match"] >= 0.5
+
+
+def test_scores_of_tags_and_answers() -> None:
+    labels = ("O", "B-PER", "I-PER", "B-LOC")
+    found = scoring.score_tags(("f1", "accuracy"), [[1, 2, 0, 3], [0]], [[1, 2, 0, 0], [3]], labels)
+    assert found == {"f1": pytest.approx(2 * 1 / (2 + 2)), "accuracy": pytest.approx(3 / 5)}
+    assert scoring.entities(["I-PER", "I-PER", "B-PER", "O", "I-LOC"]) == [("PER", 0, 2), ("PER", 2, 3), ("LOC", 4, 5)]
+    found = scoring.score_answers(("f1", "exact_match"), ["The cat!", "a dog ran"], [["cat"], ["dog", "the fox"]])
+    assert found == {"f1": pytest.approx((1 + 2 / 3) / 2), "exact_match": 0.5}
+    sets = scoring.score_label_sets(("f1_micro", "accuracy"), np.array([[1, 0], [1, 1]]), np.array([[1, 0], [0, 1]]))
+    assert sets == {"f1_micro": pytest.approx(0.8), "accuracy": 0.5}
+
+
+@pytest.mark.parametrize("flags", [False, True])
+def test_both_forms_of_label_sets(tiny_encoder: str, flags: bool) -> None:
+    import datasets
+
+    labels = [[0, 1, 1], [1, 0, 0]] if flags else [[2, 1], [0]]
+    rows = datasets.Dataset.from_dict({"first": ["the", "is"], "second": ["it", "in"], "label": labels})
+    encoded = EncodedTask(make_task("multi_label", "topics"), rows, AutoTokenizer.from_pretrained(tiny_encoder), 32)
+    assert encoded.labels is not None
+    assert encoded.labels.tolist() == [[0, 1, 1], [1, 0, 0]]
+
+
+def test_own_metrics_and_aggregate(tiny_encoder: str, tmp_path: Path) -> None:
+    def always_third(predictions: Any, references: Any) -> float:
+        return 0.3
+
+    tasks = [
+        make_task("single_label", "rte", metrics=(always_third, "accuracy")),
+        make_task("regression", "stsb", metrics="mse"),
+    ]
+    made = make_trainer(tiny_encoder, tmp_path, tasks=tasks, eval_aggregate="sum")
+    found = made.evaluate()
+    assert found["eval_rte_always_third"] == 0.3
+    assert found["eval_average"] == pytest.approx(0.3 - found["eval_stsb_mse"])
+
+
+def test_predictions_by_task(tiny_encoder: str, tmp_path: Path) -> None:
+    made = make_trainer(tiny_encoder, tmp_path)
+    output = made.predict({"rte": made.tasks["rte"].dataset["validation"]})["rte"]
+    assert output.predictions.shape == (5, 2)
+    share = float((output.predictions.argmax(-1) == output.label_ids).mean())
+    assert output.metrics["test_rte_accuracy"] == pytest.approx(share)
+
+
+def test_language_model_beside_other_tasks(tmp_path: Path, tiny_encoder: str) -> None:
+    from transformers import GPT2Config, GPT2Model
+
+    from pal_adapters.multitask import MultiTaskTrainer, MultiTaskTrainingArguments
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    torch.manual_seed(0)
+    base = GPT2Model(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    tasks = [make_task("language_modeling", "text"), make_task("single_label", "rte", pooling="last")]
+    args = MultiTaskTrainingArguments(
+        str(tmp_path),
+        max_steps=3,
+        mixed_batches=True,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    made = MultiTaskTrainer(TaskHeads(base), args, tasks, processing_class=tokenizer)
+    made.train()
+    found = made.evaluate()
+    assert found["eval_text_perplexity"] == pytest.approx(np.exp(found["eval_text_loss"]))
+    assert found["eval_average"] == pytest.approx((found["eval_rte_accuracy"] - found["eval_text_perplexity"]) / 2)
+
+
+def test_callbacks_see_the_run(tiny_encoder: str, tmp_path: Path) -> None:
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+            seen.append(set(metrics))
+
+    made = make_trainer(tiny_encoder, tmp_path, eval_strategy="steps", eval_steps=6, callbacks=[Watch()])
+    made.train()
+    assert len(seen) == 1  # not once for each task
+    assert {"eval_average", "eval_loss", "eval_rte_accuracy", "eval_copa_loss"} <= seen[0]
+
+
+def test_weights_saved_by_hand_have_no_second_copy(tiny_encoder: str, tmp_path: Path) -> None:
+    made = make_trainer(tiny_encoder, tmp_path, host=HOSTS[-1])
+    made.save_model(str(tmp_path / "final"))
+    names = {path.name for path in (tmp_path / "final").iterdir()}
+    assert {"task_heads.json", "heads.safetensors", "tokenizer.json"} <= names
+    assert "added.safetensors" not in names
+    read = TaskHeads.from_pretrained(tmp_path / "final", backbone(tiny_encoder, "none"))
+    assert read.tasks == ("rte", "stsb", "copa")

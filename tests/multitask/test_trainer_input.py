@@ -1,0 +1,242 @@
+"""Bad input ends with one clear error before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from backbones import backbone
+from tiny_tasks import make_task, make_tasks, make_trainer, splits
+from transformers import AutoTokenizer
+
+from pal_adapters.errors import ConfigError
+from pal_adapters.multitask import (
+    EncodedTask,
+    HeadConfig,
+    MultiTaskTrainer,
+    MultiTaskTrainingArguments,
+    StorageError,
+    Task,
+    TaskDataError,
+    TaskHeads,
+    last_checkpoint,
+)
+
+
+def texts(labels: list[Any], **changes: Any) -> Task:
+    data = splits(
+        {"text": ["the is"] * len(labels), "label": labels}, {"text": ["the"] * len(labels[:1]), "label": labels[:1]}
+    )
+    return Task("own", data, text_columns=("text",), **{"num_labels": 2, **changes})
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (lambda: texts([0, 2]), r"task 'own', training, row 2: label 2 is out of range: allowed are 0 to 1"),
+        (lambda: texts([0, -1]), "label -1 is out of range"),
+        (lambda: texts([0.0, 1.0]), "row 1: label 0.0 is of type float, not an integer from 0 to 1"),
+        (lambda: texts(["no", "yes"]), "label 'no' is of type str"),
+        (lambda: texts([0, None]), "row 2: label None is of type NoneType"),
+        (lambda: texts(["3.8"], kind="regression", num_labels=None), "label '3.8' is not a finite number"),
+        (lambda: texts([1.0, float("nan")], kind="regression", num_labels=None), "label nan is not a finite number"),
+        (lambda: texts([7.0], kind="regression", num_labels=None, label_range=(0.0, 5.0)), "7.0 is out of range"),
+        (lambda: texts([1], kind="multi_label", num_labels=3), "label 1 is not a list of class numbers"),
+        (lambda: texts([[0, 3]], kind="multi_label", num_labels=3), "is out of range: allowed are 0 to 2"),
+        (lambda: texts([]), "task 'own', training: no rows"),
+        (lambda: texts([0], label_column="score"), "no column 'score'; found: text, label"),
+    ],
+)
+def test_rows_that_do_not_fit(tiny_encoder: str, tmp_path: Path, task: Any, message: str) -> None:
+    with pytest.raises(TaskDataError, match=message):
+        make_trainer(tiny_encoder, tmp_path, tasks=[*make_tasks("rte"), task()])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "classification"}, "kind='classification' is not allowed"),
+        ({"num_labels": None}, "task 'own': num_labels=None"),
+        ({"metrics": "bleu"}, "metric 'bleu' is not one of single_label: accuracy"),
+        ({"label_range": (0, 1)}, "label_range has no effect"),
+        ({"text_columns": ()}, "text_columns is empty"),
+    ],
+)
+def test_tasks_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    data = splits({"text": ["the"], "label": [0]}, {"text": ["the"], "label": [0]})
+    with pytest.raises(ConfigError, match=message):
+        Task("own", data, **{"text_columns": ("text",), "num_labels": 2, **changes})
+
+
+def trainer(folder: str, output: Path, tasks: Any, model: Any = None, **options: Any) -> MultiTaskTrainer:
+    arguments = {name: options.pop(name) for name in list(options) if name in ("eval_strategy", "sampling")}
+    args = MultiTaskTrainingArguments(str(output), use_cpu=True, report_to=[], **arguments)
+    model = model or TaskHeads(backbone(folder, "none"))
+    return MultiTaskTrainer(
+        model, args, tasks, **{"processing_class": AutoTokenizer.from_pretrained(folder), **options}
+    )
+
+
+def test_arguments_that_do_not_go_together(tiny_encoder: str, tmp_path: Path) -> None:
+    for tasks, options, message in (
+        ([], {}, "tasks is empty"),
+        (["rte"], {}, "tasks has a str"),
+        ([*make_tasks("rte"), *make_tasks("rte")], {}, "tasks has two called 'rte'"),
+        (make_tasks("rte"), {"processing_class": None}, "needs to be a tokenizer"),
+        (make_tasks("rte"), {"model": torch.nn.Linear(2, 2)}, r"model is a Linear: pass TaskHeads\(model\)"),
+        (make_tasks("rte"), {"compute_metrics": print}, "compute_metrics has no effect here"),
+        (make_tasks("rte"), {"batch_selector": object()}, "batch_selector has no effect without"),
+        (make_tasks("rte"), {"eval_dataset": {"nli": None}}, "eval_dataset has 'nli', which is no task: rte"),
+        (
+            [texts([0]).with_data({"train": texts([0]).dataset["train"]})],
+            {"eval_strategy": "epoch"},
+            "task 'own' has no split 'validation' to evaluate on",
+        ),
+        ([texts([0]).with_data({})], {}, "task 'own' has no split 'train' to train on; it has: none"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            trainer(tiny_encoder, tmp_path / "out", tasks, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_validation_split_without_rows(tiny_encoder: str, tmp_path: Path) -> None:
+    task = make_task("single_label", "rte", (4, 0))
+    with pytest.raises(TaskDataError, match="task 'rte', evaluation set rte: no rows"):
+        trainer(tiny_encoder, tmp_path, [task], eval_strategy="epoch")
+
+
+def test_a_head_of_another_kind(tiny_encoder: str, tmp_path: Path) -> None:
+    model = TaskHeads(backbone(tiny_encoder, "none"))
+    model.add("rte", HeadConfig("single_label", 3))
+    with pytest.raises(ConfigError, match="its head on the model is single_label with 3 labels, but the task is"):
+        trainer(tiny_encoder, tmp_path, make_tasks("rte"), model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sampling": "annealing"}, "sampling='annealing' is not allowed"),
+        ({"sampling": "temperature"}, "sampling_temperature=None is not allowed"),
+        ({"sampling_temperature": 2.0}, "sampling_temperature=2.0 is not allowed for sampling='proportional'"),
+        ({"eval_aggregate": "median"}, "eval_aggregate='median'"),
+        ({"schedule": "bert"}, "schedule='bert'"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no effect"),
+    ],
+)
+def test_arguments_of_the_run(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MultiTaskTrainingArguments(str(tmp_path), use_cpu=True, **arguments)
+
+
+def test_checkpoint_that_cannot_be_written(tiny_encoder: str, tmp_path: Path, monkeypatch: Any) -> None:
+    from pal_adapters.multitask import task_heads
+
+    made = make_trainer(tiny_encoder, tmp_path, save_strategy="steps", save_steps=2)
+    write, calls = task_heads.storage.write, []
+
+    def full(tensors: Any, path: Path) -> None:
+        calls.append(path)
+        if "checkpoint-4" in str(path):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        write(tensors, path)
+
+    monkeypatch.setattr(task_heads.storage, "write", full)
+    with pytest.raises(StorageError, match=r"checkpoint-4 cannot be written .*No space left.*checkpoint-2; make room"):
+        made.train()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2"]
+    monkeypatch.undo()
+    again = make_trainer(tiny_encoder, tmp_path, save_strategy="steps", save_steps=2)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
+
+
+def test_half_a_checkpoint_is_passed_over(tiny_encoder: str, tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path / "nothing") is None
+    made = make_trainer(tiny_encoder, tmp_path, save_strategy="steps", save_steps=2)
+    with pytest.raises(ConfigError, match="has no whole checkpoint to resume from"):
+        made.train(resume_from_checkpoint=True)
+    made.train()
+    (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"epoch":')
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_output_that_is_no_folder(tiny_encoder: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        make_trainer(tiny_encoder, tmp_path / "file")
+
+
+def folder(path: Path, yaml: str, **files: str) -> Path:
+    path.mkdir()
+    (path / "task.yaml").write_text(yaml)
+    for name, content in files.items():
+        (path / name.replace("_", ".")).write_text(content)
+    return path
+
+
+def test_folder_of_a_task(tiny_encoder: str, tmp_path: Path) -> None:
+    import pandas
+
+    yaml = "text_columns: [a, b]\nlabel_names: [no, yes]\nlabel_column: y\nmetrics: [f1, accuracy]\nweight: 2.0\n"
+    place = folder(tmp_path / "mood", yaml, train_csv="a,b,y\nthe,is,0\nall,no,1\n")
+    rows = [{"a": "it", "b": "in", "y": 1}]
+    (place / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pandas.DataFrame(rows).to_parquet(place / "test.parquet")
+    task = Task.from_folder(place)
+    assert (task.name, task.num_labels, task.metrics, task.weight) == ("mood", 2, ("f1", "accuracy"), 2.0)
+    assert {name: len(rows) for name, rows in task.dataset.items()} == {"train": 2, "validation": 1, "test": 1}
+    encoded = EncodedTask(task, task.dataset["train"], AutoTokenizer.from_pretrained(tiny_encoder), 16)
+    assert encoded.labels is not None
+    assert encoded.labels.tolist() == [0, 1]
+    assert Task.from_folder(place, name="other").name == "other"
+
+
+@pytest.mark.parametrize(
+    ("yaml", "files", "error", "message"),
+    [
+        ("text_column: a\n", {"train_csv": "a\n1\n"}, ConfigError, "unknown field 'text_column'; allowed: adapter"),
+        ("[1, 2]", {}, TaskDataError, "not a mapping"),
+        ("a: [", {}, TaskDataError, "not readable as YAML"),
+        ("text_columns: [a]\nnum_labels: 2\n", {}, TaskDataError, "no data; looked for"),
+        ("text_columns: [a]\n", {"train_jsonl": "{"}, TaskDataError, "train.jsonl: cannot be read"),
+        ("text_columns: [a]\n", {"train_csv": "a\nx\n", "train_jsonl": '{"a": 1}\n'}, TaskDataError, "two files"),
+    ],
+)
+def test_folders_that_make_no_task(tmp_path: Path, yaml: str, files: Any, error: Any, message: str) -> None:
+    place = folder(tmp_path / "task", yaml, **files)
+    with pytest.raises(error, match=message):
+        Task.from_folder(place)
+    with pytest.raises(TaskDataError, match=r"task\.yaml is not there"):
+        Task.from_folder(tmp_path)
+
+
+def test_everything_by_name_is_a_task(tmp_path: Path) -> None:
+    from pal_adapters.multitask import TASKS
+
+    rows = datasets.Dataset.from_dict({"x": [1]})
+    kinds = {name: Task.from_spec(spec, {"train": rows}).head_config().kind for name, spec in TASKS.items()}
+    assert kinds["super_glue/copa"] == "multiple_choice"
+    assert kinds["glue/stsb"] == "regression"
+    assert set(kinds.values()) == {"single_label", "multiple_choice", "regression"}
+    record = [
+        {
+            "passage": "x @highlight\ny",
+            "query": "@placeholder is",
+            "entities": ["all", "some", "all"],
+            "answers": ["some"],
+        }
+    ]
+    (tmp_path / "record").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "record" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in record))
+    task = Task.named("super_glue/ReCoRD", tmp_path)
+    assert task.expand is not None
+    expanded = task.expand(task.dataset["validation"])
+    assert expanded["entity"][:] == ["all", "some"]
+    assert expanded["label"][:] == [0, 1]
