@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from pal_adapters.errors import require_one_of
 
 from .trainer import Candidates
+from .uncertainty import select_uncertain
 
 
 @dataclass
@@ -30,9 +30,8 @@ class UncertaintySelector:
 
     def select(self, candidates: Candidates) -> list[int]:
         """Numbers of the rows to train on."""
-        module = importlib.import_module("pal_adapters.multitask.uncertainty")
         logits: dict[str, Tensor] = {
             task: rows.unsqueeze(-1) if rows.dim() == 1 else rows for task, rows in candidates.logits.items()
         }
-        chosen = module.select_uncertain(logits, candidates.num_select, score=self.score)
+        chosen = select_uncertain(logits, candidates.num_select, score=self.score)
         return [candidates.rows[task][row] for task, rows in chosen.rows.items() for row in rows]
