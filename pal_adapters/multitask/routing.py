@@ -111,6 +111,13 @@ class Router:
             (name,) = known.values()
             self._activate(backbone, name)
             return self._numbers(backbone, name, tasks)
+        for name in filter(None, known.values()) if backbone.training else ():
+            method = type(adapter_config(backbone, name))
+            if not method.__module__.startswith("pal_adapters."):
+                raise UnsupportedError(
+                    f"adapter {name!r} is a {method.__name__}; PEFT trains its own methods on one adapter at a time: "
+                    "use batches of one task (mixed_batches=False), or a method of pal_adapters."
+                )
         return {"adapter_names": ["__base__" if adapter is None else adapter for adapter in adapters]}
 
     def _numbers(self, backbone: Any, adapter: Any, tasks: Sequence[str]) -> dict[str, Any]:

@@ -124,6 +124,16 @@ class MultiTaskTrainer(Trainer):
         for name in ("data_collator", "compute_metrics", "model_init", "compute_loss_func"):
             if kwargs.get(name) is not None:
                 raise ConfigError(f"{name} has no effect here, where each Task says what it needs: leave it out.")
+        if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise ConfigError(
+                "FSDP is not supported: task modules are saved and restored by name. Use DDP (torchrun)."
+            )
+        if args.n_gpu > 1:
+            raise ConfigError(
+                f"{args.n_gpu} GPUs in one process are not supported: start one process each, by torchrun."
+            )
+        if getattr(args, "group_by_length", False):
+            raise ConfigError("group_by_length=True has no effect here, where rows are drawn by task: leave it out.")
         if processing_class is None or getattr(processing_class, "pad_token_id", None) is None:
             raise ConfigError("processing_class needs to be a tokenizer with a padding token.")
         self.tasks = check_tasks(tasks or ())

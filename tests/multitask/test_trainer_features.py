@@ -12,6 +12,7 @@ from backbones import HOSTS, backbone
 from tiny_tasks import NAMES, losses, make_task, make_tasks, make_trainer, without_dropout
 from transformers import AutoModel, AutoTokenizer, EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
+from pal_adapters.errors import UnsupportedError
 from pal_adapters.multitask import (
     Candidates,
     ConcatTasks,
@@ -29,7 +30,9 @@ def test_activation_checkpointing_changes_nothing(tiny_encoder: str, tmp_path: P
     name = "gradient_checkpointing"  # transformers 5 has another name for it
     name = "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else name
     for on in (False, True):
-        made = make_trainer(tiny_encoder, tmp_path, host=host, mixed_batches=True, base=host != "peft", **{name: on})
+        made = make_trainer(
+            tiny_encoder, tmp_path, host=host, mixed_batches=True, base=host != "peft", optim="sgd", **{name: on}
+        )
         made.train()
         runs.append((losses(made), [p.detach().clone() for p in made.model.parameters()]))
     # Up to the order in which gradients of what the blocks share are added.
@@ -98,6 +101,10 @@ def test_methods_of_peft_train_one_task_a_batch(tiny_encoder: str, tmp_path: Pat
     made.args.sampling = "round_robin"
     trainer = type(made)(heads, made.args, tasks, processing_class=AutoTokenizer.from_pretrained(tiny_encoder))
     trainer.train()
+    tokens = torch.ones(2, 3, dtype=torch.long)
+    with pytest.raises(UnsupportedError, match="PEFT trains its own methods on one adapter at a time"):
+        heads.train()(task_ids=["rte", "stsb"], input_ids=tokens)
+    assert set(heads.eval()(task_ids=["rte", "stsb"], input_ids=tokens).logits) == {"rte", "stsb"}
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     assert {name.split(".")[-2] for name in moved} == {"rte", "stsb"}
     assert all("lora" in name for name in moved)
