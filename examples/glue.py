@@ -21,6 +21,7 @@ import math
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -86,7 +87,7 @@ def load_tasks(args: argparse.Namespace) -> tuple[list[Any], dict[str, dict[str,
             train = train.shuffle(seed=42, keep_in_memory=True).select(range(args.max_train_rows))
         test[task.name] = task.validation()
         dev = dev.select(range(min(len(dev), 1000)))
-        tasks.append(task.with_data({"train": train, "validation": dev}))
+        tasks.append(replace(task, dataset={"train": train, "validation": dev}, validation_splits=("validation",)))
     return tasks, test
 
 
@@ -179,7 +180,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for group, result in zip(groups, results, strict=True):
         for task in group:
             for key in test[task.name]:
-                found = {n.removeprefix(f"{key}_"): v for n, v in result["scores"].items() if n.startswith(f"{key}_")}
+                longer = tuple(f"{other}_" for other in test[task.name] if other != key and other.startswith(key))
+                found = {
+                    name.removeprefix(f"{key}_"): value
+                    for name, value in result["scores"].items()
+                    if name.startswith(f"{key}_") and not (longer and name.startswith(longer))
+                }
                 metrics = [metric_name(metric) for metric in task.metrics]
                 scores[key] = {n: found[n] for n in (*metrics, *sorted(found)) if n in found and n != "loss"}
     counts = results[0]["parameters"]

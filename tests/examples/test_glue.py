@@ -34,6 +34,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for split, rows in splits.items():
             lines = [json.dumps(row) + "\n" for row in rows.rename_columns(columns).to_list()]
             (root / "glue" / task / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    (root / "glue" / "mnli").mkdir()
+    for split, size in (("train", 30), ("validation_matched", 6), ("validation_mismatched", 6)):
+        mnli = [{"premise": f"it is {i}.", "hypothesis": f"it was {i % 4}.", "label": i % 3} for i in range(size)]
+        lines = [json.dumps(row) + "\n" for row in mnli]
+        (root / "glue" / "mnli" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     return root
 
 
@@ -97,6 +102,21 @@ def test_killed_run_ends_with_the_same_table(
     assert "stsb     pearson" in tables[0]
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in "ab")
     assert one == two
+
+
+def test_task_with_two_validation_splits(glue: ModuleType, data: Path, tiny_encoder: str, tmp_path: Path) -> None:
+    given = options(
+        data, tiny_encoder, tmp_path, "--preset", "full", "--tasks", "mnli", "rte", "--max_train_rows", "20"
+    )
+    assert glue.main(given) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(name, list(metrics)) for name, metrics in results["scores"].items()] == [
+        ("mnli", ["accuracy"]),
+        ("mnli_mismatched", ["accuracy"]),
+        ("rte", ["accuracy"]),
+    ]
+    scores = [results["scores"][name]["accuracy"] for name in ("mnli", "rte")]
+    assert results["average"] == pytest.approx(sum(scores) / 2)
 
 
 @pytest.mark.parametrize(
