@@ -19,6 +19,9 @@ from .routing import adapter_config, host_of
 from .task import Task, check_tasks
 from .task_heads import TaskHeads
 
+SHARED = "tasks"
+"""The adapter that all tasks of a recipe share, such as a CA-MTL network."""
+
 
 class RecipeWarning(UserWarning):
     """A preset is used without something that its results depend on."""
@@ -81,14 +84,14 @@ class Preset:
             head = task.head_config()
             if task.pooling == "mean":  # the default, so the recipe decides
                 head = type(head)(**{**vars(head), "pooling": pooling})
-            adapter = {"task": name, "shared": self.name, "none": None}[self.adapters]
+            adapter = {"task": name, "shared": SHARED, "none": None}[self.adapters]
             model.add(name, task.head or head, adapter=adapter, weight=task.weight, loss=task.loss)
         model.prepare_training(base=self.base == "trained")
         return model
 
     def _add_adapters(self, base: Any, tasks: tuple[str, ...], host: str, changes: Mapping[str, Any]) -> Any:
         name, options = self.config[host]
-        names = tasks if self.adapters == "task" else (self.name,)
+        names = tasks if self.adapters == "task" else (SHARED,)
         given = {**options, **changes, **({"tasks": list(tasks)} if self.adapters == "shared" else {})}
         make = _config_maker(name)
         if host == "adapters":
@@ -143,10 +146,7 @@ class Preset:
                 RecipeWarning,
                 stacklevel=2,
             )
-        if (
-            self.adapters == "shared"
-            and getattr(adapter_config(model.backbone, self.name), "freeze_layers", None) == []
-        ):
+        if self.adapters == "shared" and getattr(adapter_config(model.backbone, SHARED), "freeze_layers", None) == []:
             warnings.warn(
                 f"freeze_layers=[] with the preset {self.name!r}, whose results depend on frozen lower blocks "
                 f"({self.source}).",

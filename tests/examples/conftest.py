@@ -56,3 +56,8 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def glue() -> ModuleType:
     return load_script(ROOT / "examples" / "glue.py")
+
+
+@pytest.fixture(scope="session")
+def sampling_picture() -> ModuleType:
+    return load_script(ROOT / "examples" / "sampling_picture.py")

@@ -144,8 +144,6 @@ def test_folder_of_another_run(glue: ModuleType, data: Path, tiny_encoder: str, 
     assert "holds a run with" in capsys.readouterr().err
 
 
-def test_picture_of_sampling(tmp_path: Path) -> None:
-    from conftest import load_script
-
-    load_script(ROOT / "examples" / "sampling_picture.py").draw(tmp_path / "picture.png", epochs=3)
+def test_picture_of_sampling(sampling_picture: ModuleType, tmp_path: Path) -> None:
+    sampling_picture.draw(tmp_path / "picture.png", epochs=3)
     assert (tmp_path / "picture.png").stat().st_size > 1000
