@@ -77,7 +77,7 @@ class Router:
         """
         known: dict[str, Any] = {str(adapter): adapter for adapter in adapters}
         more: dict[str, Any] = {}
-        if list(known) != ["None"]:
+        if self.host != "none":
             route = self._through_adapters if self.host == "adapters" else self._through_peft
             more = route(backbone, known, adapters, tasks)
         # A model of `adapters` with heads would run one of them.
@@ -107,7 +107,7 @@ class Router:
     def _through_peft(
         self, backbone: Any, known: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
     ) -> dict[str, Any]:
-        if len(known) == 1:
+        if len(known) == 1 and "None" not in known:
             (name,) = known.values()
             self._activate(backbone, name)
             return self._numbers(backbone, name, tasks)

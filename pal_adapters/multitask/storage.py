@@ -59,7 +59,8 @@ def load_backbone(description: Mapping[str, Any], directory: Path) -> Any:
     """The base, with the adapters that `save_adapters` wrote."""
     base = description["base"]
     saved = directory / BASE_FOLDER
-    source = str(saved) if saved.is_dir() else base["name_or_path"]
+    # The folder may hold the base of another run, which this one did not train.
+    source = str(saved) if description["base_trained"] and saved.is_dir() else base["name_or_path"]
     if not source:
         raise StorageError(f"{directory} does not say which base model it is for: pass backbone=..., the base model.")
     model_class = getattr(importlib.import_module(base["module"]), base["class"])

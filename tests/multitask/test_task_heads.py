@@ -375,3 +375,23 @@ def test_a_checkpoint_of_another_model_changes_nothing(tiny_encoder: str, tmp_pa
     with pytest.raises(StorageError, match="pass backbone="):
         TaskHeads.from_pretrained(tmp_path / "a")
     assert TaskHeads.from_pretrained(tmp_path / "a", backbone(tiny_encoder, "none")).tasks == TASKS
+
+
+@pytest.mark.parametrize("host", [h for h in HOSTS if h != "none"])
+def test_a_task_without_an_adapter_is_the_base_alone(tiny_encoder: str, batch: dict[str, Tensor], host: str) -> None:
+    """Whatever was active before."""
+    model = heads(tiny_encoder, host)
+    model.add("plain", HeadConfig("single_label", 2), adapter=None)
+    model.eval()
+    rows = rows_of(batch, "rte")
+    plain = heads(tiny_encoder, "none")
+    plain.add("plain", HeadConfig("single_label", 2))
+    plain.eval()
+    plain.head("plain").load_state_dict(model.head("plain").state_dict())
+    expected = plain(task_ids="plain", **rows).logits["plain"]
+    for task in ("rte", "stsb"):
+        model(task_ids=task, **rows)
+        torch.testing.assert_close(model(task_ids="plain", **rows).logits["plain"], expected)
+    adapted = model(task_ids="rte", **rows).logits["rte"]
+    model(task_ids="plain", **rows)
+    torch.testing.assert_close(model(task_ids="rte", **rows).logits["rte"], adapted, atol=0, rtol=0)
