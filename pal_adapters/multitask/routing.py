@@ -56,7 +56,14 @@ class Router:
         self.host = host_of(backbone)
 
     def check(self, backbone: nn.Module, adapter: Any) -> None:
-        """Raises `UnknownAdapterError` unless the model has the adapters of a task."""
+        """Raises an error unless the model has the adapters of a task, and rows can be sent through them.
+
+        Raises:
+            UnknownAdapterError: for an adapter that is not on the model.
+            UnsupportedError: for a composition other than `Stack`: it has weights, sizes or a fusion of its own, which
+                neither tell two routes apart nor are stored with them.
+        """
+        _require_stacks(adapter)
         known = adapter_names(backbone)
         used = [adapter] if isinstance(adapter, str) else _flat(adapter)
         for name in used:
@@ -143,6 +150,18 @@ class Router:
             for parameter, trains in trained:
                 if parameter.requires_grad is not trains:
                     parameter.requires_grad_(trains)
+
+
+def _require_stacks(adapter: Any) -> None:
+    if adapter is None or isinstance(adapter, str):
+        return
+    if type(adapter).__name__ != "Stack":
+        raise UnsupportedError(
+            f"adapter={adapter} is not allowed for a task: use a name, or a Stack of names. Make one adapter of a "
+            "learned combination with pal_adapters.fold, and of an average with average_adapter, and name that."
+        )
+    for child in adapter.children:
+        _require_stacks(child)
 
 
 def _flat(adapter: Any) -> list[str]:

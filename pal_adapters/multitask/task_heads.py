@@ -16,7 +16,7 @@ from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedErr
 
 from . import storage
 from .heads import Head, HeadConfig, Loss, pool
-from .routing import Router, adapter_names, host_of
+from .routing import Router, adapter_config, adapter_names, host_of
 
 DESCRIPTION_FILE = "task_heads.json"
 HEADS_FILE = "heads.safetensors"
@@ -45,7 +45,7 @@ class Route:
 
     Args:
         head: Name of its head.
-        adapter: Its adapter: a name, a composition of `adapters` such as `Fuse`, or `None` for the base alone.
+        adapter: Its adapter: a name, a `Stack` of `adapters`, or `None` for the base alone.
         weight: Weight of its loss.
     """
 
@@ -282,10 +282,21 @@ class TaskHeads(nn.Module):
 
         Returns:
             Names of the parameters that train.
+
+        Raises:
+            ConfigError: For `base=False` with an adapter that trains the base.
         """
         tasks = self.tasks if tasks is None else tuple(tasks)
         routes = [self._route(task) for task in tasks]
         names = {name for route in routes for name in _adapters_in(route.adapter)}
+        configs = {name: adapter_config(self.backbone, name) for name in sorted(names)}
+        # A network that serves several tasks (CA-MTL) trains copies of its own and leaves the base as it is.
+        joint = [n for n, c in configs.items() if getattr(c, "train_base", False) and not getattr(c, "tasks", None)]
+        if joint and not base:
+            raise ConfigError(
+                f"base=False is not allowed with adapter {joint[0]!r}, whose config has train_base=True: pass "
+                "base=True."
+            )
         self.requires_grad_(False)
         if names and host_of(self.backbone) == "peft":
             self.backbone.set_requires_grad(sorted(names))

@@ -151,6 +151,9 @@ class MultiTaskTrainer(Trainer):
             preset.check(model)
         self.preset = preset
         self._encode = partial(self._encoded, tokenizer=processing_class, max_length=args.max_length)
+        unknown = [name for name in train_dataset or () if name not in self.tasks]
+        if unknown:
+            raise ConfigError(f"train_dataset has {unknown[0]!r}, which is no task: {', '.join(self.tasks)}.")
         training = {
             name: self._encode(t, self._train_rows(t, train_dataset), "training") for name, t in self.tasks.items()
         }

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from backbones import HOSTS, TASKS, backbone
 from torch import Tensor
 
-from pal_adapters.errors import ConfigError, UnknownAdapterError
+from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
 from pal_adapters.multitask import HeadConfig, StorageError, TaskHeads
 from pal_adapters.multitask.heads import pool
 
@@ -395,3 +395,70 @@ def test_a_task_without_an_adapter_is_the_base_alone(tiny_encoder: str, batch: d
     adapted = model(task_ids="rte", **rows).logits["rte"]
     model(task_ids="plain", **rows)
     torch.testing.assert_close(model(task_ids="rte", **rows).logits["rte"], adapted, atol=0, rtol=0)
+
+
+@pytest.mark.skipif("adapters" not in HOSTS, reason="needs adapters")
+def test_a_stack_is_the_adapter_of_a_task(tiny_encoder: str, batch: dict[str, Tensor], tmp_path: Path) -> None:
+    from adapters.composition import Stack
+
+    model = heads(tiny_encoder, "adapters")
+    for name, setup in (("up", Stack("rte", "stsb")), ("down", Stack("stsb", "rte"))):
+        model.add(name, HeadConfig("regression"), adapter=setup)
+    model.eval()
+    rows = rows_of(batch, "rte")
+    mask = rows["attention_mask"].unsqueeze(-1).float()
+    found = {}
+    for name in ("up", "down"):
+        found[name] = model(task_ids=name, **rows).logits[name]
+        model.backbone.set_active_adapters(model.routes[name].adapter)
+        hidden = model.backbone(**rows).last_hidden_state
+        expected = model.head(name)((hidden * mask).sum(1) / mask.sum(1))
+        torch.testing.assert_close(found[name].flatten(), expected.flatten())
+    model.save_pretrained(tmp_path)
+    again = TaskHeads.from_pretrained(tmp_path).eval()
+    for name, logits in found.items():
+        torch.testing.assert_close(again(task_ids=name, **rows).logits[name], logits, atol=0, rtol=0)
+
+
+@pytest.mark.skipif("adapters" not in HOSTS, reason="needs adapters")
+def test_compositions_with_arguments_are_refused(tiny_encoder: str) -> None:
+    from adapters.composition import Average, Fuse, Split, Stack
+
+    model = heads(tiny_encoder, "adapters")
+    names = ("rte", "stsb")
+    refused = (
+        Fuse(*names, name="f"), Average(*names, weights=[0.9, 0.1]), Split(*names, splits=[3, 4]), Stack(Fuse(*names)),
+    )  # fmt: skip
+    for setup in refused:
+        with pytest.raises(UnsupportedError, match="use a name, or a Stack of names"):
+            model.add("new", HeadConfig("regression"), adapter=setup)
+    assert model.tasks == TASKS
+
+
+@pytest.mark.parametrize("host", [h for h in HOSTS if h != "none"])
+def test_an_adapter_that_trains_the_base(tiny_encoder: str, host: str) -> None:
+    """The base trains in both hosts, or nothing has changed."""
+    from transformers import AutoModel
+
+    import pal_adapters
+
+    base = AutoModel.from_pretrained(tiny_encoder)
+    if host == "adapters":
+        import adapters
+
+        adapters.init(base)
+        base.add_adapter("rte", config=pal_adapters.PALConfig(hidden_size=12, train_base=True))
+    else:
+        import peft
+
+        config = pal_adapters.PALPeftConfig(hidden_size=12, train_base=True)
+        base = peft.get_peft_model(base, config, adapter_name="rte")
+    model = TaskHeads(base)
+    model.add("rte", HeadConfig("regression"))
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    with pytest.raises(ConfigError, match="base=False is not allowed with adapter 'rte'"):
+        model.prepare_training()
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+    trained = model.prepare_training(base=True)
+    assert any(name.endswith("word_embeddings.weight") for name in trained)
+    assert any("pal" in name for name in trained)

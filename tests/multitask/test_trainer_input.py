@@ -90,6 +90,7 @@ def test_arguments_that_do_not_go_together(tiny_encoder: str, tmp_path: Path) ->
         (make_tasks("rte"), {"model": torch.nn.Linear(2, 2)}, r"model is a Linear: pass TaskHeads\(model\)"),
         (make_tasks("rte"), {"compute_metrics": print}, "compute_metrics has no effect here"),
         (make_tasks("rte"), {"batch_selector": object()}, "batch_selector has no effect without"),
+        (make_tasks("rte"), {"train_dataset": {"RTE": None}}, "train_dataset has 'RTE', which is no task: rte"),
         (make_tasks("rte"), {"eval_dataset": {"nli": None}}, "eval_dataset has 'nli', which is no task: rte"),
         (
             [texts([0]).with_data({"train": texts([0]).dataset["train"]})],
