@@ -46,3 +46,20 @@ def fusion_regularization(model: nn.Module) -> Tensor:
 
         penalty = active_penalty(model)
     return next(model.parameters()).new_zeros(()).float() if penalty is None else penalty
+
+
+def penalty_of(model: nn.Module, name: str) -> Tensor | None:
+    """The penalty of one fusion of `adapters`, or of one combination of PEFT; None where nothing is penalised.
+
+    Args:
+        model: a model of `adapters`, or a `PeftModel`.
+        name: of the fusion, or of the adapter that is a combination.
+    """
+    if host_of(model) == "peft":
+        from .peft import regularization_loss
+
+        penalty: Tensor | None = regularization_loss(model, name)
+        return penalty if penalty is not None and penalty.requires_grad else None
+    from ..hosts.adapters_fusion import penalty_of as penalty_in_adapters
+
+    return penalty_in_adapters(model, name)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, UnknownAdapterError, UnsupportedError
 from ..hosts.peft import TaskTuner, register
 from ..hosts.peft_layer import tuner_layers
+from ..hosts.penalty import is_by_caller
 from ..hosts.sites import Block
 from .config import VARIANTS
 from .layer import Scales, SourceAttention, regularization
@@ -418,7 +419,7 @@ def regularization_loss(model: nn.Module, adapter: str | None = None) -> Tensor 
 
 def add_regularization(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """Hook of the base model: adds the regulariser to the loss that it returns, in training."""
-    if not module.training or not torch.is_grad_enabled():
+    if not module.training or not torch.is_grad_enabled() or is_by_caller():
         return None
     term = regularization_loss(module)
     if term is None or not term.requires_grad:

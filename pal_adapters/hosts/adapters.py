@@ -33,7 +33,8 @@ Every symbol of adapters 1.3 that is replaced:
 |                                                  | was                                                            |
 
 What is called or subclassed: `ComposableAdapterLayerBase` (`adapters_composition`, `adapters_layer`), `AdapterSetup`,
-`ForwardContext` and `BottleneckLayer` with its adapters and fusion layers (`adapters_mixture`, `adapters_fusion`),
+`ForwardContext` and `BottleneckLayer` with its adapters and fusion layers (`adapters_mixture`, `adapters_fusion`; the
+weight of the penalty on their `value` is `get_fusion_regularization_loss`'s),
 `AdapterConfig` and `AdapterFusionConfig` (`adapters_config`, `adapters_fusion`).
 `tests/hosts/adapters/test_touches.py` fails when one of them moves.
 """

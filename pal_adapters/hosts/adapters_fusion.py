@@ -8,7 +8,7 @@ bottleneck where the sources are alike, one after the other where they are not.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..bottlenecks import Bottleneck, widen
 from ..errors import ConfigError, UnknownAdapterError, UnsupportedError
 from .adapters_config import task_configs
+from .penalty import is_by_caller
 
 # The config class of each fusion by its architecture; `adapters.register_fusion` fills it.
 FUSIONS: dict[str, type[CombinationConfig]] = {}
@@ -348,7 +349,7 @@ def add_penalty(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output:
     """Forward hook: the loss that a model returns in training, and so what is scaled and divided, has the penalty."""
     # The host puts its base model into training mode, not the one around it.
     training = module.training or getattr(module, "base_model", module).training
-    if not (training and torch.is_grad_enabled()):
+    if not (training and torch.is_grad_enabled()) or is_by_caller():
         return None
     penalty = active_penalty(module)
     if penalty is None:
@@ -371,13 +372,37 @@ def active_penalty(model: nn.Module) -> Tensor | None:
     """The penalties of the active fusions whose coefficients train, a scalar, or None where there is none."""
     given = AdapterSetup.get_context()
     setup = model.adapters_config.active_setup if given is None else given.adapter_setup  # type: ignore[union-attr]
+    return _summed(
+        place.penalty()
+        for fuse in fusions_in(setup)
+        for _, layer in places(model, fuse.name)
+        if isinstance(place := layer.adapter_fusion_layer[fuse.name], Combination)
+    )
+
+
+def penalty_of(model: nn.Module, name: str) -> Tensor | None:
+    """The penalty of one fusion, whose coefficients train, a scalar, or None where there is none.
+
+    For a fusion of the host's own kind, `0.01 ||I - V||_F^2` summed over the places: its part of what
+    `get_fusion_regularization_loss` gives, which is over all fusions that train.
+    """
+    return _summed(_penalty(layer.adapter_fusion_layer[name]) for _, layer in places(model, name))
+
+
+def _penalty(place: nn.Module) -> Tensor | None:
+    if isinstance(place, Combination):
+        return place.penalty()
+    weight = place.value.weight if hasattr(place, "value") else None
+    if weight is None or not weight.requires_grad:
+        return None
+    return 0.01 * (torch.eye(len(weight), device=weight.device, dtype=weight.dtype) - weight).pow(2).sum()
+
+
+def _summed(terms: Iterable[Tensor | None]) -> Tensor | None:
     total: Tensor | None = None
-    for fuse in fusions_in(setup):
-        for _, layer in places(model, fuse.name):
-            place = layer.adapter_fusion_layer[fuse.name]
-            penalty = place.penalty() if isinstance(place, Combination) else None
-            if penalty is not None:
-                total = penalty if total is None else total + penalty.to(total.device)
+    for term in terms:
+        if term is not None:
+            total = term if total is None else total + term.to(total.device)
     return total
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
+from pal_adapters.fusion.host import penalty_of
+from pal_adapters.hosts.penalty import penalty_by_caller
 
 
 def host_of(backbone: nn.Module) -> str:
@@ -43,7 +45,8 @@ def adapter_config(backbone: Any, name: str) -> Any:
 class Router:
     """Runs a base model with the adapter of each row.
 
-    * `adapters`: the composition `MultiTask`, with `task_ids`; a batch of one task activates its adapter alone.
+    * `adapters`: the composition `MultiTask`, with `task_ids`; a batch of one task activates its adapter alone. Rows of
+      a `Fuse` go in a batch of their own.
     * PEFT: `adapter_names`. PEFT's own methods do not take it in training, so there a batch must have one task.
     * One adapter with several tasks in it (CA-MTL), in either host: `task_ids`.
     * No host, or no adapter for a task: nothing but the base.
@@ -60,16 +63,44 @@ class Router:
 
         Raises:
             UnknownAdapterError: for an adapter that is not on the model.
-            UnsupportedError: for a composition other than `Stack`: it has weights, sizes or a fusion of its own, which
-                neither tell two routes apart nor are stored with them.
+            UnsupportedError: for a composition other than `Stack` and a `Fuse` of names: it has weights or sizes of
+                its own, which neither tell two routes apart nor are stored with them.
         """
-        _require_stacks(adapter)
+        fuse = is_fuse(adapter)
+        if not fuse or not all(isinstance(child, str) for child in adapter.children):
+            _require_stacks(adapter)
         known = adapter_names(backbone)
         used = [adapter] if isinstance(adapter, str) else _flat(adapter)
         for name in used:
             if name not in known:
                 there = ", ".join(map(repr, known)) or "none"
                 raise UnknownAdapterError(f"adapter={name!r} is not on the model, which has: {there}.")
+        if fuse:
+            self._check_fusion(backbone, adapter)
+
+    @staticmethod
+    def _check_fusion(backbone: Any, fuse: Any) -> None:
+        fusions = backbone.adapters_config.fusions
+        if fuse.name not in fusions:
+            there = ", ".join(map(repr, fusions)) or "none"
+            raise UnknownAdapterError(
+                f"the fusion {fuse.name!r} is not on the model, which has: {there}. Add it with "
+                "add_adapter_fusion(Fuse(...))."
+            )
+        _, sources = backbone.adapters_config.get_fusion(fuse.name)
+        if list(sources) != list(fuse.children):
+            raise UnknownAdapterError(
+                f"the fusion {fuse.name!r} has the sources {list(sources)}, not {list(fuse.children)}: name them in "
+                "that order."
+            )
+
+    def penalty(self, backbone: Any, adapter: Any) -> Tensor | None:
+        """What the coefficients of a fusion or a combination of sources add to the loss, if it is to be added."""
+        if self.host == "adapters" and is_fuse(adapter):
+            return penalty_of(backbone, adapter.name)
+        if self.host == "peft" and hasattr(adapter_config(backbone, adapter), "regularization"):
+            return penalty_of(backbone, adapter)
+        return None
 
     def __call__(
         self, backbone: Any, inputs: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
@@ -82,18 +113,19 @@ class Router:
             adapters: For each row the adapter: a name, a composition of `adapters`, or `None`.
             tasks: For each row the name of its task.
         """
-        known: dict[str, Any] = {str(adapter): adapter for adapter in adapters}
+        known: dict[str, Any] = {route_key(adapter): adapter for adapter in adapters}
         more: dict[str, Any] = {}
         if self.host != "none":
             route = self._through_adapters if self.host == "adapters" else self._through_peft
             more = route(backbone, known, adapters, tasks)
         # A model of `adapters` with heads would run one of them.
         model = backbone if self.host == "peft" else bare_model(backbone)
-        outputs = model(**inputs, **more, return_dict=True)
-        hidden = getattr(outputs, "last_hidden_state", None)
-        if hidden is None:  # a PeftModel around a model with a head
-            outputs = model(**inputs, **more, return_dict=True, output_hidden_states=True)
-            hidden = outputs.hidden_states[-1]
+        with penalty_by_caller():  # `penalty` goes to the loss of the tasks
+            outputs = model(**inputs, **more, return_dict=True)
+            hidden = getattr(outputs, "last_hidden_state", None)
+            if hidden is None:  # a PeftModel around a model with a head
+                outputs = model(**inputs, **more, return_dict=True, output_hidden_states=True)
+                hidden = outputs.hidden_states[-1]
         return hidden, getattr(outputs, "pooler_output", None)
 
     def _through_adapters(
@@ -107,9 +139,15 @@ class Router:
             return self._numbers(backbone, setup, tasks)
         if "None" in known:
             raise UnsupportedError("a batch mixes rows with and without an adapter: give every task one, or none.")
+        fused = [key for key, adapter in known.items() if is_fuse(adapter)]
+        if fused:  # the host splits no batch among fusions
+            raise UnsupportedError(
+                f"a batch mixes rows for {fused[0]} with rows for other adapters: use batches of one task "
+                "(mixed_batches=False)."
+            )
         self._activate(backbone, MultiTask(*known.values()))
         order = {name: number for number, name in enumerate(known)}
-        return {"task_ids": torch.tensor([order[str(adapter)] for adapter in adapters])}
+        return {"task_ids": torch.tensor([order[route_key(adapter)] for adapter in adapters])}
 
     def _through_peft(
         self, backbone: Any, known: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
@@ -141,7 +179,7 @@ class Router:
 
     def _activate(self, backbone: Any, setup: Any) -> None:
         if self.host == "adapters":
-            if str(setup) != str(backbone.active_adapters):
+            if route_key(setup) != route_key(backbone.active_adapters):
                 backbone.set_active_adapters(setup)
         elif list(backbone.active_adapters) != [setup]:
             # PEFT freezes the adapters that it deactivates; what is trained is for the user to say.
@@ -152,13 +190,26 @@ class Router:
                     parameter.requires_grad_(trains)
 
 
+def is_fuse(adapter: Any) -> bool:
+    """Whether the adapter of a task is a fusion of `adapters`."""
+    return type(adapter).__name__ == "Fuse"
+
+
+def route_key(adapter: Any) -> str:
+    """What tells the adapters of tasks apart: two fusions of the same sources differ in their names alone."""
+    if adapter is None or isinstance(adapter, str):
+        return str(adapter)
+    name = f"{adapter.name}: " if is_fuse(adapter) else ""
+    return f"{type(adapter).__name__}[{name}{', '.join(map(route_key, adapter.children))}]"
+
+
 def _require_stacks(adapter: Any) -> None:
     if adapter is None or isinstance(adapter, str):
         return
     if type(adapter).__name__ != "Stack":
         raise UnsupportedError(
-            f"adapter={adapter} is not allowed for a task: use a name, or a Stack of names. Make one adapter of a "
-            "learned combination with pal_adapters.fold, and of an average with average_adapter, and name that."
+            f"adapter={adapter} is not allowed for a task: use a name, a Stack of names or a Fuse of names. Make "
+            "one adapter of an average with average_adapter, and name that."
         )
     for child in adapter.children:
         _require_stacks(child)

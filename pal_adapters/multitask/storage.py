@@ -90,6 +90,8 @@ def add_adapters(model: Any, description: Mapping[str, Any], directory: Path) ->
             if name not in adapter_names(model):
                 model.load_adapter(str(directory / name), load_as=name, use_safetensors=True)
         for name in description["fusions"]:
+            if name in model.adapters_config.fusions:
+                continue
             model.load_adapter_fusion(str(directory / name), load_as=name, use_safetensors=True)
     return model
 

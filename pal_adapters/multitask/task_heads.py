@@ -16,7 +16,7 @@ from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedErr
 
 from . import storage
 from .heads import Head, HeadConfig, Loss, pool
-from .routing import Router, adapter_config, adapter_names, host_of
+from .routing import Router, adapter_config, adapter_names, host_of, is_fuse, route_key
 
 DESCRIPTION_FILE = "task_heads.json"
 HEADS_FILE = "heads.safetensors"
@@ -45,7 +45,7 @@ class Route:
 
     Args:
         head: Name of its head.
-        adapter: Its adapter: a name, a `Stack` of `adapters`, or `None` for the base alone.
+        adapter: Its adapter: a name, a `Stack` or a `Fuse` of `adapters`, or `None` for the base alone.
         weight: Weight of its loss.
     """
 
@@ -62,7 +62,9 @@ class TaskHeads(nn.Module):
     $$L = \sum_t \frac{v_t}{\sum_s v_s} \frac{1}{n_t} \sum_{i \in t} L_i$$
 
     with `n_t` the rows of task `t` in the batch (tokens for heads that read tokens) and `v_t` its weight, or with
-    `balance="row"` its weight times `n_t`, which is the plain mean over rows. The first is the rule of CA-MTL.
+    `balance="row"` its weight times `n_t`, which is the plain mean over rows. The first is the rule of CA-MTL. In
+    training the penalty on the coefficients of a fusion or combination that tasks of the batch use is added, once: a
+    batch that is a part of a step adds the part of it that its rows are of the step's rows for that fusion.
 
     Args:
         backbone: A model of `transformers` or `adapters`, or a `PeftModel`. It is used as it is: which parameters
@@ -128,14 +130,16 @@ class TaskHeads(nn.Module):
         Args:
             task: Name of the task.
             head: What its head is, or the name of a head that is there, to use that one.
-            adapter: Name of its adapter, a composition of `adapters`, or `None` for the base alone. `"auto"` is the
-                adapter with the name of the task; else, if there is only one, that one; else none.
+            adapter: Name of its adapter, a `Stack` or `Fuse` of names in `adapters`, or `None` for the base alone.
+                `"auto"` is the adapter with the name of the task; else, if there is only one, that one; else none.
+                A fusion is added to the model before, with `add_adapter_fusion`.
             weight: Weight of its loss.
             loss: A loss of one's own for a new head, see `heads.Loss`.
 
         Raises:
             ConfigError: If there is a task or a head of that name, or no head of the given name.
-            UnknownAdapterError: If the adapter is not on the model.
+            UnknownAdapterError: If the adapter or the fusion is not on the model.
+            UnsupportedError: For another composition.
         """
         if not isinstance(task, str) or not task or "." in task or "/" in task:
             raise ConfigError(f"task={task!r} is not allowed: use a name without '.' and '/'.")
@@ -251,7 +255,21 @@ class TaskHeads(nn.Module):
         weights = torch.tensor([route.weight for route in self.routes.values()]).to(own.device, non_blocking=True)
         shares = weights * (whole if self.balance == "row" else (whole > 0))
         shares = shares / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny)
-        return (shares * losses / whole.clamp(min=1)).sum(), losses.detach(), own.detach()
+        loss = (shares * losses / whole.clamp(min=1)).sum()
+        if self.training and torch.is_grad_enabled():
+            loss = loss + self._penalty(logits, own.detach(), whole)
+        return loss, losses.detach(), own.detach()
+
+    def _penalty(self, present: Iterable[str], own: Tensor, whole: Tensor) -> Tensor:
+        """Penalties of the fusions of a batch; over the batches of a step each counts once."""
+        total = own.new_zeros(())
+        keys = [route_key(route.adapter) for route in self.routes.values()]
+        for key, adapter in {route_key(a): a for a in (self.routes[task].adapter for task in present)}.items():
+            penalty = self._router.penalty(self.backbone, adapter)
+            if penalty is not None:
+                at = torch.tensor([key == other for other in keys]).to(own.device, non_blocking=True)
+                total = total + penalty.to(own.device) * (own * at).sum() / (whole * at).sum().clamp(min=1)
+        return total
 
     def _names(self, task_ids: Any, rows: int) -> list[str]:
         if isinstance(task_ids, str):
@@ -276,6 +294,8 @@ class TaskHeads(nn.Module):
     def prepare_training(self, tasks: Iterable[str] | None = None, *, base: bool = False) -> list[str]:
         """Makes the adapters and heads of tasks trainable and nothing else, except the base if asked for.
 
+        Of a task with a `Fuse` the fusion trains and its sources rest, unless another of the tasks has one of them.
+
         Args:
             tasks: The tasks; by default all.
             base: Whether the base trains too. Its unused pooler rests.
@@ -288,7 +308,8 @@ class TaskHeads(nn.Module):
         """
         tasks = self.tasks if tasks is None else tuple(tasks)
         routes = [self._route(task) for task in tasks]
-        names = {name for route in routes for name in _adapters_in(route.adapter)}
+        fusions = {route.adapter.name: route.adapter for route in routes if is_fuse(route.adapter)}
+        names = {name for route in routes if not is_fuse(route.adapter) for name in _adapters_in(route.adapter)}
         configs = {name: adapter_config(self.backbone, name) for name in sorted(names)}
         # A network that serves several tasks (CA-MTL) trains copies of its own and leaves the base as it is.
         joint = [n for n, c in configs.items() if getattr(c, "train_base", False) and not getattr(c, "tasks", None)]
@@ -298,15 +319,11 @@ class TaskHeads(nn.Module):
                 "base=True."
             )
         self.requires_grad_(False)
-        if names and host_of(self.backbone) == "peft":
-            self.backbone.set_requires_grad(sorted(names))
-        elif names:
-            from adapters.composition import Parallel
-
-            first, *rest = sorted(names)
-            training = self.training
-            self.backbone.train_adapter(Parallel(first, *rest) if rest else first)
-            self.train(training)
+        if host_of(self.backbone) == "peft":
+            if names:
+                self.backbone.set_requires_grad(sorted(names))
+        elif names or fusions:
+            self._train_in_adapters(sorted(names), list(fusions.values()))
         for route in routes:
             self.heads[route.head].requires_grad_(True)
         if base:
@@ -315,6 +332,20 @@ class TaskHeads(nn.Module):
                 if tensor.is_floating_point() and isinstance(tensor, nn.Parameter):
                     tensor.requires_grad_(poolers or not name.startswith("pooler."))
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    def _train_in_adapters(self, names: Sequence[str], fusions: Sequence[Any]) -> None:
+        from adapters.composition import Parallel
+
+        training, chosen = self.training, []
+        if names:
+            self.backbone.train_adapter(Parallel(*names) if len(names) > 1 else names[0])
+            chosen += [p for p in self.backbone.parameters() if p.requires_grad]
+        for fuse in fusions:  # each call freezes what the ones before it have chosen
+            self.backbone.train_adapter_fusion(fuse)
+            chosen += [p for p in self.backbone.parameters() if p.requires_grad]
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        self.train(training)
 
     def count_parameters(self) -> dict[str, int]:
         """Parameters of the base, of the adapters, of the heads, and how many of all train. Shared ones count once."""
@@ -455,7 +486,8 @@ def _adapters_in(adapter: Any) -> list[str]:
 def _write_adapter(adapter: Any) -> Any:
     if adapter is None or isinstance(adapter, str):
         return adapter
-    return {type(adapter).__name__: [_write_adapter(child) for child in adapter.children]}
+    stored: dict[str, Any] = {type(adapter).__name__: [_write_adapter(child) for child in adapter.children]}
+    return stored | ({"name": adapter.name} if is_fuse(adapter) else {})
 
 
 def _read_adapter(stored: Any) -> Any:
@@ -463,8 +495,9 @@ def _read_adapter(stored: Any) -> Any:
         return stored
     import adapters.composition
 
-    ((name, children),) = stored.items()
-    return getattr(adapters.composition, name)(*[_read_adapter(child) for child in children])
+    named = {key: value for key, value in stored.items() if key == "name"}
+    ((name, children),) = ((key, value) for key, value in stored.items() if key != "name")
+    return getattr(adapters.composition, name)(*[_read_adapter(child) for child in children], **named)
 
 
 def _read_description(directory: Path) -> dict[str, Any]:

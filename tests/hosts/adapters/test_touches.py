@@ -245,6 +245,8 @@ def test_bottleneck_layer() -> None:
         "residual",
         "output_attentions",
     ]
+    fusion = modeling.BertFusion(adapters.AdapterFusionConfig.load("dynamic"), 6, 0.0)
+    assert fusion.value.weight.shape == (6, 6)
 
 
 def test_places_of_the_bottlenecks(bert: nn.Module) -> None:
