@@ -61,6 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=positive, help="rows of a batch (the recipe's)")
     parser.add_argument("--max_length", type=positive, help="tokens after which a text is cut (the recipe's)")
     parser.add_argument("--max_train_rows", type=positive, help="rows of each task to train on at most (all)")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe")
     parser.add_argument("--evaluations", type=positive, default=5, help="evaluations and checkpoints in the run")
     parser.add_argument("--compare", nargs="*", default=[], help="folders of other runs for the picture")
     return parser.parse_args(argv)
@@ -108,6 +109,7 @@ def load_base(name: str | None) -> tuple[Any, Any]:
 
 def train_group(args: argparse.Namespace, tasks: list[Any], test: dict[str, Any], output: Path) -> dict[str, Any]:
     """One run: trains the tasks together, or goes on, and gives what the table needs."""
+    import torch
     import transformers
 
     from pal_adapters.multitask import EncodedTask, MultiTaskTrainer, get_preset, last_checkpoint
@@ -122,6 +124,11 @@ def train_group(args: argparse.Namespace, tasks: list[Any], test: dict[str, Any]
     model = preset.build(base, tasks, host=args.host, **sized)
     names = ("sampling", "learning_rate", "attention_learning_rate", "max_length", "max_steps")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    sampling = changes.get("sampling", preset.arguments["sampling"])
+    # One network for all tasks is trained on batches that mix them; others on batches of rows of like length.
+    mixes = preset.adapters == "shared"
+    changes |= {"mixed_batches": True} if mixes and sampling != "uncertainty" else {}
+    changes |= {} if mixes or sampling == "uncertainty" else {"group_by_length": True}
     if args.batch_size is not None:
         changes["per_device_train_batch_size"] = args.batch_size
     epochs = int(preset.arguments["num_train_epochs"])
@@ -131,6 +138,8 @@ def train_group(args: argparse.Namespace, tasks: list[Any], test: dict[str, Any]
         str(output / "checkpoints"),
         num_tasks=len(tasks),
         seed=args.seed,
+        bf16=args.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # what bfloat16 has to be told there
         eval_strategy="steps",
         save_strategy="steps",
         eval_steps=1.0 / args.evaluations,
@@ -153,10 +162,23 @@ def train_group(args: argparse.Namespace, tasks: list[Any], test: dict[str, Any]
         "scores": {name.removeprefix("eval_"): value for name, value in scores.items()},
         "parameters": model.count_parameters(),
         "steps": trainer.state.global_step,
+        "rows": drawn(trainer, tasks),
         "dev": [e["eval_average"] for e in trainer.state.log_history if "eval_average" in e][:-1],
     }
     done.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def drawn(trainer: Any, tasks: list[Any]) -> dict[str, Any]:
+    """How many rows were trained on, and, where the rows were chosen, of which tasks and among how many."""
+    state, args = trainer.state, trainer.args
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    found: dict[str, Any] = {"trained": state.global_step * size, "of_one_pass": len(trainer.train_dataset)}
+    log = [entry for entry in state.log_history if "candidates" in entry]
+    if log:
+        found["candidates"] = int(sum(entry["candidates"] for entry in log))
+        found["chosen"] = {t.name: int(sum(entry[f"chosen_{t.name}"] for entry in log)) for t in tasks}
+    return found
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -197,6 +219,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "scores": scores,
         "average": sum(primary) / len(primary),
         "steps": sum(result["steps"] for result in results),
+        "rows": results[0]["rows"]
+        if args.preset != SINGLE
+        else {n: r["rows"] for n, r in zip(names, results, strict=True)},
         "parameters": {"base": counts["base"], "trained": trained, "trained_per_task": trained / len(tasks)},
     }
     (output / "results.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -29,6 +29,9 @@ class MultiTaskTrainingArguments(TrainingArguments):
     )  # fmt: skip
     sampling_temperature: float | None = field(default=None, metadata={"help": "Temperature of that strategy."})
     mixed_batches: bool = field(default=False, metadata={"help": "Whether each row of a batch draws its task."})
+    group_by_length: bool = field(
+        default=False, metadata={"help": "Whether the rows of a batch are of like length; not with mixed batches."}
+    )
     steps_per_epoch: int | None = field(
         default=None, metadata={"help": "Optimizer steps of an epoch; by default as many as all rows take."}
     )
@@ -61,6 +64,14 @@ class MultiTaskTrainingArguments(TrainingArguments):
         require_one_of("sampling", self.sampling, (*STRATEGIES, "temperature"))
         require_one_of("eval_aggregate", self.eval_aggregate, AGGREGATES)
         require_one_of("schedule", self.schedule, SCHEDULES)
+        # transformers 5 has this for what a batch is made of; 4.57 does not.
+        if getattr(self, "train_sampling_strategy", "random") != "random":
+            raise ConfigError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} has no effect here, where rows are drawn "
+                "by task: leave it out, and see sampling and group_by_length."
+            )
+        if self.group_by_length and (self.mixed_batches or self.sampling == "uncertainty"):
+            raise ConfigError("group_by_length=True has no effect on batches that mix tasks: leave it out.")
         if (self.sampling == "temperature") is not (self.sampling_temperature is not None):
             raise ConfigError(
                 f"sampling_temperature={self.sampling_temperature!r} is not allowed for sampling={self.sampling!r}: "

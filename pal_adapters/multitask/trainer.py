@@ -74,7 +74,9 @@ class MultiTaskTrainer(Trainer):
 
     * The loss of a step is that of `TaskHeads`, over all rows of the step: gradient accumulation and processes of a
       distributed run change nothing in it.
-    * `loss_<task>` is logged beside `loss`, and in every epoch once the probabilities of the tasks.
+    * `loss_<task>` is logged beside `loss`, and in every epoch once the probabilities of the tasks; with
+      `sampling="uncertainty"` also since the entry before how many rows of each task were trained on, `chosen_<task>`,
+      and how many `candidates` went forward for that.
     * Evaluation gives `eval_<task>_<metric>`, `eval_<task>_loss` and `eval_average`, the `eval_aggregate` of the
       primary metrics of all tasks; a metric of which less is better counts with the opposite sign.
     * A checkpoint has the adapters, heads and, if it trains, the base; it is also a folder for
@@ -132,8 +134,6 @@ class MultiTaskTrainer(Trainer):
             raise ConfigError(
                 f"{args.n_gpu} GPUs in one process are not supported: start one process each, by torchrun."
             )
-        if getattr(args, "group_by_length", False):
-            raise ConfigError("group_by_length=True has no effect here, where rows are drawn by task: leave it out.")
         if processing_class is None or getattr(processing_class, "pad_token_id", None) is None:
             raise ConfigError("processing_class needs to be a tokenizer with a padding token.")
         self.tasks = check_tasks(tasks or ())
@@ -173,6 +173,7 @@ class MultiTaskTrainer(Trainer):
             )
         self._sampler: MultiTaskBatchSampler | None = None
         self._losses: Tensor | None = None
+        self._chosen: Tensor | None = None
         super().__init__(
             model=cast("Any", model),
             args=args,
@@ -253,6 +254,8 @@ class MultiTaskTrainer(Trainer):
             "seed": args.data_seed if args.data_seed is not None else args.seed,
         }
         sizes = {rows.task.name: len(rows) for rows in dataset.tasks}
+        if args.group_by_length:
+            options["lengths"] = {rows.task.name: rows.lengths() for rows in dataset.tasks}
         batch_size = self._train_batch_size
         steps = args.steps_per_epoch or MultiTaskBatchSampler(sizes, batch_size, **options).steps_per_epoch
         epochs = -(-args.max_steps // steps) if args.max_steps > 0 else int(np.ceil(args.num_train_epochs))
@@ -329,6 +332,11 @@ class MultiTaskTrainer(Trainer):
                 batch=batch,
             )
         )
+        if self._chosen is None:
+            self._chosen = torch.zeros(len(self._model_tasks) + 1, device=self.args.device)
+        kept = [self.collator.numbers[examples[int(row)][0]] for row in chosen]
+        counts = [kept.count(number) for number in range(len(self._model_tasks))]
+        self._chosen += torch.tensor([*counts, len(examples)], device=self._chosen.device)
         return self.collator.take(batch, [int(row) for row in chosen])
 
     def compute_loss(
@@ -386,6 +394,13 @@ class MultiTaskTrainer(Trainer):
                     logs[f"loss_{task}"] = loss / count
             self._losses = None
             logs.update(self._probabilities())
+            if self._chosen is not None:
+                rows = self._chosen
+                rows = self.accelerator.reduce(rows, "sum") if self.args.world_size > 1 else rows
+                *chosen, candidates = rows.tolist()
+                logs |= {f"chosen_{task}": count for task, count in zip(self._model_tasks, chosen, strict=True)}
+                logs["candidates"] = candidates
+                self._chosen = None
         super().log(logs, *args, **kwargs)
 
     def _probabilities(self) -> dict[str, float]:

@@ -53,9 +53,14 @@ def options(data: Path, encoder: str, output: Path, *more: str) -> list[str]:
     [
         ("pals", "--hidden_size", "12"),
         ("pals_frozen", "--hidden_size", "12", "--sampling", "proportional"),
-        ("full_single",),
+        ("full_single", "--bf16"),
+        ("ca_mtl",),
+        ("ca_mtl", "--sampling", "proportional"),
     ],
 )
+@pytest.mark.filterwarnings(
+    "ignore::pal_adapters.multitask.RecipeWarning"
+)  # other sampling; one block, half of it is 0
 def test_whole_job(glue: ModuleType, data: Path, tiny_encoder: str, tmp_path: Path, capsys: Any, choice: Any) -> None:
     first = options(data, tiny_encoder, tmp_path / "one", "--preset", *choice)
     assert glue.main(first) == 0
@@ -67,9 +72,16 @@ def test_whole_job(glue: ModuleType, data: Path, tiny_encoder: str, tmp_path: Pa
     assert results["average"] == pytest.approx(sum(primary) / 3)
     assert f"average first metrics {results['average']:.4f}" in " ".join(printed.split())
     assert results["steps"] == (24 if choice[0] == "full_single" else 8)
+    if choice[0] != "full_single":
+        assert results["rows"]["trained"] == 32
+        assert results["rows"]["of_one_pass"] == 3 * 54
+    if choice == ("ca_mtl",):
+        assert results["rows"]["candidates"] == 3 * 32
+        assert sum(results["rows"]["chosen"].values()) == 32
     base = results["parameters"]["base"]
     per_task = results["parameters"]["trained_per_task"]
-    assert (per_task > 0.9 * base) is (choice[0] == "full_single")
+    if choice[0] != "ca_mtl":  # this base is smaller than one network
+        assert (per_task > 0.9 * base) is (choice[0] == "full_single")
     assert (tmp_path / "one" / "pareto.png").stat().st_size > 1000
     # The finished run is not done again, and other runs come into the picture.
     before = (tmp_path / "one" / "pareto.png").read_bytes()

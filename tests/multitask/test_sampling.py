@@ -91,13 +91,18 @@ SETTINGS = st.fixed_dictionaries(
         "steps_per_epoch": st.none() | st.integers(1, 6),
         "group_size": st.integers(1, 4),
         "seed": st.integers(0, 2**40),
+        "by_length": st.booleans(),
     }
 )
 MIXED = st.booleans()
 
 
 def make(settings: dict[str, Any], mixed: bool) -> MultiTaskBatchSampler:
-    return MultiTaskBatchSampler(**settings, mixed=mixed and settings["strategy"] != "uncertainty")
+    given = {name: value for name, value in settings.items() if name != "by_length"}
+    mixed = mixed and settings["strategy"] != "uncertainty"
+    if settings["by_length"] and not mixed and settings["strategy"] != "uncertainty":
+        given["lengths"] = [np.arange(size) % 7 for size in settings["sizes"]]
+    return MultiTaskBatchSampler(**given, mixed=mixed)
 
 
 def run(sampler: MultiTaskBatchSampler, epochs: int) -> list[list[list[int]]]:
@@ -174,6 +179,38 @@ def test_processes_share_the_rows_of_one_large_step(settings: dict[str, Any], mi
     theirs = np.reshape(one, (steps, -1))
     if settings["strategy"] != "uncertainty" or len(set(map(len, one))) == 1:
         assert np.sort(ours, axis=1).tolist() == np.sort(theirs, axis=1).tolist()
+
+
+@given(rows=st.integers(1, 9), groups=st.integers(1, 3), sizes=st.lists(st.integers(1, 150), min_size=1, max_size=3))
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_rows_of_a_step_are_of_like_length(rows: int, groups: int, sizes: list[int]) -> None:
+    """Of 16 steps the shortest rows come together, then the next: checked on the first pass over each task."""
+    lengths = [np.random.default_rng(size).integers(3, 90, size) for size in sizes]
+    options: dict[str, Any] = {"group_size": groups, "seed": 3, "strategy": "round_robin", "steps_per_epoch": 450}
+    plain = list(MultiTaskBatchSampler(sizes, rows, **options))
+    sampler = MultiTaskBatchSampler(sizes, rows, **options, lengths=lengths)
+    offsets = np.cumsum([0, *sizes])
+    step = rows * groups
+    for task, size in enumerate(sizes):
+        ours, theirs = (
+            [row - int(offsets[task]) for batch in batches for row in batch if sampler.task_of(row) == task]
+            for batches in (sampler, plain)
+        )
+        whole = min(size, len(ours)) // step * step
+        found = {tuple(ours[i : i + step]) for i in range(0, whole, step)}
+        expected = []
+        for start in range(0, size // step * step, 16 * step):
+            stretch = theirs[start : min(start + 16 * step, size // step * step)]
+            ordered = sorted(stretch, key=lambda row: lengths[task][row])
+            expected += [tuple(ordered[i : i + step]) for i in range(0, len(ordered), step)]
+        assert found == set(expected)
+
+
+def test_lengths_have_to_fit() -> None:
+    with pytest.raises(ConfigError, match=r"lengths are of \[2, 1\] rows for tasks of \[2, 3\] rows"):
+        MultiTaskBatchSampler({"a": 2, "b": 3}, 2, lengths={"a": [4, 5], "b": [1]})
+    with pytest.raises(ConfigError, match="lengths has no effect on batches that mix tasks"):
+        MultiTaskBatchSampler([2], 2, lengths=[[4, 5]], mixed=True)
 
 
 @given(seed=st.integers(0, 1000))

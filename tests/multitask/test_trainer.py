@@ -10,6 +10,8 @@ import torch
 from backbones import HOSTS
 from tiny_tasks import NAMES, losses, make_task, make_trainer, without_dropout
 
+from pal_adapters.errors import ConfigError
+
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_trains_tasks_of_every_kind_and_scores_them(tiny_encoder: str, tmp_path: Path, host: str) -> None:
@@ -51,6 +53,20 @@ def test_probabilities_are_logged_once_an_epoch(tiny_encoder: str, tmp_path: Pat
     for entry, alpha in zip(logged, (1.0, 0.2), strict=True):
         weights = [size**alpha for size in (10, 13, 16)]
         assert entry["sampling_rte"] == pytest.approx(weights[0] / sum(weights))
+
+
+def test_rows_of_like_length_come_together(tiny_encoder: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_encoder, tmp_path, group_by_length=True, per_device_train_batch_size=2)
+    batches = list(trainer.get_train_dataloader().batch_sampler)
+    rows = {task.task.name: task.lengths() for task in trainer.train_dataset.tasks}
+    offsets = {"rte": 0, "stsb": 10, "copa": 23}
+    own = [batch for batch in batches if max(batch) < 10]
+    spread = [abs(int(rows["rte"][a - offsets["rte"]]) - int(rows["rte"][b - offsets["rte"]])) for a, b in own]
+    order = sorted(int(length) for length in rows["rte"])
+    assert sorted(spread)[: len(spread)] == sorted(order[i + 1] - order[i] for i in range(0, 2 * len(spread), 2))
+    for arguments in ({"mixed_batches": True}, {"sampling": "uncertainty"}):
+        with pytest.raises(ConfigError, match="group_by_length=True has no effect"):
+            make_trainer(tiny_encoder, tmp_path, group_by_length=True, **arguments)
 
 
 @pytest.mark.parametrize("mixed", [False, True])
