@@ -6,11 +6,12 @@ Needs the packages of the extra `train`.
 from .arguments import MultiTaskTrainingArguments
 from .collate import MultiTaskCollator
 from .data import load_task, train_dev_split
+from .defaults import add_adapter, default_host, default_model
 from .encoding import ConcatTasks, EncodedTask
 from .heads import HeadConfig
 from .loss import multi_task_loss
 from .metrics import TaskMetric, primary_metric
-from .models import ADAPTER_METHODS, HOSTS, METHODS, SIZED_METHODS, MultiTaskModel, default_host, default_model
+from .models import ADAPTER_METHODS, HOSTS, METHODS, SIZED_METHODS, MultiTaskModel
 from .network import NETWORKS, SAMPLERS, NetworkModel, fit_network
 from .presets import PRESETS, Preset, RecipeWarning, get_preset, scalearn_arguments
 from .sampling import (
@@ -99,6 +100,7 @@ __all__ = [
     "Uncertainty",
     "UncertaintySampler",
     "UncertaintySelector",
+    "add_adapter",
     "annealed_alpha",
     "baseline",
     "default_host",

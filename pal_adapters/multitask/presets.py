@@ -13,8 +13,8 @@ import transformers
 from pal_adapters.errors import ConfigError, require_one_of
 
 from .arguments import MultiTaskTrainingArguments
+from .defaults import HOSTS, add_adapter, default_host
 from .heads import Pooling
-from .models import HOSTS, default_host
 from .routing import adapter_config, host_of
 from .task import Task, check_tasks
 from .task_heads import TaskHeads
@@ -94,21 +94,11 @@ class Preset:
         names = tasks if self.adapters == "task" else (SHARED,)
         given = {**options, **changes, **({"tasks": list(tasks)} if self.adapters == "shared" else {})}
         make = _config_maker(name)
-        if host == "adapters":
-            import adapters
-
-            adapters.init(base)
-            for adapter in names:
-                base.add_adapter(adapter, config=make(**given))
-            return base
-        import peft
-
-        given["task_type"] = "FEATURE_EXTRACTION"
-        first, *rest = names
-        model = peft.get_peft_model(base, make(**given), adapter_name=first)
-        for adapter in rest:
-            model.add_adapter(adapter, make(**given))
-        return model
+        if host == "peft":
+            given["task_type"] = "FEATURE_EXTRACTION"
+        for adapter in names:
+            base = add_adapter(base, adapter, make(**given))
+        return base
 
     def training_arguments(self, output_dir: str, *, num_tasks: int, **changes: Any) -> MultiTaskTrainingArguments:
         """The arguments of the recipe.

@@ -31,6 +31,7 @@ def record_task(data_dir: str | Path | None = None, **changes: Any) -> Task:
         "render": _render,
         "expand": _expand,
         "split_columns": ("passage",),
+        "benchmark": "super_glue",
     }
     return Task("record", splits, **{**given, **changes})
 

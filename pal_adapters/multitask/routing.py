@@ -45,8 +45,8 @@ def adapter_config(backbone: Any, name: str) -> Any:
 class Router:
     """Runs a base model with the adapter of each row.
 
-    * `adapters`: the composition `MultiTask`, with `task_ids`; a batch of one task activates its adapter alone. Rows of
-      a `Fuse` go in a batch of their own.
+    * `adapters`: the composition `MultiTask`, with `task_ids`; a batch of one task activates its adapter alone. Rows
+      of a `Fuse` go in a batch of their own.
     * PEFT: `adapter_names`. PEFT's own methods do not take it in training, so there a batch must have one task.
     * One adapter with several tasks in it (CA-MTL), in either host: `task_ids`.
     * No host, or no adapter for a task: nothing but the base.

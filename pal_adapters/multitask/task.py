@@ -60,6 +60,7 @@ class Task:
         split_columns: Columns whose equal values must stay together if the training rows are cut in two.
         render: Turns a row into its encoder inputs, where the columns as they are will not do.
         expand: Turns a split into the rows to encode, where one row makes several.
+        benchmark: Collection that the task belongs to, if it does, such as `"glue"`.
 
     Raises:
         ConfigError: For arguments that are not allowed or do not fit each other.
@@ -91,6 +92,7 @@ class Task:
     split_columns: tuple[str, ...] = ()
     render: Callable[[Row], list[Segments]] | None = field(default=None, repr=False)
     expand: Callable[[datasets.Dataset], datasets.Dataset] | None = field(default=None, repr=False)
+    benchmark: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or {"/", "."} & set(self.name):
@@ -183,6 +185,7 @@ class Task:
             "validation_splits": spec.validation_splits,
             "render": spec.render,
             "_choices": spec.num_choices,
+            "benchmark": spec.benchmark,
         }
         return cls(spec.name, dataset, **{**given, **changes})
 

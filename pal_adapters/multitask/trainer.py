@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PredictionOutput, get_last_checkpoint
 
-from pal_adapters.errors import ConfigError
+from pal_adapters.errors import ConfigError, PalAdaptersError
 
 from .arguments import MultiTaskTrainingArguments
 from .collate import Batch, MultiTaskCollator
@@ -59,6 +59,10 @@ class Candidates:
     rows: dict[str, list[int]]
     num_select: int
     batch: Batch
+
+
+class DivergedError(PalAdaptersError, ArithmeticError):
+    """The loss is no longer a finite number."""
 
 
 class BatchSelector(Protocol):
@@ -101,6 +105,7 @@ class MultiTaskTrainer(Trainer):
     Raises:
         ConfigError: For arguments that do not go together; before anything is trained.
         TaskDataError: For rows that do not fit their task.
+        DivergedError: From `train`, if the loss becomes infinite or NaN, except in fp16, which passes over such steps.
     """
 
     args: MultiTaskTrainingArguments
@@ -339,6 +344,30 @@ class MultiTaskTrainer(Trainer):
         self._chosen += torch.tensor([*counts, len(examples)], device=self._chosen.device)
         return self.collator.take(batch, [int(row) for row in chosen])
 
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Loss and gradients of a batch."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not self.args.fp16 and not torch.isfinite(loss):
+            tasks = " and ".join(repr(task) for task in inputs["labels"])
+            raise DivergedError(
+                f"task {tasks}: the loss is {loss.item()} in step {self.state.global_step + 1}; lower learning_rate "
+                f"(now {self.args.learning_rate:g})."
+            )
+        return loss
+
+    def draws(self) -> dict[str, int]:
+        """How often each task was drawn so far: steps, or rows where batches are mixed.
+
+        Under `sampling="uncertainty"` tasks are not drawn; see `chosen_<task>` in the log.
+        """
+        counts = np.zeros(len(self.tasks), dtype=np.int64)
+        left, epoch = self.state.global_step, 0
+        while left and self._sampler is not None:
+            drawn = self._sampler.draws(epoch)[:left]
+            counts += np.bincount(drawn.ravel(), minlength=len(counts))
+            left, epoch = left - len(drawn), epoch + 1
+        return dict(zip(self.tasks, counts.tolist(), strict=True))
+
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -451,9 +480,17 @@ class MultiTaskTrainer(Trainer):
 
     def _run(self, rows: EncodedTask, prefix: str) -> Any:
         only_loss = rows.task.kind == "language_modeling"
-        return self.evaluation_loop(
-            self.get_eval_dataloader(rows), prefix, prediction_loss_only=only_loss, metric_key_prefix=prefix
+        order = np.argsort(-rows.lengths(), kind="stable")  # rows of like length in a batch: less padding
+        output = self.evaluation_loop(
+            self.get_eval_dataloader(Subset(rows, order.tolist())),
+            prefix,
+            prediction_loss_only=only_loss,
+            metric_key_prefix=prefix,
         )
+        if only_loss:
+            return output
+        back = np.argsort(order)
+        return output._replace(predictions=output.predictions[back], label_ids=output.label_ids[back])
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
         """Logits and scores: a `PredictionOutput` for `EncodedTask` rows, a dict of them for rows by task."""

@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "examples"))  # a script finds the files beside it
 
 
 def load_script(path: Path) -> ModuleType:
@@ -32,13 +33,7 @@ def train_tasks() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def transfer() -> ModuleType:
-    # It takes its options from train_tasks.py beside it, as a script finds that by itself.
-    folder = str(ROOT / "examples")
-    sys.path.insert(0, folder)
-    try:
-        return load_script(ROOT / "examples" / "transfer.py")
-    finally:
-        sys.path.remove(folder)
+    return load_script(ROOT / "examples" / "transfer.py")
 
 
 @pytest.fixture(scope="session")

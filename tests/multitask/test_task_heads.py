@@ -427,7 +427,8 @@ def test_compositions_with_arguments_are_refused(tiny_encoder: str) -> None:
     model = heads(tiny_encoder, "adapters")
     names = ("rte", "stsb")
     refused = (
-        Stack(Fuse(*names, name="f"), "ner"), Average(*names, weights=[0.9, 0.1]), Split(*names, splits=[3, 4]), Stack(Fuse(*names)),
+        Stack(Fuse(*names, name="f"), "ner"), Average(*names, weights=[0.9, 0.1]), Split(*names, splits=[3, 4]),
+        Stack(Fuse(*names)),
     )  # fmt: skip
     for setup in refused:
         with pytest.raises(UnsupportedError, match="use a name, a Stack of names or a Fuse of names"):

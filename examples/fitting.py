@@ -1,0 +1,231 @@
+"""A training run over `MultiTaskTrainer`, as the scripts need it: the best epoch of a few tasks, and their scores."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import EarlyStoppingCallback
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from pal_adapters.multitask import (
+    EncodedTask,
+    MultiTaskTrainer,
+    MultiTaskTrainingArguments,
+    Task,
+    TaskHeads,
+    train_dev_split,
+)
+from pal_adapters.multitask.heads import pool
+
+
+@dataclass
+class Data:
+    """The encoded rows of a task: to train on, to choose the best epoch with, and to score at the end."""
+
+    task: Task
+    train: EncodedTask
+    dev: EncodedTask
+    test: dict[str, EncodedTask]
+
+
+def encode(task: Task, tokenizer: Any, max_length: int, *, seed: int, limit: int | None = None) -> Data:
+    """Keeps a tenth of the training rows, of which there are at most `limit`, to choose with."""
+    rows = task.dataset[task.train_split]
+    if limit is not None and len(rows) > limit:
+        rows = rows.shuffle(seed=42, keep_in_memory=True).select(range(limit))
+    label = task.label_column or "label"
+    parts = train_dev_split(rows, seed=seed, label_column=label, split_columns=task.split_columns)
+    train, dev = (EncodedTask(task, part, tokenizer, max_length, where="training") for part in parts)
+    tests = {
+        split: EncodedTask(task, task.dataset[split], tokenizer, max_length, where=split)
+        for split in task.validation_splits
+        if split in task.dataset
+    }
+    return Data(task, train, dev, tests)
+
+
+def make_trainer(model: TaskHeads, data: Sequence[Data], tokenizer: Any, folder: str, **options: Any) -> Any:
+    """A trainer for these tasks; heads that are not there are added."""
+    arguments = MultiTaskTrainingArguments(folder, per_device_eval_batch_size=64, report_to=[], **options)
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # runs as small as these have no use for more
+    trainer = MultiTaskTrainer(
+        model,
+        arguments,
+        [one.task for one in data],
+        train_dataset={one.task.name: one.train for one in data},
+        eval_dataset={one.task.name: one.dev for one in data},
+        processing_class=tokenizer,
+    )
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(_Bar)
+    return trainer
+
+
+def train(
+    model: TaskHeads,
+    data: Sequence[Data],
+    tokenizer: Any,
+    output: Path,
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int = 16,
+    max_steps: int | None = None,
+    attention_factor: float = 1.0,
+    warmup: float = 0.1,
+    weight_decay: float = 0.01,
+    select: str = "metric",
+    patience: int | None = None,
+    seed: int = 42,
+    steps_per_epoch: int | None = None,
+    **options: Any,
+) -> Any:
+    """Trains what is trainable and leaves the best epoch in the model; its checkpoints are gone then.
+
+    A regression's bias starts at the mean of its labels, which it would otherwise learn step by step.
+    """
+    for one in data:
+        linear = model.head(one.task.name).linear
+        if one.task.kind == "regression" and linear is not None and one.train.labels is not None:
+            torch.nn.init.constant_(linear.bias, float(one.train.labels.mean()))
+    per_epoch = steps_per_epoch or sum(math.ceil(len(one.train) / batch_size) for one in data)
+    steps = min(epochs * per_epoch, max_steps or epochs * per_epoch)
+    with tempfile.TemporaryDirectory(prefix="checkpoints_", dir=output) as folder:
+        trainer = make_trainer(
+            model,
+            data,
+            tokenizer,
+            folder,
+            max_steps=steps,
+            steps_per_epoch=per_epoch,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            attention_learning_rate=learning_rate * attention_factor if attention_factor != 1 else None,
+            warmup_steps=round(warmup * steps),
+            weight_decay=weight_decay,
+            seed=seed,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=1,
+            save_only_model=True,
+            load_best_model_at_end=True,
+            metric_for_best_model="average" if select == "metric" else "loss",
+            greater_is_better=select == "metric",
+            logging_steps=10,
+            **options,
+        )
+        if patience is not None:
+            trainer.add_callback(EarlyStoppingCallback(patience))
+        trainer.train()
+    return trainer
+
+
+class _Bar(ProgressCallback):
+    """One bar for the steps, without a line for each entry of the log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None: ...
+
+
+def predict(trainer: Any, data: Data) -> dict[str, np.ndarray]:
+    """Logits of the rows to score, by split."""
+    return {split: trainer.predict(rows).predictions for split, rows in data.test.items()}
+
+
+def score(data: Data, logits: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """All metrics, by split."""
+    return {split: rows.score(logits[split]) for split, rows in data.test.items()}
+
+
+def trivial(data: Data) -> dict[str, dict[str, float]]:
+    """Metrics of the answer that needs no input: the most frequent class of the training rows, or their mean."""
+    labels = data.train.labels
+    assert labels is not None
+    if data.task.kind == "regression":
+        return score(data, {split: np.full(len(rows), labels.mean()) for split, rows in data.test.items()})
+    counts = np.bincount(labels, minlength=2)
+    answer = np.eye(len(counts))[counts.argmax()]
+    return score(data, {split: np.tile(answer, (len(rows), 1)) for split, rows in data.test.items()})
+
+
+def summary(trainer: Any, data: Data) -> dict[str, Any]:
+    """What `results.json` says of a task that was trained."""
+    name, metrics = data.task.name, score(data, predict(trainer, data))
+    primary = next(iter(next(iter(metrics.values()))))
+    history = [entry[f"eval_{name}_{primary}"] for entry in trainer.state.log_history if "eval_average" in entry]
+    return {
+        "benchmark": data.task.benchmark,
+        "rows": {"train": len(data.train), "dev": len(data.dev)} | {s: len(rows) for s, rows in data.test.items()},
+        "primary_metric": primary,
+        "metrics": metrics,
+        "baseline": trivial(data),
+        "dev_history": history,
+        "best_epoch": math.ceil((trainer.state.best_global_step or 0) / trainer.args.steps_per_epoch),
+    }
+
+
+def size(model: torch.nn.Module) -> int:
+    """Parameters of a model."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def save_head(model: TaskHeads, task: str, folder: Path) -> None:
+    """Writes the head of a task to `head.safetensors` in the folder of its adapter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    head = model.head(task)
+    assert head.linear is not None
+    weights = {name: p.detach().cpu().contiguous() for name, p in head.linear.named_parameters()}
+    save_file(weights, folder / "head.safetensors", metadata={"task": task, "pooling": head.config.pooling})
+
+
+def load_head(model: TaskHeads, task: str, folder: Path) -> None:
+    """Reads what `save_head` wrote."""
+    linear = model.head(task).linear
+    assert linear is not None
+    linear.load_state_dict(load_file(folder / "head.safetensors"))
+
+
+@contextmanager
+def frozen(base: Any, pooling: str) -> Iterator[None]:
+    """While a frozen base is only asked for the pooled states of rows, it runs once for each row, without dropout."""
+    known: dict[bytes, Tensor] = {}
+
+    @torch.no_grad()
+    def forward(attention_mask: Tensor, return_dict: bool = True, **inputs: Tensor) -> BaseModelOutput:
+        rows = torch.stack(list(inputs.values()), dim=-1).cpu().numpy()  # [r, n, inputs]
+        kept = attention_mask.bool().cpu().numpy()
+        keys = [row[keep].tobytes() for row, keep in zip(rows, kept, strict=True)]
+        new = [number for number, key in enumerate(keys) if key not in known]
+        if new:
+            training = base.training
+            base.eval()
+            some = {name: tensor[new] for name, tensor in inputs.items()}
+            hidden = type(base).forward(base, attention_mask=attention_mask[new], **some).last_hidden_state
+            base.train(training)
+            pooled = pool(hidden, attention_mask[new], pooling)
+            known.update(zip((keys[number] for number in new), pooled, strict=True))
+        # Any pooling of equal states gives that state.
+        states = torch.stack([known[key] for key in keys]).unsqueeze(1).expand(-1, rows.shape[1], -1)
+        return BaseModelOutput(last_hidden_state=states)
+
+    base.forward = forward
+    try:
+        yield
+    finally:
+        del base.forward
