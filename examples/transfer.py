@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import shutil
 import sys
 import time
@@ -30,11 +29,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train_tasks import (
+from combining import HOSTS
+from command_line import (
     InputError,
-    Parser,
     first_line,
+    guarded,
     load_base,
+    make_folder,
+    parser,
     positive_float,
     positive_int,
     seed_int,
@@ -54,44 +56,42 @@ TOLERANCE = 1e-3
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--data_dir", required=True, help="folder with the data")
-    parser.add_argument("--sources", nargs="+", default=[], help="names of the source tasks (not for single)")
-    parser.add_argument("--target", required=True, help="name of the target task; it may be a source as well")
-    parser.add_argument("--method", choices=METHODS, required=True, help="how the sources are combined")
-    parser.add_argument("--output_dir", required=True, help="folder for the results")
-    parser.add_argument("--source_dir", help="folder that source adapters are saved to and loaded from (OUT/sources)")
-    parser.add_argument("--host", choices=("adapters", "peft"), default="adapters", help="library of the adapters")
-    parser.add_argument("--model", help="name or folder of the base (a MiniLM encoder that comes with pip)")
-    parser.add_argument("--pooling", choices=("mean", "cls"), default="mean", help="what the heads see of the tokens")
-    parser.add_argument(
+    options = parser(__doc__)
+    options.add_argument("--data_dir", required=True, help="folder with the data")
+    options.add_argument("--sources", nargs="+", default=[], help="names of the source tasks (not for single)")
+    options.add_argument("--target", required=True, help="name of the target task; it may be a source as well")
+    options.add_argument("--method", choices=METHODS, required=True, help="how the sources are combined")
+    options.add_argument("--output_dir", required=True, help="folder for the results")
+    options.add_argument("--source_dir", help="folder that source adapters are saved to and loaded from (OUT/sources)")
+    options.add_argument("--host", choices=("adapters", "peft"), default="adapters", help="library of the adapters")
+    options.add_argument("--model", help="name or folder of the base (a MiniLM encoder that comes with pip)")
+    options.add_argument("--pooling", choices=("mean", "cls"), default="mean", help="what the heads see of the tokens")
+    options.add_argument(
         "--preset", choices=tuple(RECIPES), default="paper", help="recipe; the options below change it"
     )
-    parser.add_argument("--reduction_factor", type=positive_float, default=16, help="of the sources' bottlenecks")
-    parser.add_argument("--source_epochs", type=positive_int, help="passes over a source's rows (by preset)")
-    parser.add_argument("--source_learning_rate", type=positive_float, help="of the sources (by preset)")
-    parser.add_argument("--epochs", type=positive_int, help="passes over the target's rows (by preset)")
-    parser.add_argument("--learning_rate", type=positive_float, help="of the target stage (by preset)")
-    parser.add_argument("--train_rows", type=positive_int, help="at most so many training rows a task (by preset)")
-    parser.add_argument("--max_steps", type=positive_int, help="upper bound on the steps of each training run")
-    parser.add_argument(
+    options.add_argument("--reduction_factor", type=positive_float, default=16, help="of the sources' bottlenecks")
+    options.add_argument("--source_epochs", type=positive_int, help="passes over a source's rows (by preset)")
+    options.add_argument("--source_learning_rate", type=positive_float, help="of the sources (by preset)")
+    options.add_argument("--epochs", type=positive_int, help="passes over the target's rows (by preset)")
+    options.add_argument("--learning_rate", type=positive_float, help="of the target stage (by preset)")
+    options.add_argument("--train_rows", type=positive_int, help="at most so many training rows a task (by preset)")
+    options.add_argument("--max_steps", type=positive_int, help="upper bound on the steps of each training run")
+    options.add_argument(
         "--select", choices=("loss", "metric"), default="loss", help="what the best epoch is chosen by"
     )
-    parser.add_argument("--batch_size", type=positive_int, default=32, help="rows of a batch")
-    parser.add_argument("--max_length", type=positive_int, default=128, help="tokens after which a text is cut")
-    parser.add_argument("--seed", type=seed_int, default=0, help="seed of the target stage")
-    parser.add_argument(
+    options.add_argument("--batch_size", type=positive_int, default=32, help="rows of a batch")
+    options.add_argument("--max_length", type=positive_int, default=128, help="tokens after which a text is cut")
+    options.add_argument("--seed", type=seed_int, default=0, help="seed of the target stage")
+    options.add_argument(
         "--source_seed", type=seed_int, default=0, help="seed of the sources, whatever the target's is"
     )
-    args = parser.parse_args(argv)
+    args = options.parse_args(argv)
     if args.method == "single":
         for name in ("source_epochs", "source_learning_rate"):
             if getattr(args, name) is not None:
-                parser.error(f"--{name} has no effect with --method single, which uses no sources; leave it out")
+                options.error(f"--{name} has no effect with --method single, which uses no sources; leave it out")
     elif not args.sources:
-        parser.error(f"--sources is needed with --method {args.method}")
+        options.error(f"--sources is needed with --method {args.method}")
     args.source_dir = args.source_dir or str(Path(args.output_dir) / "sources")
     if args.train_rows is None:
         args.train_rows = TRAIN_ROWS[args.preset]
@@ -106,116 +106,112 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Run:
-    """One run of the script: the data, the model, and what it found."""
+    """One run of the script: the tasks, the host with the adapters, and what it found."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        import torch
+        from fitting import size
 
-        from pal_adapters.multitask import BatchMaker, TransferModel, load_task
+        from pal_adapters.multitask import Task
 
         self.args = args
-        target, self.target_splits = load_task(args.target, args.data_dir)
-        self.target = target
-        loaded = [] if args.method == "single" else [load_task(name, args.data_dir) for name in args.sources]
-        names = [spec.name for spec, _ in loaded]
+        pooling = {"mean": "mean", "cls": "first"}[args.pooling]
+        self.target = Task.named(args.target, args.data_dir, pooling=pooling)
+        names = [] if args.method == "single" else args.sources
+        self.sources = [Task.named(name, args.data_dir, pooling=pooling) for name in names]
+        names = [task.name for task in self.sources]
         for name in names:
             if names.count(name) > 1:
                 raise InputError(f"--sources: {name} is named twice")
-        for spec, _ in loaded:
-            if spec.name == target.name and spec.benchmark != target.benchmark:
-                raise InputError(
-                    f"--target {target.full_name} and --sources {spec.full_name} have one name; leave one out"
-                )
-        self.sources = loaded
-        self.output, self.source_dir = Path(args.output_dir), Path(args.source_dir)
-        for folder, option in ((self.output, "--output_dir"), (self.source_dir, "--source_dir")):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"{option} {folder}: cannot be made ({error.strerror})") from error
+        for task in self.sources:
+            if task.name == self.target.name and task.benchmark != self.target.benchmark:
+                both = f"--target {full_name(self.target)} and --sources {full_name(task)}"
+                raise InputError(f"{both} have one name; leave one out")
+        self.output = make_folder("--output_dir", args.output_dir)
+        self.source_dir = make_folder("--source_dir", args.source_dir)
         base, self.tokenizer = load_base(args.model, args.max_length)
-        base.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.base_name = str(args.model or "default")
-        try:
-            self.model = TransferModel(
-                base, host=args.host, reduction_factor=args.reduction_factor, pooling=args.pooling
+        width, self.base_size = base.config.hidden_size, size(base)
+        if args.reduction_factor > width:
+            raise InputError(
+                f"reduction_factor={args.reduction_factor} is not allowed: use a number from 1 to {width}"
             )
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        self.batches = BatchMaker(self.tokenizer, self.model.device)
+        self.host: Any = HOSTS[args.host](base, args.reduction_factor, self.source_dir)
+        self.device = ""
 
-    def data(self, spec: Any, splits: Any) -> Any:
-        from pal_adapters.multitask import TaskData, encode_rows, train_dev_split
+    def fit(self, task: Any, add: Any, *, source: bool) -> tuple[dict[str, Any], Any, Any, Any]:
+        """Trains what `add` adds, with a new head; returns what it found, the trainer, the rows and the setup."""
+        import fitting
+        import transformers
 
-        rows = splits["train"]
-        if self.args.train_rows is not None and len(rows) > self.args.train_rows:
-            rows = rows.shuffle(seed=42).select(range(self.args.train_rows))
+        args, began = self.args, time.perf_counter()
         # One split for all seeds and for both stages, so that no row to choose with was trained on.
-        parts = train_dev_split(rows, seed=42, split_columns=spec.split_columns)
-        train, dev = (encode_rows(spec, part, self.tokenizer, self.args.max_length) for part in parts)
-        tests = {n: encode_rows(spec, splits[n], self.tokenizer, self.args.max_length) for n in splits if n != "train"}
-        return TaskData(spec, train, dev, tests)
-
-    def fit(self, data: Any, *, source: bool) -> dict[str, Any]:
-        from pal_adapters.multitask import TrainingConfig, baseline, fit, primary_metric
-
-        args, spec = self.args, data.spec
-        config = TrainingConfig(
+        data = fitting.encode(task, self.tokenizer, args.max_length, seed=42, limit=args.train_rows)
+        seed = args.source_seed if source else args.seed
+        transformers.set_seed(seed)
+        setup = add()
+        model = self.task_heads(task, setup)
+        model.prepare_training()
+        trainer = fitting.train(
+            model,
+            [data],
+            self.tokenizer,
+            self.output,
             epochs=args.source_epochs if source else args.epochs,
             learning_rate=args.source_learning_rate if source else args.learning_rate,
             patience=args.source_patience if source else args.patience,
-            seed=args.source_seed if source else args.seed,
+            seed=seed,
             batch_size=args.batch_size,
             max_steps=args.max_steps,
             select=args.select,
             warmup=0.0,
             weight_decay=0.0,
+            group_by_length=True,
         )
-        began = time.perf_counter()
-        done = fit(self.model, [data], config, self.batches)
-        count = self.model.count(spec.name)
-        return {
-            "benchmark": spec.benchmark,
-            "rows": {"train": len(data.train), "dev": len(data.dev)} | {s: len(r) for s, r in data.test.items()},
-            "primary_metric": primary_metric(spec),
-            "metrics": self.scores(data),
-            "baseline": {split: baseline(spec, data.train, rows) for split, rows in data.test.items()},
-            "dev_history": [scores[spec.name] for scores in done.history],
-            "best_epoch": done.best_epoch,
-            "steps": done.steps,
-            "parameters": {"transfer": count["adapter"], "head": count["head"]},
+        self.device = str(model.device)
+        head = fitting.size(model.head(task.name))
+        added = model.count_parameters()["trainable"] - head
+        result = fitting.summary(trainer, data) | {
+            "steps": trainer.state.global_step,
+            "parameters": {"transfer": added, "head": head},
             "seconds": round(time.perf_counter() - began, 2),
         }
+        return result, trainer, data, setup
 
-    def scores(self, data: Any) -> dict[str, dict[str, float]]:
-        from pal_adapters.multitask import predict, score
+    def task_heads(self, task: Any, setup: Any) -> Any:
+        from pal_adapters.multitask import TaskHeads
 
-        return {
-            split: score(data.spec, rows, predict(self.model, data.spec, rows, self.batches))
-            for split, rows in data.test.items()
-        }
+        model = TaskHeads(self.host.model)
+        model.add(task.name, task.head_config(), adapter=setup)
+        return model
+
+    def save(self, model: Any, task: Any, setup: Any, folder: Path) -> None:
+        from fitting import save_head
+
+        (folder / task.name).mkdir(parents=True, exist_ok=True)
+        self.host.save(setup, folder / task.name)
+        save_head(model, task.name, folder / task.name)
 
     def train_or_load_sources(self) -> dict[str, Any]:
-        import transformers
-
         results = {}
-        made = {"model": self.base_name, "reduction_factor": self.args.reduction_factor, "pooling": self.args.pooling}
-        for spec, splits in self.sources:
-            folder = self.source_dir / spec.name
-            record = folder / "source.json"
+        made = {
+            "model": str(self.args.model or "default"),
+            "reduction_factor": self.args.reduction_factor,
+            "pooling": self.args.pooling,
+        }
+        for task in self.sources:
+            record = self.source_dir / task.name / "source.json"
             if record.is_file():
-                results[spec.name] = self.load_source(spec, record, made) | {"trained_here": False}
+                results[task.name] = self.load_source(task, record, made) | {"trained_here": False}
                 continue
-            transformers.set_seed(self.args.source_seed)
-            self.model.add_task(spec)
-            result = self.fit(self.data(spec, splits), source=True)
+            result, trainer, _, setup = self.fit(task, lambda task=task: self.host.add(task.name), source=True)
             # The record comes last: a source that was cut off is trained again.
-            self.model.save_task(spec.name, self.source_dir)
+            self.save(trainer.model, task, setup, self.source_dir)
             record.write_text(json.dumps(made | {"result": result}, indent=2) + "\n", encoding="utf-8")
-            results[spec.name] = result | {"trained_here": True}
+            results[task.name] = result | {"trained_here": True}
         return results
 
-    def load_source(self, spec: Any, record: Path, made: dict[str, Any]) -> dict[str, Any]:
+    def load_source(self, task: Any, record: Path, made: dict[str, Any]) -> dict[str, Any]:
+        from fitting import load_head
+
         try:
             known = json.loads(record.read_text(encoding="utf-8"))
             result = known.pop("result")
@@ -225,71 +221,79 @@ class Run:
             if known.get(key) != value:
                 raise InputError(f"{record}: the source was made with {key}={known.get(key)}, not {value}")
         try:
-            self.model.load_task(spec, self.source_dir)
+            setup = self.host.load(task.name, record.parent)
+            load_head(self.task_heads(task, setup), task.name, record.parent)
         except Exception as error:  # hosts raise OSError, ValueError, RuntimeError and more
             raise InputError(f"{record.parent}: the source cannot be loaded ({first_line(error)})") from error
         return dict(result)
 
     def train_target(self) -> dict[str, Any]:
-        import transformers
+        args, task = self.args, self.target
+        names = [source.name for source in self.sources]
 
-        args, spec = self.args, self.target
-        transformers.set_seed(args.seed)
-        data = self.data(spec, self.target_splits)
+        def add() -> Any:
+            return self.host.combine(task.name, names, args.method) if names else self.host.add(task.name)
+
+        result, trainer, data, setup = self.fit(task, add, source=False)
+        self.save(trainer.model, task, setup, self.output / "target")
         if args.method == "single":
-            self.model.add_task(spec)
+            result["folded"] = {"reason": "single is one plain adapter already"}
         else:
-            self.model.combine(spec, [s.name for s, _ in self.sources], args.method)
-        result = self.fit(data, source=False)
-        self.model.save_task(spec.name, self.output / "target")
-        if args.method != "single":
-            result["transfer"] = self.draw(data)
-        result["folded"] = self.fold(data)
+            result["transfer"] = self.draw(trainer, data, setup)
+            result["folded"] = self.fold(trainer, data, setup)
         return result
 
-    def draw(self, data: Any) -> dict[str, Any]:
-        from pal_adapters import plot_transfer
+    def draw(self, trainer: Any, data: Any, setup: Any) -> dict[str, Any]:
+        from torch import Tensor
+
+        from pal_adapters import plot_transfer, transfer_report
 
         inputs = None
         if self.args.method == "fusion":
-            size = self.args.batch_size
-            rows = range(len(data.dev))
-            inputs = [self.batches(data.spec, data.dev, rows[i : i + size])[0] for i in rows[::size]]
-        table = self.model.table(data.spec.name, inputs)
+            batches = trainer.get_eval_dataloader(data.dev)
+            inputs = [{n: t for n, t in batch.items() if isinstance(t, Tensor)} for batch in batches]
+        table = transfer_report(self.host.model, setup, data=inputs)
         for kind in ("png", "svg"):
-            plot_transfer(table, self.output / f"transfer.{kind}", title=f"{self.args.method} for {data.spec.name}")
+            title = f"{self.args.method} for {self.target.name}"
+            plot_transfer(table, self.output / f"transfer.{kind}", title=title)
         print(f"\n{table}\n")
         values: dict[str, Any] = table.to_dict()
         return values
 
-    def fold(self, data: Any) -> dict[str, Any]:
+    def fold(self, trainer: Any, data: Any, setup: Any) -> dict[str, Any]:
         """Folds the combination, saves it, and compares it with what it was made of."""
+        import tempfile
+
+        import fitting
         import numpy as np
 
         from pal_adapters.errors import UnsupportedError
-        from pal_adapters.multitask import predict
 
-        spec = data.spec
-        if self.args.method == "single":
-            return {"reason": "single is one plain adapter already"}
-        before = {s: predict(self.model, spec, rows, self.batches) for s, rows in data.test.items()}
+        task, name = self.target, f"{self.target.name}_folded"
+        before = fitting.predict(trainer, data)
         try:
-            folded = self.model.fold(spec.name)
+            folded = self.host.fold(setup, name)
         except UnsupportedError as error:
             return {"reason": str(error)}
-        after = {s: predict(self.model, spec, rows, self.batches) for s, rows in data.test.items()}
-        self.model.save_task(spec.name, self.output / "folded")
+        model = self.task_heads(task, name)
+        model.head(task.name).load_state_dict(trainer.model.head(task.name).state_dict())
+        with tempfile.TemporaryDirectory() as folder:
+            after = fitting.predict(fitting.make_trainer(model, [data], self.tokenizer, folder), data)
+        self.save(model, task, name, self.output / "folded")
         difference = max(float(np.abs(after[s] - before[s]).max()) for s in before)
-        same = all((after[s].argmax(-1) == before[s].argmax(-1)).all() for s in before)
         if difference > TOLERANCE:
             raise InputError(f"the folded adapter differs from the combination by {difference:.1e} in a logit")
         result: dict[str, Any] = {
             "largest_logit_difference": difference,
-            "same_predictions": bool(same),
-            "metrics": self.scores(data),
+            "same_predictions": all(bool((after[s].argmax(-1) == before[s].argmax(-1)).all()) for s in before),
+            "metrics": fitting.score(data, after),
         }
         widths = getattr(folded, "widths", None)
         return result | ({"widths": dict(widths)} if widths is not None else {})
+
+
+def full_name(task: Any) -> str:
+    return f"{task.benchmark}/{task.name}"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -300,10 +304,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     sources = this.train_or_load_sources()
     target = this.train_target()
     results = {
-        "config": vars(args) | {"sources": list(sources), "target": this.target.full_name},
+        "config": vars(args) | {"sources": list(sources), "target": full_name(this.target)},
         "versions": versions(),
-        "device": str(this.model.device),
-        "base_parameters": this.model.base_total,
+        "device": this.device,
+        "base_parameters": this.base_size,
         "sources": sources,
         "target": target,
         "seconds": round(time.perf_counter() - start, 2),
@@ -337,17 +341,8 @@ def summary(results: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    # This host warns that no adapter is active while it activates the first one.
-    logging.getLogger("adapters").setLevel(logging.ERROR)
-    try:
-        from pal_adapters.errors import PalAdaptersError
-
-        results = run(args)
-    except ImportError as error:
-        print(f"transfer.py: error: {error}; pip install 'pal-adapters[all]'", file=sys.stderr)
-        return 1
-    except (InputError, PalAdaptersError) as error:
-        print(f"transfer.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    results = guarded("transfer.py", lambda: run(args))
+    if results is None:
         return 1
     print(summary(results))
     print(f"written: {args.output_dir}")

@@ -1,0 +1,120 @@
+"""The two stages of `transfer.py` in each host: a few calls of its public interface for sources and combinations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class InAdapters:
+    """Bottlenecks of `adapters`, one behind the feed-forward part of each block, and the host's fusions.
+
+    A *setup* is what is active: the name of an adapter, or a `Fuse`.
+    """
+
+    def __init__(self, base: Any, reduction_factor: float, sources: Path) -> None:
+        import adapters
+
+        adapters.init(base)
+        self.model = base
+        self._config = adapters.SeqBnConfig(reduction_factor=reduction_factor)
+
+    def add(self, name: str) -> Any:
+        self.model.add_adapter(name, config=self._config)
+        return name
+
+    def combine(self, name: str, sources: Sequence[str], method: str) -> Any:
+        from adapters.composition import Fuse
+
+        from pal_adapters import ScaLearnConfig
+
+        average = ScaLearnConfig(fixed=[1 / len(sources)] * len(sources))
+        config: Any = {"fusion": "dynamic", "average": average}.get(method, method)
+        fuse = Fuse(*sources, name=f"to_{name}")
+        self.model.add_adapter_fusion(fuse, config=config)
+        return fuse
+
+    def fold(self, setup: Any, name: str) -> Any:
+        from pal_adapters import fold
+
+        return fold(self.model, setup, name=name)
+
+    def save(self, setup: Any, folder: Path) -> None:
+        if isinstance(setup, str):
+            self.model.save_adapter(str(folder), setup, use_safetensors=True)
+        else:
+            self.model.save_adapter_fusion(str(folder), setup, use_safetensors=True)
+
+    def load(self, name: str, folder: Path) -> Any:
+        self.model.load_adapter(str(folder), load_as=name, use_safetensors=True)
+        return name
+
+
+class InPeft:
+    """LoRA on the modules that PEFT adapts by default, of rank `width / reduction_factor`, and our combinations.
+
+    The host does not hold LoRA and a combination in one model: `combine` takes the sources off and reads them, frozen,
+    from where they were saved.
+    """
+
+    def __init__(self, base: Any, reduction_factor: float, sources: Path) -> None:
+        self.model = base
+        self._rank = max(1, int(base.config.hidden_size / reduction_factor))
+        self._sources = sources
+
+    def add(self, name: str) -> Any:
+        import peft
+
+        from pal_adapters.multitask import add_adapter
+
+        config = peft.LoraConfig(
+            r=self._rank, lora_alpha=2 * self._rank, lora_dropout=0.0, task_type="FEATURE_EXTRACTION"
+        )
+        self.model = add_adapter(self.model, name, config)
+        return name
+
+    def combine(self, name: str, sources: Sequence[str], method: str) -> Any:
+        import peft
+
+        import pal_adapters
+
+        options: dict[str, Any] = {
+            "adapters": {source: str(self._sources / source) for source in sources},
+            "task_type": "FEATURE_EXTRACTION",
+        }
+        if method == "fusion":
+            config: Any = pal_adapters.AdapterFusionPeftConfig(**options)
+        elif method == "average":
+            config = pal_adapters.FixedCombinationPeftConfig(**options)
+        else:
+            config = pal_adapters.ScaLearnPeftConfig(variant=method, **options)
+        self.model = peft.get_peft_model(self.model.unload(), config, adapter_name=f"to_{name}")
+        return f"to_{name}"
+
+    def fold(self, setup: Any, name: str) -> Any:
+        from pal_adapters import fold
+
+        self.model = fold(self.model, setup, name=name)
+        return self.model
+
+    def save(self, setup: Any, folder: Path) -> None:
+        # The host makes a folder of the adapter's name by itself.
+        self.model.save_pretrained(str(folder.parent), selected_adapters=[setup])
+        if setup != folder.name:
+            folder.mkdir(exist_ok=True)
+            for file in (folder.parent / setup).iterdir():
+                file.replace(folder / file.name)
+            (folder.parent / setup).rmdir()
+
+    def load(self, name: str, folder: Path) -> Any:
+        import peft
+
+        if isinstance(self.model, peft.PeftModel):
+            self.model.load_adapter(str(folder), adapter_name=name)
+        else:
+            self.model = peft.PeftModel.from_pretrained(self.model, str(folder), adapter_name=name)
+        return name
+
+
+HOSTS = {"adapters": InAdapters, "peft": InPeft}
