@@ -16,61 +16,41 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from command_line import InputError, first_line, guarded, load_base, parser, positive_int, versions
 
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 SINGLE = "full_single"
 PER_RUN = ("data_dir", "output_dir", "compare")  # arguments that may change when a run goes on
 
 
-class InputError(Exception):
-    """What the user asked for cannot be done; the message is one line."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Ends with one line, where the standard parser prints the usage first."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--preset", required=True, help="name of a recipe, or full_single")
-    parser.add_argument("--data_dir", help="folder with the data (the data sets on the hub)")
-    parser.add_argument("--tasks", nargs="+", default=["all"], help="names of tasks; all: the eight of GLUE")
-    parser.add_argument("--model", help="name or folder of the base (a MiniLM encoder that comes with pip)")
-    parser.add_argument("--output_dir", required=True, help="folder for checkpoints and results")
-    parser.add_argument("--max_steps", type=positive, help="steps of the optimiser (the recipe's epochs)")
-    parser.add_argument("--seed", type=int, default=42, help="seed of everything random")
-    parser.add_argument("--host", choices=("adapters", "peft"), help="library of the adapters (the first found)")
-    parser.add_argument("--sampling", help="how tasks are drawn (the recipe's)")
-    parser.add_argument("--learning_rate", type=float, help="peak learning rate (the recipe's)")
-    parser.add_argument("--attention_learning_rate", type=float, help="that of the attention in PALs (the same)")
-    parser.add_argument("--hidden_size", type=positive, help="width of the adapters (the method's own)")
-    parser.add_argument("--batch_size", type=positive, help="rows of a batch (the recipe's)")
-    parser.add_argument("--max_length", type=positive, help="tokens after which a text is cut (the recipe's)")
-    parser.add_argument("--max_train_rows", type=positive, help="rows of each task to train on at most (all)")
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe")
-    parser.add_argument("--evaluations", type=positive, default=5, help="evaluations and checkpoints in the run")
-    parser.add_argument("--compare", nargs="*", default=[], help="folders of other runs for the picture")
-    return parser.parse_args(argv)
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: an integer of at least 1")
-    return int(text)
+    options = parser(__doc__)
+    options.add_argument("--preset", required=True, help="name of a recipe, or full_single")
+    options.add_argument("--data_dir", help="folder with the data (the data sets on the hub)")
+    options.add_argument("--tasks", nargs="+", default=["all"], help="names of tasks; all: the eight of GLUE")
+    options.add_argument("--model", help="name or folder of the base (a MiniLM encoder that comes with pip)")
+    options.add_argument("--output_dir", required=True, help="folder for checkpoints and results")
+    options.add_argument("--max_steps", type=positive_int, help="steps of the optimiser (the recipe's epochs)")
+    options.add_argument("--seed", type=int, default=42, help="seed of everything random")
+    options.add_argument("--host", choices=("adapters", "peft"), help="library of the adapters (the first found)")
+    options.add_argument("--sampling", help="how tasks are drawn (the recipe's)")
+    options.add_argument("--learning_rate", type=float, help="peak learning rate (the recipe's)")
+    options.add_argument("--attention_learning_rate", type=float, help="that of the attention in PALs (the same)")
+    options.add_argument("--hidden_size", type=positive_int, help="width of the adapters (the method's own)")
+    options.add_argument("--batch_size", type=positive_int, help="rows of a batch (the recipe's)")
+    options.add_argument("--max_length", type=positive_int, help="tokens after which a text is cut (the recipe's)")
+    options.add_argument("--max_train_rows", type=positive_int, help="rows of each task to train on at most (all)")
+    options.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe")
+    options.add_argument("--evaluations", type=positive_int, default=5, help="evaluations and checkpoints in the run")
+    options.add_argument("--compare", nargs="*", default=[], help="folders of other runs for the picture")
+    return options.parse_args(argv)
 
 
 def load_tasks(args: argparse.Namespace) -> tuple[list[Any], dict[str, dict[str, Any]]]:
@@ -90,21 +70,6 @@ def load_tasks(args: argparse.Namespace) -> tuple[list[Any], dict[str, dict[str,
         dev = dev.select(range(min(len(dev), 1000)))
         tasks.append(replace(task, dataset={"train": train, "validation": dev}, validation_splits=("validation",)))
     return tasks, test
-
-
-def load_base(name: str | None) -> tuple[Any, Any]:
-    """The base model and its tokenizer."""
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    from pal_adapters.multitask import default_model
-
-    transformers_logging.disable_progress_bar()  # of weights; the bar of the training stays
-    name = name or default_model()
-    try:
-        return AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # hosts raise OSError, ValueError, KeyError and more, with many lines
-        raise InputError(f"--model {name}: cannot be loaded ({first_line(error)})") from error
 
 
 def train_group(args: argparse.Namespace, tasks: list[Any], test: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -155,15 +120,16 @@ def train_group(args: argparse.Namespace, tasks: list[Any], test: dict[str, Any]
     trainer.train(resume_from_checkpoint=last_checkpoint(output / "checkpoints"))
     rows = {key: (task, split) for task in tasks for key, split in test[task.name].items()}
     length = arguments.max_length
-    scores = trainer.evaluate({key: EncodedTask(*pair, tokenizer, length, where=key) for key, pair in rows.items()})
+    encoded = {key: EncodedTask(*pair, tokenizer, length, where=key) for key, pair in rows.items()}
+    scores = {key: one.score(trainer.predict(one).predictions) for key, one in encoded.items()}
     model.save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
     result = {
-        "scores": {name.removeprefix("eval_"): value for name, value in scores.items()},
+        "scores": scores,
         "parameters": model.count_parameters(),
         "steps": trainer.state.global_step,
         "rows": drawn(trainer, tasks),
-        "dev": [e["eval_average"] for e in trainer.state.log_history if "eval_average" in e][:-1],
+        "dev": [e["eval_average"] for e in trainer.state.log_history if "eval_average" in e],
     }
     done.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
@@ -183,7 +149,6 @@ def drawn(trainer: Any, tasks: list[Any]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from pal_adapters.multitask import get_preset
-    from pal_adapters.multitask.scores import metric_name
 
     if args.preset != SINGLE:
         get_preset(args.preset)
@@ -198,18 +163,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     groups = [[task] for task in tasks] if args.preset == SINGLE else [tasks]
     folders = [output / group[0].name if args.preset == SINGLE else output for group in groups]
     results = [train_group(args, group, test, folder) for group, folder in zip(groups, folders, strict=True)]
-    scores: dict[str, dict[str, float]] = {}
-    for group, result in zip(groups, results, strict=True):
-        for task in group:
-            for key in test[task.name]:
-                longer = tuple(f"{other}_" for other in test[task.name] if other != key and other.startswith(key))
-                found = {
-                    name.removeprefix(f"{key}_"): value
-                    for name, value in result["scores"].items()
-                    if name.startswith(f"{key}_") and not (longer and name.startswith(longer))
-                }
-                metrics = [metric_name(metric) for metric in task.metrics]
-                scores[key] = {n: found[n] for n in (*metrics, *sorted(found)) if n in found and n != "loss"}
+    scores = {key: found for result in results for key, found in result["scores"].items()}
     counts = results[0]["parameters"]
     trained = sum(result["parameters"]["trainable"] for result in results)
     primary = [next(iter(scores[task.name].values())) for task in tasks]
@@ -285,35 +239,16 @@ def picture(results: dict[str, Any], others: Sequence[str], path: Path) -> None:
     pyplot.close(figure)
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "adapters", "peft", "datasets", "evaluate", "pal-adapters"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    # This host warns that no adapter is active while it activates the first one.
-    logging.getLogger("adapters").setLevel(logging.ERROR)
-    try:
-        from pal_adapters.errors import PalAdaptersError
 
+    def work() -> dict[str, Any]:
         results = run(args)
         picture(results, args.compare, Path(args.output_dir) / "pareto.png")
-    except ImportError as error:
-        print(f"glue.py: error: {error}; pip install 'pal-adapters[all]'", file=sys.stderr)
-        return 1
-    except (InputError, PalAdaptersError) as error:
-        print(f"glue.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return results
+
+    results = guarded("glue.py", work)
+    if results is None:
         return 1
     print(table(results))
     counts = results["parameters"]
