@@ -68,8 +68,8 @@ class MultiTaskTrainingArguments(TrainingArguments):
         strategy = getattr(self, "train_sampling_strategy", "random")
         if strategy != "random":
             raise ConfigError(
-                f"train_sampling_strategy={strategy!r} has no effect here, where rows are drawn by task: leave it out, "
-                "and see sampling and group_by_length."
+                f"train_sampling_strategy={strategy!r} has no effect here, where rows are drawn by task: leave it "
+                "out, and see sampling and group_by_length."
             )
         if self.group_by_length and (self.mixed_batches or self.sampling == "uncertainty"):
             raise ConfigError("group_by_length=True has no effect on batches that mix tasks: leave it out.")
