@@ -99,6 +99,7 @@ def train_group(args: argparse.Namespace, tasks: list[Any], test: dict[str, Any]
     epochs = int(preset.arguments["num_train_epochs"])
     if args.max_steps is not None:  # the recipe's schedule, over fewer steps
         changes["steps_per_epoch"] = max(1, math.ceil(args.max_steps / epochs))
+    part = (1 - 1e-9) / args.evaluations  # a share of the steps, which the host rounds up; 1 would mean one step
     arguments = preset.training_arguments(
         str(output / "checkpoints"),
         num_tasks=len(tasks),
@@ -107,8 +108,8 @@ def train_group(args: argparse.Namespace, tasks: list[Any], test: dict[str, Any]
         use_cpu=not torch.accelerator.is_available(),  # what bfloat16 has to be told there
         eval_strategy="steps",
         save_strategy="steps",
-        eval_steps=1.0 / args.evaluations,
-        save_steps=1.0 / args.evaluations,
+        eval_steps=part,
+        save_steps=part,
         save_total_limit=2,
         load_best_model_at_end=True,
         logging_steps=1.0 / max(args.evaluations, 20),

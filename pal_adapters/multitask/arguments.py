@@ -65,10 +65,11 @@ class MultiTaskTrainingArguments(TrainingArguments):
         require_one_of("eval_aggregate", self.eval_aggregate, AGGREGATES)
         require_one_of("schedule", self.schedule, SCHEDULES)
         # transformers 5 has this for what a batch is made of; 4.57 does not.
-        if getattr(self, "train_sampling_strategy", "random") != "random":
+        strategy = getattr(self, "train_sampling_strategy", "random")
+        if strategy != "random":
             raise ConfigError(
-                f"train_sampling_strategy={self.train_sampling_strategy!r} has no effect here, where rows are drawn "
-                "by task: leave it out, and see sampling and group_by_length."
+                f"train_sampling_strategy={strategy!r} has no effect here, where rows are drawn by task: leave it "
+                "out, and see sampling and group_by_length."
             )
         if self.group_by_length and (self.mixed_batches or self.sampling == "uncertainty"):
             raise ConfigError("group_by_length=True has no effect on batches that mix tasks: leave it out.")

@@ -25,7 +25,7 @@ from pal_adapters.errors import ConfigError, PalAdaptersError
 from .arguments import MultiTaskTrainingArguments
 from .collate import Batch, MultiTaskCollator
 from .encoding import ConcatTasks, EncodedTask
-from .heads import HeadConfig, count_items
+from .heads import Head, HeadConfig, count_items
 from .model_card import write_model_card
 from .optim import UncorrectedAdamW, pals_schedule
 from .sampling import MultiTaskBatchSampler, Strategy, get_strategy, uncertainty
@@ -81,6 +81,7 @@ class MultiTaskTrainer(Trainer):
     * `loss_<task>` is logged beside `loss`, and in every epoch once the probabilities of the tasks; with
       `sampling="uncertainty"` also since the entry before how many rows of each task were trained on, `chosen_<task>`,
       and how many `candidates` went forward for that.
+    * A new head of a regression starts at the mean of the labels: its bias, as long as it is 0.
     * Evaluation gives `eval_<task>_<metric>`, `eval_<task>_loss` and `eval_average`, the `eval_aggregate` of the
       primary metrics of all tasks; a metric of which less is better counts with the opposite sign.
     * A checkpoint has the adapters, heads and, if it trains, the base; it is also a folder for
@@ -166,6 +167,8 @@ class MultiTaskTrainer(Trainer):
             eval_dataset, needed=str(args.eval_strategy) not in ("no", "IntervalStrategy.NO")
         )
         self._add_heads(model)
+        for rows in training.values():
+            _start_at_mean(model.head(rows.task.name), rows)
         heads = {task: model.head(task).config for task in model.tasks}
         self.collator = MultiTaskCollator(
             processing_class, heads, pad_to_multiple_of=8 if args.fp16 or (args.bf16 and not args.use_cpu) else None
@@ -558,6 +561,14 @@ class MultiTaskTrainer(Trainer):
         """Writes `README.md` with the tasks, the method, the sampling, the parameters and the results."""
         if self.is_world_process_zero():
             write_model_card(self, kwargs)
+
+
+def _start_at_mean(head: Head, rows: EncodedTask) -> None:
+    """Sets the bias of a new head for numbers to the mean of the labels, which is slow to learn step by step."""
+    if head.config.kind == "regression" and head.linear is not None and not head.linear.bias.any():
+        mean = torch.as_tensor(rows.labels).double().mean(0)
+        with torch.no_grad():
+            head.linear.bias.copy_(mean.expand_as(head.linear.bias))
 
 
 def _shape(head: HeadConfig) -> tuple[Any, ...]:

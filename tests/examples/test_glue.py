@@ -53,7 +53,7 @@ def options(data: Path, encoder: str, output: Path, *more: str) -> list[str]:
     [
         ("pals", "--hidden_size", "12"),
         ("pals_frozen", "--hidden_size", "12", "--sampling", "proportional"),
-        ("full_single", "--bf16"),
+        ("full_single", "--bf16", "--evaluations", "1"),
         ("ca_mtl",),
         ("ca_mtl", "--sampling", "proportional"),
     ],
@@ -78,6 +78,9 @@ def test_whole_job(glue: ModuleType, data: Path, tiny_encoder: str, tmp_path: Pa
     if choice == ("ca_mtl",):
         assert results["rows"]["candidates"] == 3 * 32
         assert sum(results["rows"]["chosen"].values()) == 32
+    evaluations = 1 if "--evaluations" in choice else 4
+    folder = tmp_path / "one" / ("rte" if choice[0] == "full_single" else ".")
+    assert len(json.loads((folder / "done.json").read_text())["dev"]) == evaluations
     base = results["parameters"]["base"]
     per_task = results["parameters"]["trained_per_task"]
     if choice[0] != "ca_mtl":  # this base is smaller than one network

@@ -11,6 +11,7 @@ from backbones import HOSTS
 from tiny_tasks import NAMES, losses, make_task, make_trainer, without_dropout
 
 from pal_adapters.errors import ConfigError
+from pal_adapters.multitask import MultiTaskTrainer
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -53,6 +54,18 @@ def test_probabilities_are_logged_once_an_epoch(tiny_encoder: str, tmp_path: Pat
     for entry, alpha in zip(logged, (1.0, 0.2), strict=True):
         weights = [size**alpha for size in (10, 13, 16)]
         assert entry["sampling_rte"] == pytest.approx(weights[0] / sum(weights))
+
+
+def test_new_heads_of_regressions_start_at_the_mean(tiny_encoder: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_encoder, tmp_path)
+    labels = trainer.tasks["stsb"].dataset["train"]["label"]
+    bias = trainer.model.head("stsb").linear.bias
+    assert bias.item() == pytest.approx(sum(labels) / len(labels), rel=1e-6)
+    assert not trainer.model.head("rte").linear.bias.any()
+    with torch.no_grad():
+        bias.fill_(0.25)  # a head that has learned something
+    MultiTaskTrainer(trainer.model, trainer.args, trainer.tasks.values(), processing_class=trainer.processing_class)
+    assert bias.item() == 0.25
 
 
 def test_rows_of_like_length_come_together(tiny_encoder: str, tmp_path: Path) -> None:

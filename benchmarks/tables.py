@@ -1,0 +1,137 @@
+"""Makes the tables of the pages on results from the folders that `examples/transfer.py` and `examples/glue.py` write.
+
+    python benchmarks/tables.py transfer --json docs/results/transfer.json out/*/
+    python benchmarks/tables.py glue --json docs/results/many_tasks.json out/*/
+
+Prints tables for the page, and keeps what they were made of in one file: settings, versions, scores, counts, times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Run = dict[str, Any]
+DROPPED = ("output_dir", "source_dir", "data_dir", "compare")  # places on the machine that ran it
+
+
+def read(folder: Path) -> Run:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def settings(run: Run) -> Run:
+    return {name: value for name, value in run["config"].items() if name not in DROPPED}
+
+
+def transfer_run(run: Run) -> Run:
+    target = run["target"]
+    kept = ("metrics", "baseline", "primary_metric", "rows", "best_epoch", "steps", "parameters", "seconds")
+    folded = {name: target["folded"].get(name) for name in ("largest_logit_difference", "same_predictions", "reason")}
+    sources = {
+        name: {key: source[key] for key in ("metrics", "baseline", "primary_metric", "rows", "best_epoch", "steps")}
+        for name, source in run["sources"].items()
+    }
+    return {
+        "config": settings(run),
+        "versions": run["versions"],
+        "sources": sources,
+        "target": {name: target[name] for name in kept},
+        "folded": {name: value for name, value in folded.items() if value is not None},
+    }
+
+
+def percent(values: list[float]) -> str:
+    mean = f"{100 * statistics.fmean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
+
+
+def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    rule = [":---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
+
+
+def transfer_tables(runs: list[Run]) -> str:
+    """A row a method, a column a target; and the sources."""
+    targets = list(dict.fromkeys(run["config"]["target"] for run in runs))
+    methods = list(dict.fromkeys(run["config"]["method"] for run in runs))
+
+    def of(method: str, target: str) -> list[Run]:
+        return [r for r in runs if (r["config"]["method"], r["config"]["target"]) == (method, target)]
+
+    def score(run: Run, part: str) -> float:
+        split = next(iter(run["target"]["metrics"]))
+        return run["target"][part][split][run["target"]["primary_metric"]]
+
+    def cell(method: str, target: str) -> str:
+        found = of(method, target)
+        return percent([score(run, "metrics") for run in found]) if found else ""
+
+    heads = []
+    for target in targets:
+        example = next(run for run in runs if run["config"]["target"] == target)
+        seeds = max(len(of(method, target)) for method in methods)
+        heads.append(f"{target}, {example['target']['primary_metric']}, seeds: {seeds}")
+    rows = [[method, *(cell(method, target) for target in targets)] for method in methods]
+    trivial = [next(percent([score(r, "baseline")]) for r in runs if r["config"]["target"] == t) for t in targets]
+    counts = [
+        str(next(r["target"]["parameters"]["transfer"] for r in runs if r["config"]["method"] == m)) for m in methods
+    ]
+    table = markdown(
+        ["", *heads, "trained"], [["no input", *trivial, "0"], *([*r, c] for r, c in zip(rows, counts, strict=True))]
+    )
+    sources: dict[str, list[str]] = {}
+    for run in runs:
+        for name, source in run["sources"].items():
+            split = next(iter(source["metrics"]))
+            metric = source["primary_metric"]
+            scores = (source["metrics"][split][metric], source["baseline"][split][metric])
+            sources[name] = [name, metric, str(source["rows"]["train"]), *(f"{100 * value:.1f}" for value in scores)]
+    return f"{table}\n\n{markdown(['source', 'metric', 'rows', 'score', 'no input'], sources.values())}"
+
+
+def glue_run(run: Run) -> Run:
+    kept = ("versions", "scores", "average", "steps", "rows", "parameters")
+    return {"config": settings(run), **{name: run[name] for name in kept}}
+
+
+def glue_tables(runs: list[Run]) -> str:
+    """A row a recipe, a column a task."""
+    tasks = list(dict.fromkeys(task for run in runs for task in run["scores"]))
+    metrics = {task: next(iter(r["scores"][task])) for r in reversed(runs) for task in r["scores"]}
+
+    def row(run: Run) -> list[str]:
+        scores = [next(iter(run["scores"].get(task, {"": None}).values())) for task in tasks]
+        cells = ["" if value is None else f"{100 * value:.1f}" for value in scores]
+        name = " ".join(filter(None, (run["config"]["preset"], run["config"]["sampling"])))
+        trained = f"{run['parameters']['trained_per_task']:,.0f}"
+        return [name, *cells, f"{100 * run['average']:.1f}", trained, str(run["steps"])]
+
+    head = ["", *(f"{task}, {metrics[task]}" for task in tasks), "average", "trained per task", "steps"]
+    return markdown(head, map(row, runs))
+
+
+KINDS: dict[str, tuple[Callable[[Run], Run], Callable[[list[Run]], str]]] = {
+    "transfer": (transfer_run, transfer_tables),
+    "glue": (glue_run, glue_tables),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--json", type=Path, help="where to keep what the tables were made of")
+    options = parser.parse_args()
+    reduce, tables = KINDS[options.kind]
+    runs = [reduce(read(folder)) for folder in options.folders]
+    if options.json is not None:
+        options.json.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+    print(tables(runs))
+
+
+if __name__ == "__main__":
+    main()
