@@ -93,14 +93,7 @@ def train(
     steps_per_epoch: int | None = None,
     **options: Any,
 ) -> Any:
-    """Trains what is trainable and leaves the best epoch in the model; its checkpoints are gone then.
-
-    A regression's bias starts at the mean of its labels, which it would otherwise learn step by step.
-    """
-    for one in data:
-        linear = model.head(one.task.name).linear
-        if one.task.kind == "regression" and linear is not None and one.train.labels is not None:
-            torch.nn.init.constant_(linear.bias, float(one.train.labels.mean()))
+    """Trains what is trainable and leaves the best epoch in the model; its checkpoints are gone then."""
     per_epoch = steps_per_epoch or sum(math.ceil(len(one.train) / batch_size) for one in data)
     steps = min(epochs * per_epoch, max_steps or epochs * per_epoch)
     with tempfile.TemporaryDirectory(prefix="checkpoints_", dir=output) as folder:
