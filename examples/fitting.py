@@ -204,7 +204,7 @@ def frozen(base: Any, pooling: str) -> Iterator[None]:
         rows = torch.stack(list(inputs.values()), dim=-1).cpu().numpy()  # [r, n, inputs]
         kept = attention_mask.bool().cpu().numpy()
         keys = [row[keep].tobytes() for row, keep in zip(rows, kept, strict=True)]
-        new = [number for number, key in enumerate(keys) if key not in known]
+        new = list({key: number for number, key in enumerate(keys) if key not in known}.values())
         if new:
             training = base.training
             base.eval()

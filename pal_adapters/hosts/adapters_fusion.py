@@ -392,9 +392,10 @@ def penalty_of(model: nn.Module, name: str) -> Tensor | None:
 def _penalty(place: nn.Module) -> Tensor | None:
     if isinstance(place, Combination):
         return place.penalty()
-    weight = place.value.weight if hasattr(place, "value") else None
-    if weight is None or not weight.requires_grad:
+    value = getattr(place, "value", None)
+    if not isinstance(value, nn.Linear) or not value.weight.requires_grad:
         return None
+    weight = value.weight
     return 0.01 * (torch.eye(len(weight), device=weight.device, dtype=weight.dtype) - weight).pow(2).sum()
 
 

@@ -15,14 +15,6 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from .tasks import TaskSpec, get_task
 
 
-def primary_metric(task: str | TaskSpec) -> str:
-    """Name of the metric by which a model is chosen: the first one of the task.
-
-    Accuracy for the tasks that also report F1, since F1 alone rewards calling everything a paraphrase.
-    """
-    return (get_task(task) if isinstance(task, str) else task).metrics[0]
-
-
 class TaskMetric(evaluate.Metric):
     """All metrics of one task, computed on everything that was added.
 

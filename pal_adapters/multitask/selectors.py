@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from pal_adapters.errors import require_one_of
 
 from .trainer import Candidates
-from .uncertainty import select_uncertain
+from .uncertainty import Regression, Score, select_uncertain
 
 
 @dataclass
@@ -21,9 +20,11 @@ class UncertaintySelector:
 
     Args:
         score: `"code"` or `"paper"`, which compare tasks differently.
+        regression: What the rows of a regression, which has no entropy, are scored by: see `uncertainty.uncertainty`.
     """
 
-    score: Literal["code", "paper"] = "code"
+    score: Score = "code"
+    regression: Regression | None = None
 
     def __post_init__(self) -> None:
         require_one_of("score", self.score, ("code", "paper"))
@@ -33,5 +34,5 @@ class UncertaintySelector:
         logits: dict[str, Tensor] = {
             task: rows.unsqueeze(-1) if rows.dim() == 1 else rows for task, rows in candidates.logits.items()
         }
-        chosen = select_uncertain(logits, candidates.num_select, score=self.score)
+        chosen = select_uncertain(logits, candidates.num_select, score=self.score, regression=self.regression)
         return [candidates.rows[task][row] for task, rows in chosen.rows.items() for row in rows]

@@ -484,7 +484,7 @@ class MultiTaskTrainer(Trainer):
     def _run(self, rows: EncodedTask, prefix: str) -> Any:
         only_loss = rows.task.kind == "language_modeling"
         order = np.argsort(-rows.lengths(), kind="stable")  # rows of like length in a batch: less padding
-        output = self.evaluation_loop(
+        output: Any = self.evaluation_loop(
             self.get_eval_dataloader(Subset(rows, order.tolist())),
             prefix,
             prediction_loss_only=only_loss,

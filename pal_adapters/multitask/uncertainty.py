@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError, require_int, require_one_of
 
@@ -181,62 +180,3 @@ def uncertain_epoch_length(sizes: Sequence[int], batch_size: int, *, fraction: f
     if not sizes or min(sizes) < 1:
         raise ConfigError(f"sizes={list(sizes)} is not allowed: positive numbers of rows are needed.")
     return int(max(math.ceil(size / batch_size) for size in sizes) * len(sizes) * fraction)
-
-
-@dataclass
-class UncertaintySampler:
-    """Chooses the rows of the next update by a forward pass over candidates of every task.
-
-    Each update costs one forward pass without gradients over all candidates, `T * b` rows if each of `T` tasks offers
-    `b`, for `b` rows that are trained on; `forward_rows`, `trained_rows` and `cost` count it.
-
-    Args:
-        score, regression: see `uncertainty`.
-        mode: `"train"` scores with dropout, as the released code does; `"eval"` without.
-
-    Example:
-        ```python
-        sampler = UncertaintySampler()
-        chosen = sampler.choose(model, logits_of, {"rte": batch, "mrpc": other}, size=32)
-        chosen.rows  # {"mrpc": [3, 0], "rte": [7]}
-        ```
-    """
-
-    score: Score = "code"
-    regression: Regression | None = None
-    mode: Literal["train", "eval"] = "train"
-    forward_rows: int = 0
-    trained_rows: int = 0
-
-    def __post_init__(self) -> None:
-        require_one_of("score", self.score, ("code", "paper"))
-        require_one_of("mode", self.mode, ("train", "eval"))
-
-    def choose(
-        self, model: nn.Module, logits_of: Callable[[str, Any], Tensor], candidates: Mapping[str, Any], size: int
-    ) -> Selection:
-        """The rows to train on.
-
-        Args:
-            model: is put into `mode` for the pass and back afterwards, module by module.
-            logits_of: called with a task and its candidates, returns their logits `[n_t, C_t]`.
-            candidates: what `logits_of` takes, for each task.
-            size: how many rows to choose.
-        """
-        modes = [(module, module.training) for module in model.modules()]
-        model.train(self.mode == "train")
-        try:
-            with torch.no_grad():
-                logits = {task: logits_of(task, batch) for task, batch in candidates.items()}
-        finally:
-            for module, training in modes:
-                module.training = training
-        selection = select_uncertain(logits, size, score=self.score, regression=self.regression)
-        self.forward_rows += sum(len(values) for values in logits.values())
-        self.trained_rows += len(selection.indices)
-        return selection
-
-    @property
-    def cost(self) -> float:
-        """Candidates that went forward for each row that was trained on, so far."""
-        return self.forward_rows / self.trained_rows if self.trained_rows else math.nan

@@ -9,7 +9,8 @@ from typing import Any
 import datasets
 import pytest
 
-from pal_adapters.multitask import TaskDataError, load_task, train_dev_split
+from pal_adapters.multitask import TaskDataError, train_dev_split
+from pal_adapters.multitask.data import load_task
 
 RTE = [
     {"sentence1": "A dog barks.", "sentence2": "An animal barks.", "label": 0, "idx": 0},

@@ -6,7 +6,8 @@ import evaluate
 import numpy as np
 import pytest
 
-from pal_adapters.multitask import TaskMetric, get_task
+from pal_adapters.multitask import TaskMetric
+from pal_adapters.multitask.tasks import get_task
 
 TRUE = [1, 1, 1, 0, 0, 1, 0, 1]
 GUESS = [1, 0, 1, 0, 1, 1, 0, 0]

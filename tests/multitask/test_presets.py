@@ -53,6 +53,29 @@ def test_every_recipe_trains(tiny_encoder: str, tmp_path: Path, name: str, host:
     assert model.head("rte").config.pooling == preset.pooling
 
 
+@pytest.mark.parametrize("host", WITH_HOST)
+def test_one_network_on_a_mixed_batch_equals_one_batch_a_task(tiny_encoder: str, host: str) -> None:
+    tasks = make_tasks("rte", "stsb", "topics")
+    model = get_preset("ca_mtl").build(AutoModel.from_pretrained(tiny_encoder), tasks, host=host, **CHANGES["ca_mtl"])
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    model.eval()
+    names = ["stsb", "rte", "topics", "rte", "stsb"]
+    tokens = torch.randint(4, 60, (len(names), 6), generator=generator)
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    mixed = model(task_ids=names, **batch).logits
+    for task in ("rte", "stsb", "topics"):
+        at = [i for i, name in enumerate(names) if name == task]
+        alone = model(task_ids=task, **{n: t[at] for n, t in batch.items()}).logits[task]
+        torch.testing.assert_close(mixed[task], alone, atol=1e-5, rtol=1e-4)
+        other = "rte" if task != "rte" else "stsb"
+        states = [model._router(model.backbone, dict(batch), ["tasks"] * 5, [t] * 5)[0] for t in (task, other)]
+        assert not torch.allclose(*states, atol=1e-4)  # so that rows of another task would show
+
+
 def test_pals_follow_the_released_code(tmp_path: Path) -> None:
     args = get_preset("pals").training_arguments(str(tmp_path), num_tasks=8, use_cpu=True)
     assert (args.steps_per_epoch, args.num_train_epochs) == (2400, 25)

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from pal_adapters.errors import PalAdaptersError
-from pal_adapters.multitask import TASKS, TaskDataError, find_tasks, get_task, primary_metric, task_names
+from pal_adapters.multitask import TaskDataError
+from pal_adapters.multitask.tasks import TASKS, find_tasks, get_task, task_names
 
 COLUMNS = {
     "glue/cola": ("sentence",),
@@ -89,7 +90,7 @@ def test_only_rte_is_in_both_benchmarks() -> None:
 
 
 def test_first_metric_chooses_the_model() -> None:
-    assert {name: primary_metric(spec) for name, spec in TASKS.items() if primary_metric(spec) != "accuracy"} == {
+    assert {name: spec.metrics[0] for name, spec in TASKS.items() if spec.metrics[0] != "accuracy"} == {
         "glue/cola": "matthews",
         "glue/stsb": "pearson",
         "super_glue/multirc": "f1",

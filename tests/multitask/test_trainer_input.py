@@ -218,7 +218,7 @@ def test_folders_that_make_no_task(tmp_path: Path, yaml: str, files: Any, error:
 
 
 def test_everything_by_name_is_a_task(tmp_path: Path) -> None:
-    from pal_adapters.multitask import TASKS
+    from pal_adapters.multitask.tasks import TASKS
 
     rows = datasets.Dataset.from_dict({"x": [1]})
     kinds = {name: Task.from_spec(spec, {"train": rows}).head_config().kind for name, spec in TASKS.items()}

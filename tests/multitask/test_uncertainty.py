@@ -1,4 +1,4 @@
-"""MT-uncertainty: scores, choice, regression rules, cost; and the loss of mixed batches."""
+"""MT-uncertainty: scores, choice, regression rules."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pal_adapters.errors import ConfigError
-from pal_adapters.multitask import (
-    UncertaintySampler,
-    multi_task_loss,
-    select_uncertain,
-    uncertain_epoch_length,
-    uncertainty,
-)
+from pal_adapters.multitask import Candidates, UncertaintySelector
+from pal_adapters.multitask.uncertainty import select_uncertain, uncertain_epoch_length, uncertainty
 
 
 def pool() -> dict[str, Tensor]:
@@ -88,32 +83,23 @@ def test_regression_takes_a_proxy_or_a_number_or_stays_at_zero() -> None:
             uncertainty(logits, regression=rule)
 
 
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.dropout, self.frozen = nn.Dropout(0.5), nn.Dropout(0.5)
-        self.frozen.eval()
-        self.modes: list[bool] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.modes.append(self.dropout.training)
-        assert not torch.is_grad_enabled()
-        return self.dropout(x)
-
-
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_sampler_counts_its_cost_and_leaves_the_model_as_it_was(mode: str) -> None:
-    model, candidates = Model(), {"rte": torch.randn(8, 2), "qa": torch.randn(8, 5)}
-    sampler = UncertaintySampler(mode=mode)  # type: ignore[arg-type]
-    for _ in range(3):
-        chosen = sampler.choose(model, lambda task, batch: model(batch), candidates, 8)
-        assert len(chosen.indices) == 8
-    assert set(model.modes) == {mode == "train"}
-    assert model.dropout.training
-    assert not model.frozen.training
-    assert (sampler.forward_rows, sampler.trained_rows, sampler.cost) == (48, 24, 2.0)
-    if mode == "eval":
-        assert set(chosen.rows) == set(select_uncertain(candidates, 8).rows)
+def test_selector_takes_the_rows_of_the_batch() -> None:
+    """Numbers of rows within the batch, where tasks are mixed; a regression takes what it is told to."""
+    generator = torch.Generator().manual_seed(3)
+    rows = {"rte": [0, 2, 5], "stsb": [1, 3], "qa": [4, 6, 7]}
+    logits = {"rte": torch.randn(3, 2, generator=generator), "stsb": torch.randn(2, generator=generator)}
+    logits["qa"] = torch.randn(3, 5, generator=generator)
+    candidates = Candidates(("rte", "stsb", "qa"), [0, 1, 0, 1, 2, 0, 2, 2], logits, rows, 4, {})
+    given = {**logits, "stsb": logits["stsb"].unsqueeze(-1)}
+    for selector, options in (
+        (UncertaintySelector(), {}),
+        (UncertaintySelector(regression={"stsb": 5.0}), {"regression": {"stsb": 5.0}}),
+        (UncertaintySelector(score="paper"), {"score": "paper"}),
+    ):
+        expected = select_uncertain(given, 4, **options)  # type: ignore[arg-type]
+        chosen = selector.select(candidates)
+        assert sorted(chosen) == sorted(rows[task][i] for task, own in expected.rows.items() for i in own)
+        assert ({1, 3} <= set(chosen)) is (selector.regression is not None)
 
 
 def test_wrong_arguments() -> None:
@@ -121,24 +107,9 @@ def test_wrong_arguments() -> None:
         uncertainty(pool(), score="mean")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="size=0"):
         select_uncertain(pool(), 0)
-    with pytest.raises(ConfigError, match="mode='both'"):
-        UncertaintySampler(mode="both")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="score='mean'"):
+        UncertaintySelector(score="mean")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"\[4\]"):
         uncertainty({"a": torch.zeros(4)})
     assert uncertain_epoch_length([100, 33], 8) == 26
     assert uncertain_epoch_length([100, 33], 8, fraction=0.5) == 13
-
-
-def test_macro_loss_counts_every_task_the_same() -> None:
-    logits = {"rte": torch.randn(6, 2), "stsb": torch.randn(2, 1), "cb": torch.zeros(0, 3)}
-    labels = {"rte": torch.tensor([0.0, 1, 1, 0, 1, 1]), "stsb": torch.tensor([3.8, 0.2]), "cb": torch.zeros(0)}
-    rte = nn.functional.cross_entropy(logits["rte"], labels["rte"].long())
-    stsb = (logits["stsb"][:, 0] - labels["stsb"]).square().mean()
-    assert float(multi_task_loss(logits, labels)) == pytest.approx(float((rte + stsb) / 2))
-    assert float(multi_task_loss(logits, labels, task_mean="micro")) == pytest.approx(float((6 * rte + 2 * stsb) / 8))
-    with pytest.raises(ConfigError, match="a regression are floats"):
-        multi_task_loss(logits, {**labels, "stsb": torch.tensor([3, 0])})
-    with pytest.raises(ConfigError, match=r"shape \[1\]: \[6\]"):
-        multi_task_loss(logits, {**labels, "rte": torch.zeros(1)})
-    with pytest.raises(ConfigError, match="no row"):
-        multi_task_loss({"cb": logits["cb"]}, labels)
