@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from command_line import InputError, first_line
 
 
 class InAdapters:
@@ -118,3 +121,16 @@ class InPeft:
 
 
 HOSTS = {"adapters": InAdapters, "peft": InPeft}
+
+
+def read_record(record: Path, made: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a source that was trained, if it was made as given."""
+    try:
+        known = json.loads(record.read_text(encoding="utf-8"))
+        result = dict(known.pop("result"))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{record}: not a readable record of a source ({first_line(error)})") from error
+    for key, value in made.items():
+        if known.get(key) != value:
+            raise InputError(f"{record}: the source was made with {key}={known.get(key)}, not {value}")
+    return result

@@ -23,7 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from command_line import InputError, first_line, guarded, load_base, parser, positive_int, versions
+from command_line import InputError, guarded, load_base, parser, positive_int, versions
+from glue_picture import picture
 
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 SINGLE = "full_single"
@@ -211,33 +212,6 @@ def table(results: dict[str, Any]) -> str:
     lines.insert(1, "-" * len(lines[0]))
     lines.insert(-1, "-" * len(lines[0]))
     return "\n".join(lines)
-
-
-def picture(results: dict[str, Any], others: Sequence[str], path: Path) -> None:
-    """Average score over trained parameters for each task, of this run and of others."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    every = [results]
-    for folder in others:
-        try:
-            every.append(json.loads((Path(folder) / "results.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise InputError(f"--compare {folder}: no results.json that can be read ({first_line(error)})") from error
-    points: dict[str, list[tuple[float, float]]] = {}
-    for one in every:
-        label = one["config"]["preset"] + (f" ({one['config']['sampling']})" if one["config"]["sampling"] else "")
-        points.setdefault(label, []).append((one["parameters"]["trained_per_task"], one["average"]))
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for label, found in points.items():
-        axes.plot(*zip(*found, strict=True), "o", label=label)
-    axes.set(xscale="log", xlabel="trained parameters per task", ylabel="average score")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,37 @@
+"""The picture of `glue.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from command_line import InputError, first_line
+
+
+def picture(results: dict[str, Any], others: Sequence[str], path: Path) -> None:
+    """Average score over trained parameters for each task, of this run and of others."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    every = [results]
+    for folder in others:
+        try:
+            every.append(json.loads((Path(folder) / "results.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--compare {folder}: no results.json that can be read ({first_line(error)})") from error
+    points: dict[str, list[tuple[float, float]]] = {}
+    for one in every:
+        label = one["config"]["preset"] + (f" ({one['config']['sampling']})" if one["config"]["sampling"] else "")
+        points.setdefault(label, []).append((one["parameters"]["trained_per_task"], one["average"]))
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for label, found in points.items():
+        axes.plot(*zip(*found, strict=True), "o", label=label)
+    axes.set(xscale="log", xlabel="trained parameters per task", ylabel="average score")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
