@@ -15,6 +15,8 @@ Every symbol of adapters 1.3 that is replaced:
 |                                                  | count; links coefficients that blocks share                    |
 | `ModelAdaptersMixin.init_adapters`               | wrapped: links them where a model comes with its fusions       |
 | `ModelAdaptersMixin.merge_adapter`               | wrapped: the host passes over what it cannot merge             |
+| `ModelAdaptersMixin._prepare_model_inputs`       | wrapped: generation repeats tensors for its beams, and leaves  |
+|                                                  | a list of `task_ids` as short as it was                        |
 | `ModelWithHeadsAdaptersMixin.freeze_embeddings`  | wrapped: an embedding tied to the head belongs to a base that  |
 |                                                  | is trained                                                     |
 | `.train_adapter_fusion`                          | wrapped: a head model made from a file is not told of the      |
@@ -73,6 +75,7 @@ from .adapters_layer import (
     unfusable,
 )
 from .adapters_mixture import Mixture
+from .adapters_network import with_task_tensor
 from .methods import parameters_of
 from .sites import Block, find_blocks, resolve
 
@@ -131,6 +134,7 @@ def _install() -> None:
     _wrap(ModelAdaptersMixin, "add_adapter_fusion", _add_adapter_fusion)
     _wrap(ModelAdaptersMixin, "init_adapters", _init_adapters)
     _wrap(ModelAdaptersMixin, "merge_adapter", _merge_adapter)
+    _wrap(ModelAdaptersMixin, "_prepare_model_inputs", _prepare_model_inputs)
     _wrap(ModelWithHeadsAdaptersMixin, "freeze_embeddings", _freeze_embeddings)
     _wrap(ModelWithHeadsAdaptersMixin, "train_adapter_fusion", _train_adapter_fusion)
     _wrap(BottleneckLayer, "bottleneck_layer_forward", _bottleneck_layer_forward)
@@ -370,6 +374,14 @@ def _freeze_embeddings(original: Any) -> Any:
 
 
 # The forward pass
+
+
+def _prepare_model_inputs(original: Any) -> Any:
+    def wrapper(self: ModelAdaptersMixin, *args: Any, **kwargs: Any) -> Any:
+        inputs, name, arguments = original(self, *args, **kwargs)
+        return inputs, name, with_task_tensor(self.adapters_config, arguments)
+
+    return wrapper
 
 
 def _bottleneck_layer_forward(original: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SiteError, UnsupportedError
+from ..units import BatchTasks
 from .attach import (
     _CACHE,
     _CHECKPOINTS_FORWARD,
@@ -36,7 +37,7 @@ from .sites import Block, resolve
 
 
 class NetworkUnit(Protocol):
-    """What a network does in one block; `index` `[b]` holds the task of each row."""
+    """What a network does in one block."""
 
     base: nn.ParameterDict
     outer: nn.ParameterDict
@@ -53,21 +54,21 @@ class NetworkUnit(Protocol):
     @property
     def has_final_norm(self) -> bool: ...
 
-    def align(self, x: Tensor, index: Tensor) -> Tensor: ...
+    def align(self, x: Tensor, batch: BatchTasks) -> Tensor: ...
 
-    def attention_bias(self, index: Tensor, queries: int, keys: int) -> Tensor: ...
+    def attention_bias(self, batch: BatchTasks, queries: int, keys: int) -> Tensor: ...
 
     def norm(
-        self, path: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, index: Tensor, *, rms: bool
+        self, path: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, batch: BatchTasks, *, rms: bool
     ) -> Tensor: ...
 
     def final_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, index: Tensor, *, rms: bool
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, batch: BatchTasks, *, rms: bool
     ) -> Tensor: ...
 
-    def top(self, y: Tensor, h: Tensor, eps: float, index: Tensor) -> Tensor: ...
+    def top(self, y: Tensor, h: Tensor, eps: float, batch: BatchTasks) -> Tensor: ...
 
-    def stream(self, outputs: list[Tensor], index: Tensor) -> Tensor: ...
+    def stream(self, outputs: list[Tensor], batch: BatchTasks) -> Tensor: ...
 
 
 class NetworkRunner(Protocol):
@@ -76,15 +77,15 @@ class NetworkRunner(Protocol):
     def network(self) -> NetworkUnit | None:
         """The network's part in this block that acts in this call, if any."""
 
-    def task_index(self, batch: int, device: torch.device) -> Tensor:
-        """`[b]`, the task of each row."""
+    def batch_tasks(self, batch: int, device: torch.device) -> BatchTasks:
+        """The task of each row."""
 
 
 class Steer(NamedTuple):
     """What acts in the running call of a block."""
 
     unit: NetworkUnit
-    rows: Tensor
+    batch: BatchTasks
 
 
 class NetworkHooks:
@@ -264,22 +265,22 @@ class NetworkHooks:
                 f"{self.block.name} got hidden states of shape {list(x.shape)}: [batch, tokens, width] is needed. "
                 "Load the model with attn_implementation='sdpa' or 'eager' (flash attention removes padding)."
             )
-        index = self.runner.task_index(x.shape[0], x.device)
+        batch = self.runner.batch_tasks(x.shape[0], x.device)
         if self.block.index == 0:
-            aligned = unit.align(x, index)
+            aligned = unit.align(x, batch)
             args = tuple(aligned if value is x else value for value in args)
             kwargs = {name: aligned if value is x else value for name, value in kwargs.items()}
-        self._steer = Steer(unit, index)
+        self._steer = Steer(unit, batch)
         try:
             with BaseCopies(unit.slots[0], unit.base).in_force():
                 output = forward(*args, **kwargs)
             if unit.acts_at_top:
-                output = _with_first(output, self._top(unit, _first(output), index))
+                output = _with_first(output, self._top(unit, _first(output), batch))
             return output
         finally:
             self._steer = self._h = None
 
-    def _top(self, unit: NetworkUnit, y: Tensor, index: Tensor) -> Tensor:
+    def _top(self, unit: NetworkUnit, y: Tensor, batch: BatchTasks) -> Tensor:
         h = self._h
         if h is not None and h.dim() == 2 and h.numel() == y.numel():  # OPT, see `_behind_norm`
             h = h.view(y.shape)
@@ -289,7 +290,7 @@ class NetworkHooks:
                 "config.chunk_size_feed_forward=0."
             )
         eps = norm_eps(list(full_norms(self.block).values())[-1]) if self.block.sites.norm == "post" else 0.0
-        return unit.top(y, h, eps, index)
+        return unit.top(y, h, eps, batch)
 
     def _on_h(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._steer is not None:
@@ -298,7 +299,7 @@ class NetworkHooks:
     def _on_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._steer is None or not self._steer.unit.has_attention:
             return None
-        unit, index = self._steer
+        unit, batch = self._steer
         reason = refusal(module, self._attention_arguments, self._implementation())
         if reason is None and self._mask == "mask" and kwargs.get("output_attentions"):
             reason = "output_attentions=True makes it use its eager attention, which takes a mask of zeros and ones"
@@ -307,7 +308,7 @@ class NetworkHooks:
         x = _argument(_HIDDEN, self._attention_arguments, args, kwargs)
         cache = _argument(_CACHE, self._attention_arguments, args, kwargs)
         past = past_length(cache, self._layer)
-        bias = unit.attention_bias(index, x.shape[1], past + x.shape[1])
+        bias = unit.attention_bias(batch, x.shape[1], past + x.shape[1])
         if self._window is not None and past + x.shape[1] > self._window:
             raise UnsupportedError(
                 f"{self.block.name} attends to the last {self._window} tokens only: the conditional attention needs "
@@ -328,12 +329,12 @@ class NetworkHooks:
         path = self._norms[module]
         if self._steer is None or path not in self._steer.unit.norm_paths:
             return None
-        unit, index = self._steer
+        unit, batch = self._steer
         x = args[0]
         flat = x.dim() == 2  # OPT normalises the tokens of all rows in one dimension
-        x = x.view(index.shape[0], -1, x.shape[-1]) if flat else x
+        x = x.view(batch.member.shape[0], -1, x.shape[-1]) if flat else x
         bias = getattr(module, "bias", None)
-        y = unit.norm(path, x, module.weight, bias, norm_eps(module), index, rms=is_rms(module))
+        y = unit.norm(path, x, module.weight, bias, norm_eps(module), batch, rms=is_rms(module))
         return y.view(output.shape) if flat else y
 
     def _behind_final_norm(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
@@ -341,11 +342,11 @@ class NetworkHooks:
         if unit is None or not unit.has_final_norm:
             return None
         x = args[0]
-        index = self.runner.task_index(x.shape[0], x.device)
+        batch = self.runner.batch_tasks(x.shape[0], x.device)
         slots = {name: places for name, places in self._outer.get(module, {}).items() if name in unit.slots[1]}
         with BaseCopies(slots, unit.outer).in_force():
             bias = getattr(module, "bias", None)
-            return unit.final_norm(x, module.weight, bias, norm_eps(module), index, rms=is_rms(module))
+            return unit.final_norm(x, module.weight, bias, norm_eps(module), batch, rms=is_rms(module))
 
     # The side stream: outside of what is checkpointed, since it runs through all blocks
 
@@ -365,7 +366,7 @@ class NetworkHooks:
         outputs = [*outputs, last]
         if self.block.sites.norm == "pre":  # a residual stream is not normalised
             outputs = [_plain_norm(output, rms=self._rms) for output in outputs]
-        return unit.stream(outputs, self.runner.task_index(last.shape[0], last.device))
+        return unit.stream(outputs, self.runner.batch_tasks(last.shape[0], last.device))
 
     def _behind_stack_norm(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return self._end_stream(args[0])

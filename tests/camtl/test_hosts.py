@@ -113,6 +113,12 @@ def test_cached_generation_equals_uncached(host: str, kind: str, bottleneck: str
     assert torch.equal(cached, network.model.generate(**batch, **settings, use_cache=False))
     beams = network.model.generate(**batch, **settings, use_cache=True, num_beams=2)
     assert torch.equal(beams, network.model.generate(**batch, **settings, use_cache=False, num_beams=2))
+    for ids in ([TASKS[i] for i in IDS], IDS):  # lists: a host repeats tensors for its beams, and nothing else
+        assert torch.equal(beams, network.model.generate(**batch, **{**settings, "task_ids": ids}, num_beams=2))
+        several = network.model.generate(**batch, **{**settings, "task_ids": ids}, num_beams=2, num_return_sequences=2)
+        assert torch.equal(several[::2], beams)
+    with pytest.raises(UnknownAdapterError, match="task_ids has 'qqp'"):
+        network.model.generate(**batch, **{**settings, "task_ids": ["qqp"] * 4}, num_beams=2)
 
 
 @both
@@ -262,7 +268,7 @@ def test_a_task_is_added_to_a_trained_network(host: str, tmp_path: pathlib.Path)
     others = {n: p.detach().clone() for n, p in network.parameters().items() if "task_embedding" not in n}
     assert add_task(network.model, "qqp", "all") == 3
     assert network_size(network.model, "all").added == before.added + before.per_task == before.added + 24
-    assert close(network(batch, IDS), expected)
+    assert torch.equal(network(batch, IDS), expected)
     assert all(torch.equal(p, others[n]) for n, p in network.parameters().items() if n in others)
     network.train()
     network.model.eval()
@@ -292,6 +298,24 @@ def test_a_task_is_added_to_a_trained_network(host: str, tmp_path: pathlib.Path)
         again = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "all")).eval()
     loaded = again(**batch, task_ids=["qqp", "rte", "qqp", "qqp"]).last_hidden_state
     assert close(loaded, output)
+
+
+@both
+@topologies
+@pytest.mark.parametrize("ids", [[1, 1, 1, 1], [0, 2, 0, 2], [3, 0, 1, 2]])
+def test_what_a_task_steers_is_made_once_a_block_and_step(host: str, bottleneck: str, ids: list[int]) -> None:
+    network, batch = Network(host, tasks=9, bottleneck=bottleneck), inputs("bert")
+    built: list[int] = []
+
+    def note(module: Any, args: Any, output: Tensor) -> None:
+        built.append(output.shape[0])
+
+    for unit in network.units():
+        unit.attention.register_forward_hook(note)
+    for _ in range(2):
+        network(batch, ids)
+        assert built == 4 * [len(set(ids))]  # a matrix for each task of the batch, in each of the four blocks
+        built.clear()
 
 
 @pytest.mark.parametrize(
