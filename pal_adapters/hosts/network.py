@@ -30,9 +30,9 @@ from .attach import (
     _with_first,
     final_norm,
 )
-from .base_part import BaseCopies, Slots, WrappedForward
+from .base_part import BaseCopies, Slots, WrappedForward, reader_of
 from .norms import full_norms, is_norm, is_rms, norm_eps
-from .scores import mask_argument, past_length, refusal, with_bias
+from .scores import add_to_scores, mask_argument, past_length, position_scores, refusal, with_bias
 from .sites import Block, resolve
 
 
@@ -131,11 +131,14 @@ class NetworkHooks:
         if unit.acts_in_stream:
             once("stream", self._install_stream)
         for name, places in unit.slots[1].items():
-            for module, _ in places:
+            for place in places:
+                module = reader_of(self._model[0], place[0])
                 if module not in self._outer:
                     self._wrapped.append(WrappedForward(module, functools.partial(self._run_outer, module)))
                     self._outer[module] = {}
-                self._outer[module][name] = [place for place in places if place[0] is module]
+                known = self._outer[module].setdefault(name, [])
+                if place not in known:
+                    known.append(place)
         once("forward", self._install_forward)
 
     def _once(self, name: str, install: Any) -> None:
@@ -171,6 +174,10 @@ class NetworkHooks:
                 f"the conditional attention cannot be added to {self.block.name}: {reason}; or pass "
                 "attention_layers=[] to do without."
             )
+        scores = position_scores(attention)
+        if scores is not None:
+            self._wrapped.append(WrappedForward(scores[0], self._run_scores, scores[1]))
+            return
         self._attention_arguments = positions
         self._mask = mask_argument(attention, positions)
         self._causal = _is_causal(attention)
@@ -295,6 +302,13 @@ class NetworkHooks:
     def _on_h(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._steer is not None:
             self._h = args[0] if args else next(iter(kwargs.values()))
+
+    def _run_scores(self, forward: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        scores = forward(query, key, *args, **kwargs)
+        if self._steer is None or not self._steer.unit.has_attention:
+            return scores
+        unit, batch = self._steer
+        return add_to_scores(scores, unit.attention_bias(batch, query.shape[-2], key.shape[-2]), query)
 
     def _on_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._steer is None or not self._steer.unit.has_attention:

@@ -15,19 +15,21 @@ _ADDED = ("adapters.methods", "peft", "pal_adapters")
 def is_rms(norm: nn.Module) -> bool:
     """Whether a module is an RMS norm `x / rms(x) * weight`, as in Llama and T5.
 
-    Gemma's, which multiplies with `1 + weight`, has no `variance_epsilon`.
+    Gemma's, which multiplies with `1 + weight`, has no `variance_epsilon`, and DeBERTa's, which has one, has a shift.
     """
-    return isinstance(getattr(norm, "variance_epsilon", None), float) and isinstance(norm.weight, Tensor)
+    is_one = isinstance(getattr(norm, "variance_epsilon", None), float) and getattr(norm, "bias", None) is None
+    return is_one and isinstance(norm.weight, Tensor)
 
 
 def norm_eps(norm: nn.Module) -> float:
     """The small number in the denominator of a norm."""
-    return float(norm.variance_epsilon if is_rms(norm) else norm.eps)  # type: ignore[arg-type]
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)  # type: ignore[arg-type]
 
 
 def is_norm(norm: nn.Module) -> bool:
     """Whether a module is a layer norm with a weight, or an RMS norm."""
-    return (isinstance(norm, nn.LayerNorm) and norm.weight is not None) or is_rms(norm)
+    layer_norm = isinstance(norm, nn.LayerNorm) or type(norm).__name__ == "DebertaLayerNorm"
+    return (layer_norm and norm.weight is not None) or is_rms(norm)
 
 
 def _spans(norm: nn.Module, width: int) -> bool:
