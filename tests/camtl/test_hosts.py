@@ -126,6 +126,55 @@ def test_kernels_agree_and_shorter_sequences_take_the_leading_part(host: str, bo
 
 
 @both
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_masks_of_every_form(host: str, kind: str, kernel: str) -> None:
+    network, batch = Network(host, kind, base=build(kind, _attn_implementation=kernel)), inputs(kind)
+    network.randomise()
+    extra: dict[str, Any] = {}
+    keep = batch["attention_mask"].bool()
+    seen = keep[:, None, None, :].expand(4, 1, 9, 9)
+    if kind != "bert":
+        seen = seen & torch.ones(9, 9, dtype=torch.bool).tril()
+        extra["position_ids"] = (keep.long().cumsum(1) - 1).clamp(min=0)
+    forms = {"float [b, k]": keep.float()}
+    if host == "peft":  # `adapters` looks for the first token with a function that refuses booleans
+        forms["bool [b, k]"] = keep
+    if kind == "bert" and not V5:
+        forms["int [b, q, k]"] = seen[:, 0].long()
+    else:
+        forms["added [b, 1, q, k]"] = torch.zeros(4, 1, 9, 9).masked_fill(~seen, torch.finfo(torch.float32).min)
+    if kernel == "sdpa" and host == "peft" and "added [b, 1, q, k]" in forms:
+        forms["bool [b, 1, q, k]"] = seen
+    expected = network(batch, IDS, **extra)
+    for form, mask in forms.items():
+        assert close(network({**batch, "attention_mask": mask}, IDS, **extra)[keep], expected[keep]), form
+    whole = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
+    without = {"input_ids": batch["input_ids"]}
+    assert close(network(without, IDS, **extra), network(whole, IDS, **extra))
+
+
+@both
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
+@pytest.mark.parametrize("kernel", ["flash_attention_2", "flex_attention"])
+def test_kernels_without_a_place_for_the_term_are_refused(host: str, kernel: str) -> None:
+    network, batch = Network(host), inputs("bert")
+    expected = network(batch, IDS)
+    network.base.config._attn_implementation, before = kernel, network.base.config._attn_implementation
+    message = f"attn_implementation='{kernel}' has no place for a term in its scores"
+    with pytest.raises(UnsupportedError, match=message):
+        network(batch, IDS)
+    network.base.config._attn_implementation = before
+    assert torch.equal(network(batch, IDS), expected)
+    other = build("bert")
+    other.config._attn_implementation = kernel
+    with pytest.raises(SiteError, match=message):
+        Network(host, base=other)
+    other.config._attn_implementation = before
+    assert close(Network(host, base=other, bottleneck="none")(batch, IDS), build("bert")(**batch)[0], 3e-6)
+
+
+@both
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @topologies
 def test_cached_generation_equals_uncached(host: str, kind: str, bottleneck: str) -> None:
