@@ -10,75 +10,19 @@ tensor computed in front of the block would not get its gradient back from a ree
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import SiteError, UnsupportedError
 from ..units import BatchTasks
-from .attach import (
-    _CACHE,
-    _CHECKPOINTS_FORWARD,
-    _HIDDEN,
-    _argument,
-    _first,
-    _is_causal,
-    _layer_index,
-    _positions,
-    _window,
-    _with_first,
-    final_norm,
-)
+from . import calls
 from .base_part import BaseCopies, Slots, WrappedForward, reader_of
-from .norms import full_norms, is_norm, is_rms, norm_eps
+from .network_unit import NetworkRunner, NetworkUnit
+from .norms import full_norms, is_norm, is_rms, norm_eps, required_final_norm
 from .scores import add_to_scores, mask_argument, past_length, position_scores, refusal, with_bias
+from .side_stream import SideStream
 from .sites import Block, resolve
-
-
-class NetworkUnit(Protocol):
-    """What a network does in one block."""
-
-    base: nn.ParameterDict
-    outer: nn.ParameterDict
-    slots: tuple[Slots, Slots]
-    acts_at_top: bool
-    acts_in_stream: bool
-
-    @property
-    def norm_paths(self) -> tuple[str, ...]: ...
-
-    @property
-    def has_attention(self) -> bool: ...
-
-    @property
-    def has_final_norm(self) -> bool: ...
-
-    def align(self, x: Tensor, batch: BatchTasks) -> Tensor: ...
-
-    def attention_bias(self, batch: BatchTasks, queries: int, keys: int) -> Tensor: ...
-
-    def norm(
-        self, path: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, batch: BatchTasks, *, rms: bool
-    ) -> Tensor: ...
-
-    def final_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, batch: BatchTasks, *, rms: bool
-    ) -> Tensor: ...
-
-    def top(self, y: Tensor, h: Tensor, eps: float, batch: BatchTasks) -> Tensor: ...
-
-    def stream(self, outputs: list[Tensor], batch: BatchTasks) -> Tensor: ...
-
-
-class NetworkRunner(Protocol):
-    """What a host's layer offers to `NetworkHooks`."""
-
-    def network(self) -> NetworkUnit | None:
-        """The network's part in this block that acts in this call, if any."""
-
-    def batch_tasks(self, batch: int, device: torch.device) -> BatchTasks:
-        """The task of each row."""
 
 
 class Steer(NamedTuple):
@@ -106,10 +50,10 @@ class NetworkHooks:
         self._installed: set[str] = set()
         self._norms: dict[nn.Module, str] = {}
         self._outer: dict[nn.Module, Slots] = {}
-        self._outputs: list[Tensor] | None = None
+        self._stream: SideStream | None = None
         self._steer: Steer | None = None
         self._h: Tensor | None = None
-        self._block_arguments = _positions(block.module)
+        self._block_arguments = calls.positions_of(block.module)
 
     # Installing
 
@@ -152,6 +96,9 @@ class NetworkHooks:
             self._handles.pop().remove()
         while self._wrapped:
             self._wrapped.pop().remove()
+        if self._stream is not None:
+            self._stream.remove()
+            self._stream = None
         self._installed.clear()
         self._norms.clear()
         self._outer.clear()
@@ -167,7 +114,7 @@ class NetworkHooks:
 
     def _install_attention(self) -> None:
         attention = self._module(self.block.sites.attention)
-        positions = _positions(attention)
+        positions = calls.positions_of(attention)
         reason = refusal(attention, positions, self._implementation())
         if reason is not None:
             raise SiteError(
@@ -180,9 +127,9 @@ class NetworkHooks:
             return
         self._attention_arguments = positions
         self._mask = mask_argument(attention, positions)
-        self._causal = _is_causal(attention)
-        self._window = _window(attention)
-        self._layer = _layer_index(attention, self.block)
+        self._causal = calls.is_causal(attention)
+        self._window = calls.window_of(attention)
+        self._layer = calls.layer_index(attention, self.block)
         self._handles.append(attention.register_forward_pre_hook(self._on_attention, with_kwargs=True))
 
     def _install_norm(self, path: str) -> None:
@@ -203,37 +150,14 @@ class NetworkHooks:
             )
         self._handles.append(norms[0].register_forward_pre_hook(self._on_h, with_kwargs=True))
 
-    def _final_norm(self, what: str) -> nn.Module:
-        norm = final_norm(self._model[0], self.block)
-        if norm is None:
-            raise SiteError(f"{what} needs a norm behind the blocks, which {type(self._model[0]).__name__} lacks.")
-        return norm
-
     def _install_final_norm(self) -> None:
-        norm = self._final_norm("bottleneck='top'")
+        norm = required_final_norm(self._model[0], self.block, "bottleneck='top'")
         if not is_norm(norm):
             raise SiteError(f"bottleneck='top' cannot make {type(norm).__name__} conditional.")
         self._handles.append(norm.register_forward_hook(self._behind_final_norm, prepend=True))
 
     def _install_stream(self) -> None:
-        model = self._model[0]
-        stack_name = self.block.name.rpartition(".")[0]
-        stack = list(model.get_submodule(stack_name).children())
-        for number, module in enumerate(stack):
-            hook = self._start_stream if number == 0 else self._record_stream
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        if self.block.sites.norm == "pre":
-            norm = self._final_norm("bottleneck='stream'")
-            self._rms = is_rms(norm)
-            self._handles.append(norm.register_forward_hook(self._behind_stack_norm, prepend=True))
-            return
-        parent = model.get_submodule(stack_name.rpartition(".")[0])
-        if getattr(parent, "pooler", None) is not None:
-            raise SiteError(
-                f"bottleneck='stream' needs a module that runs the blocks and nothing else; {type(parent).__name__} "
-                "also pools. Use bottleneck='top' or 'none'."
-            )
-        self._handles.append(parent.register_forward_hook(self._behind_stack, prepend=True))
+        self._stream = SideStream(self._model[0], self.block, self.runner)
 
     def _install_forward(self) -> None:
         self._wrapped.append(WrappedForward(self.block.module, self._run_block))
@@ -251,7 +175,7 @@ class NetworkHooks:
     def _run_block(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         block: Any = self.block.module
         again = block.__dict__.get("_gradient_checkpointing_func")
-        if again is None or not (_CHECKPOINTS_FORWARD and block.gradient_checkpointing and block.training):
+        if again is None or not (calls.CHECKPOINTS_FORWARD and block.gradient_checkpointing and block.training):
             return self._inside(forward, *args, **kwargs)
         # What the host is about to run once more in the backward pass has to do all of this as well.
         block._gradient_checkpointing_func = lambda run, *a: again(functools.partial(self._inside, run), *a)
@@ -264,7 +188,7 @@ class NetworkHooks:
         unit = self.runner.network()
         if unit is None:
             return forward(*args, **kwargs)
-        x = _argument(_HIDDEN, self._block_arguments, args, kwargs)
+        x = calls.argument(calls.HIDDEN, self._block_arguments, args, kwargs)
         if x is None:
             x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         if x.dim() != 3:
@@ -282,7 +206,7 @@ class NetworkHooks:
             with BaseCopies(unit.slots[0], unit.base).in_force():
                 output = forward(*args, **kwargs)
             if unit.acts_at_top:
-                output = _with_first(output, self._top(unit, _first(output), batch))
+                output = calls.with_first(output, self._top(unit, calls.first_of(output), batch))
             return output
         finally:
             self._steer = self._h = None
@@ -319,8 +243,8 @@ class NetworkHooks:
             reason = "output_attentions=True makes it use its eager attention, which takes a mask of zeros and ones"
         if reason is not None:
             raise UnsupportedError(f"the conditional attention of {self.block.name} cannot act: {reason}.")
-        x = _argument(_HIDDEN, self._attention_arguments, args, kwargs)
-        cache = _argument(_CACHE, self._attention_arguments, args, kwargs)
+        x = calls.argument(calls.HIDDEN, self._attention_arguments, args, kwargs)
+        cache = calls.argument(calls.CACHE, self._attention_arguments, args, kwargs)
         past = past_length(cache, self._layer)
         bias = unit.attention_bias(batch, x.shape[1], past + x.shape[1])
         if self._window is not None and past + x.shape[1] > self._window:
@@ -329,7 +253,7 @@ class NetworkHooks:
                 f"all {past + x.shape[1]}."
             )
         assert self._mask is not None
-        mask = _argument((self._mask,), self._attention_arguments, args, kwargs)
+        mask = calls.argument((self._mask,), self._attention_arguments, args, kwargs)
         if self._mask == "head_mask" and mask is not None:
             raise UnsupportedError("head_mask cannot be used together with the conditional attention of this model.")
         causal = self._causal if kwargs.get("is_causal") is None else bool(kwargs["is_causal"])
@@ -361,43 +285,3 @@ class NetworkHooks:
         with BaseCopies(slots, unit.outer).in_force():
             bias = getattr(module, "bias", None)
             return unit.final_norm(x, module.weight, bias, norm_eps(module), batch, rms=is_rms(module))
-
-    # The side stream: outside of what is checkpointed, since it runs through all blocks
-
-    def _start_stream(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        unit = self.runner.network()
-        self._outputs = [] if unit is not None and unit.acts_in_stream else None
-
-    def _record_stream(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._outputs is not None:
-            self._outputs.append(args[0] if args else _argument(_HIDDEN, {}, args, kwargs))
-
-    def _end_stream(self, last: Tensor) -> Tensor | None:
-        unit, outputs = self.runner.network(), self._outputs
-        self._outputs = None
-        if unit is None or outputs is None:
-            return None
-        outputs = [*outputs, last]
-        if self.block.sites.norm == "pre":  # a residual stream is not normalised
-            outputs = [_plain_norm(output, rms=self._rms) for output in outputs]
-        return unit.stream(outputs, self.runner.batch_tasks(last.shape[0], last.device))
-
-    def _behind_stack_norm(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return self._end_stream(args[0])
-
-    def _behind_stack(self, module: nn.Module, args: Any, output: Any) -> Any:
-        value = self._end_stream(_first(output) if isinstance(output, (tuple, list)) else output[0])
-        if value is None:
-            return None
-        if isinstance(output, (tuple, list)):
-            return type(output)([value, *output[1:]])
-        states = output.get("hidden_states")
-        if states:
-            output["hidden_states"] = (*states[:-1], value)
-        output["last_hidden_state"] = value
-        return output
-
-
-def _plain_norm(x: Tensor, *, rms: bool) -> Tensor:
-    norm = torch.nn.functional.rms_norm if rms else torch.nn.functional.layer_norm
-    return norm(x, x.shape[-1:], eps=1e-6)

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
+from .calls import MASK
 from .masks import normalise_mask
-
-MASKS = ("attention_mask", "mask", "attn_mask")
 
 # transformers 4.57 writes these attentions out, with a mask that is added; the others go through the common interface.
 _ADDS_MASK = frozenset(
@@ -43,7 +42,7 @@ def position_scores(attention: nn.Module) -> tuple[nn.Module, str] | None:
 
 def mask_argument(attention: nn.Module, positions: dict[str, int]) -> str | None:
     """The argument of a self-attention that is added to its scores, or None."""
-    named = next((name for name in MASKS if name in positions), None)
+    named = next((name for name in MASK if name in positions), None)
     # transformers 4.57, ViT: the only tensor that reaches the kernel, which adds it (sdpa) or multiplies (eager).
     return "head_mask" if named is None and "head_mask" in positions else named
 

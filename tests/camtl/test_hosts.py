@@ -155,21 +155,20 @@ def test_masks_of_every_form(host: str, kind: str, kernel: str) -> None:
 
 
 @both
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
-@pytest.mark.parametrize("kernel", ["flash_attention_2", "flex_attention"])
-def test_kernels_without_a_place_for_the_term_are_refused(host: str, kernel: str) -> None:
-    network, batch = Network(host), inputs("bert")
+def test_kernels_without_a_place_for_the_term_are_refused(host: str) -> None:
+    network, batch, kernel = Network(host), inputs("bert"), "flash_attention_2"
     expected = network(batch, IDS)
-    network.base.config._attn_implementation, before = kernel, network.base.config._attn_implementation
-    message = f"attn_implementation='{kernel}' has no place for a term in its scores"
-    with pytest.raises(UnsupportedError, match=message):
+    config, message = network.base.config, "attn_implementation='{}' has no place for a term in its scores"
+    config._attn_implementation, before = kernel, config._attn_implementation
+    with pytest.raises(UnsupportedError, match=message.format(kernel)):
         network(batch, IDS)
-    network.base.config._attn_implementation = before
+    config._attn_implementation = before
     assert torch.equal(network(batch, IDS), expected)
     other = build("bert")
-    other.config._attn_implementation = kernel
-    with pytest.raises(SiteError, match=message):
-        Network(host, base=other)
+    for name in (kernel, "flex_attention"):
+        other.config._attn_implementation = name
+        with pytest.raises(SiteError, match=message.format(name)):
+            Network(host, base=other)
     other.config._attn_implementation = before
     assert close(Network(host, base=other, bottleneck="none")(batch, IDS), build("bert")(**batch)[0], 3e-6)
 
