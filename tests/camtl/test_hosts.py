@@ -51,10 +51,16 @@ def test_no_bottleneck_and_zero_film_is_the_plain_model(host: str, kind: str) ->
 
 
 @both
-def test_one_task_and_eager_attention_is_the_plain_model_bit_for_bit(host: str) -> None:
-    batch = inputs("bert")
-    network = Network(host, base=build("bert", _attn_implementation="eager"), bottleneck="none", tasks=1)
-    output = network(batch)
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize(
+    ("kernel", "changes"), [("eager", {}), ("sdpa", {"attention_layers": []})], ids=["eager", "sdpa"]
+)
+def test_a_batch_of_one_task_is_the_plain_model_bit_for_bit(
+    host: str, kind: str, kernel: str, changes: dict[str, Any]
+) -> None:
+    base, batch = build(kind, _attn_implementation=kernel), inputs(kind)
+    network = Network(host, kind, base=base, bottleneck="none", **changes)
+    output = network(batch, ["cola"] * 4)
     network.activate(None)
     assert torch.equal(network(batch), output)
 
