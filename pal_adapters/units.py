@@ -49,6 +49,32 @@ def no_mask(q_len: int, kv_len: int) -> tuple[Tensor | None, bool]:
     return None, False
 
 
+class BatchTasks(NamedTuple):
+    """The tasks that the rows of a batch belong to, for modules that serve many tasks.
+
+    Attributes:
+        tasks: `[c]`, the tasks that are in the batch, each once; None for all that there are.
+        member: `[b]`, the position in `tasks` of each row's task.
+    """
+
+    tasks: Tensor | None
+    member: Tensor
+
+    def to(self, device: torch.device) -> BatchTasks:
+        return BatchTasks(None if self.tasks is None else self.tasks.to(device), self.member.to(device))
+
+
+def batch_tasks(numbers: Tensor) -> BatchTasks:
+    """Of `[b]`, the number of the task of each row.
+
+    What a module makes of a task then neither costs nor rounds differently for the tasks that are absent. A compiled
+    graph cannot have a size that depends on values: there, all tasks count as present.
+    """
+    if torch.compiler.is_compiling():
+        return BatchTasks(None, numbers)
+    return BatchTasks(*numbers.unique(return_inverse=True))
+
+
 class UnitInputs(NamedTuple):
     """What a unit may read beside the value that it changes.
 

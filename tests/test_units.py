@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pal_adapters.hosts.attach import BlockMask
 from pal_adapters.hosts.batch import RowPlan, run_rows, run_unit, select_rows
+from pal_adapters.hosts.masks import BlockMask
 from pal_adapters.houlsby.layer import Bottleneck, HoulsbyPAL, ParallelHoulsby
 from pal_adapters.lhuc.layer import LHUC
 from pal_adapters.low_rank.layer import LowRank

@@ -10,10 +10,11 @@ from ..hosts.adapters import register
 from ..hosts.adapters_config import TaskAdapterConfig
 from ..hosts.methods import Method
 from .config import METHOD, PRESETS, preset_values, task_list, validate
+from .options import CAMTLOptions
 
 
 @dataclass(eq=False)
-class CAMTLConfig(TaskAdapterConfig):
+class CAMTLConfig(CAMTLOptions, TaskAdapterConfig):
     r"""One conditional network for all tasks: `model.add_adapter("all", config=CAMTLConfig(tasks=["rte", "mrpc"]))`.
 
     A learned vector a task steers the model by feature-wise linear modulation, see `pal_adapters.camtl.film.FiLM`: the
@@ -29,24 +30,9 @@ class CAMTLConfig(TaskAdapterConfig):
     `init_weights="bert"`. `CAMTLConfig.preset("ca_mtl_base_code", tasks=[...])` has the released switches. By string:
     `"ca_mtl_large[tasks=8]"`.
 
+    Takes all options of `pal_adapters.camtl.options.CAMTLOptions`, and beside them:
+
     Args:
-        tasks: names of the tasks, or how many there are.
-        max_length: `n_max`, the longest sequence; shorter ones use the leading part of the attention term.
-        alignment: align the embeddings.
-        attention_layers: blocks with the attention term, from 0; None for all.
-        attention_modulation: `"columns"` (code) or `"matrix"` (the paper's notation), see
-            `pal_adapters.camtl.attention.ConditionalAttentionBias`.
-        norm_layers: blocks whose norms are conditional; None for the upper half.
-        norm_modulate_bias: modulate the shift of the norms too, as in the paper.
-        bottleneck: `"top"` (base), `"stream"` (large) or `"none"`.
-        bottleneck_size: inner width; None for a third of the model's width.
-        train_base: train copies of the pretrained weights that are not frozen.
-        freeze_layers: blocks whose pretrained weights stay as they are; None for the advised ones, 0 to 4 of 12 with
-            `bottleneck="top"` and 0 to 11 of 24 with `"stream"`.
-        freeze_embeddings: whether those of the embeddings do.
-        freeze_rule: `"intended"` trains all conditional modules; `"code"` leaves the FiLM of the attention term in
-            frozen blocks as it starts.
-        top_block_init: `"pretrained"`, or `"scratch"` for a fresh last block as in the released base network.
         init_weights: `"zero_film"` for FiLM that changes nothing at start (a bottleneck always does) or `"bert"`
             (`N(0, 0.02^2)`, the authors').
 
@@ -60,20 +46,6 @@ class CAMTLConfig(TaskAdapterConfig):
     copies_base: ClassVar[bool] = True
 
     architecture: str | None = "ca_mtl"
-    tasks: list[str] | int | None = None
-    max_length: int = 128
-    alignment: bool = True
-    attention_layers: list[int] | None = None
-    attention_modulation: str = "columns"
-    norm_layers: list[int] | None = None
-    norm_modulate_bias: bool = False
-    bottleneck: str = "top"
-    bottleneck_size: int | None = None
-    train_base: bool = True
-    freeze_layers: list[int] | None = None
-    freeze_embeddings: bool = True
-    freeze_rule: str = "intended"
-    top_block_init: str = "pretrained"
     init_weights: str = "zero_film"
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """FiLM, the building block of CA-MTL, and what it is conditioned on. Plain torch.
 
-Legend: b batch rows, n tokens, d width, t tasks, c conditions (one a task, or one a row).
+Legend: b batch rows, n tokens, d width, t tasks, c conditions (tasks in the batch).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..units import init_linear
+from ..units import BatchTasks, init_linear
 
 
 class Condition(NamedTuple):
@@ -19,7 +19,7 @@ class Condition(NamedTuple):
 
     Attributes:
         table: `[c, d]`.
-        member: `[b]`, the row of `table` of each row of the batch; None if `table` has one row, or one a batch row.
+        member: `[b]`, the row of `table` of each row of the batch; None if `table` has one row.
     """
 
     table: Tensor
@@ -30,18 +30,16 @@ class Condition(NamedTuple):
         return values if self.member is None else values.index_select(0, self.member)
 
 
-def condition_of(table: Tensor, index: Tensor) -> Condition:
-    """The condition of a batch: by task where there are at most as many tasks as rows, otherwise by row.
+def condition_of(table: Tensor, batch: BatchTasks) -> Condition:
+    """The condition of a batch: the vectors of the tasks that are in it.
 
     Args:
         table: `[t, d]`, one vector a task.
-        index: `[b]`, the task of each row.
+        batch: the task of each row.
     """
-    if table.shape[0] == 1:
-        return Condition(table, None)
-    if table.shape[0] <= index.shape[0]:
-        return Condition(table, index)
-    return Condition(table.index_select(0, index), None)
+    if batch.tasks is not None:
+        table = table.index_select(0, batch.tasks)
+    return Condition(table, None if table.shape[0] == 1 else batch.member)
 
 
 class FiLM(nn.Module):

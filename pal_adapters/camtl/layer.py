@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..units import TaskUnit, UnitInputs, Weights
+from ..units import BatchTasks, TaskUnit, UnitInputs, Weights
 from .attention import ConditionalAttentionBias
 from .bottleneck import ConditionalBottleneck, side_stream
 from .film import Condition
@@ -91,44 +91,44 @@ class ConditionalBlock(TaskUnit):
         if self.freeze_attention_film and self.attention is not None:
             self.attention.film.requires_grad_(False)
 
-    def condition(self, index: Tensor) -> Condition:
-        """`z'` of a batch whose rows belong to the tasks `index` `[b]`."""
-        return transformed(self.shared_weights(), index)
+    def condition(self, batch: BatchTasks) -> Condition:
+        """`z'` of a batch."""
+        return transformed(self.shared_weights(), batch)
 
-    def align(self, x: Tensor, index: Tensor) -> Tensor:
+    def align(self, x: Tensor, batch: BatchTasks) -> Tensor:
         """The input `[b, n, d]` of the first block, aligned."""
-        return align(self.shared_weights(), x, index)
+        return align(self.shared_weights(), x, batch)
 
-    def attention_bias(self, index: Tensor, queries: int, keys: int) -> Tensor:
+    def attention_bias(self, batch: BatchTasks, queries: int, keys: int) -> Tensor:
         """What is added to the attention scores, `[b, 1, queries, keys]`, or `[1, ...]` with one task."""
         assert self.attention is not None
-        condition = self.condition(index)
+        condition = self.condition(batch)
         return condition.rows(self.attention(condition, queries, keys)).unsqueeze(1)
 
     def norm(
-        self, path: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, index: Tensor, *, rms: bool
+        self, path: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, batch: BatchTasks, *, rms: bool
     ) -> Tensor:
         """The conditional form of the block's norm `path` for its input `x`."""
-        return self.norms[key_of(path)](x, weight, bias, eps, self.condition(index), rms=rms)
+        return self.norms[key_of(path)](x, weight, bias, eps, self.condition(batch), rms=rms)
 
-    def top(self, y: Tensor, h: Tensor, eps: float, index: Tensor) -> Tensor:
+    def top(self, y: Tensor, h: Tensor, eps: float, batch: BatchTasks) -> Tensor:
         """`CB(z', y) + h` behind the top block's output `y`, and its own norm where it has one."""
-        condition = self.condition(index)
+        condition = self.condition(batch)
         value = self.bottlenecks[0](y, condition) + h
         if isinstance(self.closing_norm, ConditionalLayerNorm):
             value = self.closing_norm(value, self.closing_norm.weight, self.closing_norm.bias, eps, condition)
         return value
 
     def final_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, index: Tensor, *, rms: bool
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, batch: BatchTasks, *, rms: bool
     ) -> Tensor:
         """The host's final norm in its conditional form."""
         assert self.closing_norm is not None
-        return self.closing_norm(x, weight, bias, eps, self.condition(index), rms=rms)
+        return self.closing_norm(x, weight, bias, eps, self.condition(batch), rms=rms)
 
-    def stream(self, outputs: list[Tensor], index: Tensor) -> Tensor:
+    def stream(self, outputs: list[Tensor], batch: BatchTasks) -> Tensor:
         """The end of the side stream over the outputs of all blocks."""
-        return side_stream(list(self.bottlenecks), outputs, self.condition(index))  # type: ignore[arg-type]
+        return side_stream(list(self.bottlenecks), outputs, self.condition(batch))  # type: ignore[arg-type]
 
     def forward(self, site: str, value: Tensor, inputs: UnitInputs, weights: Weights) -> Tensor:
         raise NotImplementedError("a conditional block acts at more places than a task module; see its methods.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import ConfigError
@@ -11,10 +11,11 @@ from ..hosts.peft import register
 from ..hosts.peft_config import TaskPeftConfig
 from ..hosts.peft_network import NetworkTuner, NetworkTunerLayer
 from .config import METHOD, preset_values, task_list, validate
+from .options import CAMTLOptions
 
 
 @dataclass
-class CAMTLPeftConfig(TaskPeftConfig):
+class CAMTLPeftConfig(CAMTLOptions, TaskPeftConfig):
     r"""One conditional network for all tasks: `get_peft_model(model, CAMTLPeftConfig(tasks=["rte", "mrpc"]))`.
 
     A learned vector a task steers the model by feature-wise linear modulation, see `pal_adapters.camtl.film.FiLM`: the
@@ -29,24 +30,9 @@ class CAMTLPeftConfig(TaskPeftConfig):
     embeddings are frozen by default, `max_length` need not divide the width, and FiLM starts at zero unless
     `init_weights=False`. `CAMTLPeftConfig.preset("ca_mtl_base_code", tasks=[...])` has the released switches.
 
+    Takes all options of `pal_adapters.camtl.options.CAMTLOptions`, and beside them:
+
     Args:
-        tasks: names of the tasks, or how many there are.
-        max_length: `n_max`, the longest sequence; shorter ones use the leading part of the attention term.
-        alignment: align the embeddings.
-        attention_layers: blocks with the attention term, from 0; None for all.
-        attention_modulation: `"columns"` (code) or `"matrix"` (the paper's notation), see
-            `pal_adapters.camtl.attention.ConditionalAttentionBias`.
-        norm_layers: blocks whose norms are conditional; None for the upper half.
-        norm_modulate_bias: modulate the shift of the norms too, as in the paper.
-        bottleneck: `"top"` (base), `"stream"` (large) or `"none"`.
-        bottleneck_size: inner width; None for a third of the model's width.
-        train_base: train copies of the pretrained weights that are not frozen.
-        freeze_layers: blocks whose pretrained weights stay as they are; None for the advised ones, 0 to 4 of 12 with
-            `bottleneck="top"` and 0 to 11 of 24 with `"stream"`.
-        freeze_embeddings: whether those of the embeddings do.
-        freeze_rule: `"intended"` trains all conditional modules; `"code"` leaves the FiLM of the attention term in
-            frozen blocks as it starts.
-        top_block_init: `"pretrained"`, or `"scratch"` for a fresh last block as in the released base network.
         init_weights: True for FiLM that changes nothing at start (a bottleneck always does), False for the authors'
             `N(0, 0.02^2)`.
 
@@ -56,21 +42,6 @@ class CAMTLPeftConfig(TaskPeftConfig):
 
     method: ClassVar[Method] = METHOD
     copies_base: ClassVar[bool] = True
-
-    tasks: list[str] | int | None = field(default=None, metadata={"help": "Names of the tasks."})
-    max_length: int = field(default=128, metadata={"help": "The longest sequence."})
-    alignment: bool = field(default=True, metadata={"help": "Align the embeddings."})
-    attention_layers: list[int] | None = field(default=None, metadata={"help": "Blocks with the attention term."})
-    attention_modulation: str = field(default="columns", metadata={"help": "'columns' or 'matrix'."})
-    norm_layers: list[int] | None = field(default=None, metadata={"help": "Blocks with conditional norms."})
-    norm_modulate_bias: bool = field(default=False, metadata={"help": "Modulate the shift of the norms too."})
-    bottleneck: str = field(default="top", metadata={"help": "'top', 'stream' or 'none'."})
-    bottleneck_size: int | None = field(default=None, metadata={"help": "Inner width of the bottlenecks."})
-    train_base: bool = field(default=True, metadata={"help": "Train copies of pretrained weights."})
-    freeze_layers: list[int] | None = field(default=None, metadata={"help": "Blocks whose weights stay."})
-    freeze_embeddings: bool = field(default=True, metadata={"help": "Whether the embeddings stay."})
-    freeze_rule: str = field(default="intended", metadata={"help": "'intended' or 'code'."})
-    top_block_init: str = field(default="pretrained", metadata={"help": "'pretrained' or 'scratch'."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..units import INIT_STD, init_linear
+from ..units import INIT_STD, BatchTasks, init_linear
 from .film import Condition, FiLM, condition_of, modulate, modulation
 
 
@@ -47,24 +47,24 @@ def draw_rows(table: Tensor, generator: torch.Generator | None = None) -> None:
     table.copy_(torch.empty(table.shape).normal_(0.0, INIT_STD, generator=generator))
 
 
-def transformed(weights: Mapping[str, Tensor], index: Tensor) -> Condition:
+def transformed(weights: Mapping[str, Tensor], batch: BatchTasks) -> Condition:
     """`z'` of a batch.
 
     Args:
         weights: the tensors of a `TaskConditions` by name.
-        index: `[b]`, the task of each row.
+        batch: the task of each row.
     """
     table = weights["task_embedding"]
-    condition = condition_of(table, index.to(table.device))
+    condition = condition_of(table, batch.to(table.device))
     table = F.linear(condition.table, weights["transformation.weight"], weights["transformation.bias"])
     # A model that is spread over devices has its blocks elsewhere.
-    return Condition(table.to(index.device), None if condition.member is None else index)
+    return Condition(table.to(batch.member.device), None if condition.member is None else batch.member)
 
 
-def align(weights: Mapping[str, Tensor], x: Tensor, index: Tensor) -> Tensor:
+def align(weights: Mapping[str, Tensor], x: Tensor, batch: BatchTasks) -> Tensor:
     """`FiLM(z, x)` for `x` `[b, n, d]`; `x` itself where there is no alignment."""
     if "alignment.modulation.weight" not in weights:
         return x
-    condition = condition_of(weights["task_embedding"], index)
+    condition = condition_of(weights["task_embedding"], batch)
     names = ("alignment.modulation.weight", "alignment.modulation.bias")
     return modulate(x, modulation(condition.table, *(weights[name] for name in names)), condition)

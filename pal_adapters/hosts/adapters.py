@@ -1,6 +1,7 @@
-"""Registration with `adapters`, and the only place that touches its internals.
+"""Registration with `adapters`, and the only place where its internals are replaced.
 
-Every symbol of adapters 1.3 that is replaced:
+Every symbol of adapters 1.3 that is replaced; wrappers that are not here are in `adapters_adding` (an adapter is
+added), `adapters_files` (loaders) and `adapters_lora`:
 
 | upstream symbol                                  | what and why                                                   |
 |--------------------------------------------------|----------------------------------------------------------------|
@@ -15,6 +16,8 @@ Every symbol of adapters 1.3 that is replaced:
 |                                                  | count; links coefficients that blocks share                    |
 | `ModelAdaptersMixin.init_adapters`               | wrapped: links them where a model comes with its fusions       |
 | `ModelAdaptersMixin.merge_adapter`               | wrapped: the host passes over what it cannot merge             |
+| `ModelAdaptersMixin._prepare_model_inputs`       | wrapped: generation repeats tensors for its beams, and leaves  |
+|                                                  | a list of `task_ids` as short as it was                        |
 | `ModelWithHeadsAdaptersMixin.freeze_embeddings`  | wrapped: an embedding tied to the head belongs to a base that  |
 |                                                  | is trained                                                     |
 | `.train_adapter_fusion`                          | wrapped: a head model made from a file is not told of the      |
@@ -43,42 +46,34 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import adapters
-import torch
 from adapters.composition import Fuse
-from adapters.configuration import ADAPTER_CONFIG_MAP, AdapterConfig, BnConfig, ConfigUnion, LoRAConfig
+from adapters.configuration import ADAPTER_CONFIG_MAP, AdapterConfig
 from adapters.configuration.adapter_fusion_config import ADAPTERFUSION_CONFIG_MAP
 from adapters.interface import AdapterMethod
 from adapters.loading import AdapterFusionLoader, AdapterLoader
 from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.lora import LoRALinear
-from adapters.model_mixin import ModelAdaptersMixin, ModelUsingSubmodelsAdaptersMixin, ModelWithHeadsAdaptersMixin
-from adapters.utils import get_adapter_config_hash
+from adapters.model_mixin import ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
 from packaging.version import Version
 from torch import nn
 
-from ..errors import ConfigError, MissingHostError, PalAdaptersError, SiteError, UnsupportedError
-from . import adapters_fusion, adapters_lora
+from ..errors import ConfigError, MissingHostError, UnsupportedError
+from . import adapters_adding, adapters_files, adapters_fusion, adapters_lora
 from .adapters_composition import architectures
 from .adapters_config import CONFIGS, TaskAdapterConfig, is_ours, task_configs
 from .adapters_layer import (
     TaskLayer,
     base_parameters,
-    task_parameters,
     trains_base,
-    trains_originals,
     unfusable,
 )
 from .adapters_mixture import Mixture
-from .methods import parameters_of
-from .sites import Block, find_blocks, resolve
+from .adapters_network import with_task_tensor
 
 _TOUCHED = "_pal_adapters_original"
-_TABLE = r"shared_parameters\."
 
 
 def register(config_class: type[TaskAdapterConfig], presets: dict[str, TaskAdapterConfig]) -> None:
@@ -128,10 +123,11 @@ def _install() -> None:
         raise MissingHostError(f"adapters {version} is not supported: install 'adapters>=1.3,<1.4'.")
     _wrap(AdapterConfig, "_get_config_class", _config_class, static=True)
     _wrap(AdapterMethod, "get_from_config", _methods_of_config, static=True)
-    _wrap(ModelAdaptersMixin, "_add_adapter_weights", _add_adapter_weights)
+    _wrap(ModelAdaptersMixin, "_add_adapter_weights", adapters_adding.add_adapter_weights)
     _wrap(ModelAdaptersMixin, "add_adapter_fusion", _add_adapter_fusion)
     _wrap(ModelAdaptersMixin, "init_adapters", _init_adapters)
     _wrap(ModelAdaptersMixin, "merge_adapter", _merge_adapter)
+    _wrap(ModelAdaptersMixin, "_prepare_model_inputs", _prepare_model_inputs)
     _wrap(ModelWithHeadsAdaptersMixin, "freeze_embeddings", _freeze_embeddings)
     _wrap(ModelWithHeadsAdaptersMixin, "train_adapter_fusion", _train_adapter_fusion)
     _wrap(BottleneckLayer, "bottleneck_layer_forward", _bottleneck_layer_forward)
@@ -139,12 +135,12 @@ def _install() -> None:
     _wrap(BottleneckLayer, "compose_fuse", _compose_fuse)
     for name in ("pad_and_concat", "compose_average", "compose_multi_task"):
         _wrap(LoRALinear, name, getattr(adapters_lora, name))
-    _wrap(AdapterLoader, "filter_func", _filter_func)
-    _wrap(AdapterLoader, "rename_func", _rename_func)
-    _wrap(AdapterLoader, "load", _adapter_load)
-    _wrap(AdapterFusionLoader, "filter_func", _fusion_filter_func)
-    _wrap(AdapterFusionLoader, "rename_func", _fusion_rename_func)
-    _wrap(AdapterFusionLoader, "load", _fusion_load)
+    _wrap(AdapterLoader, "filter_func", adapters_files.filter_func)
+    _wrap(AdapterLoader, "rename_func", adapters_files.rename_func)
+    _wrap(AdapterLoader, "load", adapters_files.adapter_load)
+    _wrap(AdapterFusionLoader, "filter_func", adapters_files.fusion_filter_func)
+    _wrap(AdapterFusionLoader, "rename_func", adapters_files.fusion_rename_func)
+    _wrap(AdapterFusionLoader, "load", adapters_files.fusion_load)
 
 
 # Configs
@@ -163,128 +159,6 @@ def _methods_of_config(original: Any) -> Any:
         return [] if isinstance(config, TaskAdapterConfig) else original(config)
 
     return get_from_config
-
-
-# Adding an adapter
-
-
-def _add_adapter_weights(original: Any) -> Any:
-    def wrapper(self: ModelAdaptersMixin, adapter_name: str) -> None:
-        configs = _prepare(self, adapter_name)
-        original(self, adapter_name)
-        for config in configs:
-            if not any(
-                config.method.name in layer.task_layer.methods(adapter_name) for _, layer in self.iter_layers()
-            ):
-                raise ConfigError(
-                    f"leave_out={list(config.leave_out)} is not allowed: it leaves no block for {config.architecture}."
-                )
-
-    return wrapper
-
-
-def _prepare(model: ModelAdaptersMixin, adapter_name: str) -> list[TaskAdapterConfig]:
-    """Fill in what depends on the model, check, and give each block its layer. Raises before anything changes."""
-    whole = model.adapters_config.get(adapter_name)
-    if not is_ours(architectures(whole)):
-        return []
-    whole = AdapterConfig.load(whole)
-    configs = list(task_configs(whole))
-    base = model.base_model
-    layers = list(model.iter_layers())
-    blocks = _find(base, [layer for _, layer in layers], configs)
-    _check_leave_out(configs, sorted({i for i, _ in layers}))
-    parameters = parameters_of(base, blocks, task_parameters(base))
-    prepared = {id(c): c.method.prepare(c, blocks, parameters) for c in configs}
-    if _shares(whole, list(prepared.values()), blocks) and isinstance(base, ModelUsingSubmodelsAdaptersMixin):
-        # Encoder and decoder hold the same table of shared tensors: `save_pretrained` needs to know.
-        base._tied_weights_keys = sorted({*(base._tied_weights_keys or ()), _TABLE})
-    _replace_config(model, adapter_name, whole, prepared)
-    for (_, layer), block in zip(layers, blocks, strict=True):
-        task_layer = getattr(layer, "task_layer", None)
-        if not isinstance(task_layer, TaskLayer):
-            layer.task_layer = TaskLayer(base, block).train(layer.training)
-        elif task_layer.block.sites == block.sites:
-            task_layer.link(base, block)
-        else:  # without an adapter, see `_find`
-            task_layer.attachment.remove()
-            layer.task_layer = TaskLayer(base, block).train(layer.training)
-    return list(prepared.values())
-
-
-def _find(base: nn.Module, layers: list[nn.Module], configs: list[TaskAdapterConfig]) -> list[Block]:
-    named = [c.sites for c in configs if c.sites is not None]
-    if any(sites != named[0] for sites in named):
-        raise ConfigError(f"sites={named[1]} is not allowed beside sites={named[0]} in one union: use the same.")
-    found = {id(block.module): block for block in find_blocks(base, named[0] if named else None)}
-    blocks = []
-    for position, layer in enumerate(layers):
-        if id(layer) not in found:
-            raise SiteError(
-                f"block {position} of {type(base).__name__} ({type(layer).__name__}) has no known structure: pass "
-                "sites={...} in the config or call pal_adapters.register_block(...)."
-            )
-        block = _host_sites(found[id(layer)])
-        task_layer = getattr(layer, "task_layer", None)
-        if isinstance(task_layer, TaskLayer) and task_layer.pal_adapters and task_layer.block.sites != block.sites:
-            raise ConfigError(
-                f"sites={named[0] if named else None} is not allowed: {', '.join(task_layer.pal_adapters)} use other "
-                f"sites of {type(layer).__name__}, {task_layer.block.sites.to_dict()}. All adapters need the same."
-            )
-        blocks.append(block)
-    return blocks
-
-
-def _host_sites(block: Block) -> Block:
-    """The host's own blocks call a norm from their bottleneck layer, twice with some configs: attach around it."""
-    module, sites = block.module, block.sites
-    own = getattr(module, "output_adapters", None)
-    if sites.residual_at == "input" and isinstance(own, BottleneckLayer) and not own.is_layer_hooked:
-        sites = replace(sites, residual="output_adapters", residual_at="input")
-    if isinstance(resolve(module, sites.output), nn.LayerNorm):
-        sites = replace(sites, output="")
-    return replace(block, sites=sites)
-
-
-def _check_leave_out(configs: list[TaskAdapterConfig], indices: list[int]) -> None:
-    for config in configs:
-        if not set(config.leave_out) <= set(indices):
-            raise ConfigError(
-                f"leave_out={list(config.leave_out)} is not allowed: the blocks are {indices[0]} to {indices[-1]}."
-            )
-
-
-def _shares(whole: AdapterConfig, configs: list[TaskAdapterConfig], blocks: list[Block]) -> bool:
-    """Whether blocks share tensors; refuses Compacter and VeRA beside them, whose own table would replace ours."""
-    with torch.device("meta"):
-        tied = [c for c in configs if c.method.build_shared(c, blocks[0]) is not None]
-    for member in whole.configs if isinstance(whole, ConfigUnion) else ():
-        if isinstance(member, BnConfig):
-            other = "Compacter" if member.phm_layer and (member.shared_phm_rule or member.shared_W_phm) else ""
-        else:
-            vera = isinstance(member, LoRAConfig) and not (member.vera_d is None and member.vera_b is None)
-            other = "VeRA" if vera else ""
-        if tied and other:
-            raise UnsupportedError(
-                f"{other} and {tied[0].architecture} with tied projections cannot be in one ConfigUnion: adapters "
-                "keeps shared tensors of both under one name. Add two adapters and use Stack."
-            )
-    return bool(tied)
-
-
-def _replace_config(
-    model: ModelAdaptersMixin, adapter_name: str, config: AdapterConfig, prepared: dict[int, TaskAdapterConfig]
-) -> None:
-    if isinstance(config, TaskAdapterConfig):
-        config = prepared[id(config)]
-    else:
-        config = ConfigUnion(*[prepared.get(id(c), c) for c in config.configs])
-    known = model.adapters_config
-    before, name = known.adapters[adapter_name], get_adapter_config_hash(config)
-    known.config_map[name] = config
-    known.adapters[adapter_name] = name
-    if before not in known.adapters.values():
-        known.config_map.pop(before, None)
 
 
 # Fusing, merging and training
@@ -373,6 +247,14 @@ def _freeze_embeddings(original: Any) -> Any:
 # The forward pass
 
 
+def _prepare_model_inputs(original: Any) -> Any:
+    def wrapper(self: ModelAdaptersMixin, *args: Any, **kwargs: Any) -> Any:
+        inputs, name, arguments = original(self, *args, **kwargs)
+        return inputs, name, with_task_tensor(self.adapters_config, arguments)
+
+    return wrapper
+
+
 def _bottleneck_layer_forward(original: Any) -> Any:
     def wrapper(self: BottleneckLayer, hidden_states: Any, residual_input: Any, layer_norm: Any) -> Any:
         task_layer: TaskLayer | None = getattr(self, "pal_adapters_task_layer", (None,))[0]
@@ -424,120 +306,3 @@ def _match_batches(hidden_states: Any, residual_input: Any) -> tuple[Any, Any]:
     batch = max(hidden_states.shape[0], residual_input.shape[0])
     grown = [t.repeat(batch // t.shape[0], 1, 1) for t in (hidden_states, residual_input)]
     return grown[0], grown[1]
-
-
-# Files
-
-
-def _prefix(model: ModelAdaptersMixin) -> str:
-    return "" if model.base_model is model else f"{model.base_model_prefix}."
-
-
-def _filter_func(original: Any) -> Any:
-    def filter_func(self: AdapterLoader, adapter_name: str) -> Callable[[str], bool]:
-        keep = original(self, adapter_name)
-        configs = list(task_configs(self.model.adapters_config.get(adapter_name)))
-        table = f"shared_parameters.{adapter_name}."
-        ours = tuple(f"{table}{config.method.name}_stack" for config in configs)
-        prefix = _prefix(self.model)
-        base: set[str] = set()
-        if any(map(trains_originals, configs)):
-            base = {prefix + name for name in base_parameters(self.model.base_model)}
-
-        def kept(key: str) -> bool:
-            if any(start in key for start in ours):
-                # An encoder-decoder has the same table three times, and safetensors refuses aliases.
-                return key.startswith(prefix + table)
-            return keep(key) or key.startswith(table) or key in base
-
-        return kept
-
-    return filter_func
-
-
-def _rename_func(original: Any) -> Any:
-    def rename_func(self: AdapterLoader, old_name: str, new_name: str) -> Callable[[str], str]:
-        rename = original(self, old_name, new_name)
-        start = f"shared_parameters.{old_name}."
-
-        def renamed(key: str) -> str:
-            if key.startswith(start):
-                return f"shared_parameters.{new_name}.{key.removeprefix(start)}"
-            return rename(key)
-
-        return renamed
-
-    return rename_func
-
-
-def _adapter_load(original: Any) -> Any:
-    def load(self: AdapterLoader, adapter_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
-        known, setup = self.model.adapters_config, self.model.active_adapters
-        before = set(known.adapters)
-        try:
-            return original(self, adapter_name_or_path, *args, **kwargs)
-        except Exception as error:
-            for added in set(known.adapters) - before:
-                self.model.delete_adapter(added)
-            known.active_setup = setup
-            if isinstance(error, RuntimeError) and "size mismatch" in str(error):
-                first = next(line for line in str(error).splitlines() if "size mismatch" in line)
-                raise ConfigError(
-                    f"the adapter in {adapter_name_or_path} does not fit this {type(self.model).__name__}, it was "
-                    f"made for a model of another size: {first.strip()}"
-                ) from error
-            raise
-
-    return load
-
-
-def _fusion_filter_func(original: Any) -> Any:
-    def filter_func(self: AdapterFusionLoader, adapter_fusion_name: str) -> Callable[[str], bool]:
-        return lambda key: f"adapter_fusion_layer.{adapter_fusion_name}." in key
-
-    return filter_func
-
-
-def _fusion_rename_func(original: Any) -> Any:
-    def rename_func(self: AdapterFusionLoader, old_name: str, new_name: str) -> Callable[[str], str]:
-        return lambda key: key.replace(f"adapter_fusion_layer.{old_name}.", f"adapter_fusion_layer.{new_name}.")
-
-    return rename_func
-
-
-def _fusion_load(original: Any) -> Any:
-    def load(
-        self: AdapterFusionLoader, save_directory: str, load_as: Any = None, loading_info: Any = None, **kwargs: Any
-    ) -> Any:
-        folder = Path(save_directory)
-        try:
-            config = self.weights_helper.load_weights_config(save_directory)
-        except (OSError, ValueError):
-            if folder.is_dir() and any(folder.glob("*adapter_fusion*")):
-                raise ConfigError(f"{save_directory} has no readable adapter_fusion_config.json.") from None
-            return original(self, save_directory, load_as, loading_info, **kwargs)
-        model, name = self.model, load_as or config["name"]
-        if adapters_fusion.check_file(model, config, name) is None:
-            return original(self, save_directory, load_as, loading_info, **kwargs)
-        known = name in model.adapters_config.fusions
-        before, setup = adapters_fusion.coefficients_of(model, name), model.active_adapters
-        info: dict[str, list[str]] = {}
-        try:
-            result = original(self, save_directory, load_as, info, **kwargs)
-            if info.get("missing_keys"):
-                raise ValueError(f"it has no {', '.join(info['missing_keys'])}")
-        except (OSError, RuntimeError, ValueError) as error:
-            if known:
-                model.load_state_dict(before, strict=False)
-            elif name in model.adapters_config.fusions:
-                model.delete_adapter_fusion(name)
-            model.adapters_config.active_setup = setup
-            if isinstance(error, PalAdaptersError):
-                raise
-            raise ConfigError(f"the fusion in {save_directory} cannot be loaded: {error}") from error
-        if isinstance(loading_info, dict):
-            for key, values in info.items():
-                loading_info.setdefault(key, []).extend(values)
-        return result
-
-    return load

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import UnknownAdapterError, UnsupportedError
 from ..units import UnitInputs
-from .attach import BlockMask
+from .masks import BlockMask
 
 COMPOSITIONS = [Stack, Fuse, Split, Parallel, BatchSplit, Average, MultiTask]
 

@@ -6,17 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from adapters.composition import Stack
-from adapters.context import ForwardContext
-from torch import Tensor
+from adapters.context import AdapterSetup, ForwardContext
 
 from ..errors import UnsupportedError
-from ..units import TaskUnit
+from ..units import BatchTasks, TaskUnit, batch_tasks
 from .adapters_config import task_configs
 from .base_part import Slots, block_slots, fill, outer_slots, scratch
 from .methods import generator_for
 from .network import NetworkHooks
 from .sites import find_blocks
-from .tasks import task_numbers
+from .tasks import ARGUMENT, task_numbers
 
 if TYPE_CHECKING:
     from .adapters_layer import TaskLayer
@@ -83,17 +82,38 @@ class LayerNetwork:
         active = self._active()
         return None if active is None else active[1]
 
-    def task_index(self, batch: int, device: torch.device) -> Tensor:
+    def batch_tasks(self, batch: int, device: torch.device) -> BatchTasks:
         active = self._active()
         assert active is not None
-        whole = self._layer.adapters_config.get(active[0])
-        tasks = next(config.tasks for config in task_configs(whole) if config.method.network)
+        tasks = _tasks(self._layer.adapters_config, active[0])
+        assert tasks is not None
         context = ForwardContext.get_context()
         # Every block asks: look at `task_ids`, which may lie on a GPU, once a forward pass.
-        known: dict[Any, Tensor] = {}
+        known: dict[Any, BatchTasks] = {}
         if context is not None and not torch.compiler.is_compiling():
-            known = context.__dict__.setdefault("pal_adapters_task_index", known)
+            known = context.__dict__.setdefault("pal_adapters_batch_tasks", known)
         key = (active[0], batch, device)
         if key not in known:
-            known[key] = task_numbers(getattr(context, "task_ids", None), tasks, batch).to(device)
+            numbers = task_numbers(getattr(context, "task_ids", None), tasks, batch)
+            known[key] = batch_tasks(numbers).to(device)
         return known[key]
+
+
+def _tasks(adapters_config: Any, name: str) -> list[str] | None:
+    """The tasks of an adapter, if it is a network for many."""
+    configs = task_configs(adapters_config.get(name))
+    return next((config.tasks for config in configs if config.method.network), None)
+
+
+def with_task_tensor(adapters_config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of generation, `task_ids` of an active network as a tensor."""
+    ids = arguments.get(ARGUMENT)
+    if not isinstance(ids, (list, tuple)) or adapters_config is None:
+        return arguments
+    given = AdapterSetup.get_context()
+    setup = adapters_config.active_setup if given is None else given.adapter_setup
+    for name in () if setup is None else setup.flatten():
+        tasks = _tasks(adapters_config, name)
+        if tasks is not None:
+            return {**arguments, ARGUMENT: task_numbers(ids, tasks, len(ids))}
+    return arguments

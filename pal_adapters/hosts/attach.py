@@ -10,89 +10,21 @@ transformers 4.57 records, and transformers 5 does not re-run them.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import SiteError, UnsupportedError
 from ..units import UnitInputs
+from . import calls
 from .kv_cache import TaskCache, task_cache
-from .masks import normalise_mask
+from .masks import BlockMask
+from .norms import final_norm
 from .sites import Block, resolve
-
-_HIDDEN = ("hidden_states", "hidden_state", "query", "x")
-_MASK = ("attention_mask", "mask", "attn_mask")
-_CAUSAL_MASK = ("causal_attention_mask",)
-_CACHE = ("past_key_values", "past_key_value", "layer_past")
-_POSITION = ("cache_position",)
-_FINAL_NORMS = (
-    "final_layer_norm", "final_layernorm", "final_norm", "emb_layer_norm_after", "ln_f", "norm", "layernorm",
-    "layer_norm",
-    "LayerNorm",
-)  # fmt: skip
-
-# transformers 4.57 checkpoints the call of a block, hooks and all, 5 only the function that its class calls `forward`.
-_CHECKPOINTS_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
 
 # In the order in which a block comes to them.
 _ORDER = ("attention", "ffn", "residual", "output", "stack_output")
-
-
-@dataclass(frozen=True)
-class BlockMask:
-    """The mask of one call of a block, brought to the form of `functional.attend` when asked."""
-
-    mask: Any
-    extra: Any
-    causal: bool
-    device: torch.device
-    rows: Tensor | None = None
-    tokens: tuple[int, int, int] | None = None
-    window: int | None = None
-
-    def select(self, rows: Tensor) -> BlockMask:
-        """The mask of these rows (counted over a batch that may be a repetition of the mask's)."""
-        return replace(self, rows=rows)
-
-    def slice_tokens(self, start: int, end: int, length: int) -> BlockMask:
-        """The mask among the tokens `start:end` of `length`."""
-        if self.tokens is not None:  # a part of a part
-            offset, _, length = self.tokens
-            start, end = start + offset, end + offset
-        return replace(self, tokens=(start, end, length))
-
-    def __call__(self, q_len: int, kv_len: int) -> tuple[Tensor | None, bool]:
-        if self.tokens is None:
-            mask, is_causal = self._whole(q_len, kv_len)
-        else:
-            start, end, length = self.tokens
-            mask, is_causal = self._whole(length, length)
-            if mask is not None:
-                mask = mask[..., start:end]
-                mask = mask[..., start:end, :] if mask.shape[-2] > 1 else mask
-        if mask is not None and self.rows is not None and mask.shape[0] > 1:
-            mask = mask.index_select(0, self.rows % mask.shape[0])
-        return mask, is_causal
-
-    def _whole(self, q_len: int, kv_len: int) -> tuple[Tensor | None, bool]:
-        first = normalise_mask(
-            self.mask, q_len=q_len, kv_len=kv_len, causal=self.causal, device=self.device, window=self.window
-        )
-        if self.extra is None:
-            return first
-        # CLIP's text blocks (transformers 4.57) get padding and causality as two masks.
-        second = normalise_mask(self.extra, q_len=q_len, kv_len=kv_len, causal=False, device=self.device)[0]
-        assert second is not None
-        if first[0] is None:
-            return second, False
-        if first[0].dtype == torch.bool:
-            return second.masked_fill(~first[0], torch.finfo(second.dtype).min), False
-        return first[0] + second, False
 
 
 class Runner(Protocol):
@@ -106,71 +38,6 @@ class Runner(Protocol):
 
     def run(self, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
         """The new value at `site`."""
-
-
-def _positions(module: nn.Module) -> dict[str, int]:
-    """Where a module's `forward` takes its arguments."""
-    module = getattr(module, "base_layer", module)  # PEFT's wrappers take anything
-    return {name: i for i, name in enumerate(list(inspect.signature(type(module).forward).parameters)[1:])}
-
-
-def _argument(names: tuple[str, ...], positions: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    for name in names:
-        if name in kwargs:
-            return kwargs[name]
-        if positions.get(name, len(args)) < len(args):
-            return args[positions[name]]
-    return None
-
-
-def _is_causal(attention: nn.Module) -> bool:
-    for module in (attention, getattr(attention, "self", None)):
-        if getattr(module, "is_causal", False) is True or getattr(module, "is_decoder", False) is True:
-            return True
-    # The first GPT keeps the triangle itself and gets no mask that has it.
-    triangle = dict(attention.named_buffers(recurse=False)).get("bias")
-    return triangle is not None and triangle.dim() == 4 and triangle.shape[-1] == triangle.shape[-2] > 1
-
-
-def _window(attention: nn.Module) -> int | None:
-    """How many positions a causal self-attention sees, where it says so; flash attention gets no mask that does."""
-    config = getattr(attention, "config", None)
-    window = getattr(attention, "sliding_window", None)
-    if not hasattr(attention, "sliding_window") and getattr(config, "layer_types", None) is None:
-        window = getattr(config, "sliding_window", None)
-    return window if isinstance(window, int) and window > 0 else None
-
-
-def _layer_index(attention: nn.Module, block: Block) -> int:
-    for module in (attention, getattr(attention, "self", None)):
-        index = getattr(module, "layer_idx", None)
-        if isinstance(index, int):
-            return index
-    return block.index
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, (tuple, list)) else output
-
-
-def _with_first(output: Any, value: Tensor) -> Any:
-    if isinstance(output, (tuple, list)):
-        return type(output)([value, *output[1:]])
-    return value
-
-
-def final_norm(model: nn.Module, block: Block) -> nn.Module | None:
-    """The norm behind a pre-LN stack, or None where the stack's output is not normalised (CLIP's vision tower)."""
-    path = block.name.split(".")[:-2]
-    for length in (len(path), len(path) - 1):
-        if length < 0:
-            break
-        parent = model.get_submodule(".".join(path[:length]))
-        for name in _FINAL_NORMS:
-            module = getattr(parent, name, None)
-            if isinstance(module, nn.Module) and "norm" in type(module).__name__.lower():
-                return module
-    return None
 
 
 class _Behind:
@@ -211,13 +78,13 @@ class Attachment:
         self._last: str | None = None
         self._clear()
         attention = self._module(block.sites.attention)
-        self._attention_arguments = _positions(attention)
-        self._block_arguments = _positions(block.module)
-        self._causal = _is_causal(attention)
-        self._window = _window(attention)
+        self._attention_arguments = calls.positions_of(attention)
+        self._block_arguments = calls.positions_of(block.module)
+        self._causal = calls.is_causal(attention)
+        self._window = calls.window_of(attention)
         # transformers 4.57: ModernBERT's attention gets two masks and chooses.
         self._local = getattr(attention, "local_attention", (-1, -1)) != (-1, -1)
-        self._index = _layer_index(attention, block)
+        self._index = calls.layer_index(attention, block)
         # A pre-LN host's output is normalised behind the stack.
         norm = final_norm(model, block) if block.sites.norm == "pre" and block.last else None
         self._stack_norm = (norm,)
@@ -320,7 +187,7 @@ class Attachment:
         block: Any = self.block.module
         forward = self._inner_forward or functools.partial(type(block).forward, block)
         again = block.__dict__.get("_gradient_checkpointing_func")
-        if again is None or not (_CHECKPOINTS_FORWARD and block.gradient_checkpointing and block.training):
+        if again is None or not (calls.CHECKPOINTS_FORWARD and block.gradient_checkpointing and block.training):
             return self._inside(functools.partial(forward, **kwargs), *args)
         # What the host is about to run once more in the backward pass is to read and write as well.
         block._gradient_checkpointing_func = lambda run, *a: again(functools.partial(self._inside, run), *a)
@@ -339,17 +206,17 @@ class Attachment:
         # Under checkpointing a block's second run stops as soon as nothing more is needed, before its end.
         self._h = None
         if self._keeps_x:
-            x = _argument(_HIDDEN, positions, args, kwargs)
+            x = calls.argument(calls.HIDDEN, positions, args, kwargs)
             self._x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)) if x is None else x
         if "mask" not in self._needs:
             return
-        self._mask = _argument(_MASK, positions, args, kwargs)
+        self._mask = calls.argument(calls.MASK, positions, args, kwargs)
         if self._local and kwargs.get("sliding_window_mask") is not None:
             self._mask = kwargs["sliding_window_mask"]
-        self._extra_mask = _argument(_CAUSAL_MASK, positions, args, kwargs)
+        self._extra_mask = calls.argument(calls.CAUSAL_MASK, positions, args, kwargs)
         self._is_causal = kwargs.get("is_causal")
-        self._cache = _argument(_CACHE, positions, args, kwargs)
-        self._position = _argument(_POSITION, positions, args, kwargs)
+        self._cache = calls.argument(calls.CACHE, positions, args, kwargs)
+        self._position = calls.argument(calls.POSITION, positions, args, kwargs)
 
     def _on_input_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._raw = args[0] if args else next(iter(kwargs.values()))
@@ -404,13 +271,13 @@ class Attachment:
     def write(self, site: str, output: Any) -> Any:
         """What a module returned, with the new value at `site`."""
         if self.runner.is_active(site):
-            value = _first(output)
+            value = calls.first_of(output)
             x, flat = self._x, value.dim() == 2
             if flat and x is not None and x.dim() == 3:  # OPT's feed-forward
                 new = self._run(site, value.view(*x.shape[:2], value.shape[-1])).view(value.shape)
             else:
                 new = self._run(site, value)
-            output = _with_first(output, new)
+            output = calls.with_first(output, new)
         if site == "stack_output":
             self._clear()
         elif site == self._last and not self.runner.keeps_inputs():

@@ -66,6 +66,11 @@ def outer_slots(
     return slots
 
 
+def reader_of(model: nn.Module, module: nn.Module) -> nn.Module:
+    """The module whose `forward` reads the weights of another: itself, but for DeBERTa's relative positions."""
+    return next((m for m in model.modules() if m._modules.get("rel_embeddings") is module), module)
+
+
 def key_of(name: str) -> str:
     """A parameter name as one part of a name."""
     return name.replace(".", "__")
@@ -123,23 +128,27 @@ def scratch(into: nn.ParameterDict, slots: Slots, generator: torch.Generator | N
 
 
 class WrappedForward:
-    """Stands in the place of a module's `forward`.
+    """Stands in the place of a module's `forward`, or of another method.
 
     Args:
         module: the module.
-        around: called with the module's own `forward` and the arguments.
+        around: called with the module's own method and the arguments.
+        name: of the method.
     """
 
-    def __init__(self, module: nn.Module, around: Callable[..., Any]) -> None:
+    def __init__(self, module: nn.Module, around: Callable[..., Any], name: str = "forward") -> None:
         self._module = (module,)
+        self._name = name
         self._around: Callable[..., Any] | None = around
-        self._inner = module.__dict__.get("forward")
-        module.forward = self.run
+        self._inner = module.__dict__.get(name)
+        setattr(module, name, self.run)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own `forward`."""
+        """The module's own method."""
+        if self._inner is not None:
+            return self._inner(*args, **kwargs)
         module = self._module[0]
-        return type(module).forward(module, *args, **kwargs) if self._inner is None else self._inner(*args, **kwargs)
+        return getattr(type(module), self._name)(module, *args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """What is called in its place."""
@@ -148,10 +157,10 @@ class WrappedForward:
         return self._around(self.original, *args, **kwargs)
 
     def remove(self) -> None:
-        """Give the module its own `forward` back, or stand aside where another stands in front by now."""
+        """Give the module its own method back, or stand aside where another stands in front by now."""
         module = self._module[0]
         self._around = None
-        if getattr(module.__dict__.get("forward"), "__self__", None) is self:
-            del module.forward
+        if getattr(module.__dict__.get(self._name), "__self__", None) is self:
+            delattr(module, self._name)
             if self._inner is not None:
-                module.forward = self._inner
+                setattr(module, self._name, self._inner)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..units import TaskUnit, UnitInputs, stack_weights
-from .attach import BlockMask
+from .masks import BlockMask
 
 
 class RowPlan:

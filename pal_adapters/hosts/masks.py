@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -95,3 +98,55 @@ def normalise_mask(
         keep = _causal(q_len, kv_len, window, device)
         mask = mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, torch.finfo(mask.dtype).min)
     return mask, False
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """The mask of one call of a block, brought to the form of `functional.attend` when asked."""
+
+    mask: Any
+    extra: Any
+    causal: bool
+    device: torch.device
+    rows: Tensor | None = None
+    tokens: tuple[int, int, int] | None = None
+    window: int | None = None
+
+    def select(self, rows: Tensor) -> BlockMask:
+        """The mask of these rows (counted over a batch that may be a repetition of the mask's)."""
+        return replace(self, rows=rows)
+
+    def slice_tokens(self, start: int, end: int, length: int) -> BlockMask:
+        """The mask among the tokens `start:end` of `length`."""
+        if self.tokens is not None:  # a part of a part
+            offset, _, length = self.tokens
+            start, end = start + offset, end + offset
+        return replace(self, tokens=(start, end, length))
+
+    def __call__(self, q_len: int, kv_len: int) -> tuple[Tensor | None, bool]:
+        if self.tokens is None:
+            mask, is_causal = self._whole(q_len, kv_len)
+        else:
+            start, end, length = self.tokens
+            mask, is_causal = self._whole(length, length)
+            if mask is not None:
+                mask = mask[..., start:end]
+                mask = mask[..., start:end, :] if mask.shape[-2] > 1 else mask
+        if mask is not None and self.rows is not None and mask.shape[0] > 1:
+            mask = mask.index_select(0, self.rows % mask.shape[0])
+        return mask, is_causal
+
+    def _whole(self, q_len: int, kv_len: int) -> tuple[Tensor | None, bool]:
+        first = normalise_mask(
+            self.mask, q_len=q_len, kv_len=kv_len, causal=self.causal, device=self.device, window=self.window
+        )
+        if self.extra is None:
+            return first
+        # CLIP's text blocks (transformers 4.57) get padding and causality as two masks.
+        second = normalise_mask(self.extra, q_len=q_len, kv_len=kv_len, causal=False, device=self.device)[0]
+        assert second is not None
+        if first[0] is None:
+            return second, False
+        if first[0].dtype == torch.bool:
+            return second.masked_fill(~first[0], torch.finfo(second.dtype).min), False
+        return first[0] + second, False

@@ -10,81 +10,26 @@ tensor computed in front of the block would not get its gradient back from a ree
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import SiteError, UnsupportedError
-from .attach import (
-    _CACHE,
-    _CHECKPOINTS_FORWARD,
-    _HIDDEN,
-    _argument,
-    _first,
-    _is_causal,
-    _layer_index,
-    _positions,
-    _window,
-    _with_first,
-    final_norm,
-)
-from .base_part import BaseCopies, Slots, WrappedForward
-from .norms import full_norms, is_norm, is_rms, norm_eps
-from .scores import mask_argument, past_length, refusal, with_bias
+from ..units import BatchTasks
+from . import calls
+from .base_part import BaseCopies, Slots, WrappedForward, reader_of
+from .network_unit import NetworkRunner, NetworkUnit
+from .norms import full_norms, is_norm, is_rms, norm_eps, required_final_norm
+from .scores import add_to_scores, mask_argument, past_length, position_scores, refusal, with_bias
+from .side_stream import SideStream
 from .sites import Block, resolve
-
-
-class NetworkUnit(Protocol):
-    """What a network does in one block; `index` `[b]` holds the task of each row."""
-
-    base: nn.ParameterDict
-    outer: nn.ParameterDict
-    slots: tuple[Slots, Slots]
-    acts_at_top: bool
-    acts_in_stream: bool
-
-    @property
-    def norm_paths(self) -> tuple[str, ...]: ...
-
-    @property
-    def has_attention(self) -> bool: ...
-
-    @property
-    def has_final_norm(self) -> bool: ...
-
-    def align(self, x: Tensor, index: Tensor) -> Tensor: ...
-
-    def attention_bias(self, index: Tensor, queries: int, keys: int) -> Tensor: ...
-
-    def norm(
-        self, path: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, index: Tensor, *, rms: bool
-    ) -> Tensor: ...
-
-    def final_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, index: Tensor, *, rms: bool
-    ) -> Tensor: ...
-
-    def top(self, y: Tensor, h: Tensor, eps: float, index: Tensor) -> Tensor: ...
-
-    def stream(self, outputs: list[Tensor], index: Tensor) -> Tensor: ...
-
-
-class NetworkRunner(Protocol):
-    """What a host's layer offers to `NetworkHooks`."""
-
-    def network(self) -> NetworkUnit | None:
-        """The network's part in this block that acts in this call, if any."""
-
-    def task_index(self, batch: int, device: torch.device) -> Tensor:
-        """`[b]`, the task of each row."""
 
 
 class Steer(NamedTuple):
     """What acts in the running call of a block."""
 
     unit: NetworkUnit
-    rows: Tensor
+    batch: BatchTasks
 
 
 class NetworkHooks:
@@ -105,10 +50,10 @@ class NetworkHooks:
         self._installed: set[str] = set()
         self._norms: dict[nn.Module, str] = {}
         self._outer: dict[nn.Module, Slots] = {}
-        self._outputs: list[Tensor] | None = None
+        self._stream: SideStream | None = None
         self._steer: Steer | None = None
         self._h: Tensor | None = None
-        self._block_arguments = _positions(block.module)
+        self._block_arguments = calls.positions_of(block.module)
 
     # Installing
 
@@ -130,11 +75,14 @@ class NetworkHooks:
         if unit.acts_in_stream:
             once("stream", self._install_stream)
         for name, places in unit.slots[1].items():
-            for module, _ in places:
+            for place in places:
+                module = reader_of(self._model[0], place[0])
                 if module not in self._outer:
                     self._wrapped.append(WrappedForward(module, functools.partial(self._run_outer, module)))
                     self._outer[module] = {}
-                self._outer[module][name] = [place for place in places if place[0] is module]
+                known = self._outer[module].setdefault(name, [])
+                if place not in known:
+                    known.append(place)
         once("forward", self._install_forward)
 
     def _once(self, name: str, install: Any) -> None:
@@ -148,6 +96,9 @@ class NetworkHooks:
             self._handles.pop().remove()
         while self._wrapped:
             self._wrapped.pop().remove()
+        if self._stream is not None:
+            self._stream.remove()
+            self._stream = None
         self._installed.clear()
         self._norms.clear()
         self._outer.clear()
@@ -163,18 +114,22 @@ class NetworkHooks:
 
     def _install_attention(self) -> None:
         attention = self._module(self.block.sites.attention)
-        positions = _positions(attention)
+        positions = calls.positions_of(attention)
         reason = refusal(attention, positions, self._implementation())
         if reason is not None:
             raise SiteError(
                 f"the conditional attention cannot be added to {self.block.name}: {reason}; or pass "
                 "attention_layers=[] to do without."
             )
+        scores = position_scores(attention)
+        if scores is not None:
+            self._wrapped.append(WrappedForward(scores[0], self._run_scores, scores[1]))
+            return
         self._attention_arguments = positions
         self._mask = mask_argument(attention, positions)
-        self._causal = _is_causal(attention)
-        self._window = _window(attention)
-        self._layer = _layer_index(attention, self.block)
+        self._causal = calls.is_causal(attention)
+        self._window = calls.window_of(attention)
+        self._layer = calls.layer_index(attention, self.block)
         self._handles.append(attention.register_forward_pre_hook(self._on_attention, with_kwargs=True))
 
     def _install_norm(self, path: str) -> None:
@@ -195,37 +150,14 @@ class NetworkHooks:
             )
         self._handles.append(norms[0].register_forward_pre_hook(self._on_h, with_kwargs=True))
 
-    def _final_norm(self, what: str) -> nn.Module:
-        norm = final_norm(self._model[0], self.block)
-        if norm is None:
-            raise SiteError(f"{what} needs a norm behind the blocks, which {type(self._model[0]).__name__} lacks.")
-        return norm
-
     def _install_final_norm(self) -> None:
-        norm = self._final_norm("bottleneck='top'")
+        norm = required_final_norm(self._model[0], self.block, "bottleneck='top'")
         if not is_norm(norm):
             raise SiteError(f"bottleneck='top' cannot make {type(norm).__name__} conditional.")
         self._handles.append(norm.register_forward_hook(self._behind_final_norm, prepend=True))
 
     def _install_stream(self) -> None:
-        model = self._model[0]
-        stack_name = self.block.name.rpartition(".")[0]
-        stack = list(model.get_submodule(stack_name).children())
-        for number, module in enumerate(stack):
-            hook = self._start_stream if number == 0 else self._record_stream
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        if self.block.sites.norm == "pre":
-            norm = self._final_norm("bottleneck='stream'")
-            self._rms = is_rms(norm)
-            self._handles.append(norm.register_forward_hook(self._behind_stack_norm, prepend=True))
-            return
-        parent = model.get_submodule(stack_name.rpartition(".")[0])
-        if getattr(parent, "pooler", None) is not None:
-            raise SiteError(
-                f"bottleneck='stream' needs a module that runs the blocks and nothing else; {type(parent).__name__} "
-                "also pools. Use bottleneck='top' or 'none'."
-            )
-        self._handles.append(parent.register_forward_hook(self._behind_stack, prepend=True))
+        self._stream = SideStream(self._model[0], self.block, self.runner)
 
     def _install_forward(self) -> None:
         self._wrapped.append(WrappedForward(self.block.module, self._run_block))
@@ -243,7 +175,7 @@ class NetworkHooks:
     def _run_block(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         block: Any = self.block.module
         again = block.__dict__.get("_gradient_checkpointing_func")
-        if again is None or not (_CHECKPOINTS_FORWARD and block.gradient_checkpointing and block.training):
+        if again is None or not (calls.CHECKPOINTS_FORWARD and block.gradient_checkpointing and block.training):
             return self._inside(forward, *args, **kwargs)
         # What the host is about to run once more in the backward pass has to do all of this as well.
         block._gradient_checkpointing_func = lambda run, *a: again(functools.partial(self._inside, run), *a)
@@ -256,7 +188,7 @@ class NetworkHooks:
         unit = self.runner.network()
         if unit is None:
             return forward(*args, **kwargs)
-        x = _argument(_HIDDEN, self._block_arguments, args, kwargs)
+        x = calls.argument(calls.HIDDEN, self._block_arguments, args, kwargs)
         if x is None:
             x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         if x.dim() != 3:
@@ -264,22 +196,22 @@ class NetworkHooks:
                 f"{self.block.name} got hidden states of shape {list(x.shape)}: [batch, tokens, width] is needed. "
                 "Load the model with attn_implementation='sdpa' or 'eager' (flash attention removes padding)."
             )
-        index = self.runner.task_index(x.shape[0], x.device)
+        batch = self.runner.batch_tasks(x.shape[0], x.device)
         if self.block.index == 0:
-            aligned = unit.align(x, index)
+            aligned = unit.align(x, batch)
             args = tuple(aligned if value is x else value for value in args)
             kwargs = {name: aligned if value is x else value for name, value in kwargs.items()}
-        self._steer = Steer(unit, index)
+        self._steer = Steer(unit, batch)
         try:
             with BaseCopies(unit.slots[0], unit.base).in_force():
                 output = forward(*args, **kwargs)
             if unit.acts_at_top:
-                output = _with_first(output, self._top(unit, _first(output), index))
+                output = calls.with_first(output, self._top(unit, calls.first_of(output), batch))
             return output
         finally:
             self._steer = self._h = None
 
-    def _top(self, unit: NetworkUnit, y: Tensor, index: Tensor) -> Tensor:
+    def _top(self, unit: NetworkUnit, y: Tensor, batch: BatchTasks) -> Tensor:
         h = self._h
         if h is not None and h.dim() == 2 and h.numel() == y.numel():  # OPT, see `_behind_norm`
             h = h.view(y.shape)
@@ -289,32 +221,39 @@ class NetworkHooks:
                 "config.chunk_size_feed_forward=0."
             )
         eps = norm_eps(list(full_norms(self.block).values())[-1]) if self.block.sites.norm == "post" else 0.0
-        return unit.top(y, h, eps, index)
+        return unit.top(y, h, eps, batch)
 
     def _on_h(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._steer is not None:
             self._h = args[0] if args else next(iter(kwargs.values()))
 
+    def _run_scores(self, forward: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        scores = forward(query, key, *args, **kwargs)
+        if self._steer is None or not self._steer.unit.has_attention:
+            return scores
+        unit, batch = self._steer
+        return add_to_scores(scores, unit.attention_bias(batch, query.shape[-2], key.shape[-2]), query)
+
     def _on_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._steer is None or not self._steer.unit.has_attention:
             return None
-        unit, index = self._steer
+        unit, batch = self._steer
         reason = refusal(module, self._attention_arguments, self._implementation())
         if reason is None and self._mask == "mask" and kwargs.get("output_attentions"):
             reason = "output_attentions=True makes it use its eager attention, which takes a mask of zeros and ones"
         if reason is not None:
             raise UnsupportedError(f"the conditional attention of {self.block.name} cannot act: {reason}.")
-        x = _argument(_HIDDEN, self._attention_arguments, args, kwargs)
-        cache = _argument(_CACHE, self._attention_arguments, args, kwargs)
+        x = calls.argument(calls.HIDDEN, self._attention_arguments, args, kwargs)
+        cache = calls.argument(calls.CACHE, self._attention_arguments, args, kwargs)
         past = past_length(cache, self._layer)
-        bias = unit.attention_bias(index, x.shape[1], past + x.shape[1])
+        bias = unit.attention_bias(batch, x.shape[1], past + x.shape[1])
         if self._window is not None and past + x.shape[1] > self._window:
             raise UnsupportedError(
                 f"{self.block.name} attends to the last {self._window} tokens only: the conditional attention needs "
                 f"all {past + x.shape[1]}."
             )
         assert self._mask is not None
-        mask = _argument((self._mask,), self._attention_arguments, args, kwargs)
+        mask = calls.argument((self._mask,), self._attention_arguments, args, kwargs)
         if self._mask == "head_mask" and mask is not None:
             raise UnsupportedError("head_mask cannot be used together with the conditional attention of this model.")
         causal = self._causal if kwargs.get("is_causal") is None else bool(kwargs["is_causal"])
@@ -328,12 +267,12 @@ class NetworkHooks:
         path = self._norms[module]
         if self._steer is None or path not in self._steer.unit.norm_paths:
             return None
-        unit, index = self._steer
+        unit, batch = self._steer
         x = args[0]
         flat = x.dim() == 2  # OPT normalises the tokens of all rows in one dimension
-        x = x.view(index.shape[0], -1, x.shape[-1]) if flat else x
+        x = x.view(batch.member.shape[0], -1, x.shape[-1]) if flat else x
         bias = getattr(module, "bias", None)
-        y = unit.norm(path, x, module.weight, bias, norm_eps(module), index, rms=is_rms(module))
+        y = unit.norm(path, x, module.weight, bias, norm_eps(module), batch, rms=is_rms(module))
         return y.view(output.shape) if flat else y
 
     def _behind_final_norm(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
@@ -341,48 +280,8 @@ class NetworkHooks:
         if unit is None or not unit.has_final_norm:
             return None
         x = args[0]
-        index = self.runner.task_index(x.shape[0], x.device)
+        batch = self.runner.batch_tasks(x.shape[0], x.device)
         slots = {name: places for name, places in self._outer.get(module, {}).items() if name in unit.slots[1]}
         with BaseCopies(slots, unit.outer).in_force():
             bias = getattr(module, "bias", None)
-            return unit.final_norm(x, module.weight, bias, norm_eps(module), index, rms=is_rms(module))
-
-    # The side stream: outside of what is checkpointed, since it runs through all blocks
-
-    def _start_stream(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        unit = self.runner.network()
-        self._outputs = [] if unit is not None and unit.acts_in_stream else None
-
-    def _record_stream(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._outputs is not None:
-            self._outputs.append(args[0] if args else _argument(_HIDDEN, {}, args, kwargs))
-
-    def _end_stream(self, last: Tensor) -> Tensor | None:
-        unit, outputs = self.runner.network(), self._outputs
-        self._outputs = None
-        if unit is None or outputs is None:
-            return None
-        outputs = [*outputs, last]
-        if self.block.sites.norm == "pre":  # a residual stream is not normalised
-            outputs = [_plain_norm(output, rms=self._rms) for output in outputs]
-        return unit.stream(outputs, self.runner.task_index(last.shape[0], last.device))
-
-    def _behind_stack_norm(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return self._end_stream(args[0])
-
-    def _behind_stack(self, module: nn.Module, args: Any, output: Any) -> Any:
-        value = self._end_stream(_first(output) if isinstance(output, (tuple, list)) else output[0])
-        if value is None:
-            return None
-        if isinstance(output, (tuple, list)):
-            return type(output)([value, *output[1:]])
-        states = output.get("hidden_states")
-        if states:
-            output["hidden_states"] = (*states[:-1], value)
-        output["last_hidden_state"] = value
-        return output
-
-
-def _plain_norm(x: Tensor, *, rms: bool) -> Tensor:
-    norm = torch.nn.functional.rms_norm if rms else torch.nn.functional.layer_norm
-    return norm(x, x.shape[-1:], eps=1e-6)
+            return unit.final_norm(x, module.weight, bias, norm_eps(module), batch, rms=is_rms(module))

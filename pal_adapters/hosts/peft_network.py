@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import UnsupportedError
-from ..units import TaskUnit
+from ..units import BatchTasks, TaskUnit
 from .base_part import Slots, block_slots, fill, outer_slots, scratch
 from .network import NetworkHooks
 from .peft import TaskTuner
@@ -109,10 +109,10 @@ class NetworkTunerLayer(TaskTunerLayer):
         name = self._active()
         return None if name is None else self.units[name]
 
-    def task_index(self, batch: int, device: torch.device) -> Tensor:
+    def batch_tasks(self, batch: int, device: torch.device) -> BatchTasks:
         name = self._active()
         assert name is not None
-        return task_rows(self._model[0]).index(self.tasks[name], batch, device)
+        return task_rows(self._model[0]).of(self.tasks[name], batch, device)
 
 
 class NetworkTuner(TaskTuner):

@@ -1,4 +1,8 @@
-"""A term in the attention scores, brought in through the additive attention mask. Knows no method and neither host."""
+"""A term in the attention scores, brought in through the additive attention mask. Knows no method and neither host.
+
+DeBERTa's mask is one of True and False. Its attention adds the scores of relative positions, which a method of its
+own computes: there the term goes to what that method returns.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
+from .calls import MASK
 from .masks import normalise_mask
-
-MASKS = ("attention_mask", "mask", "attn_mask")
 
 # transformers 4.57 writes these attentions out, with a mask that is added; the others go through the common interface.
 _ADDS_MASK = frozenset(
@@ -24,9 +27,22 @@ _ADDS_MASK = frozenset(
 )  # fmt: skip
 
 
+# What computes the scores of relative positions in DeBERTa-v2 and DeBERTa.
+_POSITION_SCORES = ("disentangled_attention_bias", "disentangled_att_bias")
+
+
+def position_scores(attention: nn.Module) -> tuple[nn.Module, str] | None:
+    """The module inside a self-attention, and its method, that computes scores which are added, or None."""
+    for module in attention.modules():
+        for name in _POSITION_SCORES:
+            if callable(getattr(module, name, None)):
+                return module, name
+    return None
+
+
 def mask_argument(attention: nn.Module, positions: dict[str, int]) -> str | None:
     """The argument of a self-attention that is added to its scores, or None."""
-    named = next((name for name in MASKS if name in positions), None)
+    named = next((name for name in MASK if name in positions), None)
     # transformers 4.57, ViT: the only tensor that reaches the kernel, which adds it (sdpa) or multiplies (eager).
     return "head_mask" if named is None and "head_mask" in positions else named
 
@@ -45,8 +61,13 @@ def refusal(attention: nn.Module, positions: dict[str, int], implementation: str
             "attn_implementation='sdpa' or 'eager'"
         )
     classes = {cls.__name__ for module in attention.modules() for cls in type(module).__mro__}
-    if any(name.startswith("Disentangled") for name in classes):
-        return "its attention takes a mask of True and False, not one that is added to the scores"
+    scores = position_scores(attention)
+    if scores is not None:
+        if not getattr(scores[0], "relative_attention", False):
+            return "its attention takes a mask of True and False, and adds nothing without relative_attention=True"
+        if getattr(scores[0], "head_logits_proj", None) is not None:
+            return "its heads mix their scores (talking_head=True)"
+        return None
     argument = mask_argument(attention, positions)
     if argument is None:
         return "its self-attention takes no mask"
@@ -63,6 +84,22 @@ def refusal(attention: nn.Module, positions: dict[str, int], implementation: str
     if any(hasattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS") for file in files):
         return None
     return f"it is not known whether {type(attention).__name__} adds its mask to the scores"
+
+
+def add_to_scores(scores: Any, bias: Tensor, query: Tensor) -> Tensor:
+    """What `position_scores` computed, and a term.
+
+    Args:
+        scores: `[b h, q, k]` or `[b, h, q, k]`, or 0.
+        bias: `[b, 1, q, k]`, or `[1, 1, q, k]`.
+        query: `[b h, q, d]` or `[b, h, q, d]`.
+    """
+    bias = bias.to(query.dtype)
+    if query.dim() == 4:
+        return scores + bias
+    if bias.shape[0] == 1:
+        return scores + bias[0]
+    return scores + bias.squeeze(1).repeat_interleave(query.shape[0] // bias.shape[0], dim=0)
 
 
 def past_length(cache: Any, layer: int) -> int:

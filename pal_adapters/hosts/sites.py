@@ -1,9 +1,8 @@
 """Where task modules attach in a Hugging Face model: found from the structure of its blocks, or named by the user.
 
 Knows no method and neither host. A *block* is one transformer layer; a *stack* is the `nn.ModuleList` or
-`nn.Sequential`
-that holds blocks. Paths are attribute paths inside a block, with indices for lists (`"layer.-1.dropout"`); `""` is the
-block. The structures that are found are listed in `structures.py`.
+`nn.Sequential` that holds blocks. Paths are attribute paths inside a block, with indices for lists
+(`"layer.-1.dropout"`); `""` is the block. The structures that are found are listed in `structures.py`.
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, SiteError
-from .structures import REFUSED, STRUCTURES, Structure
-from .structures import BlockSites as BlockSites  # part of this module's interface
+from .block_sites import BlockSites as BlockSites  # part of this module's interface
+from .block_sites import Structure
+from .structures import REFUSED, STRUCTURES
 
 _REGISTERED: dict[str, BlockSites] = {}
 _KNOWN = frozenset[str]().union(*(structure.known for structure in STRUCTURES))

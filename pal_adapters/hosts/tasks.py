@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnknownAdapterError, UnsupportedError
+from ..units import BatchTasks, batch_tasks
 
 ARGUMENT = "task_ids"
 # The same on the way through `PeftModelFor*.forward`, which drops `task_ids`.
@@ -55,10 +56,10 @@ def task_numbers(ids: Any, tasks: Sequence[str], batch: int, *, repeated: bool =
                 f"task_ids of type {ids.dtype} and shape {list(ids.shape)} is not allowed: pass integers of shape "
                 "[batch]."
             )
-        if not torch.compiler.is_compiling():  # this waits for the device, once a forward pass
-            for task in ids.tolist():
-                _number(task, tasks)
-        numbers = ids.long()
+        if torch.compiler.is_compiling():
+            numbers = ids.long()
+        else:  # this waits for the device, once a forward pass
+            numbers = torch.tensor([_number(task, tasks) for task in ids.tolist()], dtype=torch.long)
     elif isinstance(ids, str) or not hasattr(ids, "__iter__"):
         raise UnsupportedError(f"task_ids={ids!r} is not allowed: pass one name or number a row.")
     else:
@@ -78,7 +79,7 @@ class TaskRows:
         self._ids: Any = None
         self._repeated = False
         self._held = False
-        self._known: dict[tuple[Any, ...], Tensor] = {}
+        self._known: dict[tuple[Any, ...], BatchTasks] = {}
 
     def _set(self, ids: Any, repeated: bool, held: bool) -> None:
         self._ids, self._repeated, self._held = ids, repeated, held
@@ -106,13 +107,14 @@ class TaskRows:
             self._set(ids[0] if ids else None, self._repeated and self._held, self._held)
         return args, {name: value for name, value in kwargs.items() if name not in (ARGUMENT, CARRIED)}
 
-    def index(self, tasks: Sequence[str], batch: int, device: torch.device) -> Tensor:
-        """`[b]` on a device, see `task_numbers`."""
+    def of(self, tasks: Sequence[str], batch: int, device: torch.device) -> BatchTasks:
+        """The task of each row, on a device; see `task_numbers`."""
         if torch.compiler.is_compiling():
-            return task_numbers(self._ids, tasks, batch, repeated=self._repeated).to(device)
+            return batch_tasks(task_numbers(self._ids, tasks, batch, repeated=self._repeated)).to(device)
         key = (tuple(tasks), batch, device)
         if key not in self._known:
-            self._known[key] = task_numbers(self._ids, tasks, batch, repeated=self._repeated).to(device)
+            numbers = task_numbers(self._ids, tasks, batch, repeated=self._repeated)
+            self._known[key] = batch_tasks(numbers).to(device)
         return self._known[key]
 
     def repeat_in(self, blocks: Sequence[nn.Module]) -> None:

@@ -44,7 +44,11 @@ def build(kind: str, **changes: Any) -> Any:
         config = t.LlamaConfig(hidden_size=24, num_key_value_heads=2, **_SMALL, **_TOKENS)
         model = t.LlamaForCausalLM
     else:
-        config, model = t.DebertaV2Config(hidden_size=24, vocab_size=40, **_SMALL), t.DebertaV2Model
+        relative = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8}
+        made, model = (
+            (t.DebertaV2Config, t.DebertaV2Model) if kind == "deberta-v2" else (t.DebertaConfig, t.DebertaModel)
+        )
+        config = made(hidden_size=24, vocab_size=40, **_SMALL, **relative)
     for name, value in changes.items():
         setattr(config, name, value)
     built = model._from_config(config).eval()

@@ -13,6 +13,7 @@ from pal_adapters.camtl.film import FiLM, condition_of
 from pal_adapters.camtl.norm import ConditionalLayerNorm, ConditionalNorm
 from pal_adapters.camtl.task import TaskConditions, align, transformed
 from pal_adapters.errors import UnsupportedError
+from pal_adapters.units import batch_tasks
 
 INDEX = torch.tensor([1, 0, 1])
 
@@ -32,7 +33,7 @@ def halves(film: FiLM, z: Tensor) -> tuple[Tensor, Tensor]:
 def test_film(tasks: int) -> None:
     film, table, x = fresh(FiLM(6, 4)), torch.randn(tasks, 6), torch.randn(3, 7, 4)
     index = INDEX % tasks
-    output = film(x, condition_of(table, index))
+    output = film(x, condition_of(table, batch_tasks(index)))
     for row, task in enumerate(index):
         gamma, beta = halves(film, table[task])  # type: ignore[arg-type]
         assert torch.allclose(output[row], (1 + gamma) * x[row] + beta, atol=1e-6)
@@ -45,12 +46,12 @@ def test_alignment_reads_the_embedding_and_everything_else_its_transformation() 
     assert shared.alignment is not None
     for row, task in enumerate(INDEX):
         gamma, beta = halves(shared.alignment, shared.task_embedding[task])
-        assert torch.allclose(align(weights, x, INDEX)[row], (1 + gamma) * x[row] + beta, atol=1e-6)
-    condition = transformed(weights, INDEX)
+        assert torch.allclose(align(weights, x, batch_tasks(INDEX))[row], (1 + gamma) * x[row] + beta, atol=1e-6)
+    condition = transformed(weights, batch_tasks(INDEX))
     expected = shared.task_embedding @ shared.transformation.weight.T + shared.transformation.bias
     assert torch.allclose(condition.rows(condition.table), expected[INDEX], atol=1e-6)
     plain = TaskConditions(6, 2, alignment=False)
-    assert align(dict(plain.named_parameters()), x, INDEX) is x
+    assert align(dict(plain.named_parameters()), x, batch_tasks(INDEX)) is x
 
 
 def written_out(module: ConditionalAttentionBias, z: Tensor, length: int) -> Tensor:
@@ -75,7 +76,7 @@ def test_attention_bias(size: int, length: int, modulation: str) -> None:
     module = fresh(ConditionalAttentionBias(size, length, modulation=modulation))  # type: ignore[arg-type]
     assert isinstance(module, ConditionalAttentionBias)
     table = torch.randn(2, size)
-    condition = condition_of(table, INDEX)
+    condition = condition_of(table, batch_tasks(INDEX))
     whole = module(condition, length, length)
     for task in range(2):
         assert torch.allclose(whole[task], written_out(module, table[task], length), atol=1e-6)
@@ -93,7 +94,7 @@ def test_released_layouts() -> None:
     assert block_layout(384, 512) == (1, 512)
     module = ConditionalAttentionBias(768, 128)
     module.reset_parameters(identity=False)
-    bias = module(condition_of(torch.randn(1, 768), INDEX), 128, 128)[0]
+    bias = module(condition_of(torch.randn(1, 768), batch_tasks(torch.tensor([0]))), 128, 128)[0]
     assert float((bias != 0).float().mean()) == pytest.approx(0.16748, abs=1e-5)
     assert torch.equal(bias[0, :22], bias[21, :22])  # A = 0: the rows of a block are the same
     bias.sum().backward()
@@ -107,8 +108,8 @@ def test_conditional_layer_norm(tasks: int, modulate_bias: bool) -> None:
     norm, table = fresh(ConditionalNorm(6, modulate_bias=modulate_bias)), torch.randn(tasks, 6)
     assert isinstance(norm, ConditionalNorm)
     x, w, b, index = torch.randn(3, 4, 6), torch.randn(6), torch.randn(6), INDEX % tasks
-    output = norm(x, w, b, 1e-5, condition_of(table, index))
-    rms = norm(x, w, None, 1e-5, condition_of(table, index), rms=True)
+    output = norm(x, w, b, 1e-5, condition_of(table, batch_tasks(index)))
+    rms = norm(x, w, None, 1e-5, condition_of(table, batch_tasks(index)), rms=True)
     for row, task in enumerate(index):
         gamma, beta = halves(norm.film, table[task])
         weight, bias = (1 + gamma) * w + beta, b
@@ -124,7 +125,7 @@ def test_own_norm_starts_as_the_identity_of_a_norm() -> None:
     norm = ConditionalLayerNorm(6)
     norm.reset_parameters(identity=True)
     x = torch.randn(3, 4, 6)
-    output = norm(x, norm.weight, norm.bias, 1e-5, condition_of(torch.randn(2, 6), INDEX))
+    output = norm(x, norm.weight, norm.bias, 1e-5, condition_of(torch.randn(2, 6), batch_tasks(INDEX)))
     assert torch.allclose(output, F.layer_norm(x, (6,)), atol=1e-6)
 
 
@@ -132,7 +133,7 @@ def test_bottleneck_is_linear_in_what_film_gives() -> None:
     module, table, x = fresh(ConditionalBottleneck(7)), torch.randn(2, 7), torch.randn(3, 4, 7)
     assert isinstance(module, ConditionalBottleneck)
     assert module.down.weight.shape == (2, 7)  # floor(7 / 3)
-    output = module(x, condition_of(table, INDEX))
+    output = module(x, condition_of(table, batch_tasks(INDEX)))
     for row, task in enumerate(INDEX):
         z = module.embedding.weight @ table[task] + module.embedding.bias
         gamma, beta = halves(module.film, z)
@@ -142,7 +143,7 @@ def test_bottleneck_is_linear_in_what_film_gives() -> None:
 
 def test_side_stream() -> None:
     modules = [fresh(ConditionalBottleneck(6)) for _ in range(3)]
-    condition, outputs = condition_of(torch.randn(2, 6), INDEX), [torch.randn(3, 4, 6) for _ in range(3)]
+    condition, outputs = condition_of(torch.randn(2, 6), batch_tasks(INDEX)), [torch.randn(3, 4, 6) for _ in range(3)]
     value = torch.zeros(3, 4, 6)
     for module, output in zip(modules, outputs, strict=True):
         value = module(output + value, condition)

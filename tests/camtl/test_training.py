@@ -216,3 +216,66 @@ def test_presets(host: str) -> None:
 
         config = AdapterConfig.load("ca_mtl_large[tasks=8]")
         assert (config.bottleneck, len(config.tasks)) == ("stream", 8)
+
+
+_NAME = "default"  # with another, transformers' trainer does not find PEFT's best checkpoint
+
+
+def _fresh(host: str) -> Network:
+    return Network(host, name=_NAME, base=classifier(), **({} if host == "adapters" else {"task_type": "SEQ_CLS"}))
+
+
+def _train(host: str, folder: pathlib.Path, *, best: bool = False, resume: str | None = None) -> tuple[Any, Any]:
+    """A network that a trainer trained for six steps with a checkpoint behind each third, and its trainer."""
+    data: Any = Rows()
+    network = _fresh(host)
+    network.train(_NAME)
+    more: dict[str, Any] = {}
+    if best:
+        more = {
+            "eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True,
+            "metric_for_best_model": "score", "greater_is_better": True,
+        }  # fmt: skip
+    arguments = transformers.TrainingArguments(
+        str(folder), per_device_train_batch_size=6, max_steps=6, learning_rate=0.02, report_to=[],
+        save_strategy="steps", save_steps=3, remove_unused_columns=False, disable_tqdm=True, use_cpu=True, **more,
+    )  # fmt: skip
+    scores = iter([0.9, 0.1, 0.1, 0.1])
+    kind: Any = transformers.Trainer
+    if host == "adapters":
+        import adapters
+
+        kind = adapters.AdapterTrainer
+    evaluation = {"eval_dataset": data, "compute_metrics": lambda _: {"score": next(scores)}} if best else {}
+    trainer = kind(model=network.model, args=arguments, train_dataset=data, **evaluation)
+    for module in network.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    trainer.train(resume_from_checkpoint=resume)
+    network.model.eval()
+    return network, trainer
+
+
+@both
+def test_trainer_resumes_and_reloads_the_best(host: str, tmp_path: pathlib.Path) -> None:
+    batch, ids = inputs("bert"), torch.tensor(IDS)
+    whole, _ = _train(host, tmp_path / "whole")
+    expected = whole(batch, ids)
+    # A fresh network that goes on from half-way ends at the same place, bases' copies, task vectors, head and all.
+    resumed, _ = _train(host, tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-3"))
+    assert close(resumed(batch, ids), expected, 1e-5)
+    # The best was at step 3, which is not where training ended.
+    best, trainer = _train(host, tmp_path / "best", best=True)
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-3")
+    assert not close(best(batch, ids), expected, 2e-4)
+    half, checkpoint = _fresh(host), tmp_path / "best" / "checkpoint-3"
+    if host == "adapters":
+        half.model.load_adapter(str(checkpoint / _NAME), load_as="again")
+        half.activate("again")
+        half.model.classifier.load_state_dict(best.model.classifier.state_dict())
+    else:
+        from peft import PeftModel
+
+        half.model = PeftModel.from_pretrained(classifier(), str(checkpoint))
+    half.model.eval()
+    assert close(half(batch, ids), best(batch, ids), 1e-6)

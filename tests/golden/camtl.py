@@ -15,6 +15,7 @@ from pal_adapters.camtl.film import FiLM, condition_of
 from pal_adapters.camtl.layer import ConditionalBlock
 from pal_adapters.camtl.norm import ConditionalNorm
 from pal_adapters.camtl.task import TaskConditions
+from pal_adapters.units import batch_tasks
 
 if TYPE_CHECKING:
     from tests.golden.check import Case
@@ -52,7 +53,7 @@ def _run_module(t: dict[str, Tensor], prefix: str, module: nn.Module, names: dic
     for name in ("x", "layer_norm.weight", "layer_norm.bias", "LayerNorm.weight", "LayerNorm.bias"):
         if name in own:
             leaves[name] = own[name].clone().requires_grad_(True)
-    condition = condition_of(table, own["task_id"])
+    condition = condition_of(table, batch_tasks(own["task_id"]))
     output = call(module, leaves, condition)
     (output * own["g"]).sum().backward()
     computed = {f"grad.{n}": p.grad for n, p in (leaves | placed).items()}
@@ -268,7 +269,7 @@ def _encoder_by_hand(case: Case) -> Result:
                 unit.base[f"{path}.{part}".replace(".", "__")] = block.get_parameter(f"{path}.{part}")
         units.append(unit)
     parameters = _parameters(case, units, dict(shared.named_parameters()))
-    index, eps, heads = t["task_id"], model.config.layer_norm_eps, model.config.num_attention_heads
+    index, eps, heads = batch_tasks(t["task_id"]), model.config.layer_norm_eps, model.config.num_attention_heads
     hidden = torch.zeros(t["attention_mask"].shape).masked_fill(t["attention_mask"] == 0, -10000.0)[:, None, None]
     start = t["embedding_output"].clone().requires_grad_(True)
     x = units[0].align(start, index)

@@ -27,7 +27,8 @@ from pal_adapters import (
     TopBertLayerPeftConfig,
     UnsupportedError,
 )
-from pal_adapters.hosts.attach import Attachment, final_norm
+from pal_adapters.hosts.attach import Attachment
+from pal_adapters.hosts.norms import final_norm
 from pal_adapters.hosts.sites import find_blocks
 from pal_adapters.units import UnitInputs
 from tests import zoo

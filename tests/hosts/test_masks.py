@@ -18,8 +18,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from pal_adapters import PALPeftConfig, UnsupportedError
 from pal_adapters.functional import attend
-from pal_adapters.hosts.attach import BlockMask
-from pal_adapters.hosts.masks import normalise_mask
+from pal_adapters.hosts.masks import BlockMask, normalise_mask
 from tests import zoo
 from tests.zoo import BY_NAME
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pal_adapters.hosts.attach import BlockMask
+from pal_adapters.hosts.masks import BlockMask
 from pal_adapters.houlsby.layer import ACTIVATIONS, Bottleneck, HoulsbyPAL, ParallelHoulsby
 from pal_adapters.pal.layer import Projections
 from pal_adapters.units import UnitInputs

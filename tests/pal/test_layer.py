@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pal_adapters.hosts.attach import BlockMask
+from pal_adapters.hosts.masks import BlockMask
 from pal_adapters.pal.layer import PAL, Projections, added_parameters, default_hidden_size
 from pal_adapters.units import UnitInputs
 from tests import zoo

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pal_adapters.hosts.attach import BlockMask
+from pal_adapters.hosts.masks import BlockMask
 from pal_adapters.top.layer import TopAttention, TopBertLayer
 from pal_adapters.units import TaskUnit, UnitInputs
 from tests import zoo

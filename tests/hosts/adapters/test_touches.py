@@ -52,6 +52,7 @@ WRAPPED: dict[str, tuple[Any, list[str]]] = {
         model_mixin.ModelAdaptersMixin, ["self", "model_config", "adapters_config"],
     ),
     "ModelAdaptersMixin.merge_adapter": (model_mixin.ModelAdaptersMixin, ["self", "name"]),
+    "ModelAdaptersMixin._prepare_model_inputs": (model_mixin.ModelAdaptersMixin, ["self", "args", "kwargs"]),
     "ModelWithHeadsAdaptersMixin.freeze_embeddings": (model_mixin.ModelWithHeadsAdaptersMixin, ["self", "freeze"]),
     "ModelWithHeadsAdaptersMixin.train_adapter_fusion": (
         model_mixin.ModelWithHeadsAdaptersMixin, ["self", "adapter_setup", "unfreeze_adapters"],

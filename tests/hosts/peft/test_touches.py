@@ -24,6 +24,7 @@ from torch import nn
 
 import pal_adapters
 from pal_adapters.hosts import peft as host
+from pal_adapters.hosts import peft_saved
 from pal_adapters.houlsby.peft import HoulsbyModel
 from pal_adapters.lhuc.peft import LHUCModel
 
@@ -325,7 +326,7 @@ def _() -> None:
 
 @touch("load_peft_weights")
 def _() -> None:
-    assert parameters(host.load_peft_weights) == ["model_id", "device", "key_mapping", "hf_hub_download_kwargs"]
+    assert parameters(peft_saved.load_peft_weights) == ["model_id", "device", "key_mapping", "hf_hub_download_kwargs"]
     with tempfile.TemporaryDirectory() as folder:
         lora().save_pretrained(folder)
         config, tensors, commit = host.read_adapter(cases.bert(), folder)
