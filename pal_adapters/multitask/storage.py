@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pal_adapters.errors import PalAdaptersError
 
+from .distributed import copy
 from .routing import adapter_names, bare_model, host_of
 
 BASE_FOLDER = "base"
@@ -160,7 +161,7 @@ def copy_into(*pairs: tuple[Mapping[str, Tensor], Path]) -> None:
     with torch.no_grad():
         for tensors, stored, _ in found:
             for name, tensor in tensors.items():
-                tensor.copy_(stored[name])
+                copy(tensor, stored[name])
 
 
 def write_json(value: Mapping[str, Any], path: Path) -> None:

@@ -24,6 +24,7 @@ from pal_adapters.errors import ConfigError
 
 from .arguments import MultiTaskTrainingArguments
 from .collate import Batch, MultiTaskCollator
+from .distributed import check_processes, whole_parameters
 from .encoding import ConcatTasks, EncodedTask
 from .heads import HeadConfig, count_items
 from .model_card import write_model_card
@@ -124,14 +125,6 @@ class MultiTaskTrainer(Trainer):
         for name in ("data_collator", "compute_metrics", "model_init", "compute_loss_func"):
             if kwargs.get(name) is not None:
                 raise ConfigError(f"{name} has no effect here, where each Task says what it needs: leave it out.")
-        if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-            raise ConfigError(
-                "FSDP is not supported: task modules are saved and restored by name. Use DDP (torchrun)."
-            )
-        if args.n_gpu > 1:
-            raise ConfigError(
-                f"{args.n_gpu} GPUs in one process are not supported: start one process each, by torchrun."
-            )
         if getattr(args, "group_by_length", False):
             raise ConfigError("group_by_length=True has no effect here, where rows are drawn by task: leave it out.")
         if processing_class is None or getattr(processing_class, "pad_token_id", None) is None:
@@ -140,6 +133,7 @@ class MultiTaskTrainer(Trainer):
         self.strategy = strategy or get_strategy(args.sampling, temperature=args.sampling_temperature)
         if strategy is not None and args.sampling != "proportional":
             raise ConfigError(f"sampling={args.sampling!r} and strategy are both given: leave one of them out.")
+        check_processes(args, mixed=args.mixed_batches or self.strategy is uncertainty)
         if self.strategy is not uncertainty and batch_selector is not None:
             raise ConfigError("batch_selector has no effect without sampling='uncertainty': leave it out.")
         if self.strategy is uncertainty and batch_selector is None:
@@ -473,6 +467,16 @@ class MultiTaskTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ConfigError(f"{self.args.output_dir} has no whole checkpoint to resume from: start without one.")
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the model to a folder. With FSDP all processes have to call it."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        with whole_parameters(self.accelerator.unwrap_model(self.model)):
+            self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         directory = Path(output_dir or cast("str", self.args.output_dir))
