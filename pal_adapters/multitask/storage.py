@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pal_adapters.errors import PalAdaptersError
 
-from .distributed import copy
+from .distributed import part_of
 from .routing import adapter_names, bare_model, host_of
 
 BASE_FOLDER = "base"
@@ -161,7 +161,7 @@ def copy_into(*pairs: tuple[Mapping[str, Tensor], Path]) -> None:
     with torch.no_grad():
         for tensors, stored, _ in found:
             for name, tensor in tensors.items():
-                copy(tensor, stored[name])
+                tensor.copy_(part_of(stored[name], tensor))
 
 
 def write_json(value: Mapping[str, Any], path: Path) -> None:

@@ -24,7 +24,7 @@ from pal_adapters.errors import ConfigError
 
 from .arguments import MultiTaskTrainingArguments
 from .collate import Batch, MultiTaskCollator
-from .distributed import check_processes, whole_parameters
+from .distributed import check_processes, load_whole_state, whole_parameters, whole_state
 from .encoding import ConcatTasks, EncodedTask
 from .heads import HeadConfig, count_items
 from .model_card import write_model_card
@@ -133,7 +133,7 @@ class MultiTaskTrainer(Trainer):
         self.strategy = strategy or get_strategy(args.sampling, temperature=args.sampling_temperature)
         if strategy is not None and args.sampling != "proportional":
             raise ConfigError(f"sampling={args.sampling!r} and strategy are both given: leave one of them out.")
-        check_processes(args, mixed=args.mixed_batches or self.strategy is uncertainty)
+        check_processes(args, model, mixed=args.mixed_batches or self.strategy is uncertainty)
         if self.strategy is not uncertainty and batch_selector is not None:
             raise ConfigError("batch_selector has no effect without sampling='uncertainty': leave it out.")
         if self.strategy is uncertainty and batch_selector is None:
@@ -300,6 +300,10 @@ class MultiTaskTrainer(Trainer):
                 number = self.collator.numbers[task]
                 counts[number] += count_items(self.collator.heads[task].kind, labels).to(device)
         return batches, self.accelerator.reduce(counts, "sum") if self.args.world_size > 1 else counts
+
+    def _prepare_input(self, data: Any) -> Any:
+        # The host makes all floats those of DeepSpeed's config, which rounds the labels of a regression.
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     def _selected(self, batch: Batch) -> Batch:
         assert self.batch_selector is not None
@@ -498,6 +502,24 @@ class MultiTaskTrainer(Trainer):
                 f"{directory} cannot be written ({' '.join(str(error).split())[:200]}). The last whole checkpoint is "
                 f"{last or 'none'}; make room and resume from it."
             ) from error
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_state(cast("torch.optim.Optimizer", self.optimizer))
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(cast("Any", self.lr_scheduler).state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            folder = Path(checkpoint)
+            state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            load_whole_state(cast("torch.optim.Optimizer", self.optimizer), state)
+            cast("Any", self.lr_scheduler).load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         cast("TaskHeads", self.accelerator.unwrap_model(self.model)).restore(resume_from_checkpoint)

@@ -47,6 +47,10 @@ def shard(settings: dict[str, Any]) -> None:
     settings["accelerator_config"] = {"use_configured_state": True}
 
 
+def whole(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
 def run(folder: str, output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if "fsdp" in settings:
         shard(settings)
@@ -56,9 +60,10 @@ def run(folder: str, output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     trainer = make_trainer(folder, output, callbacks=callbacks, **settings)
     if not dropout:
         without_dropout(trainer)
-    trainer.train(resume_from_checkpoint=True if resume else None)
-    parameters = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-    return {"losses": losses(trainer), "parameters": parameters}
+    trainer.train(resume_from_checkpoint=resume or None)
+    parameters = {name: whole(value.detach()) for name, value in trainer.model.named_parameters()}
+    kinds = sorted({type(value.data).__name__ for value in trainer.model.parameters()})
+    return {"losses": losses(trainer), "parameters": parameters, "sharded": kinds}
 
 
 def main() -> None:
