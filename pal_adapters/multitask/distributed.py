@@ -41,8 +41,8 @@ def check_processes(args: MultiTaskTrainingArguments, model: TaskHeads, *, mixed
         )
     if mixed and args.world_size > 1 and (fsdp or deepspeed is not None):
         raise ConfigError(
-            f"mixed batches are not possible with {'FSDP' if fsdp else 'DeepSpeed'}, where all processes need gradients "
-            "of the same parameters in a step: draw one task a batch, or use DDP (torchrun)."
+            f"mixed batches are not possible with {'FSDP' if fsdp else 'DeepSpeed'}, where all processes need gradients"
+            " of the same parameters in a step: draw one task a batch, or use DDP (torchrun)."
         )
 
 

@@ -48,12 +48,8 @@ class Router:
     * One adapter with several tasks in it (CA-MTL), in either host: `task_ids`.
     * No host, or no adapter for a task: nothing but the base.
 
-    Args:
-        backbone: The model.
+    The host is looked up at each call: a model may get adapters at any time.
     """
-
-    def __init__(self, backbone: nn.Module) -> None:
-        self.host = host_of(backbone)
 
     def check(self, backbone: nn.Module, adapter: Any) -> None:
         """Raises an error unless the model has the adapters of a task, and rows can be sent through them.
@@ -84,11 +80,12 @@ class Router:
         """
         known: dict[str, Any] = {str(adapter): adapter for adapter in adapters}
         more: dict[str, Any] = {}
-        if self.host != "none":
-            route = self._through_adapters if self.host == "adapters" else self._through_peft
+        host = host_of(backbone)
+        if host != "none":
+            route = self._through_adapters if host == "adapters" else self._through_peft
             more = route(backbone, known, adapters, tasks)
         # A model of `adapters` with heads would run one of them.
-        model = backbone if self.host == "peft" else bare_model(backbone)
+        model = backbone if host == "peft" else bare_model(backbone)
         outputs = model(**inputs, **more, return_dict=True)
         hidden = getattr(outputs, "last_hidden_state", None)
         if hidden is None:  # a PeftModel around a model with a head
@@ -140,7 +137,7 @@ class Router:
         return {"task_ids": torch.tensor([served.index(task) for task in tasks])}
 
     def _activate(self, backbone: Any, setup: Any) -> None:
-        if self.host == "adapters":
+        if host_of(backbone) == "adapters":
             if str(setup) != str(backbone.active_adapters):
                 backbone.set_active_adapters(setup)
         elif list(backbone.active_adapters) != [setup]:

@@ -17,7 +17,8 @@ from pal_adapters.errors import PalAdaptersError
 from .distributed import part_of
 from .routing import adapter_names, bare_model, host_of
 
-BASE_FOLDER = "base"
+# No adapter can have this name, for no module can.
+BASE_FOLDER = "base.model"
 ADDED_FILE = "added.safetensors"
 
 
@@ -56,10 +57,16 @@ def save_adapters(backbone: Any, directory: Path) -> None:
         backbone.save_all_adapter_fusions(str(directory), use_safetensors=True)
 
 
+def base_folder(directory: Path) -> Path:
+    """Where a trained base is: in `base`, if a folder was written when an adapter could not have that name."""
+    place = directory / BASE_FOLDER
+    return place if place.is_dir() else directory / "base"
+
+
 def load_backbone(description: Mapping[str, Any], directory: Path) -> Any:
     """The base, with the adapters that `save_adapters` wrote."""
     base = description["base"]
-    saved = directory / BASE_FOLDER
+    saved = base_folder(directory)
     # The folder may hold the base of another run, which this one did not train.
     source = str(saved) if description["base_trained"] and saved.is_dir() else base["name_or_path"]
     if not source:

@@ -96,7 +96,7 @@ class TaskHeads(nn.Module):
         self.heads = nn.ModuleDict()
         self.routes: dict[str, Route] = {}
         self.width = int(getattr(config, "hidden_size", 0) or _embeddings(backbone).shape[1])
-        self._router = Router(backbone)
+        self._router = Router()
         self._base_trained = False
         self._base: tuple[Tensor, dict[str, Tensor]] | None = None
 
@@ -351,7 +351,7 @@ class TaskHeads(nn.Module):
         """Writes adapters, heads and, if it was trained, the base to a folder that `from_pretrained` reads.
 
         Adapters and fusions are in the format of their host, in the folder's own layout, `directory/<adapter>`, so the
-        host can load them alone. The base is an ordinary checkpoint in `directory/base`.
+        host can load them alone. The base is an ordinary checkpoint in `directory/base.model`.
 
         Args:
             directory: The folder; it is made.
@@ -361,7 +361,7 @@ class TaskHeads(nn.Module):
         directory = Path(directory)
         if any(is_part(parameter) for parameter in self.parameters()):
             raise storage.StorageError(
-                "each process has only parts of the parameters (FSDP): call the trainer's save_model, in all processes."
+                "each process has only parts of the parameters (FSDP): call save_model of the trainer in all processes."
             )
         directory.mkdir(parents=True, exist_ok=True)
         base = self._base_tensors()
@@ -428,7 +428,7 @@ class TaskHeads(nn.Module):
         base = self._base_tensors()
         return [
             (dict(self.heads.named_parameters()), directory / HEADS_FILE),
-            (base, directory / storage.BASE_FOLDER / "model.safetensors"),
+            (base, storage.base_folder(directory) / "model.safetensors"),
             (storage.added_parameters(self.backbone, base.values()), directory / storage.ADDED_FILE),
         ]
 
