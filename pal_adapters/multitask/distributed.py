@@ -41,8 +41,8 @@ def check_processes(args: MultiTaskTrainingArguments, model: TaskHeads, *, mixed
         )
     if mixed and args.world_size > 1 and (fsdp or deepspeed is not None):
         raise ConfigError(
-            f"mixed batches are not possible with {'FSDP' if fsdp else 'DeepSpeed'}, where all processes need gradients"
-            " of the same parameters in a step: draw one task a batch, or use DDP (torchrun)."
+            f"mixed batches are not possible with {'FSDP' if fsdp else 'DeepSpeed'}, where all processes need the "
+            "gradients of the same parameters in a step: draw one task a batch, or use DDP (torchrun)."
         )
 
 
@@ -96,9 +96,12 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
 
 def rest(model: nn.Module) -> None:
     """Makes each process drop the parts of others, which FSDP may have kept since the last forward pass."""
-    for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def is_part(tensor: Tensor) -> bool:

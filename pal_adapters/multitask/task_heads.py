@@ -361,7 +361,7 @@ class TaskHeads(nn.Module):
         directory = Path(directory)
         if any(is_part(parameter) for parameter in self.parameters()):
             raise storage.StorageError(
-                "each process has only parts of the parameters (FSDP): call save_model of the trainer in all processes."
+                "each process has only parts of the parameters (FSDP): call the trainer's save_model in all of them."
             )
         directory.mkdir(parents=True, exist_ok=True)
         base = self._base_tensors()

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import pytest
 import torch
-from accelerate.utils import DistributedType
-from backbones import HOSTS, backbone
+from backbones import backbone
 from tiny_tasks import make_task, make_tasks, make_trainer, splits
 from transformers import AutoTokenizer
 
@@ -28,7 +25,6 @@ from pal_adapters.multitask import (
     TaskHeads,
     last_checkpoint,
 )
-from pal_adapters.multitask.distributed import check_processes
 
 
 def texts(labels: list[Any], **changes: Any) -> Task:
@@ -142,51 +138,6 @@ def test_gradients_that_are_scaled_have_no_bound_each(tmp_path: Path, monkeypatc
     monkeypatch.setattr(MultiTaskTrainingArguments, "device", torch.device("meta"))  # fp16 is not for CPU
     with pytest.raises(ConfigError, match="max_tensor_grad_norm is not possible with fp16"):
         MultiTaskTrainingArguments(str(tmp_path), use_cpu=True, fp16=True, max_tensor_grad_norm=1.0)
-
-
-class Processes(SimpleNamespace):
-    """What is asked of the arguments of a run of two processes on GPUs."""
-
-    def __init__(self, **changes: Any) -> None:
-        state = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU)
-        given = {
-            "n_gpu": 1,
-            "world_size": 2,
-            "fsdp": False,
-            "device": torch.device("cuda"),
-            "distributed_state": state,
-        }
-        super().__init__(**{**given, **changes})
-
-
-@pytest.mark.parametrize(
-    ("changes", "mixed", "message"),
-    [
-        ({"n_gpu": 2}, False, "2 GPUs in one process are not supported"),
-        ({"fsdp": True}, False, "FSDP 1 is not supported.*`accelerate launch --fsdp_version 2`"),
-        ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 2}}, True, "not possible with FSDP"),
-        ({"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, False, "stage=3 is not supported.*Use stage 1 or 2"),
-        ({"deepspeed_plugin": SimpleNamespace(zero_stage=2)}, True, "not possible with DeepSpeed"),
-        ({"deepspeed_plugin": SimpleNamespace(zero_stage=2)}, False, None),
-        ({"deepspeed_plugin": SimpleNamespace(zero_stage=2), "world_size": 1}, True, None),
-        ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 2}}, False, None),
-        ({}, True, None),
-    ],
-)
-def test_processes_that_cannot_share_a_run(
-    tiny_encoder: str, changes: dict[str, Any], mixed: bool, message: str | None
-) -> None:
-    model = TaskHeads(backbone(tiny_encoder, "none"))
-    with pytest.raises(ConfigError, match=message) if message else nullcontext():
-        check_processes(cast("Any", Processes(**changes)), model, mixed=mixed)
-
-
-@pytest.mark.skipif("peft" not in HOSTS, reason="needs PEFT")
-def test_blocks_that_share_weights_are_one_piece(tiny_encoder: str) -> None:
-    model = TaskHeads(backbone(tiny_encoder, "peft", ("rte",)))
-    layers = {"fsdp_version": 2, "transformer_cls_names_to_wrap": "BertLayer"}
-    with pytest.raises(ConfigError, match="FSDP cannot shard block by block here: in PEFT the first block holds"):
-        check_processes(cast("Any", Processes(fsdp=True, fsdp_plugin_args=layers)), model, mixed=False)
 
 
 def test_fsdp_on_cpu_would_be_ddp(tiny_encoder: str, tmp_path: Path, monkeypatch: Any) -> None:
