@@ -78,6 +78,10 @@ class MultiTaskTrainingArguments(TrainingArguments):
                 f"sampling_temperature={self.sampling_temperature!r} is not allowed for sampling={self.sampling!r}: "
                 "give it for 'temperature', and leave it out otherwise."
             )
+        if self.fp16 and not self.deepspeed and self.device.type == "cpu":
+            raise ConfigError(
+                "fp16=True has no effect on CPU, where accelerate trains in fp32: use bf16 or leave it out."
+            )
         if self.max_tensor_grad_norm is not None:
             self.max_grad_norm = 0.0
             if self.fp16:

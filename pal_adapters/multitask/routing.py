@@ -51,12 +51,8 @@ class Router:
     * One adapter with several tasks in it (CA-MTL), in either host: `task_ids`.
     * No host, or no adapter for a task: nothing but the base.
 
-    Args:
-        backbone: The model.
+    The host is looked up at each call: a model may get adapters at any time.
     """
-
-    def __init__(self, backbone: nn.Module) -> None:
-        self.host = host_of(backbone)
 
     def check(self, backbone: nn.Module, adapter: Any) -> None:
         """Raises an error unless the model has the adapters of a task, and rows can be sent through them.
@@ -96,9 +92,9 @@ class Router:
 
     def penalty(self, backbone: Any, adapter: Any) -> Tensor | None:
         """What the coefficients of a fusion or a combination of sources add to the loss, if it is to be added."""
-        if self.host == "adapters" and is_fuse(adapter):
+        if host_of(backbone) == "adapters" and is_fuse(adapter):
             return penalty_of(backbone, adapter.name)
-        if self.host == "peft" and hasattr(adapter_config(backbone, adapter), "regularization"):
+        if host_of(backbone) == "peft" and hasattr(adapter_config(backbone, adapter), "regularization"):
             return penalty_of(backbone, adapter)
         return None
 
@@ -115,11 +111,12 @@ class Router:
         """
         known: dict[str, Any] = {route_key(adapter): adapter for adapter in adapters}
         more: dict[str, Any] = {}
-        if self.host != "none":
-            route = self._through_adapters if self.host == "adapters" else self._through_peft
+        host = host_of(backbone)
+        if host != "none":
+            route = self._through_adapters if host == "adapters" else self._through_peft
             more = route(backbone, known, adapters, tasks)
         # A model of `adapters` with heads would run one of them.
-        model = backbone if self.host == "peft" else bare_model(backbone)
+        model = backbone if host == "peft" else bare_model(backbone)
         with penalty_by_caller():  # `penalty` goes to the loss of the tasks
             outputs = model(**inputs, **more, return_dict=True)
             hidden = getattr(outputs, "last_hidden_state", None)
@@ -178,7 +175,7 @@ class Router:
         return {"task_ids": torch.tensor([served.index(task) for task in tasks])}
 
     def _activate(self, backbone: Any, setup: Any) -> None:
-        if self.host == "adapters":
+        if host_of(backbone) == "adapters":
             if route_key(setup) != route_key(backbone.active_adapters):
                 backbone.set_active_adapters(setup)
         elif list(backbone.active_adapters) != [setup]:

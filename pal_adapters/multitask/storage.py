@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from pal_adapters.errors import PalAdaptersError
 
+from .distributed import part_of
 from .routing import adapter_names, bare_model, host_of
 
-BASE_FOLDER = "base"
+# No adapter can have this name, for no module can.
+BASE_FOLDER = "base.model"
 ADDED_FILE = "added.safetensors"
 
 
@@ -55,10 +57,16 @@ def save_adapters(backbone: Any, directory: Path) -> None:
         backbone.save_all_adapter_fusions(str(directory), use_safetensors=True)
 
 
+def base_folder(directory: Path) -> Path:
+    """Where a trained base is: in `base`, if a folder was written when an adapter could not have that name."""
+    place = directory / BASE_FOLDER
+    return place if place.is_dir() else directory / "base"
+
+
 def load_backbone(description: Mapping[str, Any], directory: Path) -> Any:
     """The base, with the adapters that `save_adapters` wrote."""
     base = description["base"]
-    saved = directory / BASE_FOLDER
+    saved = base_folder(directory)
     # The folder may hold the base of another run, which this one did not train.
     source = str(saved) if description["base_trained"] and saved.is_dir() else base["name_or_path"]
     if not source:
@@ -162,7 +170,7 @@ def copy_into(*pairs: tuple[Mapping[str, Tensor], Path]) -> None:
     with torch.no_grad():
         for tensors, stored, _ in found:
             for name, tensor in tensors.items():
-                tensor.copy_(stored[name])
+                tensor.copy_(part_of(stored[name], tensor))
 
 
 def write_json(value: Mapping[str, Any], path: Path) -> None:

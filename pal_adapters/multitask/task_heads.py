@@ -15,6 +15,7 @@ from transformers.utils.generic import ModelOutput
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError, require_one_of
 
 from . import storage
+from .distributed import is_part, rest
 from .heads import Head, HeadConfig, Loss, pool
 from .routing import Router, adapter_config, adapter_names, host_of, is_fuse, route_key
 
@@ -97,9 +98,9 @@ class TaskHeads(nn.Module):
         self.heads = nn.ModuleDict()
         self.routes: dict[str, Route] = {}
         self.width = int(getattr(config, "hidden_size", 0) or _embeddings(backbone).shape[1])
-        self._router = Router(backbone)
+        self._router = Router()
         self._base_trained = False
-        self._base: dict[str, Tensor] | None = None
+        self._base: tuple[Tensor, dict[str, Tensor]] | None = None
 
     @property
     def config(self) -> Any:
@@ -381,7 +382,7 @@ class TaskHeads(nn.Module):
         """Writes adapters, heads and, if it was trained, the base to a folder that `from_pretrained` reads.
 
         Adapters and fusions are in the format of their host, in the folder's own layout, `directory/<adapter>`, so the
-        host can load them alone. The base is an ordinary checkpoint in `directory/base`.
+        host can load them alone. The base is an ordinary checkpoint in `directory/base.model`.
 
         Args:
             directory: The folder; it is made.
@@ -389,6 +390,10 @@ class TaskHeads(nn.Module):
             **_: Arguments of other `save_pretrained` methods, without a meaning here.
         """
         directory = Path(directory)
+        if any(is_part(parameter) for parameter in self.parameters()):
+            raise storage.StorageError(
+                "each process has only parts of the parameters (FSDP): call the trainer's save_model in all of them."
+            )
         directory.mkdir(parents=True, exist_ok=True)
         base = self._base_tensors()
         trained = self._base_trained or any(tensor.requires_grad for tensor in base.values())
@@ -444,6 +449,7 @@ class TaskHeads(nn.Module):
         """Goes back to the weights of a folder written with `checkpoint=True`; all tensors stay the same objects."""
         directory = Path(directory)
         description = _read_description(directory)
+        rest(self)
         heads, base, added = self._files(directory)
         storage.copy_into(heads, added, *([base] if description["base_trained"] else []))
         self._base_trained |= description["base_trained"]
@@ -453,15 +459,16 @@ class TaskHeads(nn.Module):
         base = self._base_tensors()
         return [
             (dict(self.heads.named_parameters()), directory / HEADS_FILE),
-            (base, directory / storage.BASE_FOLDER / "model.safetensors"),
+            (base, storage.base_folder(directory) / "model.safetensors"),
             (storage.added_parameters(self.backbone, base.values()), directory / storage.ADDED_FILE),
         ]
 
     def _base_tensors(self) -> dict[str, Tensor]:
-        # An adapter that is added wraps modules, but keeps the tensors of the base.
-        if self._base is None:
-            self._base = storage.base_tensors(self.backbone)
-        return self._base
+        # An adapter that is added wraps modules, but keeps the tensors of the base. FSDP replaces them.
+        first = next(self.backbone.parameters())
+        if self._base is None or self._base[0] is not first:
+            self._base = first, storage.base_tensors(self.backbone)
+        return self._base[1]
 
     def _apply(self, function: Any, recurse: bool = True) -> TaskHeads:
         self._base = None  # moving a model may replace its tensors

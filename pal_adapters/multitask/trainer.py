@@ -24,6 +24,7 @@ from pal_adapters.errors import ConfigError, PalAdaptersError
 
 from .arguments import MultiTaskTrainingArguments
 from .collate import Batch, MultiTaskCollator
+from .distributed import check_processes, load_whole_state, whole_parameters, whole_state
 from .encoding import ConcatTasks, EncodedTask
 from .heads import Head, HeadConfig, count_items
 from .model_card import write_model_card
@@ -132,20 +133,13 @@ class MultiTaskTrainer(Trainer):
         for name in ("data_collator", "compute_metrics", "model_init", "compute_loss_func"):
             if kwargs.get(name) is not None:
                 raise ConfigError(f"{name} has no effect here, where each Task says what it needs: leave it out.")
-        if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-            raise ConfigError(
-                "FSDP is not supported: task modules are saved and restored by name. Use DDP (torchrun)."
-            )
-        if args.n_gpu > 1:
-            raise ConfigError(
-                f"{args.n_gpu} GPUs in one process are not supported: start one process each, by torchrun."
-            )
         if processing_class is None or getattr(processing_class, "pad_token_id", None) is None:
             raise ConfigError("processing_class needs to be a tokenizer with a padding token.")
         self.tasks = check_tasks(tasks or ())
         self.strategy = strategy or get_strategy(args.sampling, temperature=args.sampling_temperature)
         if strategy is not None and args.sampling != "proportional":
             raise ConfigError(f"sampling={args.sampling!r} and strategy are both given: leave one of them out.")
+        check_processes(args, model, mixed=args.mixed_batches or self.strategy is uncertainty)
         if self.strategy is not uncertainty and batch_selector is not None:
             raise ConfigError("batch_selector has no effect without sampling='uncertainty': leave it out.")
         if self.strategy is uncertainty and batch_selector is None:
@@ -317,6 +311,10 @@ class MultiTaskTrainer(Trainer):
                 number = self.collator.numbers[task]
                 counts[number] += count_items(self.collator.heads[task].kind, labels).to(device)
         return batches, self.accelerator.reduce(counts, "sum") if self.args.world_size > 1 else counts
+
+    def _prepare_input(self, data: Any) -> Any:
+        # The host makes all floats those of DeepSpeed's config, which rounds the labels of a regression.
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     def _selected(self, batch: Batch) -> Batch:
         assert self.batch_selector is not None
@@ -529,6 +527,16 @@ class MultiTaskTrainer(Trainer):
                 raise ConfigError(f"{self.args.output_dir} has no whole checkpoint to resume from: start without one.")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the model to a folder. With FSDP all processes have to call it."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        with whole_parameters(self.accelerator.unwrap_model(self.model)):
+            self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         directory = Path(output_dir or cast("str", self.args.output_dir))
         if not self.args.should_save:
@@ -549,6 +557,24 @@ class MultiTaskTrainer(Trainer):
                 f"{directory} cannot be written ({' '.join(str(error).split())[:200]}). The last whole checkpoint is "
                 f"{last or 'none'}; make room and resume from it."
             ) from error
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_state(cast("torch.optim.Optimizer", self.optimizer))
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(cast("Any", self.lr_scheduler).state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            folder = Path(checkpoint)
+            state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            load_whole_state(cast("torch.optim.Optimizer", self.optimizer), state)
+            cast("Any", self.lr_scheduler).load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         cast("TaskHeads", self.accelerator.unwrap_model(self.model)).restore(resume_from_checkpoint)

@@ -27,16 +27,43 @@ class Killer(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def shard(settings: dict[str, Any]) -> None:
+    """FSDP on CPU: accelerate turns it on for accelerators alone, so the processes pass for some."""
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+    from transformers import TrainingArguments
+
+    config = {"version": 2, "cpu_ram_efficient_loading": False, "sync_module_states": False}
+    config |= {"reshard_after_forward": True, "state_dict_type": "FULL_STATE_DICT", **settings.pop("fsdp")}
+    settings |= {"fsdp": True, "fsdp_config": config}
+    if hasattr(TrainingArguments, "fsdp_min_num_params"):  # transformers 4 leaves these to the environment
+        os.environ |= {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+        os.environ["FSDP_RESHARD_AFTER_FORWARD"] = "true"
+        settings["fsdp"] = "full_shard auto_wrap"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True, backend="gloo")
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    settings["accelerator_config"] = {"use_configured_state": True}
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
 def run(folder: str, output: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    if "fsdp" in settings:
+        shard(settings)
     kill, resume = settings.pop("kill", None), settings.pop("resume", False)
     dropout = settings.pop("dropout", True)
     callbacks = [Killer(kill)] if kill is not None else []
     trainer = make_trainer(folder, output, callbacks=callbacks, **settings)
     if not dropout:
         without_dropout(trainer)
-    trainer.train(resume_from_checkpoint=True if resume else None)
-    parameters = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-    return {"losses": losses(trainer), "parameters": parameters}
+    trainer.train(resume_from_checkpoint=resume or None)
+    parameters = {name: whole(value.detach()) for name, value in trainer.model.named_parameters()}
+    kinds = sorted({type(value.data).__name__ for value in trainer.model.parameters()})
+    return {"losses": losses(trainer), "parameters": parameters, "sharded": kinds}
 
 
 def main() -> None:

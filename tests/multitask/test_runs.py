@@ -15,6 +15,8 @@ import torch
 from backbones import HOSTS
 from job import run
 
+from pal_adapters.multitask import TaskHeads
+
 JOB = str(Path(__file__).with_name("job.py"))
 ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -69,3 +71,40 @@ def test_two_processes_equal_one_with_the_doubled_batch(start: Any, tiny_encoder
         for name, value in expected["parameters"].items():
             torch.testing.assert_close(value, got["parameters"][name], atol=2e-5, rtol=1e-4, msg=name)
         assert (tmp_path / "two" / str(number) / "checkpoint-5" / "task_heads.json").is_file()
+
+
+def test_sharded_parameters(start: Any, tiny_encoder: str, tmp_path: Path) -> None:
+    host = HOSTS[min(1, len(HOSTS) - 1)]
+    common: dict[str, Any] = {"host": host, "names": ["rte", "stsb", "ner"], "base": True, "max_steps": 4}
+    common |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    # The loss falls, so the "best" model is not the last.
+    common |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    common |= {"gradient_accumulation_steps": 2, "max_tensor_grad_norm": 1.0}
+    sgd: dict[str, Any] = {**common, "dropout": False, "optim": "sgd", "learning_rate": 0.05}
+    # In PEFT the first block holds what all share, so the model is one piece.
+    layers = {"transformer_layer_cls_to_wrap": ["BertLayer"]} if host == "adapters" else {}
+    sharded = {"per_device_train_batch_size": 3, "fsdp": layers}
+    first = str(tmp_path / "1" / "checkpoint-2")
+    adam = {**common, **sharded, "adam_bias_correction": False}
+    two = start(tmp_path, {**sgd, **sharded}, adam, {**adam, "resume": first}, processes=2)
+    assert two.returncode == 0, two.stderr[-3000:]
+    got, whole, resumed = (torch.load(tmp_path / str(number) / "result.pt") for number in range(3))
+    assert got["sharded"] == ["DTensor"]
+
+    expected = run(tiny_encoder, tmp_path / "one", {**sgd, "per_device_train_batch_size": 6})
+    for left, right in zip(got["losses"], expected["losses"], strict=True):
+        assert left == pytest.approx(right, abs=2e-4)
+    saved = {step: TaskHeads.from_pretrained(tmp_path / "0" / f"checkpoint-{step}") for step in (2, 4)}
+    alone = {step: TaskHeads.from_pretrained(tmp_path / "one" / f"checkpoint-{step}") for step in (2, 4)}
+    for step, model in alone.items():
+        values = dict(saved[step].named_parameters())
+        for name, value in model.named_parameters():
+            torch.testing.assert_close(value, values[name], atol=2e-5, rtol=1e-4, msg=name)
+    for name, value in saved[2].named_parameters():
+        assert torch.equal(value, got["parameters"][name]), name  # the best one was restored
+    assert any(not torch.equal(value, got["parameters"][name]) for name, value in saved[4].named_parameters())
+
+    assert resumed["losses"] == whole["losses"]
+    left, right = (TaskHeads.from_pretrained(tmp_path / number / "checkpoint-4") for number in "12")
+    for (name, value), other in zip(left.named_parameters(), right.parameters(), strict=True):
+        assert torch.equal(value, other), name

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from backbones import HOSTS, TASKS, backbone
+from backbones import HOSTS, TASKS, backbone, randomise
 from torch import Tensor
+from transformers import AutoModel
 
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
 from pal_adapters.multitask import HeadConfig, StorageError, TaskHeads
@@ -318,7 +319,7 @@ def test_saved_and_read_in_a_new_process(tiny_encoder: str, batch: dict[str, Ten
                     parameter.add_(0.01)
         expected.append(model(task_ids=ROWS, **batch).logits)
         model.save_pretrained(tmp_path / str(number))
-        assert (tmp_path / str(number) / "base").is_dir() is joint
+        assert (tmp_path / str(number) / "base.model").is_dir() is joint
     torch.save({"batch": batch, "logits": expected}, tmp_path / "expected.pt")
     code = f"""
 import torch, pal_adapters
@@ -463,3 +464,51 @@ def test_an_adapter_that_trains_the_base(tiny_encoder: str, host: str) -> None:
     trained = model.prepare_training(base=True)
     assert any(name.endswith("word_embeddings.weight") for name in trained)
     assert any("pal" in name for name in trained)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_an_adapter_called_base(tiny_encoder: str, batch: dict[str, Tensor], host: str, tmp_path: Path) -> None:
+    model = TaskHeads(backbone(tiny_encoder, host, ("first", "base")))
+    for task in ("first", "base"):
+        model.add(task, CONFIGS["rte"])
+    model.prepare_training(base=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    expected = model.eval()(task_ids="base", **batch).logits["base"]
+    model.save_pretrained(tmp_path)
+    read = TaskHeads.from_pretrained(tmp_path)
+    assert torch.equal(read(task_ids="base", **batch).logits["base"], expected)
+    if host == "none":  # the layout of folders whose base was called as an adapter may be
+        (tmp_path / "base.model").rename(tmp_path / "base")
+        read = TaskHeads.from_pretrained(tmp_path)
+        assert torch.equal(read(task_ids="base", **batch).logits["base"], expected)
+
+
+@pytest.mark.parametrize("host", [h for h in HOSTS if h != "none"])
+def test_a_host_that_comes_later(tiny_encoder: str, batch: dict[str, Tensor], host: str) -> None:
+    import pal_adapters
+
+    model = TaskHeads(AutoModel.from_pretrained(tiny_encoder))
+    if host == "adapters":
+        import adapters
+
+        adapters.init(model.backbone)
+        model.backbone.add_adapter("rte", config=pal_adapters.PALConfig(hidden_size=12))
+    else:
+        import peft
+
+        config = pal_adapters.PALPeftConfig(task_type="FEATURE_EXTRACTION", hidden_size=12)
+        model.backbone = peft.get_peft_model(model.backbone, config, adapter_name="rte")
+    randomise(model.backbone)
+    torch.manual_seed(3)
+    model.add("rte", CONFIGS["rte"])
+    before = TaskHeads(model.backbone)
+    torch.manual_seed(3)
+    before.add("rte", CONFIGS["rte"])
+    bare = TaskHeads(AutoModel.from_pretrained(tiny_encoder))
+    torch.manual_seed(3)
+    bare.add("rte", CONFIGS["rte"])
+    found, expected, without = (m.eval()(task_ids="rte", **batch).logits["rte"] for m in (model, before, bare))
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, without)

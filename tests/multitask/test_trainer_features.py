@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import AutocastKwargs
 from backbones import HOSTS, backbone
 from tiny_tasks import NAMES, losses, make_task, make_tasks, make_trainer, without_dropout
 from transformers import AutoModel, AutoTokenizer, EarlyStoppingCallback, TrainerCallback, TrainingArguments
@@ -42,16 +43,48 @@ def test_activation_checkpointing_changes_nothing(tiny_encoder: str, tmp_path: P
         torch.testing.assert_close(left, right, atol=1e-6, rtol=1e-5)
 
 
-def test_bf16_follows_fp32(tiny_encoder: str, tmp_path: Path) -> None:
-    runs = []
-    for half in (False, True):
-        made = make_trainer(tiny_encoder, tmp_path, host=HOSTS[-1], names=tuple(NAMES), mixed_batches=True, bf16=half)
+@pytest.mark.parametrize("host", HOSTS)
+def test_bf16_follows_fp32(tiny_encoder: str, tmp_path: Path, host: str) -> None:
+    runs, scored = [], []
+    for half in (False, True):  # not the other way round: the environment keeps it in transformers 4
+        made = make_trainer(tiny_encoder, tmp_path, host=host, names=tuple(NAMES), mixed_batches=True, bf16=half)
         without_dropout(made).train()
         assert {p.dtype for p in made.model.parameters()} == {torch.float32}
         runs.append(losses(made))
+        scored.append({name: value for name, value in made.evaluate().items() if name.endswith("_loss")})
+        assert made.predict({"rte": made.tasks["rte"].dataset["validation"]})["rte"].predictions.dtype == np.float32
     assert runs[0] != runs[1]
     for left, right in zip(*runs, strict=True):
         assert left == pytest.approx(right, rel=0.05)
+    assert scored[0] != scored[1]
+    assert scored[0] == pytest.approx(scored[1], rel=0.05)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_scaled_gradients(tiny_encoder: str, tmp_path: Path, half: bool) -> None:
+    common: dict[str, Any] = {"host": HOSTS[-1], "mixed_batches": True, "base": True, "gradient_accumulation_steps": 2}
+    made = [make_trainer(tiny_encoder, tmp_path, **common, max_grad_norm=0.5) for _ in range(2)]
+    without_dropout(made[0]).train()
+    # Accelerate makes no scaler on CPU.
+    accelerator = without_dropout(made[1]).accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    accelerator.autocast_handler = AutocastKwargs(enabled=half)
+    made[1].train()
+    assert accelerator.scaler.get_scale() == 2.0**10
+    for left, right in zip(losses(made[0]), losses(made[1]), strict=True):
+        assert left == (pytest.approx(right, rel=0.05) if half else right)
+    if not half:  # a power of two rounds nothing
+        for (name, value), other in zip(made[0].model.named_parameters(), made[1].model.parameters(), strict=True):
+            assert torch.equal(value, other), name
+
+
+def test_deepspeed_rounds_no_labels(tiny_encoder: str, tmp_path: Path) -> None:
+    made = make_trainer(tiny_encoder, tmp_path, names=("stsb",))
+    made.is_deepspeed_enabled = True  # the host would make floats those of its config
+    inputs = made._prepare_inputs(next(iter(made.get_train_dataloader())))
+    assert inputs["labels"]["stsb"].dtype == torch.float32
+    assert {round(value % 1, 6) for value in inputs["labels"]["stsb"].tolist()} == {0.8}
 
 
 def test_early_stopping(tiny_encoder: str, tmp_path: Path) -> None:

@@ -126,11 +126,25 @@ def test_a_head_of_another_kind(tiny_encoder: str, tmp_path: Path) -> None:
         ({"eval_aggregate": "median"}, "eval_aggregate='median'"),
         ({"schedule": "bert"}, "schedule='bert'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no effect"),
+        ({"fp16": True}, "fp16=True has no effect on CPU, where accelerate trains in fp32: use bf16"),
     ],
 )
 def test_arguments_of_the_run(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         MultiTaskTrainingArguments(str(tmp_path), use_cpu=True, **arguments)
+
+
+def test_gradients_that_are_scaled_have_no_bound_each(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(MultiTaskTrainingArguments, "device", torch.device("meta"))  # fp16 is not for CPU
+    with pytest.raises(ConfigError, match="max_tensor_grad_norm is not possible with fp16"):
+        MultiTaskTrainingArguments(str(tmp_path), use_cpu=True, fp16=True, max_tensor_grad_norm=1.0)
+
+
+def test_fsdp_on_cpu_would_be_ddp(tiny_encoder: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch --use_fsdp`
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ConfigError, match="fsdp has no effect on CPU, where accelerate trains with DDP instead"):
+        trainer(tiny_encoder, tmp_path, make_tasks("rte"))
 
 
 def test_checkpoint_that_cannot_be_written(tiny_encoder: str, tmp_path: Path, monkeypatch: Any) -> None:
