@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..bottlenecks import Bottleneck, widen
 from ..errors import ConfigError, UnknownAdapterError, UnsupportedError
 from ..hosts.adapters_config import task_configs
-from ..hosts.adapters_fusion import Combination, combination_config, down_of, place_names, places, scaling_of, unlike
+from ..hosts.adapters_fusion import Combination, combination_config, place_names, places
+from ..hosts.adapters_sources import down_of, scaling_of, unlike
 from .folding import Folded, cut_to_width
 
 _SAMPLES = 4096

@@ -25,9 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UnknownAdapterError, UnsupportedError, require_int
 from ..houlsby.peft import HoulsbyPeftConfig
 from .layer import Scales, SourceAttention, normalise
-from .peft import combinations
 from .peft_config import CombinationPeftConfig
-from .peft_layers import VALUE, FusionBlockLayer, FusionLayer, FusionNormLayer
+from .peft_layers import VALUE, FusionBlockLayer, FusionLayer, FusionNormLayer, combinations
 from .peft_sources import innermost
 from .peft_units import Combination, FixedScales, NormCopies, WideSources
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UnknownAdapterError, UnsupportedError
 from .layer import SourceAttention, normalise
-from .peft import combinations
+from .peft_layers import combinations
 from .peft_units import Combination
 
 

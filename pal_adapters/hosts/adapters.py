@@ -33,7 +33,8 @@ Every symbol of adapters 1.3 that is replaced:
 |                                                  | was                                                            |
 
 What is called or subclassed: `ComposableAdapterLayerBase` (`adapters_composition`, `adapters_layer`), `AdapterSetup`,
-`ForwardContext` and `BottleneckLayer` with its adapters and fusion layers (`adapters_mixture`, `adapters_fusion`),
+`ForwardContext` and `BottleneckLayer` with its adapters and fusion layers (`adapters_mixture`, `adapters_fusion`,
+`adapters_sources`),
 `AdapterConfig` and `AdapterFusionConfig` (`adapters_config`, `adapters_fusion`).
 `tests/hosts/adapters/test_touches.py` fails when one of them moves.
 """
@@ -61,7 +62,7 @@ from packaging.version import Version
 from torch import nn
 
 from ..errors import ConfigError, MissingHostError, PalAdaptersError, SiteError, UnsupportedError
-from . import adapters_fusion, adapters_lora
+from . import adapters_fusion, adapters_lora, adapters_penalty, adapters_sources
 from .adapters_composition import architectures
 from .adapters_config import CONFIGS, TaskAdapterConfig, is_ours, task_configs
 from .adapters_layer import (
@@ -304,7 +305,7 @@ def _add_adapter_fusion(original: Any) -> Any:
         ours = adapters_fusion.combination_config(preset)
         if ours is not None:
             key = name or (adapter_names.name if isinstance(adapter_names, Fuse) else ",".join(names))
-            adapters_fusion.check_sources(self.adapters_config, names)
+            adapters_sources.check_sources(self.adapters_config, names)
             if key in self.adapters_config.fusions and not overwrite_ok:
                 raise ConfigError(
                     f"the model has a fusion with the name {key!r}: delete it, or pass overwrite_ok=True."
@@ -320,7 +321,7 @@ def _add_adapter_fusion(original: Any) -> Any:
             result = original(self, adapter_names, config, name, overwrite_ok, set_active)
             if ours is not None:
                 adapters_fusion.link(self)
-                adapters_fusion.watch(self)
+                adapters_penalty.watch(self)
             return result
         except ValueError:
             for added in set(self.adapters_config.fusions) - before:  # the host leaves it half added
@@ -335,7 +336,7 @@ def _init_adapters(original: Any) -> Any:
     def wrapper(self: ModelAdaptersMixin, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         adapters_fusion.link(self)
-        adapters_fusion.watch(self)
+        adapters_penalty.watch(self)
 
     return wrapper
 
@@ -343,7 +344,7 @@ def _init_adapters(original: Any) -> Any:
 def _train_adapter_fusion(original: Any) -> Any:
     def wrapper(self: ModelWithHeadsAdaptersMixin, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        adapters_fusion.watch(self)
+        adapters_penalty.watch(self)
 
     return wrapper
 

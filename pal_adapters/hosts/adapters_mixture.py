@@ -15,8 +15,9 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..units import UnitInputs
 from .adapters_composition import State, ValueComposition, grow
-from .adapters_fusion import Combination, added, weigh
+from .adapters_fusion import Combination, weigh
 from .adapters_layer import TaskLayer
+from .adapters_sources import added
 
 
 class Mixture(ValueComposition):

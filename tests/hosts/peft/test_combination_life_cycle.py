@@ -412,7 +412,7 @@ def test_the_regulariser_is_in_the_loss(saved: Paths, variant: str) -> None:
 
 def test_a_regulariser_without_a_loss_warns(saved: Paths) -> None:
     model = one(saved, "fusion lora").train()
-    with pytest.warns(UserWarning, match="regularization_loss"):
+    with pytest.warns(UserWarning, match="fusion_regularization"):
         model(**cases.inputs())
     without = one(saved).train()
     with warnings.catch_warnings():
@@ -441,6 +441,23 @@ def test_the_regulariser_with_accumulated_gradients(tmp_path: pathlib.Path) -> N
     expected = regularization_loss(model)
     assert expected is not None
     assert abs(whole - expected.item()) < 1e-4 * expected.item()
+
+
+class TakesItems(transformers.BertForSequenceClassification):
+    """Takes the number of items and returns a mean all the same, as many models of transformers 5 do."""
+
+    def forward(self, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_the_regulariser_beside_a_mean(saved: Paths) -> None:
+    """A loss that is not divided by the number of items has the whole penalty in each batch, as it is whole there."""
+    config = pa.ScaLearnPeftConfig(adapters=dict(saved["lora"]), omega_dropout=0.0, regularization=0.5)
+    model = get_peft_model(TakesItems(cases.bert_config()), config)
+    cases.no_dropout(model)
+    given = {**cases.inputs(), "labels": LABELS, "num_items_in_batch": torch.tensor(16)}
+    with_it, without = model.train()(**given).loss, model.eval()(**given).loss
+    torch.testing.assert_close(with_it - without, regularization_loss(model), atol=1e-5, rtol=1e-5)
 
 
 def test_trainer(saved: Paths, tmp_path: pathlib.Path) -> None:
@@ -512,7 +529,7 @@ def test_transformers_own_api(saved: Paths, tmp_path: pathlib.Path) -> None:
     base = cases.bert()
     base.add_adapter(pa.ScaLearnPeftConfig(adapters=dict(saved["houlsby"]), regularization=0.1))
     base(**cases.inputs(), labels=LABELS).loss.backward()
-    assert regularization_loss(base) is not None
+    assert pa.fusion_regularization(base) == regularization_loss(base) > 0
 
 
 # What is refused
