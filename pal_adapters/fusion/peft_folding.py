@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,20 +22,28 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import UnknownAdapterError, UnsupportedError, require_int
+from ..bottlenecks import Bottleneck
+from ..errors import ConfigError, UnknownAdapterError, UnsupportedError, require_int
 from ..houlsby.peft import HoulsbyPeftConfig
+from ..units import UnitInputs
 from .layer import Scales, SourceAttention, normalise
 from .peft_config import CombinationPeftConfig
 from .peft_layers import VALUE, FusionBlockLayer, FusionLayer, FusionNormLayer, combinations
 from .peft_sources import innermost
 from .peft_units import Combination, FixedScales, NormCopies, WideSources
+from .truncation import cut_to_width, moments, noise
 
 logger = logging.getLogger(__name__)
 _PREFIX = "base_model.model."
 
 
 def fold(
-    model: PeftModel, adapter: str | None = None, *, name: str | None = None, truncate: int | None = None
+    model: PeftModel,
+    adapter: str | None = None,
+    *,
+    name: str | None = None,
+    truncate: int | None = None,
+    data: Iterable[Mapping[str, Any]] | None = None,
 ) -> PeftModel:
     r"""One ordinary adapter that computes what a combination of sources does.
 
@@ -57,31 +65,38 @@ def fold(
         adapter: the target; the active one by default.
         name: of the new adapter; `adapter` by default.
         truncate: greatest rank, or width of a bottleneck. LoRA: the best approximation of that rank, by singular
-            values. Houlsby: an activation stands between the two maps, so no decomposition of their product is exact
-            even at full width; those units stay whose `|W_2| |W_1|` is greatest.
+            values. Houlsby: the units that matter most, found by a singular value decomposition of what they
+            contribute, and `W_2` fitted anew, see `pal_adapters.fusion.truncation.cut_to_width`.
+        data: with `truncate`, for Houlsby: batches (mappings of model inputs) whose tokens are weighed; without them,
+            the inputs of a bottleneck are taken as N(0, 1).
 
     Returns:
         A `PeftModel` with the folded adapter. `truncation_errors` on it names for each module what `truncate` has
-        cost, relative to the Frobenius norm (Houlsby: the sum of `|W_2| |W_1|`); it is empty where nothing was cut.
+        cost: the root mean square of the error over that of what the adapter adds (LoRA: for N(0, 1) inputs, the
+        error in the Frobenius norm). It is empty where nothing was cut.
 
     Raises:
         UnknownAdapterError: if there is no such target.
         UnsupportedError: where no exact fold exists, with the reason. Nothing has changed then.
-        ConfigError: for a value of `truncate` that is not allowed.
+        ConfigError: for a value of `truncate` that is not allowed, or `data` that are empty or have no effect.
     """
     target, config = _target(model, adapter)
     if truncate is not None:
         require_int("truncate", truncate, minimum=1)
+    elif data is not None:
+        raise ConfigError("data has no effect without truncate: leave it out.")
     name = target if name is None else name
     found = list(combinations(model.get_base_model(), target))
     kind = _check(model, target, found)
+    if data is not None and kind == "lora":
+        raise ConfigError("data has no effect on LoRA, whose best approximation needs none: leave it out.")
     head = _head(model, target)
     with torch.no_grad():
         folded: PeftConfig
         if kind == "lora":
             folded, weights, errors = _fold_lora(config, found, truncate)
         else:
-            folded, weights, errors = _fold_houlsby(config, found, truncate)
+            folded, weights, errors = _fold_houlsby(model, config, found, truncate, data)
         training = model.training
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper):
@@ -240,12 +255,17 @@ def _truncated(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, flo
 
 
 def _fold_houlsby(
-    config: CombinationPeftConfig, found: list[tuple[str, FusionLayer, Combination]], truncate: int | None
+    model: PeftModel,
+    config: CombinationPeftConfig,
+    found: list[tuple[str, FusionLayer, Combination]],
+    truncate: int | None,
+    data: Iterable[Mapping[str, Any]] | None,
 ) -> tuple[HoulsbyPeftConfig, dict[str, Tensor], dict[str, float]]:
     bottles: dict[str, dict[str, Tensor]] = {}
     norms: dict[str, dict[str, Tensor]] = {}
     errors: dict[str, float] = {}
     activation = "gelu_new"
+    sums = {} if data is None else _moments_of_data(model, [unit for _, _, unit in found], data)
     for place, layer, unit in found:
         group, omega = unit.groups[0], _omega(unit)
         if isinstance(layer, FusionNormLayer):
@@ -261,10 +281,10 @@ def _fold_houlsby(
         assert bias is not None
         down, down_bias, up = group.down, group.down_bias, up.T
         if truncate is not None and truncate < down.shape[0]:
-            size = up.norm(dim=0) * down.norm(dim=1)
-            kept = size.topk(truncate).indices.sort().values
-            errors[place] = 1 - float(size[kept].sum() / size.sum().clamp(min=1e-30))
-            down, down_bias, up = down[kept], down_bias[kept], up[:, kept]
+            measured = sums[unit] if data is not None else moments(group.hidden(noise(down.shape[1], down)))
+            (down, down_bias, up, bias), errors[place] = cut_to_width(
+                Bottleneck(down, down_bias, up, bias), measured, truncate
+            )
         bottles[place] = {"down.weight": down, "down.bias": down_bias, "up.weight": up, "up.bias": bias}
     width = max((b["down.bias"].shape[0] for b in bottles.values()), default=1)
     weights: dict[str, Tensor] = {}
@@ -282,6 +302,39 @@ def _fold_houlsby(
         **_common(config),
     )
     return folded, {key: value.detach().clone().contiguous() for key, value in weights.items()}, errors
+
+
+def _moments_of_data(
+    model: PeftModel, units: Iterable[Combination], data: Iterable[Mapping[str, Any]]
+) -> dict[Combination, Tensor]:
+    """What the hidden values of the sources at each place are like."""
+    sums: dict[Combination, Tensor] = {}
+    keep: list[Tensor | None] = [None]
+
+    def hook(unit: Combination, args: tuple[str, Tensor, UnitInputs, Any]) -> None:
+        value, group = args[1], unit.groups[0]
+        assert isinstance(group, WideSources)
+        hidden, mask = group.hidden(value), keep[0]
+        if mask is not None and mask.shape == hidden.shape[:2]:
+            hidden = hidden[mask]
+        sums[unit] = sums.get(unit, 0) + moments(hidden.flatten(0, -2))
+
+    modes = {module: module.training for module in model.modules()}
+    handles = [u.register_forward_pre_hook(hook) for u in units if isinstance(u.groups[0], WideSources)]
+    try:
+        model.eval()
+        for batch in data:
+            mask = batch.get("attention_mask")
+            keep[0] = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if not sums:
+        raise ConfigError("data=[] is not allowed: pass at least one batch of model inputs, or None.")
+    return sums
 
 
 def _padded(bottle: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
