@@ -31,6 +31,8 @@ Every symbol of adapters 1.3 that is replaced:
 | `.rename_func`                                   |                                                                |
 | `AdapterFusionLoader.load`                       | wrapped: a file that cannot be loaded leaves the model as it   |
 |                                                  | was                                                            |
+| `AdapterTrainer._load_adapter_fusions`           | wrapped: a resumed run lost fusions with names of their own    |
+| `AdapterTrainer._load_best_model`                | wrapped: the head of a fusion stayed that of the last step     |
 
 What is called or subclassed: `ComposableAdapterLayerBase` (`adapters_composition`, `adapters_layer`), `AdapterSetup`,
 `ForwardContext` and `BottleneckLayer` with its adapters and fusion layers (`adapters_mixture`, `adapters_fusion`,
@@ -49,6 +51,7 @@ from typing import Any
 
 import adapters
 import torch
+from adapters import AdapterTrainer
 from adapters.composition import Fuse
 from adapters.configuration import ADAPTER_CONFIG_MAP, AdapterConfig, BnConfig, ConfigUnion, LoRAConfig
 from adapters.configuration.adapter_fusion_config import ADAPTERFUSION_CONFIG_MAP
@@ -62,7 +65,7 @@ from packaging.version import Version
 from torch import nn
 
 from ..errors import ConfigError, MissingHostError, PalAdaptersError, SiteError, UnsupportedError
-from . import adapters_fusion, adapters_lora, adapters_penalty, adapters_sources
+from . import adapters_fusion, adapters_lora, adapters_penalty, adapters_sources, adapters_trainer
 from .adapters_composition import architectures
 from .adapters_config import CONFIGS, TaskAdapterConfig, is_ours, task_configs
 from .adapters_layer import (
@@ -145,6 +148,8 @@ def _install() -> None:
     _wrap(AdapterFusionLoader, "filter_func", _fusion_filter_func)
     _wrap(AdapterFusionLoader, "rename_func", _fusion_rename_func)
     _wrap(AdapterFusionLoader, "load", _fusion_load)
+    _wrap(AdapterTrainer, "_load_adapter_fusions", adapters_trainer.load_adapter_fusions)
+    _wrap(AdapterTrainer, "_load_best_model", adapters_trainer.load_best_model)
 
 
 # Configs

@@ -76,6 +76,8 @@ WRAPPED: dict[str, tuple[Any, list[str]]] = {
     "AdapterFusionLoader.load": (
         loading.AdapterFusionLoader, ["self", "save_directory", "load_as", "loading_info", "kwargs"],
     ),
+    "AdapterTrainer._load_adapter_fusions": (adapters.AdapterTrainer, ["self", "resume_from_checkpoint"]),
+    "AdapterTrainer._load_best_model": (adapters.AdapterTrainer, ["self"]),
 }  # fmt: skip
 
 
