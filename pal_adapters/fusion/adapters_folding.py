@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from adapters.composition import Fuse
-from adapters.configuration import AdapterConfig, BnConfig
+from adapters.configuration import BnConfig
 from adapters.context import ForwardContext
 from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.modeling import Adapter, PHMLayer
@@ -89,8 +89,6 @@ def _check_sources(model: Any, key: str, sources: list[str]) -> None:
         ours = [c.architecture for c in task_configs(whole)]
         if ours:
             raise UnsupportedError(f"{refused}{name!r} ({ours[0]}) is no bottleneck, it attends or acts elsewhere.")
-        if AdapterConfig.load(whole).get("inv_adapter") is not None:
-            raise UnsupportedError(f"{refused}{name!r} has an invertible adapter behind the embeddings.")
 
 
 def _fold_place(layer: BottleneckLayer, key: str, index: int) -> Bottleneck | None:

@@ -14,6 +14,8 @@ Every symbol of adapters 1.3 that is replaced:
 |                                                  | host's class; refuses sets that cannot be fused, before they   |
 |                                                  | count; links coefficients that blocks share                    |
 | `ModelAdaptersMixin.init_adapters`               | wrapped: links them where a model comes with its fusions       |
+| `ModelAdaptersMixin._load_adapter_setup_weights` | wrapped: a setup that cannot be loaded leaves the model as it  |
+|                                                  | was                                                            |
 | `ModelAdaptersMixin.merge_adapter`               | wrapped: the host passes over what it cannot merge             |
 | `ModelWithHeadsAdaptersMixin.freeze_embeddings`  | wrapped: an embedding tied to the head belongs to a base that  |
 |                                                  | is trained                                                     |
@@ -64,8 +66,15 @@ from adapters.utils import get_adapter_config_hash
 from packaging.version import Version
 from torch import nn
 
-from ..errors import ConfigError, MissingHostError, PalAdaptersError, SiteError, UnsupportedError
-from . import adapters_fusion, adapters_lora, adapters_penalty, adapters_sources, adapters_trainer
+from ..errors import (
+    ConfigError,
+    MissingHostError,
+    PalAdaptersError,
+    SiteError,
+    UnknownAdapterError,
+    UnsupportedError,
+)
+from . import adapters_fusion, adapters_lora, adapters_penalty, adapters_setup, adapters_sources, adapters_trainer
 from .adapters_composition import architectures
 from .adapters_config import CONFIGS, TaskAdapterConfig, is_ours, task_configs
 from .adapters_layer import (
@@ -134,6 +143,7 @@ def _install() -> None:
     _wrap(ModelAdaptersMixin, "_add_adapter_weights", _add_adapter_weights)
     _wrap(ModelAdaptersMixin, "add_adapter_fusion", _add_adapter_fusion)
     _wrap(ModelAdaptersMixin, "init_adapters", _init_adapters)
+    _wrap(ModelAdaptersMixin, "_load_adapter_setup_weights", adapters_setup.load_adapter_setup_weights)
     _wrap(ModelAdaptersMixin, "merge_adapter", _merge_adapter)
     _wrap(ModelWithHeadsAdaptersMixin, "freeze_embeddings", _freeze_embeddings)
     _wrap(ModelWithHeadsAdaptersMixin, "train_adapter_fusion", _train_adapter_fusion)
@@ -418,6 +428,12 @@ def _compose_fuse(original: Any) -> Any:
             self.adapter_fusion_layer[name], adapters_fusion.Combination
         ):
             return adapters_fusion.compose(self, adapter_setup, state, lvl)
+        if name not in self.adapters_config.fusions:
+            raise UnknownAdapterError(
+                f"{adapter_setup} has no fusion on the model, which has "
+                f"{', '.join(map(repr, self.adapters_config.fusions)) or 'none'}: add it with add_adapter_fusion, or "
+                "give Fuse(...) the name= of one of these."
+            )
         return original(self, adapter_setup, state, lvl=lvl)
 
     return wrapper

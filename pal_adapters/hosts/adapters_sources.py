@@ -109,9 +109,8 @@ def check_sources(adapters_config: Any, names: Sequence[str]) -> None:
     Raises:
         ConfigError: for no source at all, or for one that is named twice.
         UnknownAdapterError: for a name that is not on the model.
-        UnsupportedError: for an adapter that adds nothing a coefficient could weigh, or for sources that end a block
-        in
-            different ways.
+        UnsupportedError: for an adapter that adds nothing a coefficient could weigh, or has an invertible part, or for
+            sources that end a block in different ways.
     """
     if not names:
         raise ConfigError("a fusion needs at least one source: pass Fuse('a', 'b') with names of adapters.")
@@ -132,6 +131,11 @@ def check_sources(adapters_config: Any, names: Sequence[str]) -> None:
             raise UnsupportedError(
                 f"{name!r} ({type(whole).__name__}) cannot be a source of a fusion: it is no bottleneck and adds no "
                 "term behind a sub-layer. Fuse adapters of type pal, low_rank or a bottleneck."
+            )
+        if config is not None and config["inv_adapter"] is not None:
+            raise UnsupportedError(
+                f"{name!r} ({type(whole).__name__}) cannot be a source of a fusion: its invertible part acts on the "
+                f"embeddings, where no coefficient can weigh it. Put it in front, Stack({name!r}, Fuse(...))."
             )
         if config is not None:
             before = True if config["is_parallel"] else config["residual_before_ln"]

@@ -254,14 +254,6 @@ def test_no_fold_has_a_reason(case: str, bert: nn.Module) -> None:
     assert (list(bert.state_dict()), dict(bert.adapters_config.adapters)) == before
 
 
-def test_an_invertible_source_has_no_fold(bert: nn.Module) -> None:
-    for name in ("a", "b"):
-        bert.add_adapter(name, config="seq_bn_inv")
-    bert.add_adapter_fusion(Fuse("a", "b"), config="scalearn")
-    with pytest.raises(UnsupportedError, match="invertible"):
-        pal_adapters.fold(bert, Fuse("a", "b"), name="folded")
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -581,6 +581,13 @@ def test_the_penalty_of_several_models_is_added_once(batch: dict[str, Tensor]) -
 # Compositions
 
 
+def test_a_fusion_that_is_not_on_the_model(bert: nn.Module, batch: dict[str, Tensor]) -> None:
+    with_sources(bert, "seq_bn")
+    bert.add_adapter_fusion(FUSE, config="scalearn", name="rte")
+    with pytest.raises(UnknownAdapterError, match=r"Fuse\[a, b, c\] has no fusion.*'rte'.*name="):
+        output(bert, batch, FUSE)
+
+
 def test_stack_in_front_of_a_fusion(bert: nn.Module, batch: dict[str, Tensor]) -> None:
     with_sources(bert, "seq_bn")
     bert.add_adapter("language", config=config_of("seq_bn"))
@@ -690,6 +697,7 @@ BAD: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "prefix": (Fuse("prefix", "a"), "scalearn", UnsupportedError, "'prefix'.*no bottleneck"),
     "union": (Fuse("union", "a"), "scalearn", UnsupportedError, "'union'"),
     "lhuc": (Fuse("a", "lhuc"), "scalearn", UnsupportedError, "lhuc"),
+    "invertible": (Fuse("a", "inv"), "scalearn", UnsupportedError, r"'inv'.*Stack\('inv'"),
     "residuals": (Fuse("a", "post"), "scalearn", UnsupportedError, "residual_before_ln"),
     "places": (Fuse("a", "two_places"), "scalearn", ValueError, "mh_adapter"),
     "fixed names": (FUSE, {"fixed": {"a": 1.0}}, ConfigError, "fixed="),
@@ -705,6 +713,7 @@ def test_bad_sources_leave_the_model_as_it_was(case: str, bert: nn.Module) -> No
     bert.add_adapter("prefix", config="prefix_tuning")
     bert.add_adapter("union", config=adapters.ConfigUnion(config_of("seq_bn"), adapters.LoRAConfig()))
     bert.add_adapter("lhuc", config="lhuc")
+    bert.add_adapter("inv", config="seq_bn_inv")
     bert.add_adapter("post", config=config_of("seq_bn[residual_before_ln=False]"))
     bert.add_adapter("two_places", config="double_seq_bn")
     bert.add_adapter_fusion(Fuse("a", "b"), config="scalearn")

@@ -228,7 +228,7 @@ def change(file: pathlib.Path, how: str) -> None:
     elif how == "no weights":
         file.unlink()
     elif how == "narrow":
-        save_file({k: v[:, :7].contiguous() for k, v in load_file(file).items()}, file)
+        save_file({k: v[..., :7].contiguous() for k, v in load_file(file).items()}, file)
     elif how == "missing":
         tensors = load_file(file)
         tensors.popitem()
@@ -280,6 +280,28 @@ def test_sources_that_are_not_on_the_model(bert: nn.Module, base_path: pathlib.P
     with pytest.raises(ValueError, match="no adapter with the name 'b'"):
         model.load_adapter_fusion(str(tmp_path / "fusion"), use_safetensors=True)
     assert not model.adapters_config.fusions
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("what", ["b", "a,b,c"])
+@pytest.mark.parametrize("how", ["corrupted", "no weights", "narrow"])
+def test_a_setup_is_loaded_as_a_whole_or_not_at_all(
+    how: str, what: str, known: bool, bert: nn.Module, base_path: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    trained(bert, "scalearn")
+    bert.save_adapter_setup(str(tmp_path), FUSE, use_safetensors=True)
+    change(next((tmp_path / what).glob("*.safetensors")), how)
+    other = fresh(base_path)
+    if known:
+        with_sources(other, "seq_bn")
+    before, names = {k: v.clone() for k, v in other.state_dict().items()}, list(other.adapters_config)
+    with pytest.raises(ConfigError, match=str(tmp_path if known else tmp_path / what)):
+        other.load_adapter_setup(str(tmp_path), set_active=True, use_safetensors=True)
+    after = other.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert (list(other.adapters_config), other.adapters_config.fusions) == (names, {})
+    assert other.active_adapters is None
 
 
 def test_stack_with_a_fusion_is_saved_as_a_setup(

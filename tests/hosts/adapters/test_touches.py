@@ -51,6 +51,10 @@ WRAPPED: dict[str, tuple[Any, list[str]]] = {
     "ModelAdaptersMixin.init_adapters": (
         model_mixin.ModelAdaptersMixin, ["self", "model_config", "adapters_config"],
     ),
+    "ModelAdaptersMixin._load_adapter_setup_weights": (
+        model_mixin.ModelAdaptersMixin,
+        ["self", "load_directory", "adapter_setup", "custom_weights_loaders", "set_active", "use_safetensors"],
+    ),
     "ModelAdaptersMixin.merge_adapter": (model_mixin.ModelAdaptersMixin, ["self", "name"]),
     "ModelWithHeadsAdaptersMixin.freeze_embeddings": (model_mixin.ModelWithHeadsAdaptersMixin, ["self", "freeze"]),
     "ModelWithHeadsAdaptersMixin.train_adapter_fusion": (
