@@ -109,6 +109,24 @@ def test_save_and_load_in_a_new_process(saved: Paths, tmp_path: pathlib.Path) ->
         torch.testing.assert_close(got, expected[name], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("bundle", [False, True])
+def test_rows_stay_with_their_sources(saved: Paths, bundle: bool, tmp_path: pathlib.Path) -> None:
+    """In an order that is not that of the names, and with a target that is named as one of its sources is."""
+    paths = {name: saved["lora"][name] for name in ("rte", "mnli", "qqp")}
+    config = pa.ScaLearnPeftConfig(adapters=paths, bundle=bundle, task_type="SEQ_CLS")
+    model = get_peft_model(cases.bert(), config, adapter_name="rte")
+    sources.set_all(model, {"rte": 0.2, "mnli": 1.5, "qqp": -0.7})
+    model.save_pretrained(str(tmp_path))
+    assert "rte" in json.loads((tmp_path / "rte" / "adapter_config.json").read_text())["adapters"]
+    loaded = PeftModel.from_pretrained(cases.bert(), str(tmp_path / "rte")).eval()
+    torch.testing.assert_close(logits(loaded), logits(model.eval()), atol=0, rtol=0)
+    assert list(loaded.peft_config["default"].adapters) == ["rte", "mnli", "qqp"]
+    other = get_peft_model(cases.bert(), pa.ScaLearnPeftConfig(adapters=paths, task_type="SEQ_CLS")).eval()
+    other.load_adapter(str(tmp_path / "rte"), "second")
+    other.set_adapter("second")
+    torch.testing.assert_close(logits(other.eval()), logits(model), atol=0, rtol=0)
+
+
 def test_a_bundle_needs_no_sources(saved: Paths, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = {}
     for kind in ("lora", "pal"):
