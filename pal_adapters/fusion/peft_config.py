@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftType
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..errors import ConfigError, require_bool, require_one_of, require_probability
@@ -107,6 +108,15 @@ class CombinationPeftConfig(PeftConfig):
             path, revision = self._origin
             return f"{path}/{_BUNDLE}/{name}", revision
         return self.adapters[name], (self.revisions or {}).get(name)
+
+    def check_weights(self) -> None:
+        """Raise `ConfigError` for a damaged file of coefficients, before the host changes the model and reads it."""
+        file = os.path.join(self._origin[0], "adapter_model.safetensors") if self._origin is not None else ""
+        if os.path.isfile(file):
+            try:
+                safe_open(file, "pt").keys()
+            except Exception as error:
+                raise ConfigError(f"{file} cannot be read: {error}. Restore it, or save the model again.") from error
 
     def remember(self, sources: Mapping[str, Source]) -> None:
         """Take over what reading the sources has told."""
