@@ -222,3 +222,10 @@ def combinations(model: nn.Module, adapter: str | None = None) -> Iterator[tuple
                 unit = layer.units[name]
                 assert isinstance(unit, Combination)
                 yield place, layer, unit
+
+
+def active_combinations(model: nn.Module) -> list[str]:
+    """The targets that act now."""
+    layers = [layer for _, layer in tuner_layers(model) if isinstance(layer, FusionLayer)]
+    names = [n for layer in layers if not layer.disable_adapters for n in layer.active_adapters if n in layer.units]
+    return list(dict.fromkeys(names))

@@ -302,14 +302,20 @@ def test_rows_of_attention(saved: Paths) -> None:
             assert abs(sum(r.value for r in rows if r.block == block) - 1) < 1e-6
         got = torch.tensor([r.value for r in rows if r.block == 1])
         torch.testing.assert_close(got, mean, atol=1e-6, rtol=1e-5)
-    with pytest.raises(pa.UnsupportedError, match="pass data="):
+    with pytest.raises(pa.ConfigError, match="pass data="):
         transfer_rows(model)
-    with pytest.raises(pa.UnsupportedError, match="no batches"):
+    with pytest.raises(pa.ConfigError, match="data is empty"):
         transfer_rows(model, data=[])
-    with pytest.raises(pa.UnsupportedError, match="data has no effect"):
+    with pytest.raises(pa.ConfigError, match="data has no effect"):
         transfer_rows(target(saved["lora"]), data=[given])
-    with pytest.raises(pa.UnknownAdapterError):
+    with pytest.raises(pa.UnknownAdapterError, match="'other'"):
+        transfer_rows(model, "other")
+    with pytest.raises(pa.UnsupportedError, match="0 combinations are active"):
         transfer_rows(cases.bert())
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    with pytest.raises(pa.UnsupportedError, match="'default' is not active"):
+        transfer_rows(model, "default", data=[given])
 
 
 def test_public_names(saved: Paths) -> None:
