@@ -21,6 +21,7 @@ Every symbol of adapters 1.3 that is replaced:
 |                                                  | is trained                                                     |
 | `.train_adapter_fusion`                          | wrapped: a head model made from a file is not told of the      |
 |                                                  | fusions that its base has, and it is the one that has a loss   |
+| `Fuse._get_save_kwargs`                          | wrapped: a saved setup lost a fusion's own name                |
 | `BottleneckLayer.bottleneck_layer_forward`       | wrapped: compositions that mix our adapters with bottlenecks   |
 | `BottleneckLayer.add_fusion_layer`               | wrapped: the layer of a fusion is the host's own class         |
 | `BottleneckLayer.compose_fuse`                   | wrapped: our fusions need no query, and one wide bottleneck    |
@@ -147,6 +148,7 @@ def _install() -> None:
     _wrap(ModelAdaptersMixin, "merge_adapter", _merge_adapter)
     _wrap(ModelWithHeadsAdaptersMixin, "freeze_embeddings", _freeze_embeddings)
     _wrap(ModelWithHeadsAdaptersMixin, "train_adapter_fusion", _train_adapter_fusion)
+    _wrap(Fuse, "_get_save_kwargs", adapters_setup.fuse_kwargs)
     _wrap(BottleneckLayer, "bottleneck_layer_forward", _bottleneck_layer_forward)
     _wrap(BottleneckLayer, "add_fusion_layer", _add_fusion_layer)
     _wrap(BottleneckLayer, "compose_fuse", _compose_fuse)

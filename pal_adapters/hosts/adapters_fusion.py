@@ -18,7 +18,7 @@ from adapters.methods.bottleneck import BottleneckLayer, BottleneckState
 from adapters.methods.modeling import Adapter, ParallelAdapter
 from torch import Tensor, nn
 
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError, UnknownAdapterError, UnsupportedError
 from .adapters_sources import WideSources, added
 
 # The config class of each fusion by its architecture; `adapters.register_fusion` fills it.
@@ -79,6 +79,8 @@ def compose(layer: BottleneckLayer, setup: Fuse, state: BottleneckState, lvl: in
     """The sum of the sources' terms, times their coefficients, on the residual of a single bottleneck."""
     combination: Combination = layer.adapter_fusion_layer[setup.name]
     present = [(row, child) for row, child in combination.rows(setup) if _names(child) & layer.adapters.keys()]
+    if len(present) < len(combination.names):
+        check_present(layer.adapters_config, setup)
     if not present:  # all left out in this block
         return state
     last = _last(present[-1][1], layer)
@@ -97,6 +99,16 @@ def compose(layer: BottleneckLayer, setup: Fuse, state: BottleneckState, lvl: in
     elif state.last is not None:
         total = state.hidden_states + total
     return state._replace(hidden_states=total, last=last)
+
+
+def check_present(known: Any, setup: Fuse) -> None:
+    """Raise `UnknownAdapterError` for a source that was deleted, and not just left out in a block."""
+    gone = sorted(name for child in setup for name in _names(child) if name not in known)
+    if gone:
+        raise UnknownAdapterError(
+            f"{setup} needs {gone[0]!r}, which is not on the model any more: load it again, or delete the fusion "
+            f"{setup.name!r} and add one over the sources that are left."
+        )
 
 
 def _total(

@@ -1,4 +1,4 @@
-"""Loading a saved setup with a fusion of ours: all of it or nothing."""
+"""Saving and loading a setup with a fusion: with its name, and all of it or nothing."""
 
 from __future__ import annotations
 
@@ -6,11 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from adapters.composition import AdapterCompositionBlock
+from adapters.composition import AdapterCompositionBlock, Fuse
 
 from ..errors import ConfigError, PalAdaptersError
 from .adapters_fusion import combination_config
 from .adapters_penalty import fusions_in
+
+
+def fuse_kwargs(original: Any) -> Any:
+    """The host saves a setup without the name that a fusion may have of its own, and then does not find the fusion."""
+
+    def wrapper(self: Fuse) -> Any:
+        return {"name": self._name} if self._name else original(self)
+
+    return wrapper
 
 
 def load_adapter_setup_weights(original: Any) -> Any:

@@ -588,6 +588,15 @@ def test_a_fusion_that_is_not_on_the_model(bert: nn.Module, batch: dict[str, Ten
         output(bert, batch, FUSE)
 
 
+@pytest.mark.parametrize("kind", ["seq_bn", "mixture"])
+def test_a_source_that_was_deleted(kind: str, bert: nn.Module, batch: dict[str, Tensor]) -> None:
+    with_sources(bert, kind)
+    bert.add_adapter_fusion(FUSE, config="scalearn", set_active=True)
+    bert.delete_adapter("b")
+    with pytest.raises(UnknownAdapterError, match="'b', which is not on the model any more"):
+        output(bert, batch)
+
+
 def test_stack_in_front_of_a_fusion(bert: nn.Module, batch: dict[str, Tensor]) -> None:
     with_sources(bert, "seq_bn")
     bert.add_adapter("language", config=config_of("seq_bn"))

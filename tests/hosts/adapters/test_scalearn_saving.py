@@ -304,6 +304,20 @@ def test_a_setup_is_loaded_as_a_whole_or_not_at_all(
     assert other.active_adapters is None
 
 
+@pytest.mark.parametrize("config", ["scalearn_pp", "dynamic"])
+def test_a_setup_knows_the_name_of_its_fusion(
+    config: str, bert: nn.Module, base_path: pathlib.Path, batch: dict[str, Tensor], tmp_path: pathlib.Path
+) -> None:
+    fuse = Fuse(*NAMES, name="rte")
+    trained(bert, config, fuse=fuse)
+    expected = output(bert, batch, fuse)
+    bert.save_adapter_setup(str(tmp_path), fuse, use_safetensors=True)
+    other = fresh(base_path)
+    other.load_adapter_setup(str(tmp_path), set_active=True, use_safetensors=True)
+    assert other.active_adapters.name == "rte"
+    assert torch.equal(output(other, batch), expected)
+
+
 def test_stack_with_a_fusion_is_saved_as_a_setup(
     bert: nn.Module, base_path: pathlib.Path, batch: dict[str, Tensor], tmp_path: pathlib.Path
 ) -> None:

@@ -60,6 +60,7 @@ WRAPPED: dict[str, tuple[Any, list[str]]] = {
     "ModelWithHeadsAdaptersMixin.train_adapter_fusion": (
         model_mixin.ModelWithHeadsAdaptersMixin, ["self", "adapter_setup", "unfreeze_adapters"],
     ),
+    "Fuse._get_save_kwargs": (composition.Fuse, ["self"]),
     "BottleneckLayer.bottleneck_layer_forward": (
         bottleneck.BottleneckLayer, ["self", "hidden_states", "residual_input", "layer_norm"],
     ),
