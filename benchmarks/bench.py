@@ -20,6 +20,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -92,6 +93,30 @@ def lora() -> peft.LoraConfig:
     return peft.LoraConfig(r=8, target_modules=["query", "value"], lora_alpha=16)
 
 
+def houlsby_16() -> peft.PeftConfig:
+    """What `seq_bn` is in `adapters`: behind the feed-forward part of each block, reduction 16."""
+    return pal_adapters.HoulsbyPeftConfig(
+        hidden_size=BERT_BASE["hidden_size"] // 16,
+        target_modules=r".*layer\.\d+\.output\.dropout",
+        train_layernorm=False,
+    )
+
+
+def with_combination(source: Callable[[], Any], *, folded: bool = False, merged: bool = False) -> Any:
+    """ScaLearn over eight frozen sources from disk, or what it becomes."""
+    with tempfile.TemporaryDirectory() as folder:
+        sources = peft.get_peft_model(bert(BERT_BASE), source(), adapter_name="s0")
+        for index in range(1, 8):
+            sources.add_adapter(f"s{index}", source())
+        sources.save_pretrained(folder)
+        paths = {f"s{index}": f"{folder}/s{index}" for index in range(8)}
+        model = peft.get_peft_model(bert(BERT_BASE), pal_adapters.ScaLearnPeftConfig(adapters=paths))
+    if not folded:
+        return model
+    model = pal_adapters.fold(model)
+    return model.merge_and_unload() if merged else model
+
+
 VARIANTS: dict[str, Callable[[], Any]] = {
     "plain": lambda: bert(BERT_BASE),
     "adapters pal": lambda: with_adapters("pal"),
@@ -108,6 +133,11 @@ VARIANTS: dict[str, Callable[[], Any]] = {
     "peft houlsby": lambda: with_peft(pal_adapters.HoulsbyPeftConfig),
     "peft houlsby, norms frozen": lambda: with_peft(lambda: pal_adapters.HoulsbyPeftConfig(train_layernorm=False)),
     "peft lora (host)": lambda: with_peft(lora),
+    "peft scalearn of 8 houlsby": lambda: with_combination(houlsby_16),
+    "peft scalearn of 8 houlsby, folded": lambda: with_combination(houlsby_16, folded=True),
+    "peft scalearn of 8 lora": lambda: with_combination(lora),
+    "peft scalearn of 8 lora, folded": lambda: with_combination(lora, folded=True),
+    "peft scalearn of 8 lora, merged": lambda: with_combination(lora, folded=True, merged=True),
 }
 
 
@@ -126,6 +156,10 @@ def train_step(model: Any, batch: Inputs) -> float:
     elapsed = time.perf_counter() - start
     model.zero_grad(set_to_none=True)
     return elapsed
+
+
+def trainable(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def rounds(measure: dict[str, Callable[[], float]], reference: str, count: int) -> dict[str, dict[str, float]]:
@@ -151,14 +185,14 @@ def single_task(names: list[str], count: int) -> dict[str, Any]:
     models = {name: VARIANTS[name]() for name in dict.fromkeys(["plain", *names])}
     measure = {f"{name} | forward": lambda m=model: forward(m, batch) for name, model in models.items()}
     measure |= {
-        f"{name} | step": lambda m=model: train_step(m, batch) for name, model in models.items() if name != "plain"
+        f"{name} | step": lambda m=model: train_step(m, batch) for name, model in models.items() if trainable(model)
     }
     table = rounds(measure, "plain | forward", count)
     result: dict[str, Any] = {}
     for key, value in table.items():
         name, kind = key.split(" | ")
         result.setdefault(name, {})[kind] = value
-        result[name]["trainable"] = sum(p.numel() for p in models[name].parameters() if p.requires_grad)
+        result[name]["trainable"] = trainable(models[name])
     return result
 
 
@@ -260,7 +294,7 @@ def measure_memory(name: str) -> None:
     model, batch = VARIANTS[name](), inputs(16, 64)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here; `ru_maxrss` would hold the parent's
     before = resident("VmRSS")
-    forward(model, batch) if name == "plain" else train_step(model, batch)
+    train_step(model, batch) if trainable(model) else forward(model, batch)
     print((resident("VmHWM") - before) / 1024)
 
 
@@ -314,7 +348,7 @@ def main() -> None:
             keep("camtl", {f"{host} {name}": row for name, row in ca_mtl(options.rounds, host).items()})
     for name, row in result.get("single", {}).items():
         step = row.get("step", {}).get("ratio", float("nan"))
-        line = f"{name:32} forward {row.get('forward', {}).get('ratio', float('nan')):6.3f}  step {step:6.3f}"
+        line = f"{name:36} forward {row.get('forward', {}).get('ratio', float('nan')):6.3f}  step {step:6.3f}"
         print(f"{line}  peak {row.get('peak_mib', float('nan')):8.1f} MiB  trainable {row.get('trainable', 0):,}")
     for part in ("mixed8", "mixed32", "mixed64"):
         for name, row in result.get(part, {}).items():

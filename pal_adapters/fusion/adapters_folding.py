@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from adapters.composition import Fuse
-from adapters.configuration import AdapterConfig, BnConfig
+from adapters.configuration import BnConfig
 from adapters.context import ForwardContext
 from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.modeling import Adapter, PHMLayer
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ..bottlenecks import Bottleneck, widen
 from ..errors import ConfigError, UnknownAdapterError, UnsupportedError
 from ..hosts.adapters_config import task_configs
-from ..hosts.adapters_fusion import Combination, combination_config, down_of, place_names, places, scaling_of, unlike
-from .folding import Folded, cut_to_width
-
-_SAMPLES = 4096
+from ..hosts.adapters_fusion import Combination, combination_config, place_names, places
+from ..hosts.adapters_sources import down_of, scaling_of, unlike
+from .folding import Folded
+from .truncation import cut_to_width, moments, noise
 
 
 def fold_adapters(
@@ -89,8 +89,6 @@ def _check_sources(model: Any, key: str, sources: list[str]) -> None:
         ours = [c.architecture for c in task_configs(whole)]
         if ours:
             raise UnsupportedError(f"{refused}{name!r} ({ours[0]}) is no bottleneck, it attends or acts elsewhere.")
-        if AdapterConfig.load(whole).get("inv_adapter") is not None:
-            raise UnsupportedError(f"{refused}{name!r} has an invertible adapter behind the embeddings.")
 
 
 def _fold_place(layer: BottleneckLayer, key: str, index: int) -> Bottleneck | None:
@@ -185,24 +183,21 @@ def _truncate(
     errors: dict[BottleneckLayer, float],
 ) -> dict[BottleneckLayer, Bottleneck]:
     if data is None:
-        moments = {layer: _moments_of_noise(layer.adapters[name]) for layer in wide}
+        found = {layer: _moments_of_noise(layer.adapters[name]) for layer in wide}
     else:
-        moments = _moments_of_data(model, name, list(wide), data)
+        found = _moments_of_data(model, name, list(wide), data)
     cut = {}
     for layer, weights in wide.items():
         if weights.up.shape[1] <= width:
             cut[layer] = weights
         else:
-            cut[layer], errors[layer] = cut_to_width(weights, moments[layer].to(weights.up.device), width)
+            cut[layer], errors[layer] = cut_to_width(weights, found[layer], width)
     return cut
 
 
 def _moments_of_noise(adapter: Adapter) -> Tensor:
-    weight = adapter.adapter_up.weight
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(_SAMPLES, adapter.input_size, generator=generator).to(weight)
     with torch.no_grad():
-        return _moments(adapter.adapter_down(inputs)) / _SAMPLES
+        return moments(adapter.adapter_down(noise(adapter.input_size, adapter.adapter_up.weight)))
 
 
 def _moments_of_data(
@@ -217,7 +212,7 @@ def _moments_of_data(
             mask = keep[0]
             if mask is not None and mask.shape == hidden.shape[:2]:
                 hidden = hidden[mask]
-            sums[place] = sums.get(place, 0) + _moments(hidden.flatten(0, -2))
+            sums[place] = sums.get(place, 0) + moments(hidden.flatten(0, -2))
 
         return hook
 
@@ -239,10 +234,4 @@ def _moments_of_data(
             module.training = mode
     if not sums:
         raise ConfigError("data=[] is not allowed: pass at least one batch of model inputs, or None.")
-    return {place: total / total[-1, -1] for place, total in sums.items()}
-
-
-def _moments(hidden: Tensor) -> Tensor:
-    """The sum of `[h, 1]^T [h, 1]` over tokens, `[R + 1, R + 1]`, for `h` `[t, R]`."""
-    extended = torch.cat([hidden.double(), torch.ones_like(hidden[:, :1], dtype=torch.float64)], 1)
-    return extended.t() @ extended
+    return sums

@@ -11,7 +11,8 @@ from adapters.methods.bottleneck import BottleneckLayer
 from torch import Tensor
 
 from ..errors import ConfigError, UnknownAdapterError, UnsupportedError
-from ..hosts.adapters_fusion import combination_config, fusions_in, place_names, places
+from ..hosts.adapters_fusion import combination_config, place_names, places
+from ..hosts.adapters_penalty import fusions_in
 from .report import TransferTable
 
 _SHORT = {"mh_adapter": "attention", "output_adapter": "output", "cross_adapter": "cross"}

@@ -6,10 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..bottlenecks import Bottleneck
 from .host import host_of
 
 
@@ -48,18 +44,17 @@ def fold(model: Any, fusion: Any = None, *, name: str | None = None, **options: 
             active one.
         name: of the new adapter. `adapters`: an ordinary bottleneck; save it with `save_adapter`. PEFT: an ordinary
             LoRA or Houlsby adapter; None keeps the name of the combination.
-        **options: for `adapters`:
-
-            - `truncate`: the width to cut it to. The units that matter most are kept, found by a singular value
-              decomposition of what the units contribute to the output, and the up-projection is fitted anew to give
-              what all of them gave.
-            - `data`: with `truncate`, batches (dicts of model inputs) whose tokens are weighed; without them, inputs
-              are taken as N(0, 1).
-
-            For PEFT, see `pal_adapters.fusion.peft_folding.fold`.
+        **options:
+            - `truncate`: the width or rank to cut it to. Of bottlenecks the units that matter most are kept, found by
+              a singular value decomposition of what the units contribute to the output or by leaving out one after
+              the other, whichever is better, and the up-projection is fitted anew to give what all of them gave. LoRA
+              gets the best approximation of that rank, by singular values.
+            - `data`: with `truncate`, for bottlenecks, batches (dicts of model inputs) whose tokens are weighed;
+              without them, inputs are taken as N(0, 1).
 
     Returns:
-        `adapters`: a `Folded`, and the model has the new adapter. PEFT: the folded model.
+        `adapters`: a `Folded`, and the model has the new adapter. PEFT: the folded model. Its `truncation_errors`
+        are what `Folded.errors` are, see `pal_adapters.fusion.peft_folding.fold`.
 
     Raises:
         UnsupportedError: where no exact fold exists, with the reason: attention over the sources, sources that are no
@@ -74,51 +69,3 @@ def fold(model: Any, fusion: Any = None, *, name: str | None = None, **options: 
     from . import peft_folding
 
     return peft_folding.fold(model, fusion, name=name, **options)
-
-
-def cut_to_width(source: Bottleneck, moments: Tensor, width: int) -> tuple[Bottleneck, float]:
-    r"""The bottleneck of the best `width` units, and its relative error.
-
-    With hidden values $h$, the centred output is $W_u (h - \bar h)$, of covariance $W_u C W_u^T$. The right singular
-    vectors of $W_u C^{1/2}$ say which directions of the units matter; the units that span the first `width` of them
-    are chosen by column pivoting, and $W_u$ is fitted to them by least squares, which also gives the bias.
-
-    Args:
-        source: the wide bottleneck, width `R`.
-        moments: `[R + 1, R + 1]`, the mean of `[h, 1]^T [h, 1]` over tokens.
-        width: `k <= R`.
-
-    Returns:
-        The bottleneck, and the root mean square of its error over that of the output.
-    """
-    moments = moments.double()
-    up, bias = source.up.double(), source.up_bias.double()
-    mean = moments[:-1, -1]
-    covariance = moments[:-1, :-1] - mean[:, None] * mean[None, :]
-    values, vectors = torch.linalg.eigh(covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.t()
-    _, _, right = torch.linalg.svd(up @ root, full_matrices=False)
-    chosen = _pivots(right[:width] @ root, width)
-    inner = covariance[chosen][:, chosen]
-    fitted = up @ covariance[:, chosen] @ torch.linalg.pinv(inner, hermitian=True, rtol=1e-10)
-    fitted_bias = bias + up @ mean - fitted @ mean[chosen]
-    energy = (torch.trace(up @ covariance @ up.t()) + (up @ mean + bias).square().sum()).item()
-    left = torch.trace(up @ covariance @ up.t() - fitted @ covariance[chosen] @ up.t()).clamp(min=0).item()
-    cut = Bottleneck(source.down[chosen], source.down_bias[chosen], fitted.to(source.up), fitted_bias.to(source.up))
-    return cut, (left / energy) ** 0.5 if energy > 0 else 0.0
-
-
-def _pivots(columns: Tensor, count: int) -> Tensor:
-    """Indices of `count` columns that span the most, by Gram-Schmidt with pivoting."""
-    rest = columns.clone()
-    chosen: list[int] = []
-    for _ in range(count):
-        norms = rest.square().sum(0)
-        norms[chosen] = -1.0
-        best = int(norms.argmax())
-        chosen.append(best)
-        length = rest[:, best].norm()
-        if length > 0:
-            direction = rest[:, best] / length
-            rest = rest - direction[:, None] * (direction @ rest)[None, :]
-    return torch.tensor(sorted(chosen), device=columns.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -16,11 +15,10 @@ def host_of(model: Any) -> Literal["adapters", "peft"]:
     Raises:
         UnsupportedError: for a model without adapters of either.
     """
-    peft = sys.modules.get("peft")
-    if peft is not None and isinstance(model, peft.PeftModel):
-        return "peft"
     if hasattr(model, "adapters_config"):
         return "adapters"
+    if hasattr(model, "peft_config"):  # a PeftModel, or a model of transformers with its own `add_adapter`
+        return "peft"
     raise UnsupportedError(
         f"{type(model).__name__} has no adapters: pass a model after adapters.init(model) or get_peft_model(...)."
     )
@@ -38,11 +36,11 @@ def fusion_regularization(model: nn.Module) -> Tensor:
         UnsupportedError: for a model without adapters.
     """
     if host_of(model) == "peft":
-        from .peft import regularization_loss
+        from .peft_penalty import regularization_loss
 
         penalty: Tensor | None = regularization_loss(model)
     else:
-        from ..hosts.adapters_fusion import active_penalty
+        from ..hosts.adapters_penalty import active_penalty
 
         penalty = active_penalty(model)
     return next(model.parameters()).new_zeros(()).float() if penalty is None else penalty
@@ -56,10 +54,10 @@ def penalty_of(model: nn.Module, name: str) -> Tensor | None:
         name: of the fusion, or of the adapter that is a combination.
     """
     if host_of(model) == "peft":
-        from .peft import regularization_loss
+        from .peft_penalty import regularization_loss
 
         penalty: Tensor | None = regularization_loss(model, name)
         return penalty if penalty is not None and penalty.requires_grad else None
-    from ..hosts.adapters_fusion import penalty_of as penalty_in_adapters
+    from ..hosts.adapters_penalty import penalty_of as penalty_in_adapters
 
     return penalty_in_adapters(model, name)

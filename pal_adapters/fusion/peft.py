@@ -1,24 +1,19 @@
-"""ScaLearn, AdapterFusion and fixed combinations of source adapters in PEFT: the tuners, and the regulariser."""
+"""ScaLearn, AdapterFusion and fixed combinations of source adapters in PEFT: the tuners."""
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import ConfigError, UnknownAdapterError, UnsupportedError
 from ..hosts.peft import TaskTuner, register
-from ..hosts.peft_layer import tuner_layers
-from ..hosts.penalty import is_by_caller
-from ..hosts.sites import Block
+from ..hosts.penalty import unwatch, watch
 from .config import VARIANTS
-from .layer import Scales, SourceAttention, regularization
+from .layer import Scales, SourceAttention
 from .peft_config import (
     ADAPTER_FUSION,
     FIXED_COMBINATION,
@@ -28,11 +23,12 @@ from .peft_config import (
     FixedCombinationPeftConfig,
     ScaLearnPeftConfig,
 )
-from .peft_layers import VALUE, FusionBlockLayer, FusionLayer, FusionModuleLayer, FusionNormLayer
+from .peft_layers import FusionBlockLayer, FusionLayer, FusionModuleLayer, FusionNormLayer, combinations
+from .peft_penalty import add_regularization, regularization_loss
+from .peft_places import Place, places_of
 from .peft_sources import (
     Bottle,
     LowRank,
-    NormCopy,
     Source,
     UnitPart,
     check_bases,
@@ -46,61 +42,9 @@ __all__ = [
     "AdapterFusionPeftConfig",
     "FixedCombinationPeftConfig",
     "ScaLearnPeftConfig",
+    "combinations",
     "regularization_loss",
 ]
-
-
-@dataclass
-class _Place:
-    """Where sources act.
-
-    Attributes:
-        path: the module or block.
-        kind: "module", "norm" or "block".
-        width: `d`.
-        block: the block, where task modules act.
-        parts: what the sources have there, by source.
-    """
-
-    path: str
-    kind: str
-    width: int
-    block: Block | None = None
-    parts: dict[str, Any] = field(default_factory=dict)
-
-    def names(self, site: str) -> list[str]:
-        """The sources that act at a site."""
-        return [name for name, part in self.parts.items() if not isinstance(part, UnitPart) or site in part.unit.sites]
-
-    @property
-    def sites(self) -> list[str]:
-        if self.kind != "block":
-            return [VALUE]
-        return list(dict.fromkeys(site for part in self.parts.values() for site in part.unit.sites))
-
-    @property
-    def label(self) -> str:
-        """The kind of module, the same in every block."""
-        if any(isinstance(part, LowRank) for part in self.parts.values()):
-            return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", self.path)
-        return f"width {self.width}"
-
-
-def _places(sources: Mapping[str, Source], model: nn.Module) -> dict[str, _Place]:
-    places: dict[str, _Place] = {}
-    for name, source in sources.items():
-        for path, part in source.parts.items():
-            if isinstance(part, UnitPart):
-                kind, width, block = "block", part.block.width, part.block
-            elif isinstance(part, NormCopy):
-                kind, width, block = "norm", next(iter(part.weights.values())).shape[0], None
-            else:
-                kind, width, block = "module", part.up.shape[0], None
-            place = places.setdefault(path, _Place(path, kind, width, block))
-            if place.kind != kind:
-                raise UnsupportedError(f"{path!r} is a {place.kind} to one source and a {kind} to {name!r}.")
-            place.parts[name] = part
-    return places
 
 
 class CombinationTuner(TaskTuner):
@@ -112,6 +56,7 @@ class CombinationTuner(TaskTuner):
         self, peft_config: CombinationPeftConfig, model_config: dict[str, Any]
     ) -> CombinationPeftConfig:
         check_model(self.model)
+        peft_config.check_weights()
         sources = {name: self._source(peft_config, name) for name in peft_config.adapters}
         for name, fingerprint in (peft_config.fingerprints or {}).items():
             if sources[name].fingerprint != fingerprint:
@@ -124,7 +69,7 @@ class CombinationTuner(TaskTuner):
             check_bases(sources.values(), self.model)
         # As everywhere in PEFT: what is trained and saved as a whole gets no adapter.
         trained = peft_config.modules_to_save or ()
-        places = _places(sources, self.model)
+        places = places_of(sources)
         self._plan = {p: v for p, v in places.items() if not any(f".{name}." in f".{p}." for name in trained)}
         self._check_plan(peft_config)
         peft_config.remember(sources)
@@ -165,8 +110,7 @@ class CombinationTuner(TaskTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._plan, self._mixers, self._held = {}, {}, {}  # the sources are on the model now
-        if not any(hook is add_regularization for hook in model._forward_hooks.values()):
-            model.register_forward_hook(add_regularization, with_kwargs=True)
+        watch(model, add_regularization)
 
     def _create_and_replace(
         self,
@@ -213,21 +157,21 @@ class CombinationTuner(TaskTuner):
         """Whether places share their coefficients."""
         return False
 
-    def _mixer_key(self, config: Any, place: _Place, site: str) -> tuple[str, list[str], int]:
+    def _mixer_key(self, config: Any, place: Place, site: str) -> tuple[str, list[str], int]:
         """What names the coefficients of a place, which sources they are for, and their width."""
         return f"{place.path} {site}", place.names(site), place.width
 
     def _make_mixer(self, config: Any, names: Sequence[str], width: int) -> nn.Module:
         raise NotImplementedError
 
-    def _needs(self, place: _Place) -> tuple[str, ...]:
+    def _needs(self, place: Place) -> tuple[str, ...]:
         if place.kind != "block":
             return ()
         return tuple({need for part in place.parts.values() for need in part.unit.needs})
 
     # Layers and sources
 
-    def _layer(self, place: _Place, target: nn.Module, parent: nn.Module, name: str) -> FusionLayer:
+    def _layer(self, place: Place, target: nn.Module, parent: nn.Module, name: str) -> FusionLayer:
         layer: Any = target if isinstance(target, FusionNormLayer) else target._modules.get(self.method.name)
         if layer is not None:
             return layer
@@ -244,7 +188,7 @@ class CombinationTuner(TaskTuner):
         layer.train(self.model.training)
         return layer
 
-    def _groups(self, place: _Place, target: nn.Module) -> list[SourceGroup]:
+    def _groups(self, place: Place, target: nn.Module) -> list[SourceGroup]:
         parts = list(place.parts.values())
         if place.kind == "norm":
             base = dict(innermost(target).named_parameters(recurse=False))
@@ -279,7 +223,7 @@ class CombinationTuner(TaskTuner):
             )
         return groups
 
-    def _units(self, place: _Place, parts: Sequence[UnitPart]) -> UnitSources:
+    def _units(self, place: Place, parts: Sequence[UnitPart]) -> UnitSources:
         shared, first = [], False
         for name, part in place.parts.items():
             key = (name, id(part.shared))
@@ -292,19 +236,12 @@ class CombinationTuner(TaskTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         if not any(isinstance(config, CombinationPeftConfig) for config in self.peft_config.values()):
-            _remove_hook(self.model)
+            unwatch(self.model, add_regularization)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        _remove_hook(model)
+        unwatch(model, add_regularization)
         return model
-
-
-def _remove_hook(model: nn.Module) -> None:
-    for key, hook in list(model._forward_hooks.items()):
-        if hook is add_regularization:
-            del model._forward_hooks[key]
-            model._forward_hooks_with_kwargs.pop(key, None)
 
 
 class ScaLearnModel(CombinationTuner):
@@ -315,7 +252,7 @@ class ScaLearnModel(CombinationTuner):
     def _shares(self, config: ScaLearnPeftConfig) -> bool:
         return not VARIANTS[config.variant][1]
 
-    def _mixer_key(self, config: ScaLearnPeftConfig, place: _Place, site: str) -> tuple[str, list[str], int]:
+    def _mixer_key(self, config: ScaLearnPeftConfig, place: Place, site: str) -> tuple[str, list[str], int]:
         by_channel = VARIANTS[config.variant][0]
         key, names, width = super()._mixer_key(config, place, site)
         width = place.width if by_channel else 1
@@ -367,7 +304,7 @@ class AdapterFusionModel(CombinationTuner):
             score_scale=config.score_scale,
         )
 
-    def _needs(self, place: _Place) -> tuple[str, ...]:
+    def _needs(self, place: Place) -> tuple[str, ...]:
         return (*super()._needs(place), "x") if place.kind == "block" else ()
 
 
@@ -378,73 +315,6 @@ class FixedCombinationModel(CombinationTuner):
 
     def _make_mixer(self, config: FixedCombinationPeftConfig, names: Sequence[str], width: int) -> nn.Module:
         return FixedScales([config.coefficient(name) for name in names])
-
-
-def combinations(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, FusionLayer, Combination]]:
-    """The combinations of a target, or of the active targets, with the names of their modules."""
-    for path, layer in tuner_layers(model):
-        if not isinstance(layer, FusionLayer):
-            continue
-        names = [adapter] if adapter is not None else [] if layer.disable_adapters else layer.active_adapters
-        for name in names:
-            if name in layer.units:
-                place = path if isinstance(layer, FusionNormLayer) else path.rpartition(".")[0]
-                unit = layer.units[name]
-                assert isinstance(unit, Combination)
-                yield place, layer, unit
-
-
-def regularization_loss(model: nn.Module, adapter: str | None = None) -> Tensor | None:
-    """The regulariser of a target, or of the active targets; None where there is none.
-
-    The model's own loss contains it already in training. Add it where the loss is computed from the logits.
-
-    Args:
-        model: a `PeftModel` or the model inside.
-        adapter: the target; the active ones by default.
-    """
-    scales: dict[tuple[float, Any], dict[int, Tensor]] = {}
-    terms = []
-    for _, _, unit in combinations(model, adapter):
-        weight, form = unit.regularization
-        for site in unit.sites if weight else ():
-            mixer = unit.mixer(site)
-            if isinstance(mixer, SourceAttention):
-                terms.append(mixer.regularization(weight))
-            elif isinstance(mixer, Scales):
-                scales.setdefault((weight, form), {})[id(mixer)] = mixer.omega
-    terms += [regularization(list(omegas.values()), weight, form) for (weight, form), omegas in scales.items()]
-    return None if not terms else torch.stack([term.to(terms[0].device) for term in terms]).sum()
-
-
-def add_regularization(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Hook of the base model: adds the regulariser to the loss that it returns, in training."""
-    if not module.training or not torch.is_grad_enabled() or is_by_caller():
-        return None
-    term = regularization_loss(module)
-    if term is None or not term.requires_grad:
-        return None
-    labels = kwargs.get("labels")
-    if isinstance(output, tuple) and labels is not None:
-        return (output[0] + _share(term, labels, kwargs), *output[1:])
-    loss = output.get("loss") if isinstance(output, Mapping) else None
-    if loss is None:
-        warnings.warn(
-            "The regulariser of the combination is not in the loss, because the model got no labels and so returned "
-            "none: add pal_adapters.fusion.peft.regularization_loss(model) to the loss that you compute.",
-            stacklevel=2,
-        )
-        return None
-    output["loss"] = loss + _share(term, labels, kwargs)
-    return output
-
-
-def _share(term: Tensor, labels: Any, kwargs: Mapping[str, Any]) -> Tensor:
-    """With accumulated gradients whose losses are summed, as `Trainer` asks for, each batch has its share."""
-    whole = kwargs.get("num_items_in_batch")
-    if whole is None or not isinstance(labels, Tensor):
-        return term
-    return term * (labels != -100).sum() / whole
 
 
 register(SCALEARN, ScaLearnPeftConfig, ScaLearnModel)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftType
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..errors import ConfigError, require_bool, require_one_of, require_probability
@@ -54,6 +55,7 @@ class CombinationPeftConfig(PeftConfig):
             them, their revisions and fingerprints.
         check_base: refuse sources whose configs name different base models.
         fingerprints: of the sources' weights, filled in; loading refuses sources that are others. None: no check.
+        order: of the sources, filled in: the host sorts names when it saves, and rows of coefficients have none.
 
     Raises:
         ConfigError: for a value that is not allowed.
@@ -69,11 +71,17 @@ class CombinationPeftConfig(PeftConfig):
     bundle: bool = field(default=False, metadata={"help": "Save copies of the sources too."})
     check_base: bool = field(default=True, metadata={"help": "Refuse sources of different base models."})
     fingerprints: dict[str, str] | None = field(default=None, metadata={"help": "Fingerprints of the sources."})
+    order: list[str] | None = field(default=None, metadata={"help": "The sources in the order of their rows."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(self.method.name.upper())
         self.adapters = _sources(self.adapters)
+        if self.order is None:
+            self.order = list(self.adapters)
+        if sorted(self.order) != sorted(self.adapters):
+            raise ConfigError(f"order={self.order!r} is not allowed: name each of {list(self.adapters)} once.")
+        self.adapters = {name: self.adapters[name] for name in self.order}
         require_bool("bundle", self.bundle)
         require_bool("check_base", self.check_base)
         for argument in ("revisions", "fingerprints"):
@@ -100,6 +108,15 @@ class CombinationPeftConfig(PeftConfig):
             path, revision = self._origin
             return f"{path}/{_BUNDLE}/{name}", revision
         return self.adapters[name], (self.revisions or {}).get(name)
+
+    def check_weights(self) -> None:
+        """Raise `ConfigError` for a damaged file of coefficients, before the host changes the model and reads it."""
+        file = os.path.join(self._origin[0], "adapter_model.safetensors") if self._origin is not None else ""
+        if os.path.isfile(file):
+            try:
+                safe_open(file, "pt").keys()
+            except Exception as error:
+                raise ConfigError(f"{file} cannot be read: {error}. Restore it, or save the model again.") from error
 
     def remember(self, sources: Mapping[str, Source]) -> None:
         """Take over what reading the sources has told."""
@@ -138,11 +155,14 @@ def _sources(adapters: Any) -> dict[str, str | None]:
         if path is not None and not isinstance(path, (str, os.PathLike)):
             raise ConfigError(f"adapters[{name!r}]={path!r} is not allowed: use a folder, a hub id or None.")
         found[name] = None if path is None else os.fspath(path)
-    places = [path for path in found.values() if path is not None]
-    for path in places:
-        if places.count(path) > 1:
-            names = [name for name, other in found.items() if other == path]
-            raise ConfigError(f"adapters has {path!r} as {names[0]!r} and as {names[1]!r}: name each source once.")
+    places: dict[str, str] = {}
+    for name, path in found.items():
+        if path is None:
+            continue
+        place = os.path.realpath(path) if os.path.isdir(path) else path
+        if place in places:
+            raise ConfigError(f"adapters has {path!r} as {places[place]!r} and as {name!r}: name each source once.")
+        places[place] = name
     return found
 
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
-import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from peft import (
-    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -20,23 +16,26 @@ from peft import (
 )
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
-from ..errors import UnknownAdapterError, UnsupportedError, require_int
-from ..houlsby.peft import HoulsbyPeftConfig
-from .layer import Scales, SourceAttention, normalise
-from .peft import combinations
+from ..errors import ConfigError, UnknownAdapterError, UnsupportedError, require_int
+from .layer import SourceAttention
 from .peft_config import CombinationPeftConfig
-from .peft_layers import VALUE, FusionBlockLayer, FusionLayer, FusionNormLayer
-from .peft_sources import innermost
-from .peft_units import Combination, FixedScales, NormCopies, WideSources
+from .peft_folding_houlsby import fold_houlsby
+from .peft_folding_lora import fold_lora
+from .peft_layers import FusionBlockLayer, FusionLayer, combinations
+from .peft_units import Combination, WideSources
 
 logger = logging.getLogger(__name__)
 _PREFIX = "base_model.model."
 
 
 def fold(
-    model: PeftModel, adapter: str | None = None, *, name: str | None = None, truncate: int | None = None
+    model: PeftModel,
+    adapter: str | None = None,
+    *,
+    name: str | None = None,
+    truncate: int | None = None,
+    data: Iterable[Mapping[str, Any]] | None = None,
 ) -> PeftModel:
     r"""One ordinary adapter that computes what a combination of sources does.
 
@@ -58,31 +57,43 @@ def fold(
         adapter: the target; the active one by default.
         name: of the new adapter; `adapter` by default.
         truncate: greatest rank, or width of a bottleneck. LoRA: the best approximation of that rank, by singular
-            values. Houlsby: an activation stands between the two maps, so no decomposition of their product is exact
-            even at full width; those units stay whose `|W_2| |W_1|` is greatest.
+            values. Houlsby: the units that matter most, found by a singular value decomposition of what they
+            contribute, and `W_2` fitted anew, see `pal_adapters.fusion.truncation.cut_to_width`.
+        data: with `truncate`, for Houlsby: batches (mappings of model inputs) whose tokens are weighed; without them,
+            the inputs of a bottleneck are taken as N(0, 1).
 
     Returns:
         A `PeftModel` with the folded adapter. `truncation_errors` on it names for each module what `truncate` has
-        cost, relative to the Frobenius norm (Houlsby: the sum of `|W_2| |W_1|`); it is empty where nothing was cut.
+        cost: the root mean square of the error over that of what the adapter adds (LoRA: for N(0, 1) inputs, the
+        error in the Frobenius norm). It is empty where nothing was cut.
 
     Raises:
         UnknownAdapterError: if there is no such target.
         UnsupportedError: where no exact fold exists, with the reason. Nothing has changed then.
-        ConfigError: for a value of `truncate` that is not allowed.
+        ConfigError: for a value of `truncate` that is not allowed, or `data` that are empty or have no effect.
     """
     target, config = _target(model, adapter)
     if truncate is not None:
         require_int("truncate", truncate, minimum=1)
+    elif data is not None:
+        raise ConfigError("data has no effect without truncate: leave it out.")
     name = target if name is None else name
     found = list(combinations(model.get_base_model(), target))
     kind = _check(model, target, found)
+    if data is not None and kind == "lora":
+        raise ConfigError("data has no effect on LoRA, whose best approximation needs none: leave it out.")
     head = _head(model, target)
+    common = {
+        "task_type": config.task_type,
+        "modules_to_save": config.modules_to_save,
+        "inference_mode": config.inference_mode,
+    }
     with torch.no_grad():
         folded: PeftConfig
         if kind == "lora":
-            folded, weights, errors = _fold_lora(config, found, truncate)
+            folded, weights, errors = fold_lora(found, truncate, common)
         else:
-            folded, weights, errors = _fold_houlsby(config, found, truncate)
+            folded, weights, errors = fold_houlsby(model, found, truncate, data, common)
         training = model.training
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper):
@@ -157,141 +168,9 @@ def _check(model: PeftModel, target: str, found: list[tuple[str, FusionLayer, Co
     return kinds.pop()
 
 
-def _omega(unit: Combination) -> Tensor:
-    """The coefficients as in inference, `[S, d]` or `[S, 1]`."""
-    mixer = unit.mixer(VALUE)
-    assert isinstance(mixer, (Scales, FixedScales))
-    omega = mixer.omega.detach()
-    return unit.select(VALUE, normalise(omega, getattr(mixer, "ablation", None)))
-
-
 def _head(model: PeftModel, target: str) -> dict[str, Tensor]:
     """The trained copies of `modules_to_save`."""
     method = model.base_model.method.name  # type: ignore[union-attr]
     saved = get_peft_model_state_dict(model, adapter_name=target, save_embedding_layers=False)
     ours = tuple(f".{name}." for name in (f"{method}_units", f"{method}_shared"))
     return {key: value.clone() for key, value in saved.items() if not any(part in key for part in ours)}
-
-
-def _fold_lora(
-    config: CombinationPeftConfig, found: list[tuple[str, FusionLayer, Combination]], truncate: int | None
-) -> tuple[LoraConfig, dict[str, Tensor], dict[str, float]]:
-    weights: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    errors: dict[str, float] = {}
-    biased, transposed = {}, set()
-    for place, layer, unit in found:
-        group = unit.groups[0]
-        assert isinstance(group, WideSources)
-        up, bias = group.scaled(_omega(unit).to(group.up.device))
-        down, up = group.down, up.T
-        if truncate is not None and truncate < down.shape[0]:
-            down, up, errors[place] = _truncated(down, up, truncate)
-        ranks[place] = down.shape[0]
-        key = f"{_PREFIX}{place}.lora_"
-        if group.embedding:
-            weights |= {f"{key}embedding_A": down, f"{key}embedding_B": up}
-        else:
-            weights |= {f"{key}A.weight": down, f"{key}B.weight": up}
-            transposed.add(isinstance(innermost(layer._near[0]), Conv1D))
-            biased[place] = torch.zeros(up.shape[0]) if bias is None else bias
-    has_bias = any(bool(bias.any()) for bias in biased.values())
-    if has_bias:
-        if any(key.endswith("embedding_A") for key in weights):
-            raise UnsupportedError(
-                "sources with lora_bias=True and LoRA on embeddings: PEFT has no adapter with both."
-            )
-        weights |= {f"{_PREFIX}{place}.lora_B.bias": bias for place, bias in biased.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {re.escape(place): r for place, r in ranks.items() if r != rank}
-    folded = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern=dict(pattern),
-        alpha_pattern=dict(pattern),
-        target_modules=list(ranks),
-        fan_in_fan_out=transposed == {True},
-        lora_bias=has_bias,
-        **_common(config),
-    )
-    return folded, {key: value.contiguous() for key, value in weights.items()}, errors
-
-
-def _common(config: PeftConfig) -> dict[str, Any]:
-    return {
-        "task_type": config.task_type,
-        "modules_to_save": getattr(config, "modules_to_save", None),
-        "inference_mode": config.inference_mode,
-    }
-
-
-def _truncated(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best approximation of `up @ down` of a rank, and its relative error; never makes the product itself."""
-    q_up, r_up = torch.linalg.qr(up.double())
-    q_down, r_down = torch.linalg.qr(down.double().T)
-    u, s, v = torch.linalg.svd(r_up @ r_down.T)
-    root = s[:rank].sqrt()
-    kept_up, kept_down = (q_up @ u[:, :rank]) * root, (root.unsqueeze(1) * v[:rank]) @ q_down.T
-    rest = len(root)
-    error = math.sqrt(s[rest:].square().sum().item() / max(s.square().sum().item(), 1e-300))
-    if rest < rank:  # the module is narrower than that
-        kept_up = torch.nn.functional.pad(kept_up, (0, rank - rest))
-        kept_down = torch.nn.functional.pad(kept_down, (0, 0, 0, rank - rest))
-    return kept_down.to(down.dtype), kept_up.to(up.dtype), error
-
-
-def _fold_houlsby(
-    config: CombinationPeftConfig, found: list[tuple[str, FusionLayer, Combination]], truncate: int | None
-) -> tuple[HoulsbyPeftConfig, dict[str, Tensor], dict[str, float]]:
-    bottles: dict[str, dict[str, Tensor]] = {}
-    norms: dict[str, dict[str, Tensor]] = {}
-    errors: dict[str, float] = {}
-    activation = "gelu_new"
-    for place, layer, unit in found:
-        group, omega = unit.groups[0], _omega(unit)
-        if isinstance(layer, FusionNormLayer):
-            assert isinstance(group, NormCopies)
-            own = dict(innermost(layer.base_layer).named_parameters(recurse=False))
-            norms[place] = group.weights(omega, own)
-            continue
-        assert isinstance(group, WideSources)
-        assert group.down_bias is not None
-        assert group.activations is not None
-        activation = group.activations[0]
-        up, bias = group.scaled(omega.to(group.up.device))
-        assert bias is not None
-        down, down_bias, up = group.down, group.down_bias, up.T
-        if truncate is not None and truncate < down.shape[0]:
-            size = up.norm(dim=0) * down.norm(dim=1)
-            kept = size.topk(truncate).indices.sort().values
-            errors[place] = 1 - float(size[kept].sum() / size.sum().clamp(min=1e-30))
-            down, down_bias, up = down[kept], down_bias[kept], up[:, kept]
-        bottles[place] = {"down.weight": down, "down.bias": down_bias, "up.weight": up, "up.bias": bias}
-    width = max((b["down.bias"].shape[0] for b in bottles.values()), default=1)
-    weights: dict[str, Tensor] = {}
-    for place, bottle in bottles.items():
-        for key, value in _padded(bottle, width).items():
-            weights[f"{_PREFIX}{place}.houlsby.houlsby_units.{key}"] = value
-    for place, norm in norms.items():  # a norm that no source has a copy of becomes a copy of the base model's
-        for key, value in norm.items():
-            weights[f"{_PREFIX}{place}.houlsby_norms.{key}"] = value
-    folded = HoulsbyPeftConfig(
-        hidden_size=width,
-        activation=activation,
-        target_modules=list(bottles),
-        train_layernorm=bool(norms),
-        **_common(config),
-    )
-    return folded, {key: value.detach().clone().contiguous() for key, value in weights.items()}, errors
-
-
-def _padded(bottle: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
-    """With units that give nothing, where fewer sources adapt a module: an adapter has one width."""
-    missing = width - bottle["down.bias"].shape[0]
-    pad = torch.nn.functional.pad
-    return {
-        "down.weight": pad(bottle["down.weight"], (0, 0, 0, missing)),
-        "down.bias": pad(bottle["down.bias"], (0, missing)),
-        "up.weight": pad(bottle["up.weight"], (0, missing)),
-        "up.bias": bottle["up.bias"],
-    }

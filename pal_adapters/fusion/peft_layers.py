@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..hosts.methods import Method
-from ..hosts.peft_layer import TaskTunerLayer, TunerLayer
+from ..hosts.peft_layer import TaskTunerLayer, TunerLayer, tuner_layers
 from ..hosts.sites import Block
 from ..houlsby.peft import HoulsbyNorm
 from ..units import UnitInputs
@@ -208,3 +208,24 @@ class FusionBlockLayer(_Names, TaskTunerLayer):
 
 
 FusionLayer = FusionModuleLayer | FusionNormLayer | FusionBlockLayer
+
+
+def combinations(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, FusionLayer, Combination]]:
+    """The combinations of a target, or of the active targets, with the names of their modules."""
+    for path, layer in tuner_layers(model):
+        if not isinstance(layer, FusionLayer):
+            continue
+        names = [adapter] if adapter is not None else [] if layer.disable_adapters else layer.active_adapters
+        for name in names:
+            if name in layer.units:
+                place = path if isinstance(layer, FusionNormLayer) else path.rpartition(".")[0]
+                unit = layer.units[name]
+                assert isinstance(unit, Combination)
+                yield place, layer, unit
+
+
+def active_combinations(model: nn.Module) -> list[str]:
+    """The targets that act now."""
+    layers = [layer for _, layer in tuner_layers(model) if isinstance(layer, FusionLayer)]
+    names = [n for layer in layers if not layer.disable_adapters for n in layer.active_adapters if n in layer.units]
+    return list(dict.fromkeys(names))

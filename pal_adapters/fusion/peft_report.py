@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnknownAdapterError, UnsupportedError
-from .layer import SourceAttention, normalise
-from .peft import combinations
+from ..errors import ConfigError, UnknownAdapterError, UnsupportedError
+from .layer import SourceAttention
+from .peft_layers import active_combinations, combinations
 from .peft_units import Combination
 
 
@@ -46,21 +46,29 @@ def transfer_rows(
 
     Raises:
         UnknownAdapterError: if there is no such target.
-        UnsupportedError: for AdapterFusion without `data`, or `data` that has no effect.
+        UnsupportedError: if not exactly one combination is active, and none is named.
+        ConfigError: for AdapterFusion without `data`, or `data` that are empty, no mappings or without effect.
     """
+    if adapter is None:
+        active = active_combinations(model)
+        if len(active) != 1:
+            raise UnsupportedError(f"{len(active)} combinations are active, {active}: pass the name of one.")
+        adapter = active[0]
     found = list(combinations(model, adapter))
     if not found:
-        raise UnknownAdapterError(f"adapter={adapter!r} is no combination on this model, or none is active.")
+        raise UnknownAdapterError(f"adapter={adapter!r} is no combination on this model.")
     attentive = [
         (place, unit, site) for place, _, unit in found for site in unit.sites
         if isinstance(unit.mixer(site), SourceAttention)
     ]  # fmt: skip
     if not attentive:
         if data is not None:
-            raise UnsupportedError("data has no effect: coefficients do not depend on the input.")
+            raise ConfigError("data has no effect: coefficients do not depend on the input.")
         return [row for place, _, unit in found for site in unit.sites for row in _coefficients(place, unit, site)]
     if data is None:
-        raise UnsupportedError("the attention of AdapterFusion depends on the input: pass data=, some batches.")
+        raise ConfigError("the attention of AdapterFusion depends on the input: pass data=, some batches.")
+    if adapter not in active_combinations(model):
+        raise UnsupportedError(f"{adapter!r} is not active, and attention is what it pays: call set_adapter first.")
     return _attention(model, attentive, data)
 
 
@@ -75,9 +83,7 @@ def _named(place: str, unit: Combination, site: str) -> tuple[str, int | None]:
 
 
 def _coefficients(place: str, unit: Combination, site: str) -> list[TransferRow]:
-    mixer: Any = unit.mixer(site)
-    omega = unit.select(site, normalise(mixer.omega.detach(), getattr(mixer, "ablation", None)))
-    values = omega.float().abs().mean(1).tolist()
+    values = unit.learned(site).float().abs().mean(1).tolist()
     return [TransferRow(*_named(place, unit, site), s, v) for s, v in zip(unit.names[site], values, strict=True)]
 
 
@@ -104,9 +110,7 @@ def _attention(
         model.eval()
         for batch in data:
             if not isinstance(batch, Mapping):
-                raise UnsupportedError(
-                    f"data has a {type(batch).__name__}: pass batches that are mappings of arguments."
-                )
+                raise ConfigError(f"data has a {type(batch).__name__}: pass batches that are mappings of arguments.")
             mask[0] = batch.get("attention_mask")
             model(**batch)
     finally:
@@ -114,7 +118,7 @@ def _attention(
         for handle in handles:
             handle.remove()
     if not sums:
-        raise UnsupportedError("data has no batches.")
+        raise ConfigError("data is empty: pass at least one batch of model inputs.")
     return [
         TransferRow(*_named(place, unit, site), source, value)
         for place, unit, site in attentive

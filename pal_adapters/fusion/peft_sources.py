@@ -21,7 +21,7 @@ from ..hosts.peft import adapter_on, lora_extras, lora_scaling, method_of, read_
 from ..hosts.sites import Block, find_blocks, iter_blocks
 from ..units import TaskUnit
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(?:\.(?P<kind>weight|bias))?$")
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -138,7 +138,7 @@ def read_source(model: nn.Module, name: str, path: str | None, revision: str | N
             ) from error
         revision = commit or revision
     source = Source(name, config, {}, path=path, revision=revision)
-    _take_apart(source, {key.removeprefix(_PREFIX): value for key, value in tensors.items()}, model)
+    _take_apart(source, {key.removeprefix(PREFIX): value for key, value in tensors.items()}, model)
     return source
 
 

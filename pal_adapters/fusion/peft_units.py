@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..functional import linear
 from ..houlsby.layer import ACTIVATIONS
 from ..units import TaskUnit, UnitInputs, Weights
-from .layer import RegularizationForm, Scales, SourceAttention, combine
+from .layer import RegularizationForm, Scales, SourceAttention, combine, normalise
 
 
 class FixedScales(nn.Module):
@@ -275,6 +275,12 @@ class Combination(TaskUnit):
     def omega(self, site: str) -> Tensor:
         """The coefficients of this call at a site, `[S, d]` or `[S, 1]`."""
         return self.select(site, self.mixer(site)())
+
+    def learned(self, site: str) -> Tensor:
+        """The coefficients as in inference, without dropout and behind an ablation, `[S, d]` or `[S, 1]`."""
+        mixer = self.mixer(site)
+        assert isinstance(mixer, (Scales, FixedScales))
+        return self.select(site, normalise(mixer.omega.detach(), getattr(mixer, "ablation", None)))
 
     def select(self, site: str, omega: Tensor) -> Tensor:
         """Of the coefficients that places share, the rows of this place's sources."""

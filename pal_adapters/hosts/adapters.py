@@ -15,6 +15,8 @@ added), `adapters_files` (loaders) and `adapters_lora`:
 |                                                  | host's class; refuses sets that cannot be fused, before they   |
 |                                                  | count; links coefficients that blocks share                    |
 | `ModelAdaptersMixin.init_adapters`               | wrapped: links them where a model comes with its fusions       |
+| `ModelAdaptersMixin._load_adapter_setup_weights` | wrapped: a setup that cannot be loaded leaves the model as it  |
+|                                                  | was                                                            |
 | `ModelAdaptersMixin.merge_adapter`               | wrapped: the host passes over what it cannot merge             |
 | `ModelAdaptersMixin._prepare_model_inputs`       | wrapped: generation repeats tensors for its beams, and leaves  |
 |                                                  | a list of `task_ids` as short as it was                        |
@@ -22,6 +24,7 @@ added), `adapters_files` (loaders) and `adapters_lora`:
 |                                                  | is trained                                                     |
 | `.train_adapter_fusion`                          | wrapped: a head model made from a file is not told of the      |
 |                                                  | fusions that its base has, and it is the one that has a loss   |
+| `Fuse._get_save_kwargs`                          | wrapped: a saved setup lost a fusion's own name                |
 | `BottleneckLayer.bottleneck_layer_forward`       | wrapped: compositions that mix our adapters with bottlenecks   |
 | `BottleneckLayer.add_fusion_layer`               | wrapped: the layer of a fusion is the host's own class         |
 | `BottleneckLayer.compose_fuse`                   | wrapped: our fusions need no query, and one wide bottleneck    |
@@ -34,10 +37,13 @@ added), `adapters_files` (loaders) and `adapters_lora`:
 | `.rename_func`                                   |                                                                |
 | `AdapterFusionLoader.load`                       | wrapped: a file that cannot be loaded leaves the model as it   |
 |                                                  | was                                                            |
+| `AdapterTrainer._load_adapter_fusions`           | wrapped: a resumed run lost fusions with names of their own    |
+| `AdapterTrainer._load_best_model`                | wrapped: the head of a fusion stayed that of the last step     |
 
 What is called or subclassed: `ComposableAdapterLayerBase` (`adapters_composition`, `adapters_layer`), `AdapterSetup`,
-`ForwardContext` and `BottleneckLayer` with its adapters and fusion layers (`adapters_mixture`, `adapters_fusion`; the
-weight of the penalty on their `value` is `get_fusion_regularization_loss`'s),
+`ForwardContext` and `BottleneckLayer` with its adapters and fusion layers (`adapters_mixture`, `adapters_fusion`,
+`adapters_sources`, `adapters_penalty`; the weight of the penalty on their `value` is
+`get_fusion_regularization_loss`'s),
 `AdapterConfig` and `AdapterFusionConfig` (`adapters_config`, `adapters_fusion`).
 `tests/hosts/adapters/test_touches.py` fails when one of them moves.
 """
@@ -49,6 +55,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import adapters
+from adapters import AdapterTrainer
 from adapters.composition import Fuse
 from adapters.configuration import ADAPTER_CONFIG_MAP, AdapterConfig
 from adapters.configuration.adapter_fusion_config import ADAPTERFUSION_CONFIG_MAP
@@ -60,8 +67,17 @@ from adapters.model_mixin import ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
 from packaging.version import Version
 from torch import nn
 
-from ..errors import ConfigError, MissingHostError, UnsupportedError
-from . import adapters_adding, adapters_files, adapters_fusion, adapters_lora
+from ..errors import ConfigError, MissingHostError, UnknownAdapterError, UnsupportedError
+from . import (
+    adapters_adding,
+    adapters_files,
+    adapters_fusion,
+    adapters_lora,
+    adapters_penalty,
+    adapters_setup,
+    adapters_sources,
+    adapters_trainer,
+)
 from .adapters_composition import architectures
 from .adapters_config import CONFIGS, TaskAdapterConfig, is_ours, task_configs
 from .adapters_layer import (
@@ -126,10 +142,12 @@ def _install() -> None:
     _wrap(ModelAdaptersMixin, "_add_adapter_weights", adapters_adding.add_adapter_weights)
     _wrap(ModelAdaptersMixin, "add_adapter_fusion", _add_adapter_fusion)
     _wrap(ModelAdaptersMixin, "init_adapters", _init_adapters)
+    _wrap(ModelAdaptersMixin, "_load_adapter_setup_weights", adapters_setup.load_adapter_setup_weights)
     _wrap(ModelAdaptersMixin, "merge_adapter", _merge_adapter)
     _wrap(ModelAdaptersMixin, "_prepare_model_inputs", _prepare_model_inputs)
     _wrap(ModelWithHeadsAdaptersMixin, "freeze_embeddings", _freeze_embeddings)
     _wrap(ModelWithHeadsAdaptersMixin, "train_adapter_fusion", _train_adapter_fusion)
+    _wrap(Fuse, "_get_save_kwargs", adapters_setup.fuse_kwargs)
     _wrap(BottleneckLayer, "bottleneck_layer_forward", _bottleneck_layer_forward)
     _wrap(BottleneckLayer, "add_fusion_layer", _add_fusion_layer)
     _wrap(BottleneckLayer, "compose_fuse", _compose_fuse)
@@ -141,6 +159,8 @@ def _install() -> None:
     _wrap(AdapterFusionLoader, "filter_func", adapters_files.fusion_filter_func)
     _wrap(AdapterFusionLoader, "rename_func", adapters_files.fusion_rename_func)
     _wrap(AdapterFusionLoader, "load", adapters_files.fusion_load)
+    _wrap(AdapterTrainer, "_load_adapter_fusions", adapters_trainer.load_adapter_fusions)
+    _wrap(AdapterTrainer, "_load_best_model", adapters_trainer.load_best_model)
 
 
 # Configs
@@ -179,7 +199,7 @@ def _add_adapter_fusion(original: Any) -> Any:
         ours = adapters_fusion.combination_config(preset)
         if ours is not None:
             key = name or (adapter_names.name if isinstance(adapter_names, Fuse) else ",".join(names))
-            adapters_fusion.check_sources(self.adapters_config, names)
+            adapters_sources.check_sources(self.adapters_config, names)
             if key in self.adapters_config.fusions and not overwrite_ok:
                 raise ConfigError(
                     f"the model has a fusion with the name {key!r}: delete it, or pass overwrite_ok=True."
@@ -195,7 +215,7 @@ def _add_adapter_fusion(original: Any) -> Any:
             result = original(self, adapter_names, config, name, overwrite_ok, set_active)
             if ours is not None:
                 adapters_fusion.link(self)
-                adapters_fusion.watch(self)
+                adapters_penalty.watch(self)
             return result
         except ValueError:
             for added in set(self.adapters_config.fusions) - before:  # the host leaves it half added
@@ -210,7 +230,7 @@ def _init_adapters(original: Any) -> Any:
     def wrapper(self: ModelAdaptersMixin, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         adapters_fusion.link(self)
-        adapters_fusion.watch(self)
+        adapters_penalty.watch(self)
 
     return wrapper
 
@@ -218,7 +238,7 @@ def _init_adapters(original: Any) -> Any:
 def _train_adapter_fusion(original: Any) -> Any:
     def wrapper(self: ModelWithHeadsAdaptersMixin, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        adapters_fusion.watch(self)
+        adapters_penalty.watch(self)
 
     return wrapper
 
@@ -295,6 +315,12 @@ def _compose_fuse(original: Any) -> Any:
             self.adapter_fusion_layer[name], adapters_fusion.Combination
         ):
             return adapters_fusion.compose(self, adapter_setup, state, lvl)
+        if name not in self.adapters_config.fusions:
+            raise UnknownAdapterError(
+                f"{adapter_setup} has no fusion on the model, which has "
+                f"{', '.join(map(repr, self.adapters_config.fusions)) or 'none'}: add it with add_adapter_fusion, or "
+                "give Fuse(...) the name= of one of these."
+            )
         return original(self, adapter_setup, state, lvl=lvl)
 
     return wrapper

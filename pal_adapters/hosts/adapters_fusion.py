@@ -7,23 +7,19 @@ bottleneck where the sources are alike, one after the other where they are not.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from adapters.composition import AdapterCompositionBlock, Fuse
-from adapters.configuration import AdapterFusionConfig, BnConfig
-from adapters.context import AdapterSetup, ForwardContext
+from adapters.composition import Fuse
+from adapters.configuration import AdapterFusionConfig
 from adapters.methods.bottleneck import BottleneckLayer, BottleneckState
-from adapters.methods.modeling import Activation_Function_Class, Adapter, ParallelAdapter
+from adapters.methods.modeling import Adapter, ParallelAdapter
 from torch import Tensor, nn
 
-from ..bottlenecks import Bottleneck, widen
 from ..errors import ConfigError, UnknownAdapterError, UnsupportedError
-from .adapters_config import task_configs
-from .penalty import is_by_caller
+from .adapters_sources import WideSources, added
 
 # The config class of each fusion by its architecture; `adapters.register_fusion` fills it.
 FUSIONS: dict[str, type[CombinationConfig]] = {}
@@ -76,92 +72,6 @@ def _differ(a: object, b: object) -> bool:
     return a is not b
 
 
-class WideSources:
-    """Bottlenecks of the host, alike but for their widths and weights.
-
-    Weights are read at each call and never kept: they may change in place.
-    """
-
-    def __init__(self, adapters: tuple[Adapter, ...]) -> None:
-        self.adapters = adapters
-        plain = all(type(module) is nn.Linear for a in adapters for module in (down_of(a), a.adapter_up))
-        normed = any(a.add_layer_norm_before for a in adapters)
-        self._alike = plain and not normed and unlike(adapters) is None
-        self._scaled = any(not isinstance(a.scaling, float) or a.scaling != 1.0 for a in adapters)
-        self._parts = [module for adapter in adapters for module in adapter.modules()]
-        self._linears: list[tuple[Any, Any]] = [(down_of(a), a.adapter_up) for a in adapters]
-
-    def usable(self) -> bool:
-        """Whether a wide bottleneck gives what the sources give now: they must neither drop out nor be hooked."""
-        return (
-            self._alike
-            and not any(a.training and (a.dropout.p > 0 or hasattr(a, "DropPath")) for a in self.adapters)
-            and not any(m._forward_hooks or m._forward_pre_hooks for m in self._parts)
-        )
-
-    def __call__(self, x: Tensor, coefficients: Tensor) -> Tensor:
-        """`[b, n, d]`, what the sources add together for their input `x` `[b, n, d]`."""
-        if self._scaled:
-            coefficients = coefficients * torch.stack([scaling_of(a) for a in self.adapters])
-        sources = [Bottleneck(down.weight, down.bias, up.weight, up.bias) for down, up in self._linears]
-        return widen(sources, coefficients)(x, self.adapters[0].non_linearity)
-
-
-def scaling_of(adapter: Adapter) -> Tensor:
-    """The factor behind the up-projection, `[d]`."""
-    if isinstance(adapter.scaling, float):
-        return next(adapter.adapter_up.parameters()).new_full((adapter.input_size,), adapter.scaling)
-    return adapter.scaling.expand(adapter.input_size)
-
-
-def unlike(adapters: Sequence[Adapter]) -> str | None:
-    """Why no single bottleneck can give what these sources give, or None."""
-    if any(a.use_gating for a in adapters):
-        return "a source has a gate, which depends on the input"
-    if any(a.add_layer_norm_after for a in adapters):
-        return "a source has a layer norm behind it"
-    if len({type(a) for a in adapters}) > 1:
-        return "some sources are parallel and others sequential"
-    if len({(a.original_ln_before, a.residual_before_ln) for a in adapters}) > 1:
-        return "the sources differ in original_ln_before or residual_before_ln, so that they read different values"
-    if len({a.original_ln_after for a in adapters}) > 1:
-        return "the sources differ in original_ln_after"
-    if len({_function_key(a.non_linearity) for a in adapters}) > 1:
-        return "the sources differ in their non-linearity"
-    if any(True for a in adapters for _ in a.non_linearity.parameters()):
-        return "a source has a non-linearity with weights of its own"
-    return None
-
-
-def down_of(adapter: Adapter) -> nn.Module:
-    """The down-projection, behind the norm that some configs put in front of it."""
-    return adapter.adapter_down[int(adapter.add_layer_norm_before)]
-
-
-def _function_key(function: Activation_Function_Class) -> object:
-    inner = function.f
-    return (type(inner), repr(inner)) if isinstance(inner, nn.Module) else inner
-
-
-def added(layer: BottleneckLayer, name: str, x: Tensor, residual: Tensor) -> Tensor:
-    """What a bottleneck adds to its residual, `[b, n, d]`, with its gate, norm and dropout."""
-    adapter = layer.adapters[name]
-    context = ForwardContext.get_context()
-    gating = bool(context is not None and context.output_adapter_gating_scores)
-    if isinstance(adapter, ParallelAdapter):
-        output = adapter(x, residual, output_gating=gating)
-        term = output[0]
-    elif adapter.adapter_residual_before_ln and adapter.add_layer_norm_after:
-        output = adapter(x, residual, output_gating=gating)
-        term = output[0] - residual
-    else:
-        output = adapter(x, torch.zeros_like(residual), output_gating=gating)
-        term = output[0]
-    if gating and adapter.use_gating:
-        layer._store_gating_score(name, output[-1])
-    return term
-
-
 # The forward pass
 
 
@@ -169,6 +79,8 @@ def compose(layer: BottleneckLayer, setup: Fuse, state: BottleneckState, lvl: in
     """The sum of the sources' terms, times their coefficients, on the residual of a single bottleneck."""
     combination: Combination = layer.adapter_fusion_layer[setup.name]
     present = [(row, child) for row, child in combination.rows(setup) if _names(child) & layer.adapters.keys()]
+    if len(present) < len(combination.names):
+        check_present(layer.adapters_config, setup)
     if not present:  # all left out in this block
         return state
     last = _last(present[-1][1], layer)
@@ -187,6 +99,16 @@ def compose(layer: BottleneckLayer, setup: Fuse, state: BottleneckState, lvl: in
     elif state.last is not None:
         total = state.hidden_states + total
     return state._replace(hidden_states=total, last=last)
+
+
+def check_present(known: Any, setup: Fuse) -> None:
+    """Raise `UnknownAdapterError` for a source that was deleted, and not just left out in a block."""
+    gone = sorted(name for child in setup for name in _names(child) if name not in known)
+    if gone:
+        raise UnknownAdapterError(
+            f"{setup} needs {gone[0]!r}, which is not on the model any more: load it again, or delete the fusion "
+            f"{setup.name!r} and add one over the sources that are left."
+        )
 
 
 def _total(
@@ -247,47 +169,6 @@ def combination_config(config: Any) -> CombinationConfig | None:
     return None if ours is None else ours.from_dict(dict(config))
 
 
-def check_sources(adapters_config: Any, names: Sequence[str]) -> None:
-    """Whether adapters of these names can be sources of one fusion.
-
-    Raises:
-        ConfigError: for no source at all, or for one that is named twice.
-        UnknownAdapterError: for a name that is not on the model.
-        UnsupportedError: for an adapter that adds nothing a coefficient could weigh, or for sources that end a block
-        in
-            different ways.
-    """
-    if not names:
-        raise ConfigError("a fusion needs at least one source: pass Fuse('a', 'b') with names of adapters.")
-    for name in names:
-        if list(names).count(name) > 1:
-            raise ConfigError(f"{name!r} is named twice in Fuse({', '.join(names)}): name each source once.")
-        if name not in adapters_config:
-            raise UnknownAdapterError(
-                f"no adapter with the name {name!r} on the model: use one of {', '.join(adapters_config) or '(none)'}."
-            )
-    ends, ours = {}, False
-    for name in names:
-        config = adapters_config.match(name, BnConfig)
-        whole = adapters_config.get(name)
-        if any(True for _ in task_configs(whole)):
-            ours = True
-        elif config is None or config.get("architecture") is not None or whole.get("architecture") == "union":
-            raise UnsupportedError(
-                f"{name!r} ({type(whole).__name__}) cannot be a source of a fusion: it is no bottleneck and adds no "
-                "term behind a sub-layer. Fuse adapters of type pal, low_rank or a bottleneck."
-            )
-        if config is not None:
-            before = True if config["is_parallel"] else config["residual_before_ln"]
-            ends[name] = (before, config["original_ln_after"])
-    if len(set(ends.values())) > 1 or (ours and any(end != (True, True) for end in ends.values())):
-        raise UnsupportedError(
-            f"Fuse({', '.join(names)}) cannot be used: the sources differ in residual_before_ln or original_ln_after, "
-            "so that no single residual fits them. Fuse sources that agree in both"
-            + (", True beside task modules." if ours else ".")
-        )
-
-
 def add_layer(layer: BottleneckLayer, name: str, config: CombinationConfig, names: Sequence[str]) -> None:
     """Give a bottleneck layer its part of a fusion, if the sources act there."""
     if not layer.adapters_config.common_config_value(names, layer.location_key):
@@ -323,97 +204,6 @@ def link(model: nn.Module) -> None:
         ours = [layer for layer in dict.fromkeys(ours) if isinstance(layer, Combination) and layer.shared]
         for other in ours[1:]:
             other.share(ours[0])
-
-
-# The penalty on coefficients
-
-
-def watch(model: nn.Module) -> None:
-    """Have a model add the penalties of its fusions to the loss that it returns."""
-    layers = (layer for name in model.adapters_config.fusions for _, layer in places(model, name))  # type: ignore[union-attr]
-    fusions = (fusion for layer in layers for fusion in layer.adapter_fusion_layer.values())
-    if any(isinstance(fusion, Combination) and fusion.penalised for fusion in fusions):
-        for module in model.modules():
-            unwatch(module)  # the outermost model has the loss
-        model.register_forward_hook(add_penalty, with_kwargs=True)
-
-
-def unwatch(module: nn.Module) -> None:
-    """Undo `watch`."""
-    for key in [key for key, hook in module._forward_hooks.items() if hook is add_penalty]:
-        module._forward_hooks.pop(key)
-        module._forward_hooks_with_kwargs.pop(key, None)
-
-
-def add_penalty(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
-    """Forward hook: the loss that a model returns in training, and so what is scaled and divided, has the penalty."""
-    # The host puts its base model into training mode, not the one around it.
-    training = module.training or getattr(module, "base_model", module).training
-    if not (training and torch.is_grad_enabled()) or is_by_caller():
-        return None
-    penalty = active_penalty(module)
-    if penalty is None:
-        return None
-    if isinstance(output, tuple):
-        if kwargs.get("labels") is not None:
-            return (output[0] + penalty.to(output[0].device), *output[1:])
-    elif getattr(output, "loss", None) is not None:
-        output.loss = output.loss + penalty.to(output.loss.device)
-        return output
-    warnings.warn(
-        "the model returned no loss, so the fusion's regularization is not part of it: pass labels, or add "
-        "pal_adapters.fusion_regularization(model) to your own loss.",
-        stacklevel=2,
-    )
-    return None
-
-
-def active_penalty(model: nn.Module) -> Tensor | None:
-    """The penalties of the active fusions whose coefficients train, a scalar, or None where there is none."""
-    given = AdapterSetup.get_context()
-    setup = model.adapters_config.active_setup if given is None else given.adapter_setup  # type: ignore[union-attr]
-    return _summed(
-        place.penalty()
-        for fuse in fusions_in(setup)
-        for _, layer in places(model, fuse.name)
-        if isinstance(place := layer.adapter_fusion_layer[fuse.name], Combination)
-    )
-
-
-def penalty_of(model: nn.Module, name: str) -> Tensor | None:
-    """The penalty of one fusion, whose coefficients train, a scalar, or None where there is none.
-
-    For a fusion of the host's own kind, `0.01 ||I - V||_F^2` summed over the places: its part of what
-    `get_fusion_regularization_loss` gives, which is over all fusions that train.
-    """
-    return _summed(_penalty(layer.adapter_fusion_layer[name]) for _, layer in places(model, name))
-
-
-def _penalty(place: nn.Module) -> Tensor | None:
-    if isinstance(place, Combination):
-        return place.penalty()
-    value = getattr(place, "value", None)
-    if not isinstance(value, nn.Linear) or not value.weight.requires_grad:
-        return None
-    weight = value.weight
-    return 0.01 * (torch.eye(len(weight), device=weight.device, dtype=weight.dtype) - weight).pow(2).sum()
-
-
-def _summed(terms: Iterable[Tensor | None]) -> Tensor | None:
-    total: Tensor | None = None
-    for term in terms:
-        if term is not None:
-            total = term if total is None else total + term.to(total.device)
-    return total
-
-
-def fusions_in(setup: AdapterCompositionBlock | str | None) -> Iterator[Fuse]:
-    """The `Fuse` blocks of a setup."""
-    if isinstance(setup, Fuse):
-        yield setup
-    elif isinstance(setup, AdapterCompositionBlock):
-        for child in setup:
-            yield from fusions_in(child)
 
 
 # Files

@@ -15,8 +15,9 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..units import UnitInputs
 from .adapters_composition import State, ValueComposition, grow
-from .adapters_fusion import Combination, added, weigh
+from .adapters_fusion import Combination, check_present, weigh
 from .adapters_layer import TaskLayer
+from .adapters_sources import added
 
 
 class Mixture(ValueComposition):
@@ -124,6 +125,8 @@ class Mixture(ValueComposition):
         before = state._replace(term=None)
         terms = [(row, self._added(setup, child, before, lvl)) for row, child in combination.rows(setup)]
         rows = [row for row, term in terms if term is not None]
+        if len(rows) < len(terms):
+            check_present(self.adapters_config, setup)
         if not rows:  # all left out in this block
             return state
         total = weigh(combination()[rows], [term for _, term in terms if term is not None])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import pal_adapters
 from pal_adapters.bottlenecks import Bottleneck, widen
-from pal_adapters.fusion.folding import cut_to_width
+from pal_adapters.fusion.truncation import cut_to_width
 
 
 def source(width: int, d: int = 10) -> Bottleneck:
@@ -72,6 +72,16 @@ def test_units_that_are_copies_or_off_are_cut_for_free() -> None:
     naive = (dropped(x, torch.relu) - one(x, torch.relu)).square().mean().sqrt() / scale
     assert kept[0] < naive
     assert with_best < 1.0
+
+
+def test_a_source_that_is_off_goes_first() -> None:
+    """Also where its units vary with those of the others, on few tokens."""
+    x = torch.randn(20, 2) @ torch.randn(2, 10)
+    sources = [source(5), source(7), source(3)]
+    wide = widen(sources, torch.tensor([[0.8], [0.0], [-0.4]]))
+    cut, error = cut_to_width(wide, moments_of(wide, x), 8)
+    assert error < 1e-6
+    torch.testing.assert_close(cut(x, torch.relu), wide(x, torch.relu), atol=1e-4, rtol=1e-4)
 
 
 def test_a_model_without_adapters() -> None:

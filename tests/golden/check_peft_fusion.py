@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import pal_adapters
@@ -27,6 +27,7 @@ CASES = {
     "scalearn_encoder_houlsby_plusplus_vector": "scalearn_pp",
     "scalearn_encoder_train_plusplus": "scalearn_pp",
 }
+SINGLE = "adapters_houlsby"
 _PLACES = {"mh_adapter": "attention.output.dropout", "output_adapter": "output.dropout"}
 
 
@@ -60,6 +61,8 @@ def compare(case: Any, folder: pathlib.Path) -> tuple[float, float] | None:
         case: a `check.Case`.
         folder: where the sources are saved.
     """
+    if case.name == SINGLE:
+        return _compare_singles(case, folder)
     variant = CASES.get(case.name)
     if variant is None:
         return None
@@ -113,6 +116,21 @@ def compare(case: Any, folder: pathlib.Path) -> tuple[float, float] | None:
     if missing:
         raise RuntimeError(f"{case.name}: no counterpart for {missing[0]}")
     return outputs, max(_difference(tensors[name], grad) for name, grad in grads.items())
+
+
+def _compare_singles(case: Any, folder: pathlib.Path) -> tuple[float, float]:
+    """Each source alone, and a combination with its coefficient 1 and the others 0."""
+    paths, worst = _save_sources(case, case.bert(), folder), 0.0
+    inputs = {name: case.tensors[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    for name, path in paths.items():
+        coefficients = {other: float(other == name) for other in paths}
+        config = pal_adapters.FixedCombinationPeftConfig(adapters=paths, coefficients=coefficients)
+        for model in (PeftModel.from_pretrained(case.bert(), path), get_peft_model(case.bert(), config)):
+            with torch.no_grad():
+                result = model.eval()(**inputs)
+            for part in ("last_hidden_state", "pooler_output"):
+                worst = max(worst, _difference(case.tensors[f"single.{name}.{part}"], result[part]))
+    return worst, 0.0
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor | None) -> float:

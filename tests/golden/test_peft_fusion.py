@@ -19,7 +19,7 @@ DATA = pathlib.Path(__file__).parent / "data"
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("name", list(check_peft_fusion.CASES))
+@pytest.mark.parametrize("name", [*check_peft_fusion.CASES, check_peft_fusion.SINGLE])
 def test_scalearn_equals_the_authors_code(name: str, tmp_path: pathlib.Path) -> None:
     result = check_peft_fusion.compare(check.Case(DATA, name), tmp_path)
     assert result is not None

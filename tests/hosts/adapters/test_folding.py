@@ -8,10 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import adapters
+import peft
 import pytest
 import torch
+from adapters import DoubleSeqBnConfig
 from adapters.composition import Fuse, Stack
 from torch import Tensor, nn
+from transformers import BertModel
 
 import pal_adapters
 from pal_adapters import ConfigError, ScaLearnConfig, UnknownAdapterError, UnsupportedError
@@ -189,6 +192,46 @@ def test_the_error_of_truncation_is_that_of_the_data(bert: nn.Module, batch: dic
     assert found > 0.01
 
 
+@pytest.mark.parametrize("with_data", [False, True])
+def test_peft_cuts_to_the_same(
+    with_data: bool, bert: nn.Module, batch: dict[str, Tensor], base_path: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    paths = {}
+    for name, width in (("a", 5), ("b", 7)):
+        config = pal_adapters.HoulsbyPeftConfig(hidden_size=width, train_layernorm=False)
+        source = peft.get_peft_model(BertModel.from_pretrained(base_path), config)
+        for parameter in source.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.3)
+        source.save_pretrained(tmp_path / name)
+        paths[name] = str(tmp_path / name)
+        bert.add_adapter(name, config=DoubleSeqBnConfig(reduction_factor=24 / (width + 0.5), non_linearity="gelu_new"))
+        for index, layer in enumerate(bert.encoder.layer):
+            for place, part in ((layer.attention.output, "attention.output"), (layer.output, "output")):
+                theirs = source.base_model.model.get_submodule(f"encoder.layer.{index}.{part}.dropout.houlsby")
+                unit, adapter = theirs.houlsby_units["default"], place.adapters[name]
+                adapter.adapter_down[0].load_state_dict(unit.down.state_dict())
+                adapter.adapter_up.load_state_dict(unit.up.state_dict())
+    fuse, scales = Fuse("a", "b"), {"a": 0.9, "b": -0.6}
+    bert.add_adapter_fusion(fuse, config=pal_adapters.ScaLearnConfig(fixed=scales))
+    combined = peft.get_peft_model(
+        BertModel.from_pretrained(base_path),
+        pal_adapters.FixedCombinationPeftConfig(adapters=paths, coefficients=scales),
+    )
+    data = [batch] if with_data else None
+    with torch.no_grad():
+        torch.testing.assert_close(combined.eval()(**batch)[0], output(bert, batch, fuse), atol=1e-5, rtol=1e-5)
+        ours = pal_adapters.fold(bert, fuse, name="cut", truncate=4, data=data)
+        theirs = pal_adapters.fold(combined, truncate=4, data=data)
+        short = {"attention.output.dropout": "mh_adapter", "output.dropout": "output_adapter"}
+        names = {f"{i}.{place}": f"encoder.layer.{i}.{part}" for i in range(3) for part, place in short.items()}
+        assert ours.errors.keys() == names.keys()
+        for place, module in names.items():
+            assert theirs.truncation_errors[module] == pytest.approx(ours.errors[place], abs=1e-5)
+            assert 0.001 < ours.errors[place] < 1
+        torch.testing.assert_close(theirs(**batch)[0], output(bert, batch, "cut"), atol=1e-4, rtol=1e-4)
+
+
 REFUSED = {
     "attention": ("seq_bn", "dynamic", "depend on the input"),
     "pal": ("pal", "scalearn", r"'a' \(pal\) is no bottleneck"),
@@ -209,14 +252,6 @@ def test_no_fold_has_a_reason(case: str, bert: nn.Module) -> None:
     with pytest.raises(UnsupportedError, match=f"no exact fold.*{message}"):
         pal_adapters.fold(bert, FUSE, name="folded")
     assert (list(bert.state_dict()), dict(bert.adapters_config.adapters)) == before
-
-
-def test_an_invertible_source_has_no_fold(bert: nn.Module) -> None:
-    for name in ("a", "b"):
-        bert.add_adapter(name, config="seq_bn_inv")
-    bert.add_adapter_fusion(Fuse("a", "b"), config="scalearn")
-    with pytest.raises(UnsupportedError, match="invertible"):
-        pal_adapters.fold(bert, Fuse("a", "b"), name="folded")
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import copy
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import adapters
 import pytest
 import torch
-from adapters import AdapterConfig, AutoAdapterModel
+from adapters import AdapterConfig, AdapterTrainer, AutoAdapterModel
 from adapters.composition import Fuse, Stack
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import pal_adapters
 from pal_adapters import ConfigError, ScaLearnConfig, UnknownAdapterError, UnsupportedError
-from pal_adapters.hosts import adapters_fusion
+from pal_adapters.hosts import adapters_fusion, adapters_sources
 from pal_adapters.hosts.adapters_fusion import Combination
 
 from . import test_model_classes as classes
@@ -122,8 +131,8 @@ def test_wide_equals_one_source_after_the_other(
     bert.add_adapter_fusion(FUSE, config=ScaLearnConfig(omega_dropout=0.0))
     randomise_omegas(bert)
     calls = []
-    original = adapters_fusion.widen
-    monkeypatch.setattr(adapters_fusion, "widen", lambda *args: calls.append(1) or original(*args))
+    original = adapters_sources.widen
+    monkeypatch.setattr(adapters_sources, "widen", lambda *args: calls.append(1) or original(*args))
     grads = []
     for wide in (True, False):
         if not wide:
@@ -154,7 +163,7 @@ def test_sources_that_differ_are_not_widened(
     def never(*args: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr(adapters_fusion, "widen", never)
+    monkeypatch.setattr(adapters_sources, "widen", never)
     assert output(bert, batch, FUSE).isfinite().all()
 
 
@@ -486,6 +495,59 @@ def test_loss_scaling_applies_to_the_penalty(batch: dict[str, Tensor]) -> None:
         torch.testing.assert_close(a, b)
 
 
+class Gradients(TrainerCallback):
+    """Keeps the coefficients' gradients of the first step."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.found = [omega.grad.clone() for omega in omegas(kwargs["model"])]
+
+
+# What a step over 2 batches gives: the mean over all rows or tokens, or, where the model takes the number of items and
+# does not use it, the sum of the batches' means.
+@pytest.mark.parametrize(("kind", "times"), [("classifier", 1), ("llama", 1), ("flex head", 2)])
+def test_accumulated_gradients_hold_the_penalty_as_they_hold_the_loss(
+    kind: str, times: int, base_path: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    torch.manual_seed(5)
+    still: dict[str, Any] = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    if kind == "classifier":
+        model = classifier(**still)
+    elif kind == "llama":
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32
+            )
+        )
+        adapters.init(model)
+    else:
+        model = AutoAdapterModel.from_pretrained(base_path, **still)
+        model.add_classification_head("h", num_labels=2)
+    with_sources(model, "seq_bn")
+    ids = torch.randint(1, 40, (4, 6), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[2:, :3] = -100  # batches of different numbers of tokens
+    rows = [
+        {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": own if kind == "llama" else i % 2}
+        for i, (row, own) in enumerate(zip(ids, labels, strict=True))
+    ]
+    found = {}
+    for weight in (0.0, 0.5):
+        config = ScaLearnConfig(variant="scalearn_uniform", regularization=weight, omega_dropout=0.0, init_std=0.0)
+        model.add_adapter_fusion(FUSE, config=config, overwrite_ok=True)
+        model.train_adapter_fusion(FUSE)
+        keep = Gradients()
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            max_grad_norm=0.0, learning_rate=0.0, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no",
+            dataloader_pin_memory=False, remove_unused_columns=False, logging_strategy="no",
+        )  # fmt: skip
+        AdapterTrainer(model=model, args=arguments, train_dataset=rows, callbacks=[keep]).train()
+        found[weight] = keep.found
+    expected = torch.autograd.grad(penalty_by_hand(model, 0.5), omegas(model))
+    for with_it, without, own in zip(found[0.5], found[0.0], expected, strict=True):
+        torch.testing.assert_close(with_it - without, times * own, atol=1e-5, rtol=1e-3)
+
+
 def test_a_penalty_is_not_lost_silently(bert: nn.Module, batch: dict[str, Tensor]) -> None:
     with_sources(bert, "seq_bn")
     bert.add_adapter_fusion(FUSE, config=ScaLearnConfig(regularization=0.5))
@@ -517,6 +579,22 @@ def test_the_penalty_of_several_models_is_added_once(batch: dict[str, Tensor]) -
 
 
 # Compositions
+
+
+def test_a_fusion_that_is_not_on_the_model(bert: nn.Module, batch: dict[str, Tensor]) -> None:
+    with_sources(bert, "seq_bn")
+    bert.add_adapter_fusion(FUSE, config="scalearn", name="rte")
+    with pytest.raises(UnknownAdapterError, match=r"Fuse\[a, b, c\] has no fusion.*'rte'.*name="):
+        output(bert, batch, FUSE)
+
+
+@pytest.mark.parametrize("kind", ["seq_bn", "mixture"])
+def test_a_source_that_was_deleted(kind: str, bert: nn.Module, batch: dict[str, Tensor]) -> None:
+    with_sources(bert, kind)
+    bert.add_adapter_fusion(FUSE, config="scalearn", set_active=True)
+    bert.delete_adapter("b")
+    with pytest.raises(UnknownAdapterError, match="'b', which is not on the model any more"):
+        output(bert, batch)
 
 
 def test_stack_in_front_of_a_fusion(bert: nn.Module, batch: dict[str, Tensor]) -> None:
@@ -628,6 +706,7 @@ BAD: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "prefix": (Fuse("prefix", "a"), "scalearn", UnsupportedError, "'prefix'.*no bottleneck"),
     "union": (Fuse("union", "a"), "scalearn", UnsupportedError, "'union'"),
     "lhuc": (Fuse("a", "lhuc"), "scalearn", UnsupportedError, "lhuc"),
+    "invertible": (Fuse("a", "inv"), "scalearn", UnsupportedError, r"'inv'.*Stack\('inv'"),
     "residuals": (Fuse("a", "post"), "scalearn", UnsupportedError, "residual_before_ln"),
     "places": (Fuse("a", "two_places"), "scalearn", ValueError, "mh_adapter"),
     "fixed names": (FUSE, {"fixed": {"a": 1.0}}, ConfigError, "fixed="),
@@ -643,6 +722,7 @@ def test_bad_sources_leave_the_model_as_it_was(case: str, bert: nn.Module) -> No
     bert.add_adapter("prefix", config="prefix_tuning")
     bert.add_adapter("union", config=adapters.ConfigUnion(config_of("seq_bn"), adapters.LoRAConfig()))
     bert.add_adapter("lhuc", config="lhuc")
+    bert.add_adapter("inv", config="seq_bn_inv")
     bert.add_adapter("post", config=config_of("seq_bn[residual_before_ln=False]"))
     bert.add_adapter("two_places", config="double_seq_bn")
     bert.add_adapter_fusion(Fuse("a", "b"), config="scalearn")

@@ -10,16 +10,16 @@ from typing import Any
 import adapters
 import pytest
 import torch
-from adapters import AdapterTrainer, AutoAdapterModel
+from adapters import AutoAdapterModel
 from adapters.composition import Fuse, Stack
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BertForSequenceClassification, BertModel, TrainingArguments
+from transformers import BertForSequenceClassification, BertModel
 
 from pal_adapters import ConfigError, ScaLearnConfig
 
 from .test_scalearn import FUSE, NAMES, VARIANTS, layers_of, omegas, randomise_omegas, with_sources
-from .test_training import Remember, examples
+from .test_training import trainer_for
 from .tiny import fresh, output, tiny_config
 
 SAFE = pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "pickle"])
@@ -162,42 +162,49 @@ def test_a_whole_model(
         torch.testing.assert_close(loss - again(**batch, labels=labels).loss, penalty, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["scalearn", "scalearn_pp", "scalearn_uniform_pp"])
-def test_trainer_restores_the_best(variant: str, base_path: pathlib.Path, tmp_path: pathlib.Path) -> None:
+# The trainer
+
+
+def for_target(base_path: pathlib.Path, variant: str, fuse: Fuse = FUSE) -> nn.Module:
+    torch.manual_seed(2)
     model = AutoAdapterModel.from_pretrained(base_path)
     with_sources(model, "double_seq_bn")
     model.add_classification_head("target", num_labels=2)
-    model.add_adapter_fusion(FUSE, config=variant)
-    model.train_adapter_fusion(FUSE)
+    model.add_adapter_fusion(fuse, config=variant)
+    model.train_adapter_fusion(fuse)
+    return model
+
+
+@pytest.mark.parametrize("variant", ["scalearn", "scalearn_pp", "scalearn_uniform_pp"])
+def test_trainer_restores_the_best(variant: str, base_path: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    model = for_target(base_path, variant)
     start = {k: v.clone() for k, v in model.state_dict().items()}
-    scores = iter([0.1, 0.9, 0.3, 0.2])
-    remember = Remember()
-    trainer = AdapterTrainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, learning_rate=0.1, use_cpu=True,
-            eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
-            metric_for_best_model="score", report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
-            remove_unused_columns=False, logging_strategy="no",
-        ),
-        train_dataset=examples(),
-        eval_dataset=examples(),
-        compute_metrics=lambda prediction: {"score": next(scores)},
-        callbacks=[remember],
-    )  # fmt: skip
+    trainer, remember = trainer_for(model, tmp_path, scores=[0.1, 0.9, 0.3, 0.2])
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     best, last = remember.states[1], remember.states[3]
     ours = [k for k in start if "adapter_fusion_layer.a,b,c." in k]
     assert len(ours) == (6 if variant == "scalearn" else 1)
     for key, value in model.state_dict().items():
-        if key in ours:
+        if key in ours or key.startswith("heads."):
             assert torch.equal(value, best[key]), key
             assert not torch.equal(best[key], last[key]), key
-        elif not key.startswith("heads."):
+        else:
             assert torch.equal(value, start[key]), key
     (first, *others) = {id(layer.get_omega()) for layer in layers_of(model)}
     assert bool(others) is (variant == "scalearn"), first
+
+
+@pytest.mark.parametrize("fuse", [FUSE, Fuse(*NAMES, name="rte")], ids=["a,b,c", "rte"])
+def test_a_resumed_run_is_the_same_run(fuse: Fuse, base_path: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    whole = for_target(base_path, "scalearn_pp", fuse)
+    trainer_for(whole, tmp_path)[0].train()
+    again = for_target(base_path, "scalearn_pp", fuse)
+    trainer_for(again, tmp_path)[0].train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    expected = whole.state_dict()
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+    assert len({id(layer.get_omega()) for layer in layers_of(again, fuse.name)}) == 1
 
 
 # Bad files
@@ -221,7 +228,7 @@ def change(file: pathlib.Path, how: str) -> None:
     elif how == "no weights":
         file.unlink()
     elif how == "narrow":
-        save_file({k: v[:, :7].contiguous() for k, v in load_file(file).items()}, file)
+        save_file({k: v[..., :7].contiguous() for k, v in load_file(file).items()}, file)
     elif how == "missing":
         tensors = load_file(file)
         tensors.popitem()
@@ -273,6 +280,42 @@ def test_sources_that_are_not_on_the_model(bert: nn.Module, base_path: pathlib.P
     with pytest.raises(ValueError, match="no adapter with the name 'b'"):
         model.load_adapter_fusion(str(tmp_path / "fusion"), use_safetensors=True)
     assert not model.adapters_config.fusions
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("what", ["b", "a,b,c"])
+@pytest.mark.parametrize("how", ["corrupted", "no weights", "narrow"])
+def test_a_setup_is_loaded_as_a_whole_or_not_at_all(
+    how: str, what: str, known: bool, bert: nn.Module, base_path: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    trained(bert, "scalearn")
+    bert.save_adapter_setup(str(tmp_path), FUSE, use_safetensors=True)
+    change(next((tmp_path / what).glob("*.safetensors")), how)
+    other = fresh(base_path)
+    if known:
+        with_sources(other, "seq_bn")
+    before, names = {k: v.clone() for k, v in other.state_dict().items()}, list(other.adapters_config)
+    with pytest.raises(ConfigError, match=str(tmp_path if known else tmp_path / what)):
+        other.load_adapter_setup(str(tmp_path), set_active=True, use_safetensors=True)
+    after = other.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert (list(other.adapters_config), other.adapters_config.fusions) == (names, {})
+    assert other.active_adapters is None
+
+
+@pytest.mark.parametrize("config", ["scalearn_pp", "dynamic"])
+def test_a_setup_knows_the_name_of_its_fusion(
+    config: str, bert: nn.Module, base_path: pathlib.Path, batch: dict[str, Tensor], tmp_path: pathlib.Path
+) -> None:
+    fuse = Fuse(*NAMES, name="rte")
+    trained(bert, config, fuse=fuse)
+    expected = output(bert, batch, fuse)
+    bert.save_adapter_setup(str(tmp_path), fuse, use_safetensors=True)
+    other = fresh(base_path)
+    other.load_adapter_setup(str(tmp_path), set_active=True, use_safetensors=True)
+    assert other.active_adapters.name == "rte"
+    assert torch.equal(output(other, batch), expected)
 
 
 def test_stack_with_a_fusion_is_saved_as_a_setup(

@@ -51,12 +51,17 @@ WRAPPED: dict[str, tuple[Any, list[str]]] = {
     "ModelAdaptersMixin.init_adapters": (
         model_mixin.ModelAdaptersMixin, ["self", "model_config", "adapters_config"],
     ),
+    "ModelAdaptersMixin._load_adapter_setup_weights": (
+        model_mixin.ModelAdaptersMixin,
+        ["self", "load_directory", "adapter_setup", "custom_weights_loaders", "set_active", "use_safetensors"],
+    ),
     "ModelAdaptersMixin.merge_adapter": (model_mixin.ModelAdaptersMixin, ["self", "name"]),
     "ModelAdaptersMixin._prepare_model_inputs": (model_mixin.ModelAdaptersMixin, ["self", "args", "kwargs"]),
     "ModelWithHeadsAdaptersMixin.freeze_embeddings": (model_mixin.ModelWithHeadsAdaptersMixin, ["self", "freeze"]),
     "ModelWithHeadsAdaptersMixin.train_adapter_fusion": (
         model_mixin.ModelWithHeadsAdaptersMixin, ["self", "adapter_setup", "unfreeze_adapters"],
     ),
+    "Fuse._get_save_kwargs": (composition.Fuse, ["self"]),
     "BottleneckLayer.bottleneck_layer_forward": (
         bottleneck.BottleneckLayer, ["self", "hidden_states", "residual_input", "layer_norm"],
     ),
@@ -77,6 +82,8 @@ WRAPPED: dict[str, tuple[Any, list[str]]] = {
     "AdapterFusionLoader.load": (
         loading.AdapterFusionLoader, ["self", "save_directory", "load_as", "loading_info", "kwargs"],
     ),
+    "AdapterTrainer._load_adapter_fusions": (adapters.AdapterTrainer, ["self", "resume_from_checkpoint"]),
+    "AdapterTrainer._load_best_model": (adapters.AdapterTrainer, ["self"]),
 }  # fmt: skip
 
 

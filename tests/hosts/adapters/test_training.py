@@ -42,6 +42,29 @@ class Remember(TrainerCallback):
         self.states.append({k: v.clone() for k, v in kwargs["model"].state_dict().items()})
 
 
+def trainer_for(
+    model: nn.Module, folder: pathlib.Path, scores: list[float] | None = None
+) -> tuple[AdapterTrainer, Remember]:
+    """Four steps, each with a checkpoint; with scores, the best of which is restored in the end."""
+    given, remember = iter(scores or []), Remember()
+    best: dict[str, Any] = {} if scores is None else dict(
+        eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, metric_for_best_model="score"
+    )  # fmt: skip
+    trainer = AdapterTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder), max_steps=4, per_device_train_batch_size=2, learning_rate=0.1, use_cpu=True,
+            save_strategy="steps", save_steps=1, report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
+            remove_unused_columns=False, logging_strategy="no", **best,
+        ),
+        train_dataset=examples(),
+        eval_dataset=examples(),
+        compute_metrics=lambda prediction: {"score": next(given)},
+        callbacks=[remember],
+    )  # fmt: skip
+    return trainer, remember
+
+
 @pytest.mark.parametrize("method", ["pal", "houlsby_pal", "parallel_houlsby"])
 def test_trainer_trains_saves_and_restores_the_best(
     method: str, base_path: pathlib.Path, tmp_path: pathlib.Path
@@ -52,21 +75,7 @@ def test_trainer_trains_saves_and_restores_the_best(
     model.add_classification_head("a", num_labels=2)
     model.train_adapter("a")
     start = {k: v.clone() for k, v in model.state_dict().items()}
-    scores = iter([0.1, 0.9, 0.3, 0.2])
-    remember = Remember()
-    trainer = AdapterTrainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, learning_rate=0.1, use_cpu=True,
-            eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
-            metric_for_best_model="score", report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
-            remove_unused_columns=False, logging_strategy="no",
-        ),
-        train_dataset=examples(),
-        eval_dataset=examples(),
-        compute_metrics=lambda prediction: {"score": next(scores)},
-        callbacks=[remember],
-    )  # fmt: skip
+    trainer, remember = trainer_for(model, tmp_path, scores=[0.1, 0.9, 0.3, 0.2])
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     best, last = remember.states[1], remember.states[3]

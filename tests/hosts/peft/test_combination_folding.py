@@ -19,9 +19,10 @@ import pal_adapters as pa
 from pal_adapters.fusion.peft_folding import fold
 from pal_adapters.fusion.peft_report import transfer_rows
 
-from . import cases, sources
+from . import cases, reference, sources
 
 Paths = Mapping[str, Mapping[str, str]]
+PARTS = ("attention.output.dropout", "output.dropout")
 VARIANTS = ("scalearn", "scalearn_uniform", "scalearn_pp", "scalearn_uniform_pp")
 
 
@@ -189,21 +190,44 @@ def test_truncated_lora_is_the_best_of_its_rank(saved: Paths) -> None:
     torch.testing.assert_close(logits(enough), logits(whole), atol=1e-6, rtol=1e-6)
 
 
-def test_truncated_houlsby_keeps_the_largest_units(saved: Paths) -> None:
-    expected = logits(target(saved["houlsby"]))
-    cut = fold(target(saved["houlsby"]), truncate=9)
-    assert cut.peft_config["rte"].hidden_size == 9
-    assert set(cut.truncation_errors) == {
-        f"bert.encoder.layer.{i}.{part}.dropout" for i in range(3) for part in ("attention.output", "output")
-    }
-    assert all(0 < error < 0.5 for error in cut.truncation_errors.values())
-    assert (logits(cut) - expected).abs().max() > 1e-4
+@pytest.mark.parametrize("with_data", [False, True])
+def test_truncated_houlsby_reports_its_error(saved: Paths, with_data: bool) -> None:
+    given = cases.inputs()
+    data = [given] if with_data else None
+    whole = fold(target(saved["houlsby"]))
+    places = [f"bert.encoder.layer.{i}.{p}" for i in range(3) for p in PARTS]
+    errors = []
+    for width in (13, 9, 5, 2):
+        cut = fold(target(saved["houlsby"]), truncate=width, data=data)
+        assert cut.peft_config["rte"].hidden_size == width
+        assert set(cut.truncation_errors) == {p for p in places if width < 11 or ".1." in p}
+        assert all(0 <= error < 1 for error in cut.truncation_errors.values())
+        errors.append(cut.truncation_errors.get(places[0], 0.0))
+    assert errors == sorted(errors)
+    # What it reports is what it is, at a place in front of which nothing was cut.
+    place = places[0]
+    seen = {}
+    for name, model in (("whole", whole), ("cut", cut)):
+        layer = model.get_base_model().get_submodule(f"{place}.houlsby")
+        module = model.get_base_model().get_submodule(place)
+        x = torch.randn(4096, 24, generator=torch.Generator().manual_seed(0))
+        if with_data:
+            caught: list[Tensor] = []
+            handle = module.register_forward_hook(lambda m, a, out, c=caught: c.append(a[0]))
+            logits(model)
+            handle.remove()
+            x = caught[0][given["attention_mask"].bool()]
+        w = {n: p.detach() for n, p in layer.houlsby_units["rte"].named_parameters()}
+        seen[name] = reference.houlsby(w, x) - x
+    rest = (seen["cut"] - seen["whole"]).square().mean().sqrt() / seen["whole"].square().mean().sqrt()
+    assert rest.item() == pytest.approx(cut.truncation_errors[place], abs=1e-4)
+    assert rest > 0.01
     # A source of coefficient 0 costs nothing.
     model = target(saved["houlsby"])
     sources.set_all(model, {"mnli": 0.8, "rte": -0.4})
     expected = logits(model)
-    cut = fold(model, truncate=7)
-    assert max(cut.truncation_errors.values()) < 1e-6
+    cut = fold(model, truncate=7, data=data)
+    assert max(cut.truncation_errors.values()) < 1e-5
     torch.testing.assert_close(logits(cut), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -223,6 +247,9 @@ def test_refusals(saved: Paths, tmp_path: pathlib.Path) -> None:
     refuses(target({"a": saved["houlsby"]["qqp"], "b": relu}), "activations")
     model = target(lora)
     refuses(model, "truncate=0", pa.ConfigError, truncate=0)
+    refuses(model, "no effect without truncate", pa.ConfigError, data=[cases.inputs()])
+    refuses(model, "no effect on LoRA", pa.ConfigError, truncate=2, data=[cases.inputs()])
+    refuses(target(saved["houlsby"]), r"data=\[\]", pa.ConfigError, truncate=2, data=[])
     refuses(model, "'other' is no combination", pa.UnknownAdapterError, adapter="other")
     model.add_adapter("second", pa.ScaLearnPeftConfig(adapters=["qqp"], **cls))
     refuses(model, "other adapters")
@@ -275,14 +302,20 @@ def test_rows_of_attention(saved: Paths) -> None:
             assert abs(sum(r.value for r in rows if r.block == block) - 1) < 1e-6
         got = torch.tensor([r.value for r in rows if r.block == 1])
         torch.testing.assert_close(got, mean, atol=1e-6, rtol=1e-5)
-    with pytest.raises(pa.UnsupportedError, match="pass data="):
+    with pytest.raises(pa.ConfigError, match="pass data="):
         transfer_rows(model)
-    with pytest.raises(pa.UnsupportedError, match="no batches"):
+    with pytest.raises(pa.ConfigError, match="data is empty"):
         transfer_rows(model, data=[])
-    with pytest.raises(pa.UnsupportedError, match="data has no effect"):
+    with pytest.raises(pa.ConfigError, match="data has no effect"):
         transfer_rows(target(saved["lora"]), data=[given])
-    with pytest.raises(pa.UnknownAdapterError):
+    with pytest.raises(pa.UnknownAdapterError, match="'other'"):
+        transfer_rows(model, "other")
+    with pytest.raises(pa.UnsupportedError, match="0 combinations are active"):
         transfer_rows(cases.bert())
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    with pytest.raises(pa.UnsupportedError, match="'default' is not active"):
+        transfer_rows(model, "default", data=[given])
 
 
 def test_public_names(saved: Paths) -> None:

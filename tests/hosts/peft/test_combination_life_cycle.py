@@ -27,6 +27,7 @@ from pal_adapters.fusion.peft_folding import fold
 from . import cases, sources
 
 Paths = Mapping[str, Mapping[str, str]]
+HERE = str(pathlib.Path(__file__).parent)
 LABELS = torch.tensor([0, 1, 2, 0])
 VARIANTS = ("scalearn", "scalearn_uniform", "scalearn_pp", "scalearn_uniform_pp")
 
@@ -107,6 +108,24 @@ def test_save_and_load_in_a_new_process(saved: Paths, tmp_path: pathlib.Path) ->
         assert set(stored["fingerprints"]) == set(stored["adapters"])
     for name, got in in_a_new_process(folders).items():
         torch.testing.assert_close(got, expected[name], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bundle", [False, True])
+def test_rows_stay_with_their_sources(saved: Paths, bundle: bool, tmp_path: pathlib.Path) -> None:
+    """In an order that is not that of the names, and with a target that is named as one of its sources is."""
+    paths = {name: saved["lora"][name] for name in ("rte", "mnli", "qqp")}
+    config = pa.ScaLearnPeftConfig(adapters=paths, bundle=bundle, task_type="SEQ_CLS")
+    model = get_peft_model(cases.bert(), config, adapter_name="rte")
+    sources.set_all(model, {"rte": 0.2, "mnli": 1.5, "qqp": -0.7})
+    model.save_pretrained(str(tmp_path))
+    assert "rte" in json.loads((tmp_path / "rte" / "adapter_config.json").read_text())["adapters"]
+    loaded = PeftModel.from_pretrained(cases.bert(), str(tmp_path / "rte")).eval()
+    torch.testing.assert_close(logits(loaded), logits(model.eval()), atol=0, rtol=0)
+    assert list(loaded.peft_config["default"].adapters) == ["rte", "mnli", "qqp"]
+    other = get_peft_model(cases.bert(), pa.ScaLearnPeftConfig(adapters=paths, task_type="SEQ_CLS")).eval()
+    other.load_adapter(str(tmp_path / "rte"), "second")
+    other.set_adapter("second")
+    torch.testing.assert_close(logits(other.eval()), logits(model), atol=0, rtol=0)
 
 
 def test_a_bundle_needs_no_sources(saved: Paths, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,7 +431,7 @@ def test_the_regulariser_is_in_the_loss(saved: Paths, variant: str) -> None:
 
 def test_a_regulariser_without_a_loss_warns(saved: Paths) -> None:
     model = one(saved, "fusion lora").train()
-    with pytest.warns(UserWarning, match="regularization_loss"):
+    with pytest.warns(UserWarning, match="fusion_regularization"):
         model(**cases.inputs())
     without = one(saved).train()
     with warnings.catch_warnings():
@@ -441,6 +460,23 @@ def test_the_regulariser_with_accumulated_gradients(tmp_path: pathlib.Path) -> N
     expected = regularization_loss(model)
     assert expected is not None
     assert abs(whole - expected.item()) < 1e-4 * expected.item()
+
+
+class TakesItems(transformers.BertForSequenceClassification):
+    """Takes the number of items and returns a mean all the same, as many models of transformers 5 do."""
+
+    def forward(self, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_the_regulariser_beside_a_mean(saved: Paths) -> None:
+    """A loss that is not divided by the number of items has the whole penalty in each batch, as it is whole there."""
+    config = pa.ScaLearnPeftConfig(adapters=dict(saved["lora"]), omega_dropout=0.0, regularization=0.5)
+    model = get_peft_model(TakesItems(cases.bert_config()), config)
+    cases.no_dropout(model)
+    given = {**cases.inputs(), "labels": LABELS, "num_items_in_batch": torch.tensor(16)}
+    with_it, without = model.train()(**given).loss, model.eval()(**given).loss
+    torch.testing.assert_close(with_it - without, regularization_loss(model), atol=1e-5, rtol=1e-5)
 
 
 def test_trainer(saved: Paths, tmp_path: pathlib.Path) -> None:
@@ -512,7 +548,7 @@ def test_transformers_own_api(saved: Paths, tmp_path: pathlib.Path) -> None:
     base = cases.bert()
     base.add_adapter(pa.ScaLearnPeftConfig(adapters=dict(saved["houlsby"]), regularization=0.1))
     base(**cases.inputs(), labels=LABELS).loss.backward()
-    assert regularization_loss(base) is not None
+    assert pa.fusion_regularization(base) == regularization_loss(base) > 0
 
 
 # What is refused
@@ -535,8 +571,11 @@ def test_bad_names() -> None:
             pa.ScaLearnPeftConfig(adapters=adapters)
     with pytest.raises(pa.ConfigError, match="names 'rte' twice"):
         pa.ScaLearnPeftConfig(adapters=["rte", "mnli", "rte"])
-    with pytest.raises(pa.ConfigError, match="'rte' and as 'again'"):
-        pa.ScaLearnPeftConfig(adapters={"rte": "path", "again": "path"})
+    for again in (HERE, f"{HERE}/", f"{HERE}/../peft"):
+        with pytest.raises(pa.ConfigError, match="'rte' and as 'again'"):
+            pa.ScaLearnPeftConfig(adapters={"rte": HERE, "again": again})
+    with pytest.raises(pa.ConfigError, match="order="):
+        pa.ScaLearnPeftConfig(adapters={"rte": "path"}, order=["mnli"])
     for adapters in ({"a.b": "path"}, {"": "path"}, {1: "path"}):
         with pytest.raises(pa.ConfigError, match="adapters has the name"):
             pa.ScaLearnPeftConfig(adapters=adapters)
@@ -593,6 +632,58 @@ def test_bad_sources(saved: Paths, tmp_path: pathlib.Path) -> None:
         refuses(pa.ConfigError, f"'bad' could not be read from .*{name}", config)
 
 
+@pytest.mark.parametrize("damage", [lambda whole: b"\x01" * 100, lambda whole: whole[:-8]], ids=["corrupted", "cut"])
+def test_a_damaged_target_changes_nothing(saved: Paths, damage: Any, tmp_path: pathlib.Path) -> None:
+    model = one(saved, adapter="first").eval()
+    model.save_pretrained(str(tmp_path))
+    file = tmp_path / "first" / "adapter_model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    base = cases.bert()
+    states = [(it, cases.state(it), cases.hooks(it)) for it in (base, model)]
+    with pytest.raises(pa.ConfigError, match=f"{file} cannot be read"):
+        PeftModel.from_pretrained(base, str(file.parent))
+    with pytest.raises(pa.ConfigError, match=f"{file} cannot be read"):
+        model.load_adapter(str(file.parent), "second")
+    for it, before, hooked in states:
+        cases.assert_same_state(it, before)
+        assert cases.hooks(it) == hooked
+    assert list(model.peft_config) == ["first"]
+
+
+class QuantisedLinear(nn.Module):
+    """Eight-bit weights in a row of bytes, as a quantised base has them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.scale = linear.weight.detach().abs().max() / 127
+        packed = (linear.weight.detach() / self.scale).round().to(torch.int8).view(torch.uint8)
+        self.weight = nn.Parameter(packed.reshape(-1, 1), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.view(torch.int8).view(self.out_features, self.in_features) * self.scale
+        return nn.functional.linear(x, weight, self.bias)
+
+
+def quantised() -> Any:
+    model = cases.bert()
+    for layer in model.bert.encoder.layer:
+        attention = layer.attention.self
+        attention.query, attention.value = QuantisedLinear(attention.query), QuantisedLinear(attention.value)
+    return model
+
+
+@pytest.mark.parametrize("cls", [pa.ScaLearnPeftConfig, pa.AdapterFusionPeftConfig])
+def test_a_quantised_base(saved: Paths, cls: Any, tmp_path: pathlib.Path) -> None:
+    model = get_peft_model(quantised(), cls(adapters=dict(saved["lora"]), task_type="SEQ_CLS")).train()
+    model(**cases.inputs(), labels=LABELS).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.dtype == torch.float32 and p.grad is not None and p.grad.isfinite().all() for p in trained)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(quantised(), str(tmp_path)).eval()
+    assert torch.equal(logits(loaded), logits(model.eval()))
+
+
 def test_sources_that_do_not_fit(saved: Paths, tmp_path: pathlib.Path) -> None:
     good = saved["lora"]["mnli"]
     lora = LoraConfig(target_modules=["query"])
@@ -624,6 +715,16 @@ def test_sources_that_do_not_fit(saved: Paths, tmp_path: pathlib.Path) -> None:
 def test_sources_that_cannot_be_combined(tmp_path: pathlib.Path, settings: dict[str, Any], match: str) -> None:
     path = sources.save(tmp_path, LoraConfig(target_modules=["query"], **settings), seed=0)
     refuses(pa.UnsupportedError, match, pa.ScaLearnPeftConfig(adapters={"a": path}))
+
+
+def test_lora_on_a_convolution_is_refused(tmp_path: pathlib.Path) -> None:
+    def vit() -> Any:
+        sizes = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
+        return transformers.ViTModel(transformers.ViTConfig(image_size=8, patch_size=4, **sizes))
+
+    path = sources.save(tmp_path, LoraConfig(target_modules=["projection"]), seed=0, build=vit)
+    config = pa.ScaLearnPeftConfig(adapters={"a": path})
+    refuses(pa.UnsupportedError, r"'embeddings.patch_embeddings.projection'.*only LoRA on linear", config, vit)
 
 
 def test_other_methods_are_no_sources(tmp_path: pathlib.Path) -> None:
