@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,21 @@ class InPeft:
 
 
 HOSTS = {"adapters": InAdapters, "peft": InPeft}
+
+
+def draw(model: Any, setup: Any, batches: Iterable[Any] | None, path: Path, title: str) -> dict[str, Any]:
+    """Prints how much each source counts, and draws it; attention over sources depends on the inputs of batches."""
+    from torch import Tensor
+
+    from pal_adapters import plot_transfer, transfer_report
+
+    inputs = batches and [{n: t for n, t in batch.items() if isinstance(t, Tensor)} for batch in batches]
+    table = transfer_report(model, setup, data=inputs)
+    for kind in ("png", "svg"):
+        plot_transfer(table, path.with_suffix(f".{kind}"), title=title)
+    print(f"\n{table}\n")
+    values: dict[str, Any] = table.to_dict()
+    return values
 
 
 def read_record(record: Path, made: dict[str, Any]) -> dict[str, Any]:

@@ -127,7 +127,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "parameters": count(args, model, parameters, sizes),
         "tasks": {},
     }
-    shutil.rmtree(output / "adapters", ignore_errors=True)
     together = args.joint or args.method in NETWORKS
     for group in [data] if together else [[one] for one in data]:
         began = time.perf_counter()

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from combining import HOSTS, read_record
+from combining import HOSTS, draw, read_record
 from command_line import InputError, first_line, guarded, load_base, make_folder, versions
 from transfer_cli import parse, summary
 
@@ -164,26 +164,11 @@ class Run:
         if args.method == "single":
             result["folded"] = {"reason": "single is one plain adapter already"}
         else:
-            result["transfer"] = self.draw(trainer, data, setup)
+            batches = trainer.get_eval_dataloader(data.dev) if args.method == "fusion" else None
+            title = f"{args.method} for {task.name}"
+            result["transfer"] = draw(self.host.model, setup, batches, self.output / "transfer", title)
             result["folded"] = self.fold(trainer, data, setup)
         return result
-
-    def draw(self, trainer: Any, data: Any, setup: Any) -> dict[str, Any]:
-        from torch import Tensor
-
-        from pal_adapters import plot_transfer, transfer_report
-
-        inputs = None
-        if self.args.method == "fusion":
-            batches = trainer.get_eval_dataloader(data.dev)
-            inputs = [{n: t for n, t in batch.items() if isinstance(t, Tensor)} for batch in batches]
-        table = transfer_report(self.host.model, setup, data=inputs)
-        for kind in ("png", "svg"):
-            title = f"{self.args.method} for {self.target.name}"
-            plot_transfer(table, self.output / f"transfer.{kind}", title=title)
-        print(f"\n{table}\n")
-        values: dict[str, Any] = table.to_dict()
-        return values
 
     def fold(self, trainer: Any, data: Any, setup: Any) -> dict[str, Any]:
         """Folds the combination, saves it, and compares it with what it was made of."""

@@ -228,6 +228,20 @@ def test_saved_restored_and_read_again(tiny_encoder: str, kind: str, tmp_path: P
 
 
 @in_adapters
+def test_a_fusion_named_by_its_sources_and_a_model_that_has_it_already(tiny_encoder: str, tmp_path: Path) -> None:
+    from adapters.composition import Fuse
+
+    model = fused(tiny_encoder, {"one": "scalearn"})
+    model.backbone.add_adapter_fusion(Fuse("a", "b"), config="dynamic")
+    model.add("two", HeadConfig("regression"), adapter=Fuse("a", "b"))
+    expected = model.eval()(task_ids="two", **rows()).logits["two"]
+    model.save_pretrained(tmp_path)
+    for backbone in (None, model.backbone):
+        again = TaskHeads.from_pretrained(tmp_path, backbone)
+        torch.testing.assert_close(again(task_ids="two", **rows()).logits["two"], expected, atol=0, rtol=0)
+
+
+@in_adapters
 def test_the_best_model_and_a_resumed_run(tiny_encoder: str, tmp_path: Path) -> None:
     def start(folder: str, **given: Any) -> tuple[TaskHeads, MultiTaskTrainer]:
         model = fused(tiny_encoder, {"rte": "scalearn_pp"}, plain=False)

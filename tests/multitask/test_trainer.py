@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from backbones import HOSTS
 from tiny_tasks import NAMES, losses, make_task, make_trainer, without_dropout
 
 from pal_adapters.errors import ConfigError
-from pal_adapters.multitask import MultiTaskTrainer
+from pal_adapters.multitask import DivergedError, MultiTaskTrainer
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -165,3 +166,47 @@ def test_labels_keep_their_types_in_mixed_batches(tiny_encoder: str, tmp_path: P
     assert labels["rte"].dtype == torch.int64
     assert len(batch["task_ids"]) == len(batch["input_ids"])
     assert batch["task_ids"].count(2) == 2 * len(labels["copa"])
+
+
+def test_predictions_are_in_the_order_of_the_rows(tiny_encoder: str, tmp_path: Path) -> None:
+    """Though they are computed in batches of like length."""
+    made = make_trainer(tiny_encoder, tmp_path, names=("rte", "copa", "ner"), per_device_eval_batch_size=2)
+    for name, task in made.tasks.items():
+        rows = made.eval_dataset[name]
+        assert len(set(rows.lengths().tolist())) > 1
+        output = made.predict(rows)
+        for number in range(len(rows)):
+            batch = made.collator([rows[number]])
+            labels = batch.pop("labels")[name]
+            with torch.no_grad():
+                alone = made.model.eval()(**batch).logits[name][0].numpy()
+            got = output.predictions[number][: len(alone)]
+            assert np.allclose(got, alone, atol=1e-5), (task.name, number)
+            assert np.array_equal(output.label_ids[number].ravel()[: labels.numel()], labels.numpy().ravel())
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_draws_of_each_task_are_counted(tiny_encoder: str, tmp_path: Path, mixed: bool) -> None:
+    made = make_trainer(tiny_encoder, tmp_path, mixed_batches=mixed, gradient_accumulation_steps=2)
+    assert made.draws() == {"rte": 0, "stsb": 0, "copa": 0}
+    seen = dict.fromkeys(made.tasks, 0)
+    step = made.training_step
+
+    def spy(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        for task, labels in inputs["labels"].items():
+            seen[task] += len(labels) if mixed else 1
+        return step(model, inputs, *args, **kwargs)
+
+    made.training_step = spy  # type: ignore[method-assign]
+    made.train()
+    # Two batches are one step of a task.
+    assert made.draws() == {task: count if mixed else count // 2 for task, count in seen.items()}
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tiny_encoder: str, tmp_path: Path) -> None:
+    made = make_trainer(tiny_encoder, tmp_path, names=("rte",))
+    made.model.head("rte").linear.weight.data.fill_(float("nan"))
+    with pytest.raises(
+        DivergedError, match=r"task 'rte': the loss is nan in step 1; lower learning_rate \(now 0.001\)"
+    ):
+        made.train()
