@@ -24,18 +24,10 @@ from .peft_config import (
     ScaLearnPeftConfig,
 )
 from .peft_layers import FusionBlockLayer, FusionLayer, FusionModuleLayer, FusionNormLayer, combinations
+from .peft_parts import Bottle, LowRank, UnitPart
 from .peft_penalty import add_regularization, regularization_loss
 from .peft_places import Place, places_of
-from .peft_sources import (
-    Bottle,
-    LowRank,
-    Source,
-    UnitPart,
-    check_bases,
-    check_model,
-    innermost,
-    read_source,
-)
+from .peft_sources import Source, check_bases, check_model, innermost, read_source
 from .peft_units import Combination, FixedScales, HeldWeights, NormCopies, SourceGroup, UnitSources, WideSources
 
 __all__ = [

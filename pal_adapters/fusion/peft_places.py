@@ -10,7 +10,8 @@ from typing import Any
 from ..errors import UnsupportedError
 from ..hosts.sites import Block
 from .peft_layers import VALUE
-from .peft_sources import LowRank, NormCopy, Source, UnitPart
+from .peft_parts import LowRank, NormCopy, UnitPart
+from .peft_sources import Source
 
 
 @dataclass
