@@ -10,7 +10,7 @@ from .defaults import add_adapter, default_host, default_model
 from .encoding import ConcatTasks, EncodedTask
 from .heads import HeadConfig
 from .metrics import TaskMetric
-from .presets import PRESETS, Preset, RecipeWarning, get_preset, scalearn_arguments
+from .presets import PRESETS, Preset, RecipeWarning, get_preset
 from .sampling import (
     STRATEGIES,
     MultiTaskBatchSampler,
@@ -62,7 +62,6 @@ __all__ = [
     "get_strategy",
     "last_checkpoint",
     "load_toy_task",
-    "scalearn_arguments",
     "task_probabilities",
     "train_dev_split",
 ]

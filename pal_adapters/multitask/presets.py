@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,8 @@ class Preset:
         name: Its name.
         source: Where it comes from.
         base: What happens to the base: `"trained"` with the modules, or `"frozen"`.
-        adapters: `"task"` for one adapter a task, `"shared"` for one network of all tasks, or `"none"`.
+        adapters: `"task"` for one adapter a task, `"shared"` for one network of all tasks, `"combination"` for what
+            each task takes of sources that are there, or `"none"`.
         config: The adapter's config by host: a name in `pal_adapters`, and its arguments.
         arguments: Arguments of the training.
         pooling: What the heads read, if the base has a pooler and if not.
@@ -53,22 +54,40 @@ class Preset:
     steps_per_task: int = 0
     needs: Mapping[str, Any] = field(default_factory=dict)
 
-    def build(self, base: Any, tasks: Iterable[Task], *, host: str | None = None, **changes: Any) -> TaskHeads:
+    def build(
+        self,
+        base: Any,
+        tasks: Iterable[Task],
+        *,
+        host: str | None = None,
+        sources: Sequence[str] | Mapping[str, str] | None = None,
+        **changes: Any,
+    ) -> TaskHeads:
         """The model of the recipe: adapters and heads for the tasks on a base, and only what it trains trainable.
 
         Args:
-            base: A model of `transformers`; it is changed.
+            base: A model of `transformers`; it is changed. For a recipe that combines sources it may have them.
             tasks: The tasks.
             host: `"adapters"` or `"peft"`; by default the first that is installed. For recipes with adapters.
+            sources: What a recipe combines: names of adapters on the base, or folders of saved ones by name.
             **changes: Arguments of the adapter's config that shall differ.
 
         Raises:
             ConfigError: For arguments that do not go together.
         """
         named = check_tasks(tasks)
-        if host_of(base) != "none":
+        combines = self.adapters == "combination"
+        if host_of(base) != "none" and not combines:
             raise ConfigError(f"base has adapters already: pass a plain model to build the preset {self.name!r}.")
-        if self.adapters == "none":
+        if combines is not bool(sources):
+            raise ConfigError(
+                f"sources={sources!r} is not allowed for the preset {self.name!r}, which "
+                f"{'combines sources: name them' if combines else 'combines none: leave it out'}."
+            )
+        routes: dict[str, Any] = {}
+        if combines:
+            backbone, routes = self._combine(base, tuple(named), sources or (), host, changes)
+        elif self.adapters == "none":
             if host is not None or changes:
                 given = f"host={host!r}" if host is not None else next(iter(changes))
                 raise ConfigError(f"{given} has no effect for the preset {self.name!r}, which adds no adapters.")
@@ -84,7 +103,7 @@ class Preset:
             head = task.head_config()
             if task.pooling == "mean":  # the default, so the recipe decides
                 head = type(head)(**{**vars(head), "pooling": pooling})
-            adapter = {"task": name, "shared": SHARED, "none": None}[self.adapters]
+            adapter = {"task": name, "shared": SHARED, "none": None, "combination": routes.get(name)}[self.adapters]
             model.add(name, task.head or head, adapter=adapter, weight=task.weight, loss=task.loss)
         model.prepare_training(base=self.base == "trained")
         return model
@@ -99,6 +118,41 @@ class Preset:
         for adapter in names:
             base = add_adapter(base, adapter, make(**given))
         return base
+
+    def _combine(
+        self,
+        base: Any,
+        tasks: tuple[str, ...],
+        sources: Sequence[str] | Mapping[str, str],
+        host: str | None,
+        changes: Mapping[str, Any],
+    ) -> tuple[Any, dict[str, Any]]:
+        """The model with a combination of the sources for each task, and what each task has as its adapter."""
+        there = host_of(base)
+        if there != "none" and host not in (None, there):
+            raise ConfigError(f"host={host!r} is not allowed: the base has adapters of {there!r}.")
+        host = there if there != "none" else host or default_host()
+        require_one_of("host", host, HOSTS)
+        name, options = self.config[host]
+        config = _config_maker(name)
+        routes: dict[str, Any] = {}
+        if host == "peft":
+            for task in tasks:
+                given = {**options, **changes, "adapters": sources, "task_type": "FEATURE_EXTRACTION"}
+                base = add_adapter(base, f"to_{task}", config(**given))
+                routes[task] = f"to_{task}"
+            return base, routes
+        import adapters
+        from adapters.composition import Fuse
+
+        if there == "none":
+            adapters.init(base)
+        for source, folder in sources.items() if isinstance(sources, Mapping) else ():
+            base.load_adapter(folder, load_as=source, use_safetensors=True)
+        for task in tasks:
+            routes[task] = Fuse(*sources, name=f"to_{task}")
+            base.add_adapter_fusion(routes[task], config=config(**{**options, **changes}))
+        return base, routes
 
     def training_arguments(self, output_dir: str, *, num_tasks: int, **changes: Any) -> MultiTaskTrainingArguments:
         """The arguments of the recipe.
@@ -234,13 +288,18 @@ PRESETS: dict[str, Preset] = {
             },
             {**_SCALEARN, "learning_rate": 3e-4}, pooling="first",
         ),
+        Preset(
+            "scalearn", "Frohmann et al., ScaLearn, ACL Findings 2024: the second stage", "frozen", "combination",
+            {"adapters": ("ScaLearnConfig", {}), "peft": ("ScaLearnPeftConfig", {})},
+            {
+                **_SCALEARN, "learning_rate": 6e-3, "eval_strategy": "epoch", "save_strategy": "epoch",
+                "load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False,
+            },
+            pooling="first",
+        ),
     )
 }  # fmt: skip
-"""The recipes that train all tasks in one run, by name.
-
-The second stage of ScaLearn trains one target at a time on the sources of the first: see the page on two-stage
-transfer, and `scalearn_arguments`.
-"""
+"""The recipes by name."""
 
 
 def get_preset(name: str) -> Preset:
@@ -251,10 +310,3 @@ def get_preset(name: str) -> Preset:
     """
     require_one_of("preset", name, tuple(PRESETS))
     return PRESETS[name]
-
-
-def scalearn_arguments(output_dir: str, **changes: Any) -> MultiTaskTrainingArguments:
-    """Arguments of the second stage of ScaLearn: 30 epochs at 6e-3, the best epoch by validation loss kept."""
-    given = {**_SCALEARN, "learning_rate": 6e-3, "eval_strategy": "epoch", "save_strategy": "epoch"}
-    given |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
-    return MultiTaskTrainingArguments(output_dir=output_dir, **{**given, **changes})

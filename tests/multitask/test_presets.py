@@ -12,8 +12,10 @@ from backbones import HOSTS
 from tiny_tasks import make_tasks
 from transformers import AutoModel, AutoTokenizer
 
+from pal_adapters import HoulsbyPeftConfig
 from pal_adapters.errors import ConfigError
-from pal_adapters.multitask import PRESETS, MultiTaskTrainer, RecipeWarning, get_preset
+from pal_adapters.multitask import PRESETS, MultiTaskTrainer, Preset, RecipeWarning, get_preset
+from pal_adapters.multitask.defaults import add_adapter
 from pal_adapters.multitask.optim import UncorrectedAdamW, pals_schedule
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -28,16 +30,29 @@ CASES = [
 ]
 
 
+def base_for(preset: Preset, folder: str, host: str | None) -> tuple[Any, dict[str, Any]]:
+    """A base for a recipe, and what it combines, if it does."""
+    base = AutoModel.from_pretrained(folder)
+    if preset.adapters != "combination":
+        return base, {}
+    config: Any = HoulsbyPeftConfig(hidden_size=3, task_type="FEATURE_EXTRACTION")
+    for name in ("one", "two"):
+        base = add_adapter(base, name, "seq_bn" if host == "adapters" else config)
+    return base, {"sources": ["one", "two"]}
+
+
 @pytest.mark.parametrize(("name", "host"), CASES)
 def test_every_recipe_trains(tiny_encoder: str, tmp_path: Path, name: str, host: str | None) -> None:
     preset = get_preset(name)
     tasks = make_tasks("rte", "stsb")
-    model = preset.build(AutoModel.from_pretrained(tiny_encoder), tasks, host=host, **CHANGES.get(name, {}))
+    base_model, sources = base_for(preset, tiny_encoder, host)
+    model = preset.build(base_model, tasks, host=host, **sources, **CHANGES.get(name, {}))
     with warnings.catch_warnings():
         warnings.simplefilter("error", RecipeWarning)
         args = preset.training_arguments(
             str(tmp_path), num_tasks=2, max_steps=3, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
             per_device_train_batch_size=2, dataloader_pin_memory=False, max_length=32,
+            load_best_model_at_end=False, eval_strategy="no",
         )  # fmt: skip
         trainer = MultiTaskTrainer(
             model, args, tasks, processing_class=AutoTokenizer.from_pretrained(tiny_encoder), preset=preset
@@ -51,6 +66,30 @@ def test_every_recipe_trains(tiny_encoder: str, tmp_path: Path, name: str, host:
     added = {n for n in moved if n.startswith("backbone.")}
     assert bool(added) is (preset.base == "trained" or preset.adapters != "none")
     assert model.head("rte").config.pooling == preset.pooling
+    if preset.adapters == "combination":  # the sources rest
+        assert all("to_rte" in n or "to_stsb" in n for n in added)
+        assert len({route.adapter if host == "peft" else route.adapter.name for route in model.routes.values()}) == 2
+
+
+@pytest.mark.parametrize("host", WITH_HOST)
+def test_a_combination_of_saved_sources(tiny_encoder: str, tmp_path: Path, host: str) -> None:
+    tasks = make_tasks("rte")
+    preset = get_preset("scalearn_sources")
+    model = preset.build(AutoModel.from_pretrained(tiny_encoder), make_tasks("stsb", "copa"), host=host)
+    model.save_pretrained(tmp_path)
+    folders = {name: str(tmp_path / name) for name in ("stsb", "copa")}
+    made = get_preset("scalearn").build(AutoModel.from_pretrained(tiny_encoder), tasks, host=host, sources=folders)
+    hidden = made(task_ids="rte", input_ids=torch.tensor([[4, 5, 6]])).logits["rte"]
+    assert hidden.shape == (1, 2)
+    trained = {name for name, p in made.named_parameters() if p.requires_grad}
+    assert all(name.startswith("heads.rte") or "to_rte" in name for name in trained)
+    with pytest.raises(ConfigError, match="sources=None is not allowed for the preset 'scalearn', which combines"):
+        get_preset("scalearn").build(AutoModel.from_pretrained(tiny_encoder), tasks)
+    with pytest.raises(ConfigError, match="combines none: leave it out"):
+        get_preset("pals").build(AutoModel.from_pretrained(tiny_encoder), tasks, sources=["a"])
+    other = "peft" if host == "adapters" else "adapters"
+    with pytest.raises(ConfigError, match=f"the base has adapters of '{host}'"):
+        get_preset("scalearn").build(model.backbone, tasks, host=other, sources=["stsb"])
 
 
 @pytest.mark.parametrize("host", WITH_HOST)
