@@ -69,7 +69,8 @@ class Preset:
             base: A model of `transformers`; it is changed. For a recipe that combines sources it may have them.
             tasks: The tasks.
             host: `"adapters"` or `"peft"`; by default the first that is installed. For recipes with adapters.
-            sources: What a recipe combines: names of adapters on the base, or folders of saved ones by name.
+            sources: What a recipe combines: folders of saved adapters by name or, in `adapters`, names of adapters
+                that are on the base.
             **changes: Arguments of the adapter's config that shall differ.
 
         Raises:
@@ -137,6 +138,11 @@ class Preset:
         config = _config_maker(name)
         routes: dict[str, Any] = {}
         if host == "peft":
+            if not isinstance(sources, Mapping) or there != "none":
+                raise ConfigError(
+                    f"sources={sources!r} on a {type(base).__name__} is not allowed: PEFT has one kind of adapter on a "
+                    "model, so pass a plain base and the folders of the sources, {name: folder}."
+                )
             for task in tasks:
                 given = {**options, **changes, "adapters": sources, "task_type": "FEATURE_EXTRACTION"}
                 base = add_adapter(base, f"to_{task}", config(**given))

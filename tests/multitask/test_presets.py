@@ -12,10 +12,8 @@ from backbones import HOSTS
 from tiny_tasks import make_tasks
 from transformers import AutoModel, AutoTokenizer
 
-from pal_adapters import HoulsbyPeftConfig
 from pal_adapters.errors import ConfigError
 from pal_adapters.multitask import PRESETS, MultiTaskTrainer, Preset, RecipeWarning, get_preset
-from pal_adapters.multitask.defaults import add_adapter
 from pal_adapters.multitask.optim import UncorrectedAdamW, pals_schedule
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -30,22 +28,23 @@ CASES = [
 ]
 
 
-def base_for(preset: Preset, folder: str, host: str | None) -> tuple[Any, dict[str, Any]]:
-    """A base for a recipe, and what it combines, if it does."""
+def base_for(preset: Preset, folder: str, host: str | None, output: Path) -> tuple[Any, dict[str, Any]]:
+    """A base for a recipe, and what it combines, if it does: in `adapters` on the base, in PEFT saved."""
     base = AutoModel.from_pretrained(folder)
     if preset.adapters != "combination":
         return base, {}
-    config: Any = HoulsbyPeftConfig(hidden_size=3, task_type="FEATURE_EXTRACTION")
-    for name in ("one", "two"):
-        base = add_adapter(base, name, "seq_bn" if host == "adapters" else config)
-    return base, {"sources": ["one", "two"]}
+    model = get_preset("scalearn_sources").build(base, make_tasks("ner", "copa"), host=host)
+    if host == "adapters":
+        return base, {"sources": ["ner", "copa"]}
+    model.save_pretrained(output)
+    return AutoModel.from_pretrained(folder), {"sources": {name: str(output / name) for name in ("ner", "copa")}}
 
 
 @pytest.mark.parametrize(("name", "host"), CASES)
 def test_every_recipe_trains(tiny_encoder: str, tmp_path: Path, name: str, host: str | None) -> None:
     preset = get_preset(name)
     tasks = make_tasks("rte", "stsb")
-    base_model, sources = base_for(preset, tiny_encoder, host)
+    base_model, sources = base_for(preset, tiny_encoder, host, tmp_path)
     model = preset.build(base_model, tasks, host=host, **sources, **CHANGES.get(name, {}))
     with warnings.catch_warnings():
         warnings.simplefilter("error", RecipeWarning)
@@ -73,23 +72,31 @@ def test_every_recipe_trains(tiny_encoder: str, tmp_path: Path, name: str, host:
 
 @pytest.mark.parametrize("host", WITH_HOST)
 def test_a_combination_of_saved_sources(tiny_encoder: str, tmp_path: Path, host: str) -> None:
-    tasks = make_tasks("rte")
-    preset = get_preset("scalearn_sources")
-    model = preset.build(AutoModel.from_pretrained(tiny_encoder), make_tasks("stsb", "copa"), host=host)
+    model = get_preset("scalearn_sources").build(
+        AutoModel.from_pretrained(tiny_encoder), make_tasks("stsb", "copa"), host=host
+    )
     model.save_pretrained(tmp_path)
     folders = {name: str(tmp_path / name) for name in ("stsb", "copa")}
-    made = get_preset("scalearn").build(AutoModel.from_pretrained(tiny_encoder), tasks, host=host, sources=folders)
-    hidden = made(task_ids="rte", input_ids=torch.tensor([[4, 5, 6]])).logits["rte"]
-    assert hidden.shape == (1, 2)
+    tasks = make_tasks("rte")
+    preset = get_preset("scalearn")
+    made = preset.build(AutoModel.from_pretrained(tiny_encoder), tasks, host=host, sources=folders)
+    assert made(task_ids="rte", input_ids=torch.tensor([[4, 5, 6]])).logits["rte"].shape == (1, 2)
     trained = {name for name, p in made.named_parameters() if p.requires_grad}
     assert all(name.startswith("heads.rte") or "to_rte" in name for name in trained)
-    with pytest.raises(ConfigError, match="sources=None is not allowed for the preset 'scalearn', which combines"):
-        get_preset("scalearn").build(AutoModel.from_pretrained(tiny_encoder), tasks)
-    with pytest.raises(ConfigError, match="combines none: leave it out"):
-        get_preset("pals").build(AutoModel.from_pretrained(tiny_encoder), tasks, sources=["a"])
     other = "peft" if host == "adapters" else "adapters"
     with pytest.raises(ConfigError, match=f"the base has adapters of '{host}'"):
-        get_preset("scalearn").build(model.backbone, tasks, host=other, sources=["stsb"])
+        preset.build(model.backbone, tasks, host=other, sources=folders)
+    if host == "peft":
+        with pytest.raises(ConfigError, match="PEFT has one kind of adapter on a model"):
+            preset.build(model.backbone, tasks, sources=["stsb"])
+
+
+def test_sources_belong_to_recipes_that_combine(tiny_encoder: str) -> None:
+    base, tasks = AutoModel.from_pretrained(tiny_encoder), make_tasks("rte")
+    with pytest.raises(ConfigError, match="sources=None is not allowed for the preset 'scalearn', which combines"):
+        get_preset("scalearn").build(base, tasks)
+    with pytest.raises(ConfigError, match="combines none: leave it out"):
+        get_preset("pals").build(base, tasks, sources=["a"])
 
 
 @pytest.mark.parametrize("host", WITH_HOST)
