@@ -176,6 +176,9 @@ class MultiTaskTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if self.is_fsdp_enabled:
+            # It would round all that is passed to the model and back, labels and counts among it. Autocast does not.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.model_accepts_loss_kwargs = True  # the loss is over the whole step
         self.label_names = ["labels"]
         self.add_callback(_Steps(self))
@@ -340,6 +343,14 @@ class MultiTaskTrainer(Trainer):
             sums = torch.stack([outputs.task_losses, outputs.task_counts])
             self._losses = sums if self._losses is None else self._losses + sums
         return (loss, outputs) if return_outputs else loss
+
+    def compute_loss_context_manager(self) -> Any:
+        """What a forward pass is run in: with FSDP too autocast."""
+        stack = super().compute_loss_context_manager()
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        if self.is_fsdp_enabled and half is not None:
+            stack.enter_context(torch.autocast(self.args.device.type, half))
+        return stack
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """The optimiser, with groups of their own for what learns at `attention_learning_rate`."""
