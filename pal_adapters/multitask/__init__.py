@@ -4,6 +4,7 @@ Needs the packages of the extra `train`.
 """
 
 from .arguments import MultiTaskTrainingArguments
+from .checkpoints import last_checkpoint
 from .collate import MultiTaskCollator
 from .data import load_task, train_dev_split
 from .encoding import ConcatTasks, EncodedTask
@@ -22,13 +23,13 @@ from .sampling import (
     get_strategy,
     task_probabilities,
 )
-from .selectors import UncertaintySelector
+from .selectors import BatchSelector, Candidates, UncertaintySelector
 from .storage import StorageError
 from .task import Task
 from .task_heads import Route, TaskHeads, TaskHeadsOutput
 from .tasks import TASKS, TaskDataError, TaskSpec, find_tasks, get_task, task_names
 from .toy import TOY_TASKS, load_toy_task
-from .trainer import BatchSelector, Candidates, MultiTaskTrainer, last_checkpoint
+from .trainer import MultiTaskTrainer
 from .training import (
     BatchMaker,
     DivergedError,

@@ -1,16 +1,46 @@
-"""The batch selector of CA-MTL for `MultiTaskTrainer`."""
+"""Which rows of a batch `MultiTaskTrainer` trains on: what a selector is, and the one of CA-MTL."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from pal_adapters.errors import require_one_of
 
-from .trainer import Candidates
+from .collate import Batch
 from .uncertainty import select_uncertain
+
+
+@dataclass
+class Candidates:
+    """Rows that a `BatchSelector` may choose from.
+
+    Args:
+        tasks: Names of all tasks.
+        task_ids: For each of the `b` rows the number of its task `[b]`.
+        logits: For each task in the batch the logits of its rows, in their order; see `HeadConfig`.
+        rows: For each task the numbers of its rows among the `b`.
+        num_select: How many to choose.
+        batch: The collated batch itself.
+    """
+
+    tasks: tuple[str, ...]
+    task_ids: list[int]
+    logits: dict[str, Tensor]
+    rows: dict[str, list[int]]
+    num_select: int
+    batch: Batch
+
+
+class BatchSelector(Protocol):
+    """Chooses the rows to train on, such as the least certain ones of CA-MTL."""
+
+    def select(self, candidates: Candidates) -> Sequence[int] | Tensor:
+        """Numbers of the rows to keep, each from 0 to `b - 1`."""
+        ...
 
 
 @dataclass
