@@ -4,6 +4,7 @@ Needs the packages of the extra `train`.
 """
 
 from .arguments import MultiTaskTrainingArguments
+from .checkpoints import last_checkpoint
 from .collate import MultiTaskCollator
 from .data import train_dev_split
 from .defaults import add_adapter, default_host, default_model
@@ -20,13 +21,13 @@ from .sampling import (
     get_strategy,
     task_probabilities,
 )
-from .selectors import UncertaintySelector
+from .selectors import BatchSelector, Candidates, UncertaintySelector
 from .storage import StorageError
 from .task import Task
 from .task_heads import Route, TaskHeads, TaskHeadsOutput
 from .tasks import TaskDataError
 from .toy import TOY_TASKS, load_toy_task
-from .trainer import BatchSelector, Candidates, DivergedError, MultiTaskTrainer, last_checkpoint
+from .trainer import DivergedError, MultiTaskTrainer
 
 __all__ = [
     "PRESETS",

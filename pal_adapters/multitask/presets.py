@@ -140,8 +140,8 @@ class Preset:
         if host == "peft":
             if not isinstance(sources, Mapping) or there != "none":
                 raise ConfigError(
-                    f"sources={sources!r} on a {type(base).__name__} is not allowed: PEFT has one kind of adapter on a "
-                    "model, so pass a plain base and the folders of the sources, {name: folder}."
+                    f"sources={sources!r} on a {type(base).__name__} is not allowed: PEFT has one kind of adapter on "
+                    "a model, so pass a plain base and the folders of the sources, {name: folder}."
                 )
             for task in tasks:
                 given = {**options, **changes, "adapters": sources, "task_type": "FEATURE_EXTRACTION"}

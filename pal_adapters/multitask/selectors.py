@@ -1,15 +1,46 @@
-"""The batch selector of CA-MTL for `MultiTaskTrainer`."""
+"""Which rows of a batch `MultiTaskTrainer` trains on: what a selector is, and the one of CA-MTL."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from pal_adapters.errors import require_one_of
 
-from .trainer import Candidates
+from .collate import Batch
 from .uncertainty import Regression, Score, select_uncertain
+
+
+@dataclass
+class Candidates:
+    """Rows that a `BatchSelector` may choose from.
+
+    Args:
+        tasks: Names of all tasks.
+        task_ids: For each of the `b` rows the number of its task `[b]`.
+        logits: For each task in the batch the logits of its rows, in their order; see `HeadConfig`.
+        rows: For each task the numbers of its rows among the `b`.
+        num_select: How many to choose.
+        batch: The collated batch itself.
+    """
+
+    tasks: tuple[str, ...]
+    task_ids: list[int]
+    logits: dict[str, Tensor]
+    rows: dict[str, list[int]]
+    num_select: int
+    batch: Batch
+
+
+class BatchSelector(Protocol):
+    """Chooses the rows to train on, such as the least certain ones of CA-MTL."""
+
+    def select(self, candidates: Candidates) -> Sequence[int] | Tensor:
+        """Numbers of the rows to keep, each from 0 to `b - 1`."""
+        ...
 
 
 @dataclass
@@ -21,13 +52,16 @@ class UncertaintySelector:
     Args:
         score: `"code"` or `"paper"`, which compare tasks differently.
         regression: What the rows of a regression, which has no entropy, are scored by: see `uncertainty.uncertainty`.
+        mode: `"train"` scores with dropout, as the released code does; `"eval"` without.
     """
 
     score: Score = "code"
     regression: Regression | None = None
+    mode: Literal["train", "eval"] = "train"
 
     def __post_init__(self) -> None:
         require_one_of("score", self.score, ("code", "paper"))
+        require_one_of("mode", self.mode, ("train", "eval"))
 
     def select(self, candidates: Candidates) -> list[int]:
         """Numbers of the rows to train on."""

@@ -86,9 +86,10 @@ def test_sharded_parameters(start: Any, tiny_encoder: str, tmp_path: Path) -> No
     sharded = {"per_device_train_batch_size": 3, "fsdp": layers}
     first = str(tmp_path / "1" / "checkpoint-2")
     adam = {**common, **sharded, "adam_bias_correction": False}
-    two = start(tmp_path, {**sgd, **sharded}, adam, {**adam, "resume": first}, processes=2)
+    half = {**sgd, "bf16": True, "max_steps": 2, "save_strategy": "no", "load_best_model_at_end": False}
+    two = start(tmp_path, {**sgd, **sharded}, adam, {**adam, "resume": first}, {**half, **sharded}, processes=2)
     assert two.returncode == 0, two.stderr[-3000:]
-    got, whole, resumed = (torch.load(tmp_path / str(number) / "result.pt") for number in range(3))
+    got, whole, resumed, rough = (torch.load(tmp_path / str(number) / "result.pt") for number in range(4))
     assert got["sharded"] == ["DTensor"]
 
     expected = run(tiny_encoder, tmp_path / "one", {**sgd, "per_device_train_batch_size": 6})
@@ -108,3 +109,8 @@ def test_sharded_parameters(start: Any, tiny_encoder: str, tmp_path: Path) -> No
     left, right = (TaskHeads.from_pretrained(tmp_path / number / "checkpoint-4") for number in "12")
     for (name, value), other in zip(left.named_parameters(), right.parameters(), strict=True):
         assert torch.equal(value, other), name
+
+    expected = run(tiny_encoder, tmp_path / "half", {**half, "per_device_train_batch_size": 6})
+    assert expected["losses"] != got["losses"][:2]
+    for one, other in zip(rough["losses"], expected["losses"], strict=True):
+        assert one == pytest.approx(other, abs=1e-3)  # losses rounded to bf16 are off by more

@@ -1,0 +1,93 @@
+"""Evaluation of many tasks: the scores of each, and their aggregate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Subset
+from transformers.trainer_utils import PredictionOutput
+
+from pal_adapters.errors import ConfigError
+
+from .encoding import EncodedTask
+from .loaders import Loaders
+
+
+class Evaluation(Loaders):
+    """A Trainer that scores each task by its own metrics."""
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Scores of all tasks, of the given rows, or of those that the trainer was made with.
+
+        Args:
+            eval_dataset: By task the rows to evaluate on, or the name of an evaluation set.
+            ignore_keys: Without a meaning here.
+            metric_key_prefix: What the names begin with.
+        """
+        sets = cast("Mapping[str, EncodedTask]", self.eval_dataset)
+        if isinstance(eval_dataset, str):
+            sets = {eval_dataset: sets[eval_dataset]}
+        elif eval_dataset is not None:
+            sets = self._evaluation_rows(eval_dataset, needed=True)
+        if not sets:
+            raise ConfigError("there is nothing to evaluate: no task has validation rows.")
+        metrics: dict[str, float] = {}
+        primary: dict[str, float] = {}
+        losses = []
+        for key, rows in sets.items():
+            output = self._run(rows, f"{metric_key_prefix}_{key}")
+            losses.append(output.metrics[f"{metric_key_prefix}_{key}_loss"])
+            found = rows.score(output.predictions, losses[-1])
+            metrics |= {name: v for name, v in output.metrics.items() if name.endswith("_loss")}
+            metrics |= {f"{metric_key_prefix}_{key}_{name}": value for name, value in found.items()}
+            primary.setdefault(rows.task.name, rows.primary(found))  # of several splits the first
+        aggregate: Any = getattr(np, self.args.eval_aggregate)
+        metrics[f"{metric_key_prefix}_average"] = float(aggregate(list(primary.values())))
+        metrics[f"{metric_key_prefix}_loss"] = float(np.mean(losses))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _run(self, rows: EncodedTask, prefix: str) -> Any:
+        only_loss = rows.task.kind == "language_modeling"
+        order = np.argsort(-rows.lengths(), kind="stable")  # rows of like length in a batch: less padding
+        output: Any = self.evaluation_loop(
+            self.get_eval_dataloader(Subset(rows, order.tolist())),
+            prefix,
+            prediction_loss_only=only_loss,
+            metric_key_prefix=prefix,
+        )
+        if only_loss:
+            return output
+        back = np.argsort(order)
+        return output._replace(predictions=output.predictions[back], label_ids=output.label_ids[back])
+
+    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+        """Logits and scores: a `PredictionOutput` for `EncodedTask` rows, a dict of them for rows by task."""
+        if isinstance(test_dataset, EncodedTask):
+            output = self._run(test_dataset, metric_key_prefix)
+            loss = output.metrics[f"{metric_key_prefix}_loss"]
+            found = {f"{metric_key_prefix}_{n}": v for n, v in test_dataset.score(output.predictions, loss).items()}
+            return PredictionOutput(output.predictions, output.label_ids, {**output.metrics, **found})
+        sets = self._evaluation_rows(test_dataset, needed=True)
+        return {key: self.predict(rows, metric_key_prefix=f"{metric_key_prefix}_{key}") for key, rows in sets.items()}
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """Loss, logits and labels of a batch of one task."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs)
+        loss = outputs.loss.detach()
+        if prediction_loss_only:
+            return loss, None, None
+        (logits,) = outputs.logits.values()
+        (labels,) = inputs["labels"].values()
+        return loss, logits.detach().float(), labels
