@@ -34,6 +34,10 @@ def base_for(preset: Preset, folder: str, host: str | None, output: Path) -> tup
     if preset.adapters != "combination":
         return base, {}
     model = get_preset("scalearn_sources").build(base, make_tasks("ner", "copa"), host=host)
+    with torch.no_grad():  # LoRA begins as nothing, and nothing has no coefficient to learn
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
     if host == "adapters":
         return base, {"sources": ["ner", "copa"]}
     model.save_pretrained(output)
