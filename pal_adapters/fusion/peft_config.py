@@ -110,13 +110,22 @@ class CombinationPeftConfig(PeftConfig):
         return self.adapters[name], (self.revisions or {}).get(name)
 
     def check_weights(self) -> None:
-        """Raise `ConfigError` for a damaged file of coefficients, before the host changes the model and reads it."""
-        file = os.path.join(self._origin[0], "adapter_model.safetensors") if self._origin is not None else ""
+        """Raise `ConfigError` for a damaged or missing file of coefficients, before the host changes the model."""
+        if self._origin is None:
+            return
+        folder = self._origin[0]
+        file = os.path.join(folder, "adapter_model.safetensors")
         if os.path.isfile(file):
             try:
                 safe_open(file, "pt").keys()
             except Exception as error:
                 raise ConfigError(f"{file} cannot be read: {error}. Restore it, or save the model again.") from error
+        elif (
+            self.inference_mode
+            and os.path.isdir(folder)
+            and not os.path.isfile(os.path.join(folder, "adapter_model.bin"))
+        ):
+            raise ConfigError(f"{file} is not there. Restore it, or save the model again.")
 
     def remember(self, sources: Mapping[str, Source]) -> None:
         """Take over what reading the sources has told."""

@@ -650,6 +650,19 @@ def test_a_damaged_target_changes_nothing(saved: Paths, damage: Any, tmp_path: p
     assert list(model.peft_config) == ["first"]
 
 
+def test_a_target_without_its_file_changes_nothing(saved: Paths, tmp_path: pathlib.Path) -> None:
+    model = one(saved, adapter="first").eval()
+    model.save_pretrained(str(tmp_path))
+    file = tmp_path / "first" / "adapter_model.safetensors"
+    file.unlink()
+    before, hooked = cases.state(model), cases.hooks(model)
+    with pytest.raises(pa.ConfigError, match=f"{file} is not there"):
+        model.load_adapter(str(file.parent), "second")
+    cases.assert_same_state(model, before)
+    assert cases.hooks(model) == hooked
+    assert list(model.peft_config) == ["first"]
+
+
 class QuantisedLinear(nn.Module):
     """Eight-bit weights in a row of bytes, as a quantised base has them."""
 
