@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.method != "full" or args.joint:
         model.save_pretrained(output / "adapters")
     if saves_base(args):
-        shutil.copytree(output / "adapters" / "base", output / "base", dirs_exist_ok=True)
+        shutil.copytree(output / "adapters" / "base.model", output / "base", dirs_exist_ok=True)
     results["seconds"] = round(time.perf_counter() - start, 2)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
