@@ -1,5 +1,6 @@
-"""Makes the tables of the pages on results from the folders that `examples/transfer.py` and `examples/glue.py` write.
+"""Makes the tables of the pages on results from the folders that the scripts in `examples` write.
 
+    python benchmarks/tables.py tasks --json docs/results/ca_mtl.json out/*/
     python benchmarks/tables.py transfer --json docs/results/transfer.json out/*/
     python benchmarks/tables.py glue --json docs/results/many_tasks.json out/*/
 
@@ -114,7 +115,47 @@ def glue_tables(runs: list[Run]) -> str:
     return markdown(head, map(row, runs))
 
 
+def tasks_run(run: Run) -> Run:
+    kept = ("metrics", "baseline", "primary_metric", "rows", "rows_drawn", "steps")
+    tasks = {name: {key: task[key] for key in kept if key in task} for name, task in run["tasks"].items()}
+    found = {"config": settings(run), "versions": run["versions"], "parameters": run["parameters"], "tasks": tasks}
+    return found | ({"sampling": run["sampling"]} if "sampling" in run else {})
+
+
+def tasks_tables(runs: list[Run]) -> str:
+    """A row a run, a column a task; and the rows that networks were trained on."""
+    names = list(runs[0]["tasks"])
+
+    def score(run: Run, name: str, part: str) -> float:
+        task = run["tasks"][name]
+        return next(iter(task[part].values()))[task["primary_metric"]]
+
+    def row(label: str, run: Run, part: str) -> list[str]:
+        scores = [score(run, name, part) for name in names]
+        return [label, *(f"{100 * value:.1f}" for value in scores), f"{100 * statistics.fmean(scores):.1f}"]
+
+    def label(run: Run) -> str:
+        config = run["config"]
+        return " ".join(filter(None, (config["method"], "joint" * config["joint"], config["sampling"])))
+
+    head = ["", *(f"{name}, {runs[0]['tasks'][name]['primary_metric']}" for name in names), "mean"]
+    table = markdown(head, [row("no input", runs[0], "baseline"), *(row(label(run), run, "metrics") for run in runs)])
+    drawn = [run for run in runs if "sampling" in run]
+    rows = [
+        [
+            label(run),
+            *(str(run["tasks"][name]["rows_drawn"]) for name in names),
+            str(run["sampling"]["rows_trained"]),
+            str(run["sampling"]["candidates_forward"]),
+        ]
+        for run in drawn
+    ]
+    own = ["rows there are", *(str(runs[0]["tasks"][name]["rows"]["train"]) for name in names), "", ""]
+    return f"{table}\n\n{markdown(['rows trained on', *names, 'all', 'candidates'], [own, *rows])}"
+
+
 KINDS: dict[str, tuple[Callable[[Run], Run], Callable[[list[Run]], str]]] = {
+    "tasks": (tasks_run, tasks_tables),
     "transfer": (transfer_run, transfer_tables),
     "glue": (glue_run, glue_tables),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import runpy
 from pathlib import Path
 
@@ -13,9 +12,9 @@ FOLDER = Path(__file__).resolve().parents[2] / "examples" / "notebooks"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("adapters") is None, reason="the notebooks use adapters")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_script_runs(script: Path, tiny_encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("adapters")
     monkeypatch.setenv("MODEL", tiny_encoder)
     monkeypatch.setenv("STEPS", "15")
     monkeypatch.setattr("tempfile.mkdtemp", lambda *_, **__: str(tmp_path))
