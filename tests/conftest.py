@@ -22,3 +22,9 @@ collect_ignore = [f"hosts/{host}" for host in ("adapters", "peft") if importlib.
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 4 keeps the precision of the last arguments in the environment, for all that follow."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")

@@ -7,9 +7,3 @@ from tiny_encoder import save_tiny_encoder
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny_encoder(tmp_path_factory.mktemp("tiny_encoder"))
-
-
-@pytest.fixture(autouse=True)
-def own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers 4 keeps the precision of the last arguments in the environment, for all that follow."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
