@@ -55,6 +55,14 @@ def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
+def without_repeats(runs: list[Run]) -> None:
+    """Keeps what is known of a source once, as runs share them."""
+    known: Run = {}
+    for run in runs:
+        run["sources"] = {name: found for name, found in run.get("sources", {}).items() if known.get(name) != found}
+        known |= run["sources"]
+
+
 def transfer_tables(runs: list[Run]) -> str:
     """A row a method, a column a target; and the sources."""
     targets = list(dict.fromkeys(run["config"]["target"] for run in runs))
@@ -169,6 +177,8 @@ def main() -> None:
     options = parser.parse_args()
     reduce, tables = KINDS[options.kind]
     runs = [reduce(read(folder)) for folder in options.folders]
+    if options.kind == "transfer":
+        without_repeats(runs)
     if options.json is not None:
         options.json.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
     print(tables(runs))
