@@ -13,7 +13,7 @@ from backbones import HOSTS, backbone
 from tiny_tasks import NAMES, losses, make_task, make_tasks, make_trainer, without_dropout
 from transformers import AutoModel, AutoTokenizer, EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
-from pal_adapters.errors import UnsupportedError
+from pal_adapters.errors import ConfigError, UnsupportedError
 from pal_adapters.multitask import (
     Candidates,
     ConcatTasks,
@@ -21,6 +21,7 @@ from pal_adapters.multitask import (
     MultiTaskBatchSampler,
     MultiTaskCollator,
     TaskHeads,
+    UncertaintySelector,
 )
 from pal_adapters.multitask import scores as scoring
 
@@ -167,6 +168,24 @@ def test_selector_chooses_the_rows_to_train_on(tiny_encoder: str, tmp_path: Path
         assert candidates.logits["copa"].shape == (2, 2)
         assert not candidates.logits["rte"].requires_grad
     assert all({"step", "loss", "loss_rte"} == set(entry) for entry in losses(made))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_candidates_are_scored_with_dropout_or_without(tiny_encoder: str, tmp_path: Path, mode: Any) -> None:
+    made = make_trainer(
+        tiny_encoder,
+        tmp_path,
+        sampling="uncertainty",
+        batch_selector=UncertaintySelector(mode=mode),
+        per_device_train_batch_size=2,
+        max_steps=2,
+    )
+    seen: list[tuple[bool, bool]] = []
+    made.model.register_forward_pre_hook(lambda model, _: seen.append((torch.is_grad_enabled(), model.training)))
+    made.train()
+    assert seen == [(False, mode == "train"), (True, True)] * 2
+    with pytest.raises(ConfigError, match="mode='test' is not allowed"):
+        UncertaintySelector(mode="test")  # type: ignore[arg-type]
 
 
 def test_rows_taken_out_of_a_batch(tiny_encoder: str) -> None:
