@@ -52,6 +52,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 
 import adapters
@@ -120,7 +121,7 @@ def register_fusion(
         owner = ADAPTERFUSION_CONFIG_MAP.get(name)
         if owner is not None and type(owner) is not config_class:
             raise ConfigError(f"the adapters host has a fusion named {name!r} already ({type(owner).__name__}).")
-        ADAPTERFUSION_CONFIG_MAP[name] = preset
+        ADAPTERFUSION_CONFIG_MAP[name] = copy(preset)  # two names of one are not one object
     adapters_fusion.FUSIONS[str(next(iter(presets.values())).architecture)] = config_class
 
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import FrozenInstanceError, dataclass, field
 from typing import Any, ClassVar
 
-from adapters.configuration import AdapterConfig, ConfigUnion
+from adapters.configuration import (
+    AdapterConfig,
+    BnConfig,
+    ConfigUnion,
+    LoRAConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+)
 
 from ..errors import ConfigError, require_bool, require_int, require_one_of
 from .methods import Method
@@ -14,6 +21,10 @@ from .sites import parse_sites
 
 # The config class of each method by its architecture; `adapters.register` fills it.
 CONFIGS: dict[str, type[TaskAdapterConfig]] = {}
+
+
+_HOSTS = (BnConfig, LoRAConfig, PrefixTuningConfig, PromptTuningConfig)
+_OTHERS = {name for config in _HOSTS for name in config.__dataclass_fields__}
 
 
 @dataclass(eq=False)
@@ -59,6 +70,12 @@ class TaskAdapterConfig(AdapterConfig):
             if not isinstance(self.sites, Mapping):
                 raise ConfigError(f"sites={self.sites!r} is not allowed: use a dict of module names, with 'block'.")
             parse_sites(self.sites)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The host lets a config take attributes of any name, so that another method's argument would be ignored.
+        if name in _OTHERS and name not in self.__dataclass_fields__:
+            raise FrozenInstanceError(f"{name} is not an argument of {type(self).__name__}.")
+        super().__setattr__(name, value)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> TaskAdapterConfig:
