@@ -118,7 +118,7 @@ class CombinationPeftConfig(PeftConfig):
         if os.path.isfile(file):
             try:
                 safe_open(file, "pt").keys()
-            except Exception as error:
+            except Exception as error:  # safetensors has errors of its own, beside those of the file system
                 raise ConfigError(f"{file} cannot be read: {error}. Restore it, or save the model again.") from error
         elif (
             self.inference_mode

@@ -89,7 +89,7 @@ def read_source(model: nn.Module, name: str, path: str | None, revision: str | N
         where, subfolder = locate(path)
         try:
             config, tensors, commit = read_adapter(model, where, subfolder=subfolder, revision=revision)
-        except Exception as error:
+        except Exception as error:  # the hub, the file system and safetensors raise errors without a common base
             raise ConfigError(
                 f"source {name!r} could not be read from {path!r}: {type(error).__name__}: {error}. It has to be a "
                 "folder or a hub repository with adapter_config.json and adapter_model.safetensors."

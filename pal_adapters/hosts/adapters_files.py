@@ -68,7 +68,7 @@ def adapter_load(original: Any) -> Any:
         before = set(known.adapters)
         try:
             return original(self, adapter_name_or_path, *args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # whatever it was, the model goes back to what it was
             for added in set(known.adapters) - before:
                 self.model.delete_adapter(added)
             known.active_setup = setup

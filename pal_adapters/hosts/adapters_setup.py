@@ -34,7 +34,7 @@ def load_adapter_setup_weights(original: Any) -> Any:
         before = {key: value.clone() for key, value in self.state_dict().items() if any(p in key for p in parts)}
         try:
             return original(self, folder, adapter_setup, *args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # whatever it was, the model goes back to what it was
             unread = next((name for name in adapter_setup.flatten() if name not in known.adapters), None)
             for name in set(known.fusions) - fusions:
                 self.delete_adapter_fusion(name)
