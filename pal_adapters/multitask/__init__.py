@@ -12,6 +12,7 @@ from .encoding import ConcatTasks, EncodedTask
 from .heads import HeadConfig
 from .metrics import TaskMetric
 from .presets import PRESETS, Preset, RecipeWarning, get_preset
+from .routing import Route
 from .sampling import (
     STRATEGIES,
     MultiTaskBatchSampler,
@@ -24,7 +25,7 @@ from .sampling import (
 from .selectors import BatchSelector, Candidates, UncertaintySelector
 from .storage import StorageError
 from .task import Task
-from .task_heads import Route, TaskHeads, TaskHeadsOutput
+from .task_heads import TaskHeads, TaskHeadsOutput
 from .tasks import TaskDataError
 from .toy import TOY_TASKS, load_toy_task
 from .trainer import DivergedError, MultiTaskTrainer

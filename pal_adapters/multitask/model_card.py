@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .routing import adapter_config
+from .routing import adapter_config, adapters_in
 from .scores import metric_name
-from .task_heads import _adapters_in
 
 if TYPE_CHECKING:
     from .trainer import MultiTaskTrainer
@@ -40,7 +39,7 @@ def write_model_card(trainer: MultiTaskTrainer, given: dict[str, Any]) -> None:
     for name, task in trainer.tasks.items():
         route = model.routes[name]
         rows.append(f"| {name} | {task.kind} | {sizes[name]:,} | {route.adapter or 'none'} | {route.weight:g} |")
-    adapters = sorted({name for route in model.routes.values() for name in _adapters_in(route.adapter)})
+    adapters = sorted({name for route in model.routes.values() for name in adapters_in(route.adapter)})
     methods = sorted({type(adapter_config(model.backbone, name)).__name__ for name in adapters})
     scored = next((entry for entry in reversed(trainer.state.log_history) if "eval_average" in entry), {})
     evaluated: Any = trainer.eval_dataset or {}

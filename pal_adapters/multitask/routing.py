@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +43,21 @@ def adapter_config(backbone: Any, name: str) -> Any:
     return backbone.peft_config[name] if host_of(backbone) == "peft" else backbone.adapters_config.get(name)
 
 
+@dataclass
+class Route:
+    """Where a task goes.
+
+    Args:
+        head: Name of its head.
+        adapter: Its adapter: a name, a `Stack` or a `Fuse` of `adapters`, or `None` for the base alone.
+        weight: Weight of its loss.
+    """
+
+    head: str
+    adapter: Any = None
+    weight: float = 1.0
+
+
 class Router:
     """Runs a base model with the adapter of each row.
 
@@ -66,8 +82,7 @@ class Router:
         if not fuse or not all(isinstance(child, str) for child in adapter.children):
             _require_stacks(adapter)
         known = adapter_names(backbone)
-        used = [adapter] if isinstance(adapter, str) else _flat(adapter)
-        for name in used:
+        for name in adapters_in(adapter):
             if name not in known:
                 there = ", ".join(map(repr, known)) or "none"
                 raise UnknownAdapterError(f"adapter={name!r} is not on the model, which has: {there}.")
@@ -212,5 +227,8 @@ def _require_stacks(adapter: Any) -> None:
         _require_stacks(child)
 
 
-def _flat(adapter: Any) -> list[str]:
-    return [] if adapter is None else list(adapter.flatten())
+def adapters_in(adapter: Any) -> list[str]:
+    """Names of the adapters that the adapter of a task is made of."""
+    if adapter is None:
+        return []
+    return [adapter] if isinstance(adapter, str) else list(adapter.flatten())

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,12 +13,9 @@ from transformers.utils.generic import ModelOutput
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError, require_one_of
 
 from . import storage
-from .distributed import is_part, rest
 from .heads import Head, HeadConfig, Loss, pool
-from .routing import Router, adapter_config, adapter_names, host_of, is_fuse, route_key
-
-DESCRIPTION_FILE = "task_heads.json"
-HEADS_FILE = "heads.safetensors"
+from .routing import Route, Router, adapter_config, adapter_names, adapters_in, host_of, is_fuse, route_key
+from .saved_heads import SavedHeads
 
 
 @dataclass
@@ -40,22 +35,7 @@ class TaskHeadsOutput(ModelOutput):
     task_counts: Tensor | None = None
 
 
-@dataclass
-class Route:
-    """Where a task goes.
-
-    Args:
-        head: Name of its head.
-        adapter: Its adapter: a name, a `Stack` or a `Fuse` of `adapters`, or `None` for the base alone.
-        weight: Weight of its loss.
-    """
-
-    head: str
-    adapter: Any = None
-    weight: float = 1.0
-
-
-class TaskHeads(nn.Module):
+class TaskHeads(SavedHeads):
     r"""A base model that many tasks share, with a head for each, and the adapters that it has.
 
     The loss of a batch is the weighted mean of the mean losses of the tasks in it,
@@ -101,16 +81,6 @@ class TaskHeads(nn.Module):
         self._router = Router()
         self._base_trained = False
         self._base: tuple[Tensor, dict[str, Tensor]] | None = None
-
-    @property
-    def config(self) -> Any:
-        """The configuration of the base model."""
-        return self.backbone.config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the base lies."""
-        return next(self.backbone.parameters()).device
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -181,9 +151,6 @@ class TaskHeads(nn.Module):
         head = self.heads[self._route(task).head]
         assert isinstance(head, Head)
         return head
-
-    def _heads(self) -> Iterator[tuple[str, Head]]:
-        return ((name, head) for name, head in self.heads.items() if isinstance(head, Head))
 
     def _route(self, task: str) -> Route:
         if task not in self.routes:
@@ -310,7 +277,7 @@ class TaskHeads(nn.Module):
         tasks = self.tasks if tasks is None else tuple(tasks)
         routes = [self._route(task) for task in tasks]
         fusions = {route.adapter.name: route.adapter for route in routes if is_fuse(route.adapter)}
-        names = {name for route in routes if not is_fuse(route.adapter) for name in _adapters_in(route.adapter)}
+        names = {name for route in routes if not is_fuse(route.adapter) for name in adapters_in(route.adapter)}
         configs = {name: adapter_config(self.backbone, name) for name in sorted(names)}
         # A network that serves several tasks (CA-MTL) trains copies of its own and leaves the base as it is.
         joint = [n for n, c in configs.items() if getattr(c, "train_base", False) and not getattr(c, "tasks", None)]
@@ -378,102 +345,6 @@ class TaskHeads(nn.Module):
         """Turns it off again."""
         self.backbone.gradient_checkpointing_disable()
 
-    def save_pretrained(self, directory: str | Path, *, checkpoint: bool = False, **_: Any) -> None:
-        """Writes adapters, heads and, if it was trained, the base to a folder that `from_pretrained` reads.
-
-        Adapters and fusions are in the format of their host, in the folder's own layout, `directory/<adapter>`, so the
-        host can load them alone. The base is an ordinary checkpoint in `directory/base.model`.
-
-        Args:
-            directory: The folder; it is made.
-            checkpoint: Whether `restore` shall be able to read it, too, which puts the adapters in it once more.
-            **_: Arguments of other `save_pretrained` methods, without a meaning here.
-        """
-        directory = Path(directory)
-        if any(is_part(parameter) for parameter in self.parameters()):
-            raise storage.StorageError(
-                "each process has only parts of the parameters (FSDP): call the trainer's save_model in all of them."
-            )
-        directory.mkdir(parents=True, exist_ok=True)
-        base = self._base_tensors()
-        trained = self._base_trained or any(tensor.requires_grad for tensor in base.values())
-        description = {
-            "format": 1,
-            "balance": self.balance,
-            "heads": {name: asdict(head.config) for name, head in self._heads()},
-            "tasks": {
-                task: {"head": route.head, "adapter": _write_adapter(route.adapter), "weight": route.weight}
-                for task, route in self.routes.items()
-            },
-            "base_trained": trained,
-            **storage.describe(self.backbone),
-        }
-        storage.save_adapters(self.backbone, directory)
-        storage.write(self.heads.state_dict(), directory / HEADS_FILE)
-        if trained:
-            (directory / storage.BASE_FOLDER).mkdir(exist_ok=True)
-            storage.write(base, directory / storage.BASE_FOLDER / "model.safetensors")
-            self.config.save_pretrained(directory / storage.BASE_FOLDER)
-        if checkpoint:
-            storage.write(storage.added_parameters(self.backbone, base.values()), directory / storage.ADDED_FILE)
-        storage.write_json(description, directory / DESCRIPTION_FILE)  # last: a folder that has it is whole
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path, backbone: nn.Module | None = None) -> TaskHeads:
-        """Reads what `save_pretrained` wrote, in evaluation mode. Losses of one's own have to be set again.
-
-        Args:
-            directory: The folder.
-            backbone: The base model, if it is not to be found under the name that it was loaded from. Adapters that it
-                has already are not loaded.
-
-        Raises:
-            StorageError: If the folder is not whole, or does not fit the model.
-        """
-        directory = Path(directory)
-        description = _read_description(directory)
-        if backbone is None:
-            backbone = storage.load_backbone(description, directory)
-        else:
-            backbone = storage.add_adapters(backbone, description, directory)
-        model = cls(backbone, balance=description["balance"])
-        for name, config in description["heads"].items():
-            model.heads[name] = Head(HeadConfig(**config), model.width).to(model.device)
-        for task, route in description["tasks"].items():
-            model.routes[task] = Route(route["head"], _read_adapter(route["adapter"]), route["weight"])
-        model._base_trained = description["base_trained"]
-        storage.copy_into(*model._files(directory)[: 2 if model._base_trained else 1])
-        return model.eval()
-
-    def restore(self, directory: str | Path) -> None:
-        """Goes back to the weights of a folder written with `checkpoint=True`; all tensors stay the same objects."""
-        directory = Path(directory)
-        description = _read_description(directory)
-        rest(self)
-        heads, base, added = self._files(directory)
-        storage.copy_into(heads, added, *([base] if description["base_trained"] else []))
-        self._base_trained |= description["base_trained"]
-
-    def _files(self, directory: Path) -> list[tuple[dict[str, Any], Path]]:
-        """Tensors, and the file that they are in: of the heads, of the base, of what was added to it."""
-        base = self._base_tensors()
-        return [
-            (dict(self.heads.named_parameters()), directory / HEADS_FILE),
-            (base, storage.base_folder(directory) / "model.safetensors"),
-            (storage.added_parameters(self.backbone, base.values()), directory / storage.ADDED_FILE),
-        ]
-
-    def _base_tensors(self) -> dict[str, Tensor]:
-        # An adapter that is added wraps modules, but keeps the tensors of the base. FSDP replaces them.
-        first = next(self.backbone.parameters())
-        if self._base is None or self._base[0] is not first:
-            self._base = first, storage.base_tensors(self.backbone)
-        return self._base[1]
-
-    def _apply(self, function: Any, recurse: bool = True) -> TaskHeads:
-        self._base = None  # moving a model may replace its tensors
-        return super()._apply(function, recurse)
-
 
 def hidden_device(logits: Mapping[str, Tensor]) -> torch.device:
     """Where the logits lie."""
@@ -482,35 +353,3 @@ def hidden_device(logits: Mapping[str, Tensor]) -> torch.device:
 
 def _embeddings(backbone: Any) -> Tensor:
     return backbone.get_input_embeddings().weight
-
-
-def _adapters_in(adapter: Any) -> list[str]:
-    if adapter is None:
-        return []
-    return [adapter] if isinstance(adapter, str) else list(adapter.flatten())
-
-
-def _write_adapter(adapter: Any) -> Any:
-    if adapter is None or isinstance(adapter, str):
-        return adapter
-    stored: dict[str, Any] = {type(adapter).__name__: [_write_adapter(child) for child in adapter.children]}
-    return stored | ({"name": adapter.name} if is_fuse(adapter) else {})
-
-
-def _read_adapter(stored: Any) -> Any:
-    if not isinstance(stored, dict):
-        return stored
-    import adapters.composition
-
-    named = {key: value for key, value in stored.items() if key == "name"}
-    ((name, children),) = ((key, value) for key, value in stored.items() if key != "name")
-    return getattr(adapters.composition, name)(*[_read_adapter(child) for child in children], **named)
-
-
-def _read_description(directory: Path) -> dict[str, Any]:
-    path = directory / DESCRIPTION_FILE
-    if not path.is_file():
-        raise storage.StorageError(
-            f"{path} is not there: {directory} was not written by TaskHeads, or not to the end."
-        )
-    return json.loads(path.read_text(encoding="utf-8"))
