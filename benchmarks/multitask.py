@@ -1,11 +1,13 @@
 """What training many tasks at once costs beside the model's own work.
 
-    python benchmarks/multitask.py --json OUT [--steps N] [--rounds N] [--model ID_OR_PATH]
+    python benchmarks/multitask.py --json OUT [--length N] [--steps N] [--rounds N] [--model ID_OR_PATH]
 
 * `outside`: the share of a step of `MultiTaskTrainer` that is not forward, backward and optimiser: drawing, padding,
   counting, logging. Eight tasks, a PAL and a head each, mixed batches of 32 rows, the MiniLM encoder.
 * `mixed`: a training step on a mixed batch of 8 tasks with heads over one on the same rows of a single task; the
   median of the ratios within each round.
+
+Texts are repeated and cut, so that every row has `--length` tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import platform
 import statistics
 import tempfile
@@ -40,14 +43,25 @@ from pal_adapters.multitask import (
 TOYS = ("entailment", "similarity", "acceptability", "sentiment")
 
 
-def make_tasks(count: int) -> list[Task]:
+def make_tasks(count: int, length: int) -> list[Task]:
     tasks = []
     for number in range(count):
         spec, splits = load_toy_task(TOYS[number % len(TOYS)], train_size=400, test_size=8, seed=number)
         given = Task.from_spec(spec, splits)
         given.name = f"t{number}"
+        given.dataset = {split: lengthened(rows, given.text_columns, length) for split, rows in splits.items()}
         tasks.append(given)
     return tasks
+
+
+def lengthened(rows: datasets.Dataset, columns: tuple[str, ...], length: int) -> datasets.Dataset:
+    """The rows with each text repeated until they have at least `length` words, and so as many tokens, together."""
+
+    def longer(row: dict[str, Any]) -> dict[str, str]:
+        words = {column: row[column].split() for column in columns}
+        return {c: " ".join(w * math.ceil(length / len(columns) / len(w))) for c, w in words.items()}
+
+    return rows.map(longer, keep_in_memory=True)
 
 
 def make_model(folder: str, tasks: list[Task], host: str) -> TaskHeads:
@@ -101,13 +115,14 @@ class Watch(TrainerCallback):
             self.end = time.perf_counter()
 
 
-def outside(folder: str, host: str, steps: int) -> dict[str, float]:
-    tasks = make_tasks(8)
+def outside(folder: str, host: str, steps: int, length: int) -> dict[str, float]:
+    tasks = make_tasks(8, length)
     watch = Watch()
     with tempfile.TemporaryDirectory() as output:
         args = MultiTaskTrainingArguments(
-            output, max_steps=steps + 3, per_device_train_batch_size=32, mixed_batches=True, save_strategy="no",
-            report_to=[], logging_steps=10, disable_tqdm=True, dataloader_pin_memory=False, max_grad_norm=0.0,
+            output, max_steps=steps + 3, per_device_train_batch_size=32, max_length=length, mixed_batches=True,
+            save_strategy="no", report_to=[], logging_steps=10, disable_tqdm=True, dataloader_pin_memory=False,
+            max_grad_norm=0.0,
         )  # fmt: skip
         trainer = Timed(
             make_model(folder, tasks, host), args, tasks, processing_class=AutoTokenizer.from_pretrained(folder),
@@ -122,13 +137,13 @@ def outside(folder: str, host: str, steps: int) -> dict[str, float]:
     }
 
 
-def mixed(folder: str, host: str, rounds: int, rows: int = 32) -> dict[str, float]:
-    tasks = make_tasks(8)
+def mixed(folder: str, host: str, rounds: int, length: int, rows: int = 32) -> dict[str, float]:
+    tasks = make_tasks(8, length)
     model = make_model(folder, tasks, host).train()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     collate = MultiTaskCollator(tokenizer, {task.name: task.head_config() for task in tasks})
     texts = datasets.concatenate_datasets([tasks[0].dataset["train"].select(range(rows))])
-    encoded = [EncodedTask(task.with_data({}), relabel(texts, task), tokenizer, 128) for task in tasks]
+    encoded = [EncodedTask(task.with_data({}), relabel(texts, task), tokenizer, length) for task in tasks]
     batches = {
         "one": collate([encoded[0][row] for row in range(rows)]),
         "mixed": collate([encoded[row % 8][row] for row in range(rows)]),
@@ -163,23 +178,26 @@ def relabel(rows: datasets.Dataset, task: Task) -> datasets.Dataset:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="OUT", help="where to write the results")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--model", help="the base; by default the MiniLM encoder that comes with pip")
     options = parser.parse_args()
     torch.set_num_threads(2)
+    datasets.disable_progress_bars()
     # This host warns while a model has adapters and none is active yet.
     logging.getLogger("adapters").setLevel(logging.ERROR)
     folder = options.model or default_model()
     result: dict[str, Any] = {
         "versions": {p: version(p) for p in ("torch", "transformers", "adapters", "peft")},
+        "rows": {"in a batch": 32, "tokens of each": options.length},
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
     }
     for host in ("none", "adapters", "peft"):
-        result[f"outside, {host}"] = outside(folder, host, options.steps)
-        result[f"mixed, {host}"] = mixed(folder, host, options.rounds)
+        result[f"outside, {host}"] = outside(folder, host, options.steps, options.length)
+        result[f"mixed, {host}"] = mixed(folder, host, options.rounds, options.length)
     for name, row in result.items():
-        if name not in ("versions", "machine"):
+        if name.startswith(("outside", "mixed")):
             print(f"{name:20}", *(f"{key} {value}" for key, value in row.items()))
     if options.json:
         with open(options.json, "w") as file:

@@ -44,6 +44,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--sampling", help="how tasks are drawn (the recipe's)")
     options.add_argument("--learning_rate", type=float, help="peak learning rate (the recipe's)")
     options.add_argument("--attention_learning_rate", type=float, help="that of the attention in PALs (the same)")
+    options.add_argument(
+        "--adam_bias_correction",
+        action=argparse.BooleanOptionalAction,
+        help="whether AdamW corrects the bias of its moments (the recipe's)",
+    )
     options.add_argument("--hidden_size", type=positive_int, help="width of the adapters (the method's own)")
     options.add_argument("--batch_size", type=positive_int, help="rows of a batch (the recipe's)")
     options.add_argument("--max_length", type=positive_int, help="tokens after which a text is cut (the recipe's)")
@@ -77,6 +82,7 @@ def train_group(args: argparse.Namespace, tasks: list[Any], test: dict[str, Any]
     """One run: trains the tasks together, or goes on, and gives what the table needs."""
     import torch
     import transformers
+    from fitting import Data, predict, score, trivial
 
     from pal_adapters.multitask import EncodedTask, MultiTaskTrainer, get_preset, last_checkpoint
 
@@ -88,7 +94,7 @@ def train_group(args: argparse.Namespace, tasks: list[Any], test: dict[str, Any]
     transformers.set_seed(args.seed)
     sized = {} if args.hidden_size is None else {"hidden_size": args.hidden_size}
     model = preset.build(base, tasks, host=args.host, **sized)
-    names = ("sampling", "learning_rate", "attention_learning_rate", "max_length", "max_steps")
+    names = ("sampling", "learning_rate", "attention_learning_rate", "adam_bias_correction", "max_length", "max_steps")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     sampling = changes.get("sampling", preset.arguments["sampling"])
     # One network for all tasks is trained on batches that mix them; others on batches of rows of like length.
@@ -120,14 +126,20 @@ def train_group(args: argparse.Namespace, tasks: list[Any], test: dict[str, Any]
     )
     trainer = MultiTaskTrainer(model, arguments, tasks, processing_class=tokenizer, preset=preset)
     trainer.train(resume_from_checkpoint=last_checkpoint(output / "checkpoints"))
-    rows = {key: (task, split) for task in tasks for key, split in test[task.name].items()}
-    length = arguments.max_length
-    encoded = {key: EncodedTask(*pair, tokenizer, length, where=key) for key, pair in rows.items()}
-    scores = {key: one.score(trainer.predict(one).predictions) for key, one in encoded.items()}
+    scores, trivial_scores = {}, {}
+    for task in tasks:
+        parts = {**task.dataset, **test[task.name]}
+        encoded = {
+            key: EncodedTask(task, rows, tokenizer, arguments.max_length, where=key) for key, rows in parts.items()
+        }
+        data = Data(task, encoded.pop("train"), encoded.pop("validation"), encoded)
+        scores |= score(data, predict(trainer, data))
+        trivial_scores |= trivial(data)
     model.save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
     result = {
         "scores": scores,
+        "baseline": trivial_scores,
         "parameters": model.count_parameters(),
         "steps": trainer.state.global_step,
         "rows": drawn(trainer, tasks),
@@ -165,7 +177,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     groups = [[task] for task in tasks] if args.preset == SINGLE else [tasks]
     folders = [output / group[0].name if args.preset == SINGLE else output for group in groups]
     results = [train_group(args, group, test, folder) for group, folder in zip(groups, folders, strict=True)]
-    scores = {key: found for result in results for key, found in result["scores"].items()}
+    scores, baseline = (
+        {key: found for result in results for key, found in result[part].items()} for part in ("scores", "baseline")
+    )
     counts = results[0]["parameters"]
     trained = sum(result["parameters"]["trainable"] for result in results)
     primary = [next(iter(scores[task.name].values())) for task in tasks]
@@ -173,6 +187,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "config": config,
         "versions": versions(),
         "scores": scores,
+        "baseline": baseline,
         "average": sum(primary) / len(primary),
         "steps": sum(result["steps"] for result in results),
         "rows": results[0]["rows"]
@@ -203,12 +218,14 @@ def claim(output: Path, config: dict[str, Any]) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    rows = [("task", "metric", "score")]
+    rows = [("task", "metric", "score", "no input")]
     for name, metrics in results["scores"].items():
-        rows += [(name, metric, f"{value:.4f}") for metric, value in metrics.items()]
-    rows.append(("average", "first metrics", f"{results['average']:.4f}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = ["  ".join((row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2].rjust(widths[2]))) for row in rows]
+        trivial = results["baseline"][name]
+        rows += [(name, metric, f"{value:.4f}", f"{trivial[metric]:.4f}") for metric, value in metrics.items()]
+    rows.append(("average", "first metrics", f"{results['average']:.4f}", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    sides = (str.ljust, str.ljust, str.rjust, str.rjust)
+    lines = ["  ".join(side(*cell) for side, *cell in zip(sides, row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "-" * len(lines[0]))
     lines.insert(-1, "-" * len(lines[0]))
     return "\n".join(lines)

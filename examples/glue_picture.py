@@ -10,6 +10,14 @@ from typing import Any
 from command_line import InputError, first_line
 
 
+def label(config: dict[str, Any]) -> str:
+    """The recipe, and what differs from it by name."""
+    given = [config["sampling"]] if config["sampling"] else []
+    if config["adam_bias_correction"] is not None:
+        given.append("bias corrected" if config["adam_bias_correction"] else "bias not corrected")
+    return config["preset"] + (f" ({', '.join(given)})" if given else "")
+
+
 def picture(results: dict[str, Any], others: Sequence[str], path: Path) -> None:
     """Average score over trained parameters for each task, of this run and of others."""
     import matplotlib
@@ -25,11 +33,10 @@ def picture(results: dict[str, Any], others: Sequence[str], path: Path) -> None:
             raise InputError(f"--compare {folder}: no results.json that can be read ({first_line(error)})") from error
     points: dict[str, list[tuple[float, float]]] = {}
     for one in every:
-        label = one["config"]["preset"] + (f" ({one['config']['sampling']})" if one["config"]["sampling"] else "")
-        points.setdefault(label, []).append((one["parameters"]["trained_per_task"], one["average"]))
+        points.setdefault(label(one["config"]), []).append((one["parameters"]["trained_per_task"], one["average"]))
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for label, found in points.items():
-        axes.plot(*zip(*found, strict=True), "o", label=label)
+    for name, found in points.items():
+        axes.plot(*zip(*found, strict=True), "o", label=name)
     axes.set(xscale="log", xlabel="trained parameters per task", ylabel="average score")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

@@ -71,6 +71,11 @@ def test_whole_job(glue: ModuleType, data: Path, tiny_encoder: str, tmp_path: Pa
     primary = [next(iter(metrics.values())) for metrics in results["scores"].values()]
     assert results["average"] == pytest.approx(sum(primary) / 3)
     assert f"average first metrics {results['average']:.4f}" in " ".join(printed.split())
+    labels = [json.loads(line)["label"] for line in (data / "glue" / "rte" / "validation.jsonl").open()]
+    trivial = results["baseline"]["rte"]["accuracy"]
+    assert trivial in (sum(labels) / len(labels), 1 - sum(labels) / len(labels))
+    assert results["baseline"]["cola"]["matthews_correlation"] == results["baseline"]["stsb"]["pearson"] == 0
+    assert f"rte accuracy {results['scores']['rte']['accuracy']:.4f} {trivial:.4f}" in " ".join(printed.split())
     assert results["steps"] == (24 if choice[0] == "full_single" else 8)
     if choice[0] != "full_single":
         assert results["rows"]["trained"] == 32
@@ -132,6 +137,21 @@ def test_task_with_two_validation_splits(glue: ModuleType, data: Path, tiny_enco
     ]
     scores = [results["scores"][name]["accuracy"] for name in ("mnli", "rte")]
     assert results["average"] == pytest.approx(sum(scores) / 2)
+
+
+@pytest.mark.parametrize(("given", "corrects"), [((), False), (("--adam_bias_correction",), True)])
+def test_bias_correction_is_the_recipes_unless_given(
+    glue: ModuleType, data: Path, tiny_encoder: str, tmp_path: Path, monkeypatch: Any, given: Any, corrects: bool
+) -> None:
+    class Stop(Exception): ...
+
+    def trainer(model: Any, arguments: Any, *_: Any, **__: Any) -> None:
+        assert arguments.adam_bias_correction is corrects
+        raise Stop
+
+    monkeypatch.setattr("pal_adapters.multitask.MultiTaskTrainer", trainer)
+    with pytest.raises(Stop):
+        glue.main(options(data, tiny_encoder, tmp_path, "--preset", "full", *given))
 
 
 @pytest.mark.parametrize(
