@@ -49,6 +49,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="whether AdamW corrects the bias of its moments (the recipe's)",
     )
+    options.add_argument("--pooling", help="what heads read: mean, first, last or pooler (the recipe's)")
     options.add_argument("--hidden_size", type=positive_int, help="width of the adapters (the method's own)")
     options.add_argument("--batch_size", type=positive_int, help="rows of a batch (the recipe's)")
     options.add_argument("--max_length", type=positive_int, help="tokens after which a text is cut (the recipe's)")
@@ -93,7 +94,7 @@ def train_group(args: argparse.Namespace, tasks: list[Any], test: dict[str, Any]
     base, tokenizer = load_base(args.model)
     transformers.set_seed(args.seed)
     sized = {} if args.hidden_size is None else {"hidden_size": args.hidden_size}
-    model = preset.build(base, tasks, host=args.host, **sized)
+    model = preset.build(base, tasks, host=args.host, pooling=args.pooling, **sized)
     names = ("sampling", "learning_rate", "attention_learning_rate", "adam_bias_correction", "max_length", "max_steps")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     sampling = changes.get("sampling", preset.arguments["sampling"])

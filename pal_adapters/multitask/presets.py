@@ -14,7 +14,7 @@ from pal_adapters.errors import ConfigError, require_one_of
 
 from .arguments import MultiTaskTrainingArguments
 from .defaults import HOSTS, add_adapter, default_host
-from .heads import Pooling
+from .heads import POOLINGS, Pooling
 from .routing import adapter_config, host_of
 from .task import Task, check_tasks
 from .task_heads import TaskHeads
@@ -60,6 +60,7 @@ class Preset:
         tasks: Iterable[Task],
         *,
         host: str | None = None,
+        pooling: Pooling | None = None,
         sources: Sequence[str] | Mapping[str, str] | None = None,
         **changes: Any,
     ) -> TaskHeads:
@@ -69,6 +70,8 @@ class Preset:
             base: A model of `transformers`; it is changed. For a recipe that combines sources it may have them.
             tasks: The tasks.
             host: `"adapters"` or `"peft"`; by default the first that is installed. For recipes with adapters.
+            pooling: What heads of whole rows read, where it shall differ from the recipe's: see `HeadConfig`. A task
+                with a `pooling` or a head of its own keeps that.
             sources: What a recipe combines: folders of saved adapters by name or, in `adapters`, names of adapters
                 that are on the base.
             **changes: Arguments of the adapter's config that shall differ.
@@ -77,6 +80,8 @@ class Preset:
             ConfigError: For arguments that do not go together.
         """
         named = check_tasks(tasks)
+        if pooling is not None:
+            require_one_of("pooling", pooling, POOLINGS)
         combines = self.adapters == "combination"
         if host_of(base) != "none" and not combines:
             raise ConfigError(f"base has adapters already: pass a plain model to build the preset {self.name!r}.")
@@ -97,9 +102,10 @@ class Preset:
             require_one_of("host", host or default_host(), HOSTS)
             backbone = self._add_adapters(base, tuple(named), host or default_host(), changes)
         model = TaskHeads(backbone)
-        pooling = self.pooling
-        if pooling == "pooler" and getattr(base, "pooler", None) is None:
-            pooling = "first"
+        if pooling is None:
+            pooling = self.pooling
+            if pooling == "pooler" and getattr(base, "pooler", None) is None:
+                pooling = "first"
         for name, task in named.items():
             head = task.head_config()
             if task.pooling == "mean":  # the default, so the recipe decides

@@ -13,7 +13,7 @@ from tiny_tasks import make_tasks
 from transformers import AutoModel, AutoTokenizer
 
 from pal_adapters.errors import ConfigError
-from pal_adapters.multitask import PRESETS, MultiTaskTrainer, Preset, RecipeWarning, get_preset
+from pal_adapters.multitask import PRESETS, HeadConfig, MultiTaskTrainer, Preset, RecipeWarning, get_preset
 from pal_adapters.multitask.optim import UncorrectedAdamW, pals_schedule
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -72,6 +72,16 @@ def test_every_recipe_trains(tiny_encoder: str, tmp_path: Path, name: str, host:
     if preset.adapters == "combination":  # the sources rest
         assert all("to_rte" in n or "to_stsb" in n for n in added)
         assert len({route.adapter if host == "peft" else route.adapter.name for route in model.routes.values()}) == 2
+
+
+def test_other_pooling_than_the_recipes(tiny_encoder: str) -> None:
+    tasks = make_tasks("rte", "stsb", "copa")
+    tasks[1].pooling = "last"
+    tasks[2].head = HeadConfig("multiple_choice", pooling="first")
+    model = get_preset("full").build(AutoModel.from_pretrained(tiny_encoder), tasks, pooling="mean")
+    assert [model.head(task.name).config.pooling for task in tasks] == ["mean", "last", "first"]
+    with pytest.raises(ConfigError, match="pooling='max' is not allowed"):
+        get_preset("full").build(AutoModel.from_pretrained(tiny_encoder), tasks, pooling="max")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("host", WITH_HOST)
