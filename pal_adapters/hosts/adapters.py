@@ -10,6 +10,8 @@ added), `adapters_files` (loaders) and `adapters_lora`:
 |                                                  | whether they fit is found from the model instead               |
 | `ADAPTER_CONFIG_MAP`                             | gets our strings                                               |
 | `ADAPTERFUSION_CONFIG_MAP`                       | gets our strings                                               |
+| `ModelAdaptersMixin.supports_adapter`            | wrapped: the answer for our configs is found from the model    |
+| `ModelAdaptersMixin.add_adapter`                 | wrapped: says why one does not fit, where the host would not   |
 | `ModelAdaptersMixin._add_adapter_weights`        | wrapped: gives blocks their `TaskLayer` before the first use   |
 | `ModelAdaptersMixin.add_adapter_fusion`          | wrapped: reads our configs, which come from a file as the      |
 |                                                  | host's class; refuses sets that cannot be fused, before they   |
@@ -140,6 +142,8 @@ def _install() -> None:
         raise MissingHostError(f"adapters {version} is not supported: install 'adapters>=1.3,<1.4'.")
     _wrap(AdapterConfig, "_get_config_class", _config_class, static=True)
     _wrap(AdapterMethod, "get_from_config", _methods_of_config, static=True)
+    _wrap(ModelAdaptersMixin, "supports_adapter", adapters_adding.supports_adapter)
+    _wrap(ModelAdaptersMixin, "add_adapter", adapters_adding.add_adapter)
     _wrap(ModelAdaptersMixin, "_add_adapter_weights", adapters_adding.add_adapter_weights)
     _wrap(ModelAdaptersMixin, "add_adapter_fusion", _add_adapter_fusion)
     _wrap(ModelAdaptersMixin, "init_adapters", _init_adapters)

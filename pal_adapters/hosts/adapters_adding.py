@@ -1,18 +1,19 @@
-"""Adding an adapter to a model of `adapters`: what depends on the model, checks, and a layer for each block."""
+"""Adding an adapter to a model of `adapters`: whether it fits, what depends on the model, a layer for each block."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from adapters.configuration import AdapterConfig, BnConfig, ConfigUnion, LoRAConfig
+from adapters.configuration import ADAPTER_CONFIG_MAP, AdapterConfig, BnConfig, ConfigUnion, LoRAConfig
 from adapters.methods.bottleneck import BottleneckLayer
 from adapters.model_mixin import ModelAdaptersMixin, ModelUsingSubmodelsAdaptersMixin
 from adapters.utils import get_adapter_config_hash
 from torch import nn
 
-from ..errors import ConfigError, SiteError, UnsupportedError
+from ..errors import ConfigError, PalAdaptersError, SiteError, UnsupportedError
 from .adapters_composition import architectures
 from .adapters_config import TaskAdapterConfig, is_ours, task_configs
 from .adapters_layer import TaskLayer, task_parameters
@@ -20,6 +21,40 @@ from .methods import parameters_of
 from .sites import Block, find_blocks, resolve
 
 _TABLE = r"shared_parameters\."
+
+
+class Plan(NamedTuple):
+    """What adding a config to a model comes to: the blocks, and our members of the config filled in, by identity."""
+
+    layers: list[tuple[int, nn.Module]]
+    blocks: list[Block]
+    configs: dict[int, TaskAdapterConfig]
+
+
+def supports_adapter(original: Any) -> Any:
+    """`ModelAdaptersMixin.supports_adapter` that knows whether one of our configs, or its string, can be added."""
+
+    def wrapper(self: ModelAdaptersMixin, type_or_config: Any) -> bool:
+        config = ADAPTER_CONFIG_MAP.get(type_or_config) if isinstance(type_or_config, str) else type_or_config
+        if isinstance(config, AdapterConfig):
+            try:
+                _plan(self, config)
+            except PalAdaptersError:
+                return False
+        return original(self, type_or_config)
+
+    return wrapper
+
+
+def add_adapter(original: Any) -> Any:
+    """`ModelAdaptersMixin.add_adapter` that says why one of our configs does not fit, which the host would not."""
+
+    def wrapper(self: ModelAdaptersMixin, adapter_name: str, config: Any = None, *args: Any, **kwargs: Any) -> None:
+        config = AdapterConfig.load(config)
+        _plan(self, config)
+        original(self, adapter_name, config, *args, **kwargs)
+
+    return wrapper
 
 
 def add_adapter_weights(original: Any) -> Any:
@@ -45,13 +80,9 @@ def _prepare(model: ModelAdaptersMixin, adapter_name: str) -> list[TaskAdapterCo
     if not is_ours(architectures(whole)):
         return []
     whole = AdapterConfig.load(whole)
-    configs = list(task_configs(whole))
+    layers, blocks, prepared = _plan(model, whole)
     base = model.base_model
-    layers = list(model.iter_layers())
-    blocks = _find(base, [layer for _, layer in layers], configs)
-    _check_leave_out(configs, sorted({i for i, _ in layers}))
-    parameters = parameters_of(base, blocks, task_parameters(base))
-    prepared = {id(c): c.method.prepare(c, blocks, parameters) for c in configs}
+    _check_other_sites(layers, blocks, prepared.values())
     if _shares(whole, list(prepared.values()), blocks) and isinstance(base, ModelUsingSubmodelsAdaptersMixin):
         # Encoder and decoder hold the same table of shared tensors: `save_pretrained` needs to know.
         base._tied_weights_keys = sorted({*(base._tied_weights_keys or ()), _TABLE})
@@ -62,10 +93,23 @@ def _prepare(model: ModelAdaptersMixin, adapter_name: str) -> list[TaskAdapterCo
             layer.task_layer = TaskLayer(base, block).train(layer.training)
         elif task_layer.block.sites == block.sites:
             task_layer.link(base, block)
-        else:  # without an adapter, see `_find`
+        else:  # without an adapter, see `_check_other_sites`
             task_layer.attachment.remove()
             layer.task_layer = TaskLayer(base, block).train(layer.training)
     return list(prepared.values())
+
+
+def _plan(model: ModelAdaptersMixin, whole: AdapterConfig) -> Plan:
+    """Raises if a config does not fit the model, and changes nothing."""
+    configs = list(task_configs(whole))
+    if not configs:
+        return Plan([], [], {})
+    base = model.base_model
+    layers = list(model.iter_layers())
+    blocks = _find(base, [layer for _, layer in layers], configs)
+    _check_leave_out(configs, sorted({i for i, _ in layers}))
+    parameters = parameters_of(base, blocks, task_parameters(base))
+    return Plan(layers, blocks, {id(c): c.method.prepare(c, blocks, parameters) for c in configs})
 
 
 def _find(base: nn.Module, layers: list[nn.Module], configs: list[TaskAdapterConfig]) -> list[Block]:
@@ -80,15 +124,21 @@ def _find(base: nn.Module, layers: list[nn.Module], configs: list[TaskAdapterCon
                 f"block {position} of {type(base).__name__} ({type(layer).__name__}) has no known structure: pass "
                 "sites={...} in the config or call pal_adapters.register_block(...)."
             )
-        block = _host_sites(found[id(layer)])
+        blocks.append(_host_sites(found[id(layer)]))
+    return blocks
+
+
+def _check_other_sites(
+    layers: list[tuple[int, nn.Module]], blocks: list[Block], configs: Iterable[TaskAdapterConfig]
+) -> None:
+    for (_, layer), block in zip(layers, blocks, strict=True):
         task_layer = getattr(layer, "task_layer", None)
         if isinstance(task_layer, TaskLayer) and task_layer.pal_adapters and task_layer.block.sites != block.sites:
+            named = next((c.sites for c in configs if c.sites is not None), None)
             raise ConfigError(
-                f"sites={named[0] if named else None} is not allowed: {', '.join(task_layer.pal_adapters)} use other "
+                f"sites={named} is not allowed: {', '.join(task_layer.pal_adapters)} use other "
                 f"sites of {type(layer).__name__}, {task_layer.block.sites.to_dict()}. All adapters need the same."
             )
-        blocks.append(block)
-    return blocks
 
 
 def _host_sites(block: Block) -> Block:

@@ -77,7 +77,7 @@ def test_every_recipe_trains(tiny_encoder: str, tmp_path: Path, name: str, host:
 def test_other_pooling_than_the_recipes(tiny_encoder: str) -> None:
     tasks = make_tasks("rte", "stsb", "copa")
     tasks[1].pooling = "last"
-    tasks[2].head = HeadConfig("multiple_choice", pooling="first")
+    tasks[2].head = HeadConfig("multiple_choice", num_choices=2, pooling="first")
     model = get_preset("full").build(AutoModel.from_pretrained(tiny_encoder), tasks, pooling="mean")
     assert [model.head(task.name).config.pooling for task in tasks] == ["mean", "last", "first"]
     with pytest.raises(ConfigError, match="pooling='max' is not allowed"):

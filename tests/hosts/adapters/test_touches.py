@@ -44,6 +44,10 @@ def parameters(function: Callable[..., Any]) -> list[str]:
 WRAPPED: dict[str, tuple[Any, list[str]]] = {
     "AdapterConfig._get_config_class": (AdapterConfig, ["config_dict"]),
     "AdapterMethod.get_from_config": (interface.AdapterMethod, ["config"]),
+    "ModelAdaptersMixin.supports_adapter": (model_mixin.ModelAdaptersMixin, ["self", "type_or_config"]),
+    "ModelAdaptersMixin.add_adapter": (
+        model_mixin.ModelAdaptersMixin, ["self", "adapter_name", "config", "overwrite_ok", "set_active"],
+    ),
     "ModelAdaptersMixin._add_adapter_weights": (model_mixin.ModelAdaptersMixin, ["self", "adapter_name"]),
     "ModelAdaptersMixin.add_adapter_fusion": (
         model_mixin.ModelAdaptersMixin, ["self", "adapter_names", "config", "name", "overwrite_ok", "set_active"],
