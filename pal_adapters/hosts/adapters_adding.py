@@ -24,11 +24,12 @@ _TABLE = r"shared_parameters\."
 
 
 class Plan(NamedTuple):
-    """What adding a config to a model comes to: the blocks, and our members of the config filled in, by identity."""
+    """What adding a config to a model comes to: `configs` are our members of it, filled in, by identity."""
 
     layers: list[tuple[int, nn.Module]]
     blocks: list[Block]
     configs: dict[int, TaskAdapterConfig]
+    shares: bool
 
 
 def supports_adapter(original: Any) -> Any:
@@ -80,10 +81,10 @@ def _prepare(model: ModelAdaptersMixin, adapter_name: str) -> list[TaskAdapterCo
     if not is_ours(architectures(whole)):
         return []
     whole = AdapterConfig.load(whole)
-    layers, blocks, prepared = _plan(model, whole)
+    layers, blocks, prepared, shares = _plan(model, whole)
     base = model.base_model
     _check_other_sites(layers, blocks, prepared.values())
-    if _shares(whole, list(prepared.values()), blocks) and isinstance(base, ModelUsingSubmodelsAdaptersMixin):
+    if shares and isinstance(base, ModelUsingSubmodelsAdaptersMixin):
         # Encoder and decoder hold the same table of shared tensors: `save_pretrained` needs to know.
         base._tied_weights_keys = sorted({*(base._tied_weights_keys or ()), _TABLE})
     _replace_config(model, adapter_name, whole, prepared)
@@ -103,13 +104,14 @@ def _plan(model: ModelAdaptersMixin, whole: AdapterConfig) -> Plan:
     """Raises if a config does not fit the model, and changes nothing."""
     configs = list(task_configs(whole))
     if not configs:
-        return Plan([], [], {})
+        return Plan([], [], {}, False)
     base = model.base_model
     layers = list(model.iter_layers())
     blocks = _find(base, [layer for _, layer in layers], configs)
     _check_leave_out(configs, sorted({i for i, _ in layers}))
     parameters = parameters_of(base, blocks, task_parameters(base))
-    return Plan(layers, blocks, {id(c): c.method.prepare(c, blocks, parameters) for c in configs})
+    prepared = {id(c): c.method.prepare(c, blocks, parameters) for c in configs}
+    return Plan(layers, blocks, prepared, _shares(whole, list(prepared.values()), blocks))
 
 
 def _find(base: nn.Module, layers: list[nn.Module], configs: list[TaskAdapterConfig]) -> list[Block]:

@@ -9,6 +9,7 @@ from typing import Any
 import adapters
 import pytest
 import torch
+import transformers
 from adapters.composition import Stack
 from adapters.configuration import AdapterConfig
 from torch import Tensor, nn
@@ -516,6 +517,7 @@ def test_what_does_not_fit_the_model_leaves_it_as_it_was(
     config: Any, error: type[Exception], message: str, bert: nn.Module, batch: dict[str, Tensor]
 ) -> None:
     before, base = state(bert), output(bert, batch)
+    assert bert.supports_adapter(config) is ("no block for" in message)  # known when it is added
     with pytest.raises(error, match=message):
         bert.add_adapter("a", config=config)
     assert "a" not in bert.adapters_config
@@ -523,6 +525,21 @@ def test_what_does_not_fit_the_model_leaves_it_as_it_was(
     assert torch.equal(output(bert, batch), base)
     add(bert, "a", "pal")
     assert (output(bert, batch, "a") - base).abs().max() > 1e-3
+
+
+def test_what_a_model_supports(bert: nn.Module) -> None:
+    t5 = transformers.T5Model(
+        transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    )
+    adapters.init(t5)
+    network = pal_adapters.CAMTLConfig(tasks=["rte", "mrpc"])
+    asked = (network, network.replace(tasks=None), "ca_mtl_base", "pal", PALConfig(), "lora", adapters.LoRAConfig())
+    assert [bert.supports_adapter(one) for one in asked] == [True, False, False, True, True, True, True]
+    assert [t5.supports_adapter(one) for one in asked] == [False, False, False, True, True, True, True]
+    before = state(t5)
+    with pytest.raises(UnsupportedError, match="one stack"):
+        t5.add_adapter("a", config=network)
+    assert_untouched(t5, before)
 
 
 def test_a_misspelt_argument_is_refused(bert: nn.Module) -> None:
