@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,12 +28,10 @@ def start(tiny_encoder: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(output: Path, *settings: dict[str, Any], processes: int = 1) -> subprocess.CompletedProcess[str]:
         command = [sys.executable]
         if processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+            # Standalone runs find a port that no other run on the machine can take in between.
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command += [JOB, tiny_encoder, str(output), json.dumps(settings)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+        return subprocess.run(command, capture_output=True, text=True, check=False)
 
     return run
 
