@@ -103,24 +103,43 @@ def transfer_tables(runs: list[Run]) -> str:
 
 
 def glue_run(run: Run) -> Run:
-    kept = ("versions", "scores", "average", "steps", "rows", "parameters")
+    kept = ("versions", "scores", "baseline", "average", "steps", "rows", "parameters")
     return {"config": settings(run), **{name: run[name] for name in kept}}
 
 
+def glue_label(config: Run) -> str:
+    """The recipe, and what differs between runs of it but the seed."""
+    corrected = {None: "", True: "corrected", False: "not corrected"}[config["adam_bias_correction"]]
+    return " ".join(filter(None, (config["preset"], config["sampling"], corrected)))
+
+
 def glue_tables(runs: list[Run]) -> str:
-    """A row a recipe, a column a task."""
-    tasks = list(dict.fromkeys(task for run in runs for task in run["scores"]))
-    metrics = {task: next(iter(r["scores"][task])) for r in reversed(runs) for task in r["scores"]}
+    """A row a recipe, with the mean and the spread of its seeds, and a column a task; and the rows of each task."""
+    tasks = list(runs[0]["scores"])
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(glue_label(run["config"]), []).append(run)
 
-    def row(run: Run) -> list[str]:
-        scores = [next(iter(run["scores"].get(task, {"": None}).values())) for task in tasks]
-        cells = ["" if value is None else f"{100 * value:.1f}" for value in scores]
-        name = " ".join(filter(None, (run["config"]["preset"], run["config"]["sampling"])))
-        trained = f"{run['parameters']['trained_per_task']:,.0f}"
-        return [name, *cells, f"{100 * run['average']:.1f}", trained, str(run["steps"])]
+    def cells(found: list[Run], part: str) -> list[str]:
+        first = [{task: next(iter(run[part][task].values())) for task in tasks} for run in found]
+        average = [statistics.fmean(scores[task] for task in runs[0]["config"]["tasks"]) for scores in first]
+        return [*(percent([scores[task] for scores in first]) for task in tasks), percent(average)]
 
-    head = ["", *(f"{task}, {metrics[task]}" for task in tasks), "average", "trained per task", "steps"]
-    return markdown(head, map(row, runs))
+    def row(label: str, found: list[Run]) -> list[str]:
+        trained = f"{found[0]['parameters']['trained_per_task']:,.0f}"
+        return [label, *cells(found, "scores"), trained, str(found[0]["steps"]), str(len(found))]
+
+    head = ["", *(f"{task}, {next(iter(runs[0]['scores'][task]))}" for task in tasks)]
+    head += ["average", "trained per task", "steps", "seeds"]
+    rows = [["no input", *cells(runs[:1], "baseline"), "0", "0", ""], *(row(*group) for group in groups.items())]
+    chosen = [
+        (label, run["rows"]["chosen"]) for label, found in groups.items() for run in found if "chosen" in run["rows"]
+    ]
+    table = markdown(head, rows)
+    if not chosen:
+        return table
+    counts = [[label, *(f"{found[task]}" for task in tasks)] for label, found in chosen]
+    return f"{table}\n\n{markdown(['rows chosen', *tasks], counts)}"
 
 
 def tasks_run(run: Run) -> Run:
