@@ -48,6 +48,7 @@ class CombinationTuner(TaskTuner):
         self, peft_config: CombinationPeftConfig, model_config: dict[str, Any]
     ) -> CombinationPeftConfig:
         check_model(self.model)
+        peft_config.check_adapters()
         peft_config.check_weights()
         sources = {name: self._source(peft_config, name) for name in peft_config.adapters}
         for name, fingerprint in (peft_config.fingerprints or {}).items():

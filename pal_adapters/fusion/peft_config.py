@@ -48,7 +48,7 @@ class CombinationPeftConfig(PeftConfig):
     Args:
         adapters: the sources by name: a folder, a hub id, a folder in a hub repository (`"user/repo/folder"`), or
             None for an adapter that is on the model or that another target has loaded. A list of names means None
-            for each.
+            for each. A model takes no config without any.
         revisions: revision of the hub repository of a source; filled with the commit that was read.
         modules_to_save: modules outside the blocks that are trained and saved, such as a head.
         bundle: save copies of the sources in `sources/` beside the coefficients. Otherwise the saved config names
@@ -76,19 +76,20 @@ class CombinationPeftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(self.method.name.upper())
-        self.adapters = _sources(self.adapters)
-        if self.order is None:
-            self.order = list(self.adapters)
-        if sorted(self.order) != sorted(self.adapters):
-            raise ConfigError(f"order={self.order!r} is not allowed: name each of {list(self.adapters)} once.")
-        self.adapters = {name: self.adapters[name] for name in self.order}
+        # The host makes configs of every type without arguments; what needs sources asks for them with a model.
+        sources = {} if self.adapters is None else _sources(self.adapters)
+        if sorted(self.order if self.order is not None else sources) != sorted(sources):
+            raise ConfigError(f"order={self.order!r} is not allowed: name each of {list(sources)} once.")
+        if sources:
+            self.order = self.order or list(sources)
+            self.adapters = {name: sources[name] for name in self.order}
         require_bool("bundle", self.bundle)
         require_bool("check_base", self.check_base)
         for argument in ("revisions", "fingerprints"):
             given = getattr(self, argument) or {}
-            unknown = [name for name in given if name not in self.adapters]
+            unknown = [name for name in given if name not in sources]
             if unknown:
-                raise ConfigError(f"{argument} has {unknown[0]!r}, which is no source: {list(self.adapters)}.")
+                raise ConfigError(f"{argument} has {unknown[0]!r}, which is no source: {list(sources)}.")
         if isinstance(self.modules_to_save, str):
             raise ConfigError(f"modules_to_save={self.modules_to_save!r} is not allowed: pass a list of module names.")
         self._origin: tuple[str, str | None] | None = None
@@ -101,6 +102,11 @@ class CombinationPeftConfig(PeftConfig):
         path = str(pretrained_model_name_or_path)
         config._origin = (path if subfolder is None else f"{path}/{subfolder}", kwargs.get("revision"))
         return config
+
+    def check_adapters(self) -> None:
+        """Raise `ConfigError` if no sources are named, which only a config that is put on no model may leave out."""
+        if self.adapters is None:
+            _sources(None)
 
     def place_of(self, name: str) -> tuple[str | None, str | None]:
         """Where a source is read: path and revision."""
@@ -305,9 +311,10 @@ class FixedCombinationPeftConfig(CombinationPeftConfig):
         numbers = isinstance(given, Mapping) and all(
             isinstance(v, (int, float)) and not isinstance(v, bool) for v in given.values()
         )
-        if not numbers or set(given) != set(self.adapters):
+        if not numbers or set(given) != set(self.adapters or ()):
             raise ConfigError(
-                f"coefficients={given!r} is not allowed: use 'mean', or one number for each of {list(self.adapters)}."
+                f"coefficients={given!r} is not allowed: use 'mean', or one number for each of "
+                f"{list(self.adapters or ())}."
             )
         self.coefficients = dict(given)
 

@@ -16,7 +16,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -565,8 +565,22 @@ def refuses(error: type[Exception], match: str, config: Any, build: Any = cases.
     assert all(p.requires_grad for p in base.parameters())
 
 
+def test_a_config_without_sources_is_for_no_model() -> None:
+    for kind in (pa.ScaLearnPeftConfig, pa.AdapterFusionPeftConfig, pa.FixedCombinationPeftConfig):
+        config = PeftConfig.from_peft_type(peft_type=kind.method.name.upper())
+        assert type(config) is kind
+        assert kind(**config.to_dict()) == config
+        refuses(pa.ConfigError, "adapters=None is not allowed: name at least one source", config)
+    with pytest.raises(pa.ConfigError, match="revisions has 'a', which is no source"):
+        pa.ScaLearnPeftConfig(revisions={"a": "main"})
+    with pytest.raises(pa.ConfigError, match="order="):
+        pa.ScaLearnPeftConfig(order=["a"])
+    with pytest.raises(pa.ConfigError, match="coefficients="):
+        pa.FixedCombinationPeftConfig(coefficients={"a": 1.0})
+
+
 def test_bad_names() -> None:
-    for adapters in (None, {}, []):
+    for adapters in ({}, []):
         with pytest.raises(pa.ConfigError, match="at least one source"):
             pa.ScaLearnPeftConfig(adapters=adapters)
     with pytest.raises(pa.ConfigError, match="names 'rte' twice"):
