@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pal_adapters.errors import ConfigError
+
 from .heads import IGNORED, HeadConfig
 
 Batch = dict[str, Any]
@@ -33,6 +35,12 @@ class MultiTaskCollator:
         self.numbers = {name: number for number, name in enumerate(heads)}
         self.multiple = pad_to_multiple_of or 1
         self.left = tokenizer.padding_side == "left"
+        spans = [name for name, head in heads.items() if head.kind == "span_qa"]
+        if spans and self.left:  # the tokens that labels count would move to the right
+            raise ConfigError(
+                f"task {spans[0]!r} is span_qa, which needs a tokenizer that pads on the right: set "
+                "padding_side='right'."
+            )
         self._pads = {
             "input_ids": tokenizer.pad_token_id,
             "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0),
@@ -57,10 +65,7 @@ class MultiTaskCollator:
     def _labels(self, head: HeadConfig, values: list[Any], longest: int) -> Tensor:
         if head.kind in ("token_tagging", "language_modeling"):
             return torch.from_numpy(self._pad(values, longest, IGNORED))
-        labels = torch.from_numpy(np.asarray(values))
-        if head.kind == "span_qa" and self.left:  # the tokens move to the right
-            raise NotImplementedError("span_qa needs a tokenizer that pads on the right: set padding_side='right'.")
-        return labels
+        return torch.from_numpy(np.asarray(values))
 
     def _pad(self, rows: Sequence[np.ndarray], longest: int, value: int) -> np.ndarray:
         padded = np.full((len(rows), longest), value, dtype=np.int64)

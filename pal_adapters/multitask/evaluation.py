@@ -90,4 +90,12 @@ class Evaluation(Loaders):
             return loss, None, None
         (logits,) = outputs.logits.values()
         (labels,) = inputs["labels"].values()
-        return loss, logits.detach().float(), labels
+        logits = logits.detach().float()
+        if self.collator.left and logits.dim() == 3:
+            # The host pads batches on the right to put them together: tokens have to begin at 0.
+            padding = (inputs["attention_mask"] == 0).sum(1, keepdim=True)
+            length = padding.new_tensor(range(logits.shape[1]))
+            from_where = (length + padding) % logits.shape[1]
+            logits = logits.gather(1, from_where.unsqueeze(-1).expand_as(logits))
+            labels = labels.gather(1, from_where)
+        return loss, logits, labels

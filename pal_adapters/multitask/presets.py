@@ -15,7 +15,7 @@ from pal_adapters.errors import ConfigError, require_one_of
 from .arguments import MultiTaskTrainingArguments
 from .defaults import HOSTS, add_adapter, default_host
 from .heads import POOLINGS, Pooling
-from .routing import adapter_config, host_of
+from .routing import adapter_config, adapter_names, host_of
 from .task import Task, check_tasks
 from .task_heads import TaskHeads
 
@@ -178,21 +178,31 @@ class Preset:
         if self.steps_per_task:
             arguments["steps_per_epoch"] = self.steps_per_task * num_tasks
         arguments |= changes
+        self._warn_of_needs(arguments)
+        if "warmup_ratio" in arguments and not transformers.__version__.startswith("4."):
+            # transformers 5 has one argument for both, where a value below 1 is a share.
+            arguments["warmup_steps"] = arguments.pop("warmup_ratio")
+        return MultiTaskTrainingArguments(output_dir=output_dir, **arguments)
+
+    def _warn_of_needs(self, arguments: Mapping[str, Any]) -> None:
         for name, needed in self.needs.items():
             if arguments.get(name) != needed:
                 warnings.warn(
                     f"{name}={arguments.get(name)!r} with the preset {self.name!r}, whose results depend on "
                     f"{name}={needed!r} ({self.source}).",
                     RecipeWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-        if "warmup_ratio" in arguments and not transformers.__version__.startswith("4."):
-            # transformers 5 has one argument for both, where a value below 1 is a share.
-            arguments["warmup_steps"] = arguments.pop("warmup_ratio")
-        return MultiTaskTrainingArguments(output_dir=output_dir, **arguments)
 
-    def check(self, model: TaskHeads) -> None:
-        """Warns with a `RecipeWarning` if what trains is not what the recipe trains."""
+    def check(self, model: TaskHeads, arguments: MultiTaskTrainingArguments | None = None) -> None:
+        """Warns with a `RecipeWarning` if what trains, or how, is not as in the recipe.
+
+        Args:
+            model: The model.
+            arguments: Those of the training.
+        """
+        if arguments is not None:
+            self._warn_of_needs({name: getattr(arguments, name) for name in self.needs})
         base = [t for t in model._base_tensors().values() if t.is_floating_point()]
         trains = any(tensor.requires_grad for tensor in base)
         if trains is not (self.base == "trained"):
@@ -202,7 +212,8 @@ class Preset:
                 RecipeWarning,
                 stacklevel=2,
             )
-        if self.adapters == "shared" and getattr(adapter_config(model.backbone, SHARED), "freeze_layers", None) == []:
+        shared = adapter_config(model.backbone, SHARED) if SHARED in adapter_names(model.backbone) else None
+        if self.adapters == "shared" and getattr(shared, "freeze_layers", None) == []:
             warnings.warn(
                 f"freeze_layers=[] with the preset {self.name!r}, whose results depend on frozen lower blocks "
                 f"({self.source}).",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION_FILE = "task_heads.json"
 HEADS_FILE = "heads.safetensors"
+POOLER_FILE = "pooler.safetensors"
 
 
 class SavedHeads(nn.Module):
@@ -64,6 +65,8 @@ class SavedHeads(nn.Module):
                 "each process has only parts of the parameters (FSDP): call the trainer's save_model in all of them."
             )
         directory.mkdir(parents=True, exist_ok=True)
+        # Until all is written, the folder is not whole, whatever was in it before.
+        (directory / DESCRIPTION_FILE).unlink(missing_ok=True)
         base = self._base_tensors()
         trained = self._base_trained or any(tensor.requires_grad for tensor in base.values())
         description = {
@@ -83,6 +86,9 @@ class SavedHeads(nn.Module):
             (directory / storage.BASE_FOLDER).mkdir(exist_ok=True)
             storage.write(base, directory / storage.BASE_FOLDER / "model.safetensors")
             self.config.save_pretrained(directory / storage.BASE_FOLDER)
+        elif self._pooler():
+            # Many checkpoints have none: then this one was made at random, and is nowhere else.
+            storage.write(self._pooler(), directory / POOLER_FILE)
         if checkpoint:
             storage.write(storage.added_parameters(self.backbone, base.values()), directory / storage.ADDED_FILE)
         storage.write_json(description, directory / DESCRIPTION_FILE)  # last: a folder that has it is whole
@@ -111,7 +117,8 @@ class SavedHeads(nn.Module):
         for task, route in description["tasks"].items():
             model.routes[task] = Route(route["head"], _read_adapter(route["adapter"]), route["weight"])
         model._base_trained = description["base_trained"]
-        storage.copy_into(*model._files(directory)[: 2 if model._base_trained else 1])
+        heads, base, _ = model._files(directory)
+        storage.copy_into(heads, *([base] if model._base_trained else model._pooler_file(directory)))
         return model.eval()
 
     def restore(self, directory: str | Path) -> None:
@@ -120,7 +127,7 @@ class SavedHeads(nn.Module):
         description = _read_description(directory)
         rest(self)
         heads, base, added = self._files(directory)
-        storage.copy_into(heads, added, *([base] if description["base_trained"] else []))
+        storage.copy_into(heads, added, *([base] if description["base_trained"] else self._pooler_file(directory)))
         self._base_trained |= description["base_trained"]
 
     def _files(self, directory: Path) -> list[tuple[dict[str, Any], Path]]:
@@ -131,6 +138,16 @@ class SavedHeads(nn.Module):
             (base, storage.base_folder(directory) / "model.safetensors"),
             (storage.added_parameters(self.backbone, base.values()), directory / storage.ADDED_FILE),
         ]
+
+    def _pooler(self) -> dict[str, Tensor]:
+        """The base's own pooler, if a head reads it."""
+        if all(head.config.pooling != "pooler" or head.config.reads_tokens for _, head in self._heads()):
+            return {}
+        return {name: tensor for name, tensor in self._base_tensors().items() if name.startswith("pooler.")}
+
+    def _pooler_file(self, directory: Path) -> list[tuple[dict[str, Any], Path]]:
+        pooler, path = self._pooler(), directory / POOLER_FILE
+        return [(pooler, path)] if pooler and path.is_file() else []
 
     def _base_tensors(self) -> dict[str, Tensor]:
         # An adapter that is added wraps modules, but keeps the tensors of the base. FSDP replaces them.

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from torch import Tensor
 
-from pal_adapters.errors import require_one_of
+from pal_adapters.errors import ConfigError, require_one_of
 
 from .collate import Batch
+from .heads import Kind
+from .task import Task
 from .uncertainty import Regression, Score, select_uncertain
+
+_KINDS: tuple[Kind, ...] = ("single_label", "multiple_choice", "regression")
 
 
 @dataclass
@@ -62,6 +66,15 @@ class UncertaintySelector:
     def __post_init__(self) -> None:
         require_one_of("score", self.score, ("code", "paper"))
         require_one_of("mode", self.mode, ("train", "eval"))
+
+    def check(self, tasks: Iterable[Task]) -> None:
+        """Raise `ConfigError` for a task whose rows have no entropy: neither one class each, nor a number."""
+        for task in tasks:
+            if task.kind not in _KINDS:
+                raise ConfigError(
+                    f"task {task.name!r} is {task.kind}, and UncertaintySelector takes {', '.join(_KINDS)}: "
+                    "use another sampling, or a batch_selector of your own."
+                )
 
     def select(self, candidates: Candidates) -> list[int]:
         """Numbers of the rows to train on."""

@@ -104,7 +104,7 @@ class TaskHeads(SavedHeads):
             adapter: Name of its adapter, a `Stack` or `Fuse` of names in `adapters`, or `None` for the base alone.
                 `"auto"` is the adapter with the name of the task; else, if there is only one, that one; else none.
                 A fusion is added to the model before, with `add_adapter_fusion`.
-            weight: Weight of its loss.
+            weight: What its loss is multiplied with.
             loss: A loss of one's own for a new head, see `heads.Loss`.
 
         Raises:
@@ -199,6 +199,13 @@ class TaskHeads(SavedHeads):
             if not torch.is_autocast_enabled(source.device.type) and head.linear is not None:
                 source = source.to(head.linear.weight.dtype)
             logits[task] = head(source, _embeddings(self.backbone) if head.linear is None else None)
+            if head.config.kind == "span_qa" and inputs.get("attention_mask") is not None:
+                # A span may not be in the padding, of which other rows of the batch decide how much there is.
+                padding = inputs["attention_mask"] == 0
+                if len(present) > 1:
+                    padding = padding.index_select(0, at.to(padding.device, non_blocking=True))
+                rows_of = logits[task]
+                logits[task] = rows_of.masked_fill(padding.unsqueeze(-1), torch.finfo(rows_of.dtype).min)
         if labels is None:
             return TaskHeadsOutput(logits=logits)
         loss, losses, counts = self._loss(logits, labels, num_items_in_batch)
@@ -221,8 +228,9 @@ class TaskHeads(SavedHeads):
         losses, own = torch.stack(list(sums.values())), torch.stack(list(counts.values()))
         whole = own if num_items is None else num_items.to(own.device, own.dtype)
         weights = torch.tensor([route.weight for route in self.routes.values()]).to(own.device, non_blocking=True)
-        shares = weights * (whole if self.balance == "row" else (whole > 0))
-        shares = shares / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny)
+        shares = whole if self.balance == "row" else (whole > 0).to(own.dtype)
+        # The weights are not in the sum below, or the weight of a task that is alone in a step would have no effect.
+        shares = weights * shares / shares.sum().clamp(min=1)
         loss = (shares * losses / whole.clamp(min=1)).sum()
         if self.training and torch.is_grad_enabled():
             loss = loss + self._penalty(logits, own.detach(), whole)

@@ -109,8 +109,10 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
         if self.strategy is uncertainty and batch_selector is None:
             batch_selector = UncertaintySelector()
         self.batch_selector = batch_selector
+        if isinstance(batch_selector, UncertaintySelector):
+            batch_selector.check(self.tasks.values())
         if preset is not None:
-            preset.check(model)
+            preset.check(model, args)
         self.preset = preset
         self._encode = partial(self._encoded, tokenizer=processing_class, max_length=args.max_length)
         unknown = [name for name in train_dataset or () if name not in self.tasks]
@@ -164,6 +166,8 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
                 model.add(
                     name, task.head or task.head_config(), adapter=task.adapter, weight=task.weight, loss=task.loss
                 )
+            else:
+                _take_over(model, task)
             there, wanted = model.head(name).config, task.head_config()
             if _shape(there) != _shape(wanted):
                 raise ConfigError(
@@ -179,7 +183,7 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
                 batch = next(epoch_iterator)
             except StopIteration:
                 break
-            batches.append(self._selected(batch) if self.batch_selector is not None else batch)
+            batches.append(self._selected(batch, len(batches)) if self.batch_selector is not None else batch)
         counts = torch.zeros(len(self._model_tasks), device=device)
         for batch in batches:
             for task, labels in batch["labels"].items():
@@ -191,14 +195,19 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
         # The host makes all floats those of DeepSpeed's config, which rounds the labels of a regression.
         return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
-    def _selected(self, batch: Batch) -> Batch:
+    def _selected(self, batch: Batch, number: int) -> Batch:
+        """The rows to train on of the candidates in batch `number` of a step."""
         assert self.batch_selector is not None
         model = cast("TaskHeads", self.accelerator.unwrap_model(self.model))
-        # Also in the first step, so that a resumed run chooses the same.
         model.train(getattr(self.batch_selector, "mode", "train") == "train")
         batch = cast("Batch", self._prepare_inputs(batch))
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with torch.no_grad(), self.compute_loss_context_manager():
+        # Random numbers of the step's own: the host restores the state of a resumed run after this, not before.
+        place = (self.args.seed, self.state.global_step, self.args.process_index, number)
+        seed = int(np.random.SeedSequence(place).generate_state(1)[0])
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad(), self.compute_loss_context_manager():
+            torch.manual_seed(seed)
             logits = model(**inputs).logits
         model.train()
         examples = self.collator.examples(batch)
@@ -332,6 +341,38 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
         """Writes `README.md` with the tasks, the method, the sampling, the parameters and the results."""
         if self.is_world_process_zero():
             write_model_card(self, kwargs)
+
+
+def _take_over(model: TaskHeads, task: Task) -> None:
+    """What a task says of its loss, for a head that is there; what says otherwise than the model is refused."""
+    route, head = model.routes[task.name], model.head(task.name)
+    if task.weight != 1.0 and route.weight not in (1.0, task.weight):
+        raise ConfigError(
+            f"task {task.name!r}: weight={task.weight:g}, but on the model it has {route.weight:g}: give one of them."
+        )
+    if task.loss is not None and head.own_loss not in (None, task.loss):
+        raise ConfigError(f"task {task.name!r}: loss is given, but its head on the model has another: leave one out.")
+    others = [name for name, other in model.routes.items() if other.head == route.head and name != task.name]
+    if task.loss is not None and head.own_loss is None and others:
+        raise ConfigError(
+            f"task {task.name!r}: loss is not allowed, as {others[0]!r} has the same head: give it to "
+            "TaskHeads.add when the head is made."
+        )
+    for name, default, there in (("pooling", "mean", head.config.pooling), ("dropout", 0.1, head.config.dropout)):
+        wanted = getattr(task, name)
+        if wanted not in (default, there):
+            raise ConfigError(
+                f"task {task.name!r}: {name}={wanted!r}, but its head on the model has {there!r}: make the head with "
+                f"TaskHeads.add(name, task.head_config()), or leave {name} out."
+            )
+    if task.adapter != "auto" and task.adapter != route.adapter:
+        raise ConfigError(
+            f"task {task.name!r}: adapter={task.adapter!r}, but on the model it has {route.adapter!r}: leave it out."
+        )
+    if task.weight != 1.0:
+        route.weight = float(task.weight)
+    if task.loss is not None:
+        head.own_loss = task.loss
 
 
 def _shape(head: HeadConfig) -> tuple[Any, ...]:

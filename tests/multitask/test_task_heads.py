@@ -157,10 +157,68 @@ def test_weights_and_balance(tiny_encoder: str, batch: dict[str, Tensor], labels
         model.add("stsb", CONFIGS["stsb"], weight=weight)
         output = model.eval()(task_ids=names, labels=given, **some)
         rte, stsb = (output.task_losses / output.task_counts).tolist()
-        shares = (1.0, weight) if balance == "task" else (2.0, weight)
+        rows = (1, 1) if balance == "task" else (2, 1)
         losses[f"{balance}{weight}"] = output.loss.item()
-        assert output.loss.item() == pytest.approx((shares[0] * rte + shares[1] * stsb) / sum(shares), rel=1e-5)
+        assert output.loss.item() == pytest.approx((rows[0] * rte + weight * rows[1] * stsb) / sum(rows), rel=1e-5)
+        # A task that is alone in a batch has its weight too.
+        alone = model(task_ids="stsb", labels=given["stsb"], **{n: t[1:2] for n, t in some.items()})
+        assert alone.loss.item() == pytest.approx(weight * stsb, rel=1e-5)
     assert len({round(loss, 4) for loss in losses.values()}) == 4
+
+
+def test_padding_is_in_no_span(tiny_encoder: str, batch: dict[str, Tensor]) -> None:
+    model = heads(tiny_encoder, "none").eval()
+    row = {name: tensor[3:4] for name, tensor in batch.items()}  # 4 of 7 tokens
+    short = {name: tensor[:, :4] for name, tensor in row.items()}
+    gradient = []
+    for one in (row, short):
+        model.zero_grad()
+        output = model(task_ids="qa", labels=torch.tensor([[1, 3]]), **one)
+        output.loss.backward()
+        gradient.append((output.loss.detach(), *(p.grad.clone() for p in model.head("qa").parameters())))
+    for padded, plain in zip(*gradient, strict=True):
+        torch.testing.assert_close(padded, plain, atol=1e-6, rtol=1e-5)
+    assert (model(task_ids="qa", **row).logits["qa"].argmax(1) < 4).all()
+
+
+def test_a_pooler_that_the_checkpoint_lacks_is_kept(
+    tiny_encoder: str, batch: dict[str, Tensor], tmp_path: Path
+) -> None:
+    saved = AutoModel.from_pretrained(tiny_encoder, add_pooling_layer=False)
+    saved.save_pretrained(tmp_path / "base")
+    model = TaskHeads(AutoModel.from_pretrained(tmp_path / "base"))
+    model.add("topics", CONFIGS["topics"])
+    model.eval().prepare_training()
+    expected = model(task_ids="topics", **batch).logits["topics"]
+    for folder, checkpoint in (("out", False), ("checkpoint", True)):
+        model.save_pretrained(tmp_path / folder, checkpoint=checkpoint)
+        torch.testing.assert_close(
+            TaskHeads.from_pretrained(tmp_path / folder)(task_ids="topics", **batch).logits["topics"], expected
+        )
+    other = TaskHeads(AutoModel.from_pretrained(tmp_path / "base"))
+    other.add("topics", CONFIGS["topics"])
+    assert not torch.allclose(other.eval()(task_ids="topics", **batch).logits["topics"], expected, atol=1e-3)
+    other.restore(tmp_path / "checkpoint")
+    torch.testing.assert_close(other(task_ids="topics", **batch).logits["topics"], expected)
+
+
+def test_a_folder_that_was_written_over_in_part_is_refused(
+    tiny_encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pal_adapters.multitask import storage
+
+    model = heads(tiny_encoder, "none")
+    model.save_pretrained(tmp_path)
+    assert TaskHeads.from_pretrained(tmp_path).tasks == model.tasks
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(storage, "write", full)
+    with pytest.raises(OSError, match="no space"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(StorageError, match="not to the end"):
+        TaskHeads.from_pretrained(tmp_path)
 
 
 def test_own_loss(tiny_encoder: str, batch: dict[str, Tensor], labels: dict[str, Tensor]) -> None:

@@ -8,11 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from backbones import HOSTS
+from backbones import HOSTS, backbone
 from tiny_tasks import NAMES, losses, make_task, make_trainer, without_dropout
+from transformers import AutoTokenizer
 
 from pal_adapters.errors import ConfigError
-from pal_adapters.multitask import DivergedError, MultiTaskTrainer
+from pal_adapters.multitask import (
+    DivergedError,
+    MultiTaskTrainer,
+    MultiTaskTrainingArguments,
+    TaskHeads,
+    UncertaintySelector,
+)
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -123,6 +130,85 @@ def test_resumed_run_equals_an_uninterrupted_one(tiny_encoder: str, tmp_path: Pa
     assert keep(resumed.state.log_history)[:-1] == keep(whole.state.log_history)[:-1]
     for (name, value), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(value, other), name
+
+
+@pytest.mark.parametrize(("mode", "accumulation"), [("train", 1), ("train", 2), ("eval", 1)])
+def test_resumed_run_with_uncertainty_equals_an_uninterrupted_one(
+    tiny_encoder: str, tmp_path: Path, mode: Any, accumulation: int
+) -> None:
+    # Step 3 is within an epoch.
+    common: dict[str, Any] = {"sampling": "uncertainty", "max_steps": 5, "save_strategy": "steps", "save_steps": 3}
+    common |= {"gradient_accumulation_steps": accumulation, "names": ("rte", "stsb", "copa"), "base": True}
+    whole, again = (
+        make_trainer(tiny_encoder, tmp_path / n, batch_selector=UncertaintySelector(mode=mode), **common) for n in "ab"
+    )
+    whole.train()
+    torch.manual_seed(99)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert losses(again) == losses(whole)
+    for (name, value), other in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def test_what_a_task_says_of_a_head_that_is_there(tiny_encoder: str, tmp_path: Path) -> None:
+    def trainer(model: TaskHeads, **given: Any) -> Any:
+        task = make_task("regression", "stsb", **given)
+        args = MultiTaskTrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+        return MultiTaskTrainer(model, args, [task], processing_class=AutoTokenizer.from_pretrained(tiny_encoder))
+
+    def with_head(**given: Any) -> TaskHeads:
+        model = TaskHeads(backbone(tiny_encoder, "none"))
+        model.add("stsb", make_task("regression", "stsb").head_config(), **given)
+        return model
+
+    def distance(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return (logits - labels).abs().mean()
+
+    made = trainer(with_head(), weight=0.25, loss=distance).model
+    assert made.routes["stsb"].weight == 0.25
+    assert made.head("stsb").own_loss is distance
+    assert trainer(with_head(weight=3.0)).model.routes["stsb"].weight == 3.0
+    assert trainer(with_head(weight=3.0), weight=3.0).model.routes["stsb"].weight == 3.0
+    for head, task, message in (
+        ({"weight": 2.0}, {"weight": 3.0}, "weight=3, but on the model it has 2"),
+        ({"loss": torch.nn.functional.l1_loss}, {"loss": distance}, "its head on the model has another"),
+        ({}, {"pooling": "first"}, "pooling='first', but its head on the model has 'mean'"),
+        ({}, {"dropout": 0.3}, "dropout=0.3, but its head on the model has 0.1"),
+        ({}, {"adapter": "other"}, "adapter='other', but on the model it has None"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            trainer(with_head(**head), **task)  # type: ignore[arg-type]
+    shared = with_head()
+    shared.add("other", "stsb")
+    with pytest.raises(ConfigError, match="'other' has the same head"):
+        trainer(shared, loss=distance)
+
+
+def test_uncertainty_of_rows_without_one_class_is_refused(tiny_encoder: str, tmp_path: Path) -> None:
+    for name in ("ner", "qa", "topics"):
+        with pytest.raises(ConfigError, match=f"task '{name}' is .*UncertaintySelector takes single_label"):
+            make_trainer(tiny_encoder, tmp_path, names=("rte", name), sampling="uncertainty")
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_tags_are_scored_on_either_side_of_padding(tiny_encoder: str, tmp_path: Path, side: str) -> None:
+    model = TaskHeads(backbone(tiny_encoder, "none"))
+    args = MultiTaskTrainingArguments(str(tmp_path), per_device_eval_batch_size=16, use_cpu=True, report_to=[])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, padding_side=side)
+    task = make_task("token_tagging", "ner", (6, 9), metrics=("accuracy",))
+    trainer: Any = MultiTaskTrainer(model, args, [task], processing_class=tokenizer)
+    rows = trainer.eval_dataset["ner"]
+    batch = trainer.collator([rows[i] for i in range(len(rows))])
+    assert len(set(batch["attention_mask"].sum(1).tolist())) > 1
+    with torch.no_grad():
+        logits = model.eval()(**batch).logits["ner"]
+    expected = [one[mask > 0].numpy() for one, mask in zip(logits, batch["attention_mask"], strict=True)]
+    output = trainer.predict(rows)
+    for got, one in zip(output.predictions, expected, strict=True):
+        np.testing.assert_allclose(got[: len(one)], one, atol=1e-5)
+    tags = batch["labels"]["ner"]
+    right = (logits.argmax(-1) == tags)[tags != -100].float().mean().item()
+    assert output.metrics["test_accuracy"] == pytest.approx(right)
 
 
 def test_best_model_is_restored(tiny_encoder: str, tmp_path: Path) -> None:
