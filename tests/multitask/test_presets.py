@@ -13,7 +13,16 @@ from tiny_tasks import make_tasks
 from transformers import AutoModel, AutoTokenizer
 
 from pal_adapters.errors import ConfigError
-from pal_adapters.multitask import PRESETS, HeadConfig, MultiTaskTrainer, Preset, RecipeWarning, get_preset
+from pal_adapters.multitask import (
+    PRESETS,
+    HeadConfig,
+    MultiTaskTrainer,
+    MultiTaskTrainingArguments,
+    Preset,
+    RecipeWarning,
+    TaskHeads,
+    get_preset,
+)
 from pal_adapters.multitask.optim import UncorrectedAdamW, pals_schedule
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -72,6 +81,20 @@ def test_every_recipe_trains(tiny_encoder: str, tmp_path: Path, name: str, host:
     if preset.adapters == "combination":  # the sources rest
         assert all("to_rte" in n or "to_stsb" in n for n in added)
         assert len({route.adapter if host == "peft" else route.adapter.name for route in model.routes.values()}) == 2
+
+
+@pytest.mark.parametrize("name", ["pals", "ca_mtl"])
+def test_a_trainer_checks_arguments_that_the_recipe_did_not_make(name: str, tiny_encoder: str, tmp_path: Path) -> None:
+    tasks = make_tasks("rte", "stsb")
+    model = get_preset(name).build(AutoModel.from_pretrained(tiny_encoder), tasks, **CHANGES.get(name, {}))
+    args = MultiTaskTrainingArguments(str(tmp_path), sampling="uniform", use_cpu=True, report_to=[])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    with pytest.warns(RecipeWarning, match=f"sampling='uniform' with the preset '{name}'"):
+        MultiTaskTrainer(model, args, tasks, processing_class=tokenizer, preset=get_preset(name))
+    plain = TaskHeads(AutoModel.from_pretrained(tiny_encoder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RecipeWarning)
+        get_preset(name).check(plain, args)  # whatever the model
 
 
 def test_other_pooling_than_the_recipes(tiny_encoder: str) -> None:

@@ -255,3 +255,11 @@ def test_everything_by_name_is_a_task(tmp_path: Path) -> None:
     expanded = task.expand(task.dataset["validation"])
     assert expanded["entity"][:] == ["all", "some"]
     assert expanded["label"][:] == [0, 1]
+
+
+def test_spans_need_padding_on_the_right(tiny_encoder: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, padding_side="left")
+    args = MultiTaskTrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    tasks = [make_task("span_qa", "qa")]
+    with pytest.raises(ConfigError, match="task 'qa' is span_qa, which needs a tokenizer that pads on the right"):
+        MultiTaskTrainer(TaskHeads(backbone(tiny_encoder, "none")), args, tasks, processing_class=tokenizer)
