@@ -117,6 +117,22 @@ def test_model_card(tiny_encoder: str, tmp_path: Path) -> None:
     assert f"| all | mean of the first metrics | {scored['eval_average']:.4f} |" in body
 
 
+@pytest.mark.parametrize("kind", ["single_label", "multiple_choice", "token_tagging"])
+def test_usage_in_the_model_card(tiny_encoder: str, tmp_path: Path, kind: str) -> None:
+    made = make_trainer(tiny_encoder, tmp_path / "many", host=HOSTS[-1], tasks=[make_task(kind, "rte")])
+    made.save_model()
+    for name, given in (("many", {}), ("me/given", {"model_name": "me/given"}), ("me/resolved", {"model_name": "x"})):
+        made.hub_model_id = "me/resolved" if name == "me/resolved" else None
+        made.create_model_card(**given)
+        code = (tmp_path / "many" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        assert code.count(f'place = "{name}"\n') == 1
+    space: dict[str, Any] = {}
+    exec(code.replace("me/resolved", str(tmp_path / "many")), space)
+    with torch.no_grad():
+        expected = made.model.eval()(task_ids="rte", **space["inputs"]).logits["rte"]
+    torch.testing.assert_close(space["logits"].detach(), expected)
+
+
 @pytest.mark.skipif("peft" not in HOSTS, reason="needs PEFT")
 def test_methods_of_peft_train_one_task_a_batch(tiny_encoder: str, tmp_path: Path) -> None:
     import peft
