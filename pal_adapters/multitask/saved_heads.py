@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -153,6 +154,20 @@ class SavedHeads(nn.Module):
     def _apply(self, function: Any, recurse: bool = True) -> Self:
         self._base = None  # moving a model may replace its tensors
         return super()._apply(function, recurse)
+
+
+def copy_saved(checkpoint: Path, directory: Path) -> None:
+    """Copies what `from_pretrained` reads from a checkpoint to a folder, and nothing that only `restore` reads."""
+    description = _read_description(checkpoint)
+    names = [HEADS_FILE, storage.BASE_FOLDER, *description["adapters"], *description["fusions"]]
+    if description["host"] == "peft":  # has the adapter called "default" in the folder itself
+        names += ["adapter_config.json", "adapter_model.safetensors"]
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in (*names, DESCRIPTION_FILE):
+        if (checkpoint / name).is_dir():
+            shutil.copytree(checkpoint / name, directory / name, dirs_exist_ok=True)
+        elif (checkpoint / name).is_file():
+            shutil.copy(checkpoint / name, directory / name)
 
 
 def _write_adapter(adapter: Any) -> Any:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import shutil
+import types
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate.utils import AutocastKwargs
 from backbones import HOSTS, backbone
 from tiny_tasks import NAMES, losses, make_task, make_tasks, make_trainer, without_dropout
-from transformers import AutoModel, AutoTokenizer, EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import AutoModel, AutoTokenizer, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
-from pal_adapters.errors import ConfigError, UnsupportedError
+from pal_adapters.errors import ConfigError, PalAdaptersError, UnsupportedError
 from pal_adapters.multitask import (
     Candidates,
     ConcatTasks,
@@ -22,6 +29,8 @@ from pal_adapters.multitask import (
     MultiTaskCollator,
     TaskHeads,
     UncertaintySelector,
+    checkpoints,
+    last_checkpoint,
 )
 from pal_adapters.multitask import scores as scoring
 
@@ -131,6 +140,104 @@ def test_usage_in_the_model_card(tiny_encoder: str, tmp_path: Path, kind: str) -
     with torch.no_grad():
         expected = made.model.eval()(task_ids="rte", **space["inputs"]).logits["rte"]
     torch.testing.assert_close(space["logits"].detach(), expected)
+
+
+class Hub:
+    """Keeps what is uploaded in folders, in place of the hub."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.uploads: list[Path] = []
+        self.error: Exception | None = None
+        repository = types.SimpleNamespace(repo_id="me/many-tasks")
+        for owner in (huggingface_hub.HfApi, transformers.trainer):
+            if hasattr(owner, "upload_folder"):
+                monkeypatch.setattr(owner, "upload_folder", lambda *_, **given: self.upload(**given))
+                monkeypatch.setattr(owner, "create_repo", lambda *_, **__: repository)
+
+    def upload(self, folder_path: str, ignore_patterns: Any = None, **_: Any) -> Any:
+        if self.error is not None:
+            raise self.error
+        self.uploads.append(self.folder / str(len(self.uploads)))
+        shutil.copytree(folder_path, self.uploads[-1], ignore=shutil.ignore_patterns(*ignore_patterns or ()))
+        return types.SimpleNamespace(done=lambda: True, result=lambda: None)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_each_checkpoint_is_uploaded(tiny_encoder: str, tmp_path: Path, monkeypatch: Any, host: str) -> None:
+    hub = Hub(tmp_path / "hub", monkeypatch)
+    names = ("default", "rte")  # PEFT stores the first in the folder itself
+    made = make_trainer(
+        tiny_encoder,
+        tmp_path / "many",
+        host=host,
+        base=True,
+        tasks=[make_task("single_label", name) for name in names],
+        save_strategy="steps",
+        save_steps=2,
+        max_steps=4,
+        push_to_hub=True,
+        hub_model_id="many-tasks",
+    )
+    made.train()
+    assert len(hub.uploads) == 2
+    for step, uploaded in zip((2, 4), hub.uploads, strict=True):
+        left, right = (TaskHeads.from_pretrained(p) for p in (tmp_path / "many" / f"checkpoint-{step}", uploaded))
+        for (name, value), other in zip(left.named_parameters(), right.parameters(), strict=True):
+            assert torch.equal(value, other), name
+        assert not (uploaded / "added.safetensors").exists()
+        assert not (uploaded / "optimizer.pt").exists()
+    for (name, value), other in zip(made.model.named_parameters(), right.parameters(), strict=True):
+        assert torch.equal(value, other), name
+    made.push_to_hub()
+    assert 'place = "me/many-tasks"' in (hub.uploads[-1] / "README.md").read_text()
+
+
+def test_an_upload_that_fails_or_still_runs(tiny_encoder: str, tmp_path: Path, monkeypatch: Any) -> None:
+    hub = Hub(tmp_path / "hub", monkeypatch)
+    given: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "push_to_hub": True}
+    hub.error = ConnectionError("no route")
+    made = make_trainer(tiny_encoder, tmp_path / "many", **given)
+    with pytest.raises(PalAdaptersError, match=r"checkpoint-2 cannot be uploaded \(no route\). It is whole"):
+        made.train()
+    checkpoint = str(tmp_path / "many" / "checkpoint-2")
+    assert last_checkpoint(tmp_path / "many") == checkpoint
+    hub.error = None
+    description = tmp_path / "many" / "task_heads.json"
+    for done, always, strategy, copied in (
+        (False, False, "every_save", False),
+        (False, True, "every_save", True),
+        (True, False, "every_save", True),
+        (True, False, "end", False),
+    ):
+        description.unlink(missing_ok=True)
+        made.push_in_progress = types.SimpleNamespace(is_done=lambda done=done: done, jobs=[])
+        made.args.hub_always_push, made.args.hub_strategy = always, HubStrategy(strategy)
+        before = len(hub.uploads)
+        made._push_from_checkpoint(checkpoint)
+        assert description.exists() is copied
+        assert len(hub.uploads) == before + copied
+
+
+def test_upstream_of_checkpoints() -> None:
+    """One for each row of the table in `multitask/checkpoints.py`."""
+    expected = {
+        "_save": ["output_dir", "state_dict"],
+        "_save_checkpoint": ["model", "trial"],
+        "_save_optimizer_and_scheduler": ["output_dir"],
+        "_load_optimizer_and_scheduler": ["checkpoint"],
+        "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+        "_load_best_model": [],
+        "_push_from_checkpoint": ["checkpoint_folder"],
+    }
+    for name, parameters in expected.items():
+        assert list(inspect.signature(getattr(Trainer, name)).parameters)[1:] == parameters, name
+    source = inspect.getsource(Trainer._push_from_checkpoint)
+    assert "push_in_progress.is_done()" in source
+    assert "heads" not in source
+    assert "copytree" not in source  # it would do our work
+    table = re.findall(r"^\| `Trainer\.(\w+)`", str(checkpoints.__doc__), re.MULTILINE)
+    assert table == [*expected, "push_in_progress"]
 
 
 @pytest.mark.skipif("peft" not in HOSTS, reason="needs PEFT")
