@@ -420,6 +420,43 @@ def test_own_metrics_and_aggregate(tiny_encoder: str, tmp_path: Path) -> None:
     assert found["eval_average"] == pytest.approx(0.3 - found["eval_stsb_mse"])
 
 
+def test_aggregates_of_primary_scores(tiny_encoder: str, tmp_path: Path) -> None:
+    def fixed(value: float) -> Any:
+        return lambda predictions, references: {"score": value}
+
+    def own_mse(predictions: Any, references: Any) -> float:
+        return 0.4
+
+    metrics = [fixed(0.1), fixed(0.7), own_mse]
+    tasks = [make_task("single_label", f"t{n}", metrics=metric) for n, metric in enumerate(metrics)]
+    made = make_trainer(tiny_encoder, tmp_path, tasks=tasks)
+    for aggregate, expected in (("mean", 0.4 / 3), ("sum", 0.4), ("min", -0.4), ("max", 0.7), ("median", 0.1)):
+        made.args.eval_aggregate = aggregate
+        assert made.evaluate()["eval_average"] == pytest.approx(expected)
+
+
+def test_best_model_by_a_metric_of_which_less_is_better(tiny_encoder: str, tmp_path: Path) -> None:
+    values = iter([0.5, 0.2, 0.9])
+
+    def mse(predictions: Any, references: Any) -> float:
+        return next(values)
+
+    made = make_trainer(
+        tiny_encoder,
+        tmp_path,
+        tasks=[make_task("regression", "stsb", metrics=mse)],
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="stsb_mse",
+    )
+    made.train()
+    assert made.state.best_metric == 0.2
+    assert str(made.state.best_model_checkpoint).endswith("checkpoint-4")
+
+
 def test_predictions_by_task(tiny_encoder: str, tmp_path: Path) -> None:
     made = make_trainer(tiny_encoder, tmp_path)
     output = made.predict({"rte": made.tasks["rte"].dataset["validation"]})["rte"]
