@@ -28,6 +28,7 @@ CONFIGS = {
     "qa": HeadConfig("span_qa"),
     "topics": HeadConfig("multi_label", 3, pooling="pooler"),
 }
+RESERVED = ("train", "training", "type", "keys", "values", "items", "pop", "_modules", "average")
 # A choice is a row of its own, next to the other.
 ROWS = ["ner", "rte", "copa", "copa", "stsb", "topics", "rte", "qa", "ner", "copa", "copa", "stsb"]
 
@@ -236,6 +237,8 @@ def test_adding_reusing_and_removing(tiny_encoder: str, batch: dict[str, Tensor]
     [
         (("rte", HeadConfig("regression")), ConfigError, "task='rte' is there already"),
         (("a.b", HeadConfig("regression")), ConfigError, "without '.' and '/'"),
+        *[((name, HeadConfig("regression")), ConfigError, f"task='{name}' is not allowed") for name in RESERVED],
+        (("keys", "rte"), ConfigError, "Use another, such as 'keys_task'"),
         (("new", "nli"), ConfigError, "head='nli' is not there: rte, stsb"),
         (
             ("new", HeadConfig("regression"), {"adapter": "nli"}),

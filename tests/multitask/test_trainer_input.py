@@ -72,6 +72,12 @@ def test_tasks_that_cannot_be(changes: dict[str, Any], message: str) -> None:
         Task("own", data, **{"text_columns": ("text",), "num_labels": 2, **changes})
 
 
+@pytest.mark.parametrize("name", ["train", "training", "type", "keys", "items", "pop", "average", "a.b", "a/b", "", 3])
+def test_names_that_no_task_can_have(name: Any) -> None:
+    with pytest.raises(ConfigError, match=f"name={name!r} is not allowed"):
+        Task(name, texts([0]).dataset, text_columns=("text",), num_labels=2)
+
+
 def trainer(folder: str, output: Path, tasks: Any, model: Any = None, **options: Any) -> MultiTaskTrainer:
     arguments = {name: options.pop(name) for name in list(options) if name in ("eval_strategy", "sampling")}
     args = MultiTaskTrainingArguments(str(output), use_cpu=True, report_to=[], **arguments)
