@@ -81,7 +81,8 @@ class Checkpoints(Trainer):
             ) from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        running = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        push = cast("Any", self.push_in_progress)
+        running = push is not None and not push.is_done()
         uploads = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not running)
         try:
             if uploads and self.is_world_process_zero():
