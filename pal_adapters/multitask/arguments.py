@@ -9,9 +9,10 @@ from transformers import TrainingArguments
 from pal_adapters.errors import ConfigError, require_one_of
 
 from .sampling import STRATEGIES
+from .scores import lower_is_better
 
 SCHEDULES = ("own", "pals")
-AGGREGATES = ("mean", "sum", "min")
+AGGREGATES = ("mean", "sum", "min", "max", "median")
 
 
 @dataclass
@@ -19,7 +20,8 @@ class MultiTaskTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with what many tasks need. Everything else means what it does there.
 
     With `load_best_model_at_end=True` the model is chosen by `metric_for_best_model="average"` unless told otherwise:
-    the `eval_aggregate` over the primary scores of all tasks.
+    the `eval_aggregate` over the primary scores of all tasks. Unless `greater_is_better` says otherwise, a small value
+    is good of metrics whose name ends in perplexity, mse, rmse, mae or loss.
     """
 
     sampling: str = field(
@@ -37,7 +39,7 @@ class MultiTaskTrainingArguments(TrainingArguments):
     )
     max_length: int = field(default=128, metadata={"help": "Tokens after which a text is cut."})
     eval_aggregate: str = field(
-        default="mean", metadata={"help": "What eval_average is of the primary scores: mean, sum or min."}
+        default="mean", metadata={"help": "What eval_average is of the primary scores: mean, sum, min, max, median."}
     )
     attention_learning_rate: float | None = field(
         default=None,
@@ -58,8 +60,8 @@ class MultiTaskTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "average"
-        if self.metric_for_best_model in ("average", "eval_average") and self.greater_is_better is None:
-            self.greater_is_better = True
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = not lower_is_better(self.metric_for_best_model)
         super().__post_init__()
         require_one_of("sampling", self.sampling, (*STRATEGIES, "temperature"))
         require_one_of("eval_aggregate", self.eval_aggregate, AGGREGATES)

@@ -1,4 +1,21 @@
-"""Checkpoints of `MultiTaskTrainer`: written whole or not at all, and restored in place."""
+"""Checkpoints of `MultiTaskTrainer`: written whole or not at all, restored in place, and uploaded as they are.
+
+Every touch of `transformers.Trainer` that is not public, for 4.57 and 5:
+
+| upstream symbol                         | what and why                                                             |
+|-----------------------------------------|--------------------------------------------------------------------------|
+| `Trainer._save`                         | overridden: the folder is that of `TaskHeads`                            |
+| `Trainer._save_checkpoint`              | extended: half a checkpoint is removed                                   |
+| `Trainer._save_optimizer_and_scheduler` | overridden for FSDP                                                      |
+| `Trainer._load_optimizer_and_scheduler` | the same                                                                 |
+| `Trainer._load_from_checkpoint`         | overridden: values are copied in place                                   |
+| `Trainer._load_best_model`              | the same                                                                 |
+| `Trainer._push_from_checkpoint`         | extended: the host uploads `output_dir`, to which it copies files of     |
+|                                         | names that it knows, none of them ours                                   |
+| `Trainer.push_in_progress`              | read: says whether the host uploads now, so that no file changes under it |
+
+`test_upstream_of_checkpoints` in `tests/multitask/test_trainer_features.py` fails when one of them moves.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +28,12 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 
-from pal_adapters.errors import ConfigError
+from pal_adapters.errors import ConfigError, PalAdaptersError
 
 from .distributed import load_whole_state, whole_parameters, whole_state
+from .saved_heads import copy_saved
 from .storage import StorageError
 from .task_heads import TaskHeads
 
@@ -60,6 +78,20 @@ class Checkpoints(Trainer):
             raise StorageError(
                 f"{directory} cannot be written ({' '.join(str(error).split())[:200]}). The last whole checkpoint is "
                 f"{last or 'none'}; make room and resume from it."
+            ) from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        push = cast("Any", self.push_in_progress)
+        running = push is not None and not push.is_done()
+        uploads = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not running)
+        try:
+            if uploads and self.is_world_process_zero():
+                copy_saved(Path(checkpoint_folder), Path(cast("str", self.args.output_dir)))
+            super()._push_from_checkpoint(checkpoint_folder)
+        except (OSError, RuntimeError) as error:  # otherwise taken for one of the checkpoint, which is whole
+            raise PalAdaptersError(
+                f"{checkpoint_folder} cannot be uploaded ({' '.join(str(error).split())[:200]}). It is whole: resume "
+                "from it."
             ) from error
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -80,14 +80,32 @@ def write_model_card(trainer: MultiTaskTrainer, given: dict[str, Any]) -> None:
         "## Use",
         "",
         "```python",
-        "import pal_adapters",
-        "from pal_adapters.multitask import TaskHeads",
-        "",
-        f'model = TaskHeads.from_pretrained("{given.get("model_name") or "this folder"}")',
-        f'logits = model(task_ids="{next(iter(trainer.tasks))}", **tokenizer("...", return_tensors="pt")).logits',
+        *_usage(trainer, given.get("model_name")),
         "```",
         "",
     ]
     path = Path(str(trainer.args.output_dir)) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _usage(trainer: MultiTaskTrainer, model_name: str | None) -> list[str]:
+    """Code that reads the model and runs its first task."""
+    args = trainer.args
+    # Only the hub knows whose repository it is, where `hub_model_id` has no owner.
+    place = trainer.hub_model_id or args.hub_model_id or model_name or Path(str(args.output_dir)).name
+    task = next(iter(trainer.tasks.values()))
+    texts = ['"..."'] * min(len(task.text_columns), 2)
+    if task.num_choices > 1:
+        texts = [f"[{', '.join([text] * task.num_choices)}]" for text in texts]
+    return [
+        "from transformers import AutoTokenizer",
+        "",
+        "from pal_adapters.multitask import TaskHeads",
+        "",
+        f"place = {json.dumps(place)}",
+        "model = TaskHeads.from_pretrained(place)",
+        "tokenizer = AutoTokenizer.from_pretrained(place)",
+        f'inputs = tokenizer({", ".join(texts)}, return_tensors="pt")',
+        f"logits = model(task_ids={json.dumps(task.name)}, **inputs).logits[{json.dumps(task.name)}]",
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -94,18 +95,29 @@ class SavedHeads(nn.Module):
         storage.write_json(description, directory / DESCRIPTION_FILE)  # last: a folder that has it is whole
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, backbone: nn.Module | None = None) -> Self:
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        backbone: nn.Module | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> Self:
         """Reads what `save_pretrained` wrote, in evaluation mode. Losses of one's own have to be set again.
 
         Args:
-            directory: The folder.
+            directory: The folder, or the name of a repository of the hub, `"owner/name"`.
             backbone: The base model, if it is not to be found under the name that it was loaded from. Adapters that it
                 has already are not loaded.
+            revision: Branch, tag or commit of a repository.
+            token: Token for the hub; by default the one of the login.
 
         Raises:
-            StorageError: If the folder is not whole, or does not fit the model.
+            StorageError: If there is neither a folder nor a repository of that name, or it is not whole, or does not
+                fit the model.
+            ConfigError: If `revision` or `token` is given for a folder.
         """
-        directory = Path(directory)
+        directory = storage.fetch(directory, revision=revision, token=token)
         description = _read_description(directory)
         if backbone is None:
             backbone = storage.load_backbone(description, directory)
@@ -159,6 +171,20 @@ class SavedHeads(nn.Module):
     def _apply(self, function: Any, recurse: bool = True) -> Self:
         self._base = None  # moving a model may replace its tensors
         return super()._apply(function, recurse)
+
+
+def copy_saved(checkpoint: Path, directory: Path) -> None:
+    """Copies what `from_pretrained` reads from a checkpoint to a folder, and nothing that only `restore` reads."""
+    description = _read_description(checkpoint)
+    names = [HEADS_FILE, storage.BASE_FOLDER, *description["adapters"], *description["fusions"]]
+    if description["host"] == "peft":  # has the adapter called "default" in the folder itself
+        names += ["adapter_config.json", "adapter_model.safetensors"]
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in (*names, DESCRIPTION_FILE):
+        if (checkpoint / name).is_dir():
+            shutil.copytree(checkpoint / name, directory / name, dirs_exist_ok=True)
+        elif (checkpoint / name).is_file():
+            shutil.copy(checkpoint / name, directory / name)
 
 
 def _write_adapter(adapter: Any) -> Any:

@@ -37,8 +37,8 @@ def default_metrics(kind: str) -> tuple[str, ...]:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether a small value of a metric is good."""
-    return metric in ("perplexity", "mse", "loss")
+    """Whether a small value of a metric is good: the last word of its name says so, as in `eval_stsb_mse`."""
+    return metric.rsplit("_", 1)[-1] in ("perplexity", "mse", "rmse", "mae", "loss")
 
 
 def score_rows(

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import huggingface_hub
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pal_adapters.errors import PalAdaptersError
+from pal_adapters.errors import ConfigError, PalAdaptersError
 
 from .distributed import part_of
 from .routing import adapter_names, bare_model, host_of
@@ -55,6 +56,35 @@ def save_adapters(backbone: Any, directory: Path) -> None:
     elif host == "adapters":
         backbone.save_all_adapters(str(directory), use_safetensors=True)
         backbone.save_all_adapter_fusions(str(directory), use_safetensors=True)
+
+
+def fetch(name: str | Path, *, revision: str | None, token: str | bool | None) -> Path:
+    """A folder, as it is; what is none is a repository of the hub, and its files are fetched.
+
+    Raises:
+        ConfigError: For arguments of a repository, of a folder.
+        StorageError: If there is neither, or the repository cannot be read.
+    """
+    if Path(name).is_dir():
+        for argument, value in (("revision", revision), ("token", token)):
+            if value is not None:
+                raise ConfigError(f"{argument} has no effect for the folder {name}: leave it out.")
+        return Path(name)
+    repo = name.as_posix() if isinstance(name, Path) else name
+    try:
+        fetched = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            token=token,
+            ignore_patterns=["last-checkpoint/*", "checkpoint-*/*"],  # the Trainer's, to resume from
+        )
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"{repo} is no folder, and no repository that can be read from the hub "
+            f"({' '.join(str(error).split())[:200]}). Pass a folder that save_pretrained wrote, or 'owner/name'; "
+            "private repositories need a token."
+        ) from error
+    return Path(fetched)
 
 
 def base_folder(directory: Path) -> Path:

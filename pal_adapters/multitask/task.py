@@ -14,6 +14,7 @@ from pal_adapters.errors import ConfigError, require_one_of
 
 from .data import load_task
 from .heads import KINDS, HeadConfig, Kind, Loss, Pooling
+from .names import require_task_name
 from .scores import METRICS, Metric, default_metrics
 from .tasks import Row, Segments, TaskDataError, TaskSpec
 
@@ -38,7 +39,8 @@ class Task:
     | `language_modeling` | a text | none: the text itself |
 
     Args:
-        name: Name, also of its head and, unless `adapter` says otherwise, of its adapter.
+        name: Name, also of its head and, unless `adapter` says otherwise, of its adapter. Without `.` and `/`; not
+            `average`, nor an attribute of `nn.ModuleDict` such as `type`.
         dataset: Splits by name: a `datasets.DatasetDict`, or a dict of `datasets.Dataset`.
         kind: What is predicted, see above.
         text_columns: Columns of the text. Tagging, questions and language models have default names.
@@ -95,8 +97,7 @@ class Task:
     benchmark: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name or {"/", "."} & set(self.name):
-            raise ConfigError(f"name={self.name!r} is not allowed: use a text without '/' and '.'.")
+        require_task_name("name", self.name)
         require_one_of("kind", self.kind, KINDS)
         for name in ("text_columns", "label_names", "metrics", "validation_splits", "group_columns", "split_columns"):
             value = getattr(self, name)

@@ -14,6 +14,7 @@ from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedErr
 
 from . import storage
 from .heads import Head, HeadConfig, Loss, pool
+from .names import require_task_name
 from .routing import Route, Router, adapter_config, adapter_names, adapters_in, host_of, is_fuse, route_key
 from .saved_heads import SavedHeads
 
@@ -99,7 +100,7 @@ class TaskHeads(SavedHeads):
         """Adds a task, with a head of its own or with the head of another task.
 
         Args:
-            task: Name of the task.
+            task: Name of the task, see `Task`.
             head: What its head is, or the name of a head that is there, to use that one.
             adapter: Name of its adapter, a `Stack` or `Fuse` of names in `adapters`, or `None` for the base alone.
                 `"auto"` is the adapter with the name of the task; else, if there is only one, that one; else none.
@@ -108,12 +109,11 @@ class TaskHeads(SavedHeads):
             loss: A loss of one's own for a new head, see `heads.Loss`.
 
         Raises:
-            ConfigError: If there is a task or a head of that name, or no head of the given name.
+            ConfigError: If no task can have that name, there is a task or a head of it, or no head of the given name.
             UnknownAdapterError: If the adapter or the fusion is not on the model.
             UnsupportedError: For another composition.
         """
-        if not isinstance(task, str) or not task or "." in task or "/" in task:
-            raise ConfigError(f"task={task!r} is not allowed: use a name without '.' and '/'.")
+        require_task_name("task", task)
         if task in self.routes:
             raise ConfigError(f"task={task!r} is there already: {', '.join(self.routes)}. Use another name.")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):

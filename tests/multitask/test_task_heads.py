@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ CONFIGS = {
     "qa": HeadConfig("span_qa"),
     "topics": HeadConfig("multi_label", 3, pooling="pooler"),
 }
+RESERVED = ("train", "training", "type", "keys", "values", "items", "pop", "_modules", "average")
 # A choice is a row of its own, next to the other.
 ROWS = ["ner", "rte", "copa", "copa", "stsb", "topics", "rte", "qa", "ner", "copa", "copa", "stsb"]
 
@@ -293,6 +295,8 @@ def test_adding_reusing_and_removing(tiny_encoder: str, batch: dict[str, Tensor]
     [
         (("rte", HeadConfig("regression")), ConfigError, "task='rte' is there already"),
         (("a.b", HeadConfig("regression")), ConfigError, "without '.' and '/'"),
+        *[((name, HeadConfig("regression")), ConfigError, f"task='{name}' is not allowed") for name in RESERVED],
+        (("keys", "rte"), ConfigError, "Use another, such as 'keys_task'"),
         (("new", "nli"), ConfigError, "head='nli' is not there: rte, stsb"),
         (
             ("new", HeadConfig("regression"), {"adapter": "nli"}),
@@ -434,6 +438,38 @@ def test_a_checkpoint_of_another_model_changes_nothing(tiny_encoder: str, tmp_pa
     with pytest.raises(StorageError, match="pass backbone="):
         TaskHeads.from_pretrained(tmp_path / "a")
     assert TaskHeads.from_pretrained(tmp_path / "a", backbone(tiny_encoder, "none")).tasks == TASKS
+
+
+def test_read_from_the_hub(tiny_encoder: str, batch: dict[str, Tensor], tmp_path: Path, monkeypatch: Any) -> None:
+    model = heads(tiny_encoder, HOSTS[-1])
+    model.save_pretrained(tmp_path / "saved")
+    asked = []
+
+    def download(repo_id: str, **options: Any) -> str:
+        asked.append((repo_id, options["revision"], options["token"]))
+        if repo_id != "me/many-tasks":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("cannot be\nreached")
+        return str(tmp_path / "saved")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    read = TaskHeads.from_pretrained("me/many-tasks", revision="v1", token="secret")
+    expected, found = (made(task_ids=ROWS, **batch).logits for made in (model, read))
+    assert all(torch.equal(found[task], expected[task]) for task in TASKS)
+    for name in ("me/another", Path("me/another")):
+        with pytest.raises(StorageError, match=r"me/another is no folder, and no repository .*\(cannot be reached\)"):
+            TaskHeads.from_pretrained(name)
+    assert asked == [("me/many-tasks", "v1", "secret"), *[("me/another", None, None)] * 2]
+    TaskHeads.from_pretrained("saved")
+    for argument in ("revision", "token"):
+        with pytest.raises(ConfigError, match=f"{argument} has no effect for the folder saved"):
+            TaskHeads.from_pretrained("saved", **{argument: "main"})
+    assert len(asked) == 3
+
+
+def test_a_name_that_no_repository_can_have(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="is no folder, and no repository"):
+        TaskHeads.from_pretrained(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("host", [h for h in HOSTS if h != "none"])

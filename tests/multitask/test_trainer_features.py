@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import shutil
+import types
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate.utils import AutocastKwargs
 from backbones import HOSTS, backbone
 from tiny_tasks import NAMES, losses, make_task, make_tasks, make_trainer, without_dropout
-from transformers import AutoModel, AutoTokenizer, EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import AutoModel, AutoTokenizer, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
-from pal_adapters.errors import ConfigError, UnsupportedError
+from pal_adapters.errors import ConfigError, PalAdaptersError, UnsupportedError
 from pal_adapters.multitask import (
     Candidates,
     ConcatTasks,
@@ -22,6 +29,8 @@ from pal_adapters.multitask import (
     MultiTaskCollator,
     TaskHeads,
     UncertaintySelector,
+    checkpoints,
+    last_checkpoint,
 )
 from pal_adapters.multitask import scores as scoring
 
@@ -115,6 +124,120 @@ def test_model_card(tiny_encoder: str, tmp_path: Path) -> None:
     scored = next(e for e in reversed(made.state.log_history) if "eval_average" in e)
     assert f"| rte | accuracy | {scored['eval_rte_accuracy']:.4f} |" in body
     assert f"| all | mean of the first metrics | {scored['eval_average']:.4f} |" in body
+
+
+@pytest.mark.parametrize("kind", ["single_label", "multiple_choice", "token_tagging"])
+def test_usage_in_the_model_card(tiny_encoder: str, tmp_path: Path, kind: str) -> None:
+    made = make_trainer(tiny_encoder, tmp_path / "many", host=HOSTS[-1], tasks=[make_task(kind, "rte")])
+    made.save_model()
+    for name, given in (("many", {}), ("me/given", {"model_name": "me/given"}), ("me/resolved", {"model_name": "x"})):
+        made.hub_model_id = "me/resolved" if name == "me/resolved" else None
+        made.create_model_card(**given)
+        code = (tmp_path / "many" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        assert code.count(f'place = "{name}"\n') == 1
+    space: dict[str, Any] = {}
+    exec(code.replace("me/resolved", str(tmp_path / "many")), space)
+    with torch.no_grad():
+        expected = made.model.eval()(task_ids="rte", **space["inputs"]).logits["rte"]
+    torch.testing.assert_close(space["logits"].detach(), expected)
+
+
+class Hub:
+    """Keeps what is uploaded in folders, in place of the hub."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.uploads: list[Path] = []
+        self.error: Exception | None = None
+        repository = types.SimpleNamespace(repo_id="me/many-tasks")
+        for owner in (huggingface_hub.HfApi, transformers.trainer):
+            if hasattr(owner, "upload_folder"):
+                monkeypatch.setattr(owner, "upload_folder", lambda *_, **given: self.upload(**given))
+                monkeypatch.setattr(owner, "create_repo", lambda *_, **__: repository)
+
+    def upload(self, folder_path: str, ignore_patterns: Any = None, **_: Any) -> Any:
+        if self.error is not None:
+            raise self.error
+        self.uploads.append(self.folder / str(len(self.uploads)))
+        shutil.copytree(folder_path, self.uploads[-1], ignore=shutil.ignore_patterns(*ignore_patterns or ()))
+        return types.SimpleNamespace(done=lambda: True, result=lambda: None)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_each_checkpoint_is_uploaded(tiny_encoder: str, tmp_path: Path, monkeypatch: Any, host: str) -> None:
+    hub = Hub(tmp_path / "hub", monkeypatch)
+    names = ("default", "rte")  # PEFT stores the first in the folder itself
+    made = make_trainer(
+        tiny_encoder,
+        tmp_path / "many",
+        host=host,
+        base=True,
+        tasks=[make_task("single_label", name) for name in names],
+        save_strategy="steps",
+        save_steps=2,
+        max_steps=4,
+        push_to_hub=True,
+        hub_model_id="many-tasks",
+    )
+    made.train()
+    assert len(hub.uploads) == 2
+    for step, uploaded in zip((2, 4), hub.uploads, strict=True):
+        left, right = (TaskHeads.from_pretrained(p) for p in (tmp_path / "many" / f"checkpoint-{step}", uploaded))
+        for (name, value), other in zip(left.named_parameters(), right.parameters(), strict=True):
+            assert torch.equal(value, other), name
+        assert not (uploaded / "added.safetensors").exists()
+        assert not (uploaded / "optimizer.pt").exists()
+    for (name, value), other in zip(made.model.named_parameters(), right.parameters(), strict=True):
+        assert torch.equal(value, other), name
+    made.push_to_hub()
+    assert 'place = "me/many-tasks"' in (hub.uploads[-1] / "README.md").read_text()
+
+
+def test_an_upload_that_fails_or_still_runs(tiny_encoder: str, tmp_path: Path, monkeypatch: Any) -> None:
+    hub = Hub(tmp_path / "hub", monkeypatch)
+    given: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "push_to_hub": True}
+    hub.error = ConnectionError("no route")
+    made = make_trainer(tiny_encoder, tmp_path / "many", **given)
+    with pytest.raises(PalAdaptersError, match=r"checkpoint-2 cannot be uploaded \(no route\). It is whole"):
+        made.train()
+    checkpoint = str(tmp_path / "many" / "checkpoint-2")
+    assert last_checkpoint(tmp_path / "many") == checkpoint
+    hub.error = None
+    description = tmp_path / "many" / "task_heads.json"
+    for done, always, strategy, copied in (
+        (False, False, "every_save", False),
+        (False, True, "every_save", True),
+        (True, False, "every_save", True),
+        (True, False, "end", False),
+    ):
+        description.unlink(missing_ok=True)
+        made.push_in_progress = types.SimpleNamespace(is_done=lambda done=done: done, jobs=[])
+        made.args.hub_always_push, made.args.hub_strategy = always, HubStrategy(strategy)
+        before = len(hub.uploads)
+        made._push_from_checkpoint(checkpoint)
+        assert description.exists() is copied
+        assert len(hub.uploads) == before + copied
+
+
+def test_upstream_of_checkpoints() -> None:
+    """One for each row of the table in `multitask/checkpoints.py`."""
+    expected = {
+        "_save": ["output_dir", "state_dict"],
+        "_save_checkpoint": ["model", "trial"],
+        "_save_optimizer_and_scheduler": ["output_dir"],
+        "_load_optimizer_and_scheduler": ["checkpoint"],
+        "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+        "_load_best_model": [],
+        "_push_from_checkpoint": ["checkpoint_folder"],
+    }
+    for name, parameters in expected.items():
+        assert list(inspect.signature(getattr(Trainer, name)).parameters)[1:] == parameters, name
+    source = inspect.getsource(Trainer._push_from_checkpoint)
+    assert "push_in_progress.is_done()" in source
+    assert "heads" not in source
+    assert "copytree" not in source  # it would do our work
+    table = re.findall(r"^\| `Trainer\.(\w+)`", str(checkpoints.__doc__), re.MULTILINE)
+    assert table == [*expected, "push_in_progress"]
 
 
 @pytest.mark.skipif("peft" not in HOSTS, reason="needs PEFT")
@@ -295,6 +418,43 @@ def test_own_metrics_and_aggregate(tiny_encoder: str, tmp_path: Path) -> None:
     found = made.evaluate()
     assert found["eval_rte_always_third"] == 0.3
     assert found["eval_average"] == pytest.approx(0.3 - found["eval_stsb_mse"])
+
+
+def test_aggregates_of_primary_scores(tiny_encoder: str, tmp_path: Path) -> None:
+    def fixed(value: float) -> Any:
+        return lambda predictions, references: {"score": value}
+
+    def own_mse(predictions: Any, references: Any) -> float:
+        return 0.4
+
+    metrics = [fixed(0.1), fixed(0.7), own_mse]
+    tasks = [make_task("single_label", f"t{n}", metrics=metric) for n, metric in enumerate(metrics)]
+    made = make_trainer(tiny_encoder, tmp_path, tasks=tasks)
+    for aggregate, expected in (("mean", 0.4 / 3), ("sum", 0.4), ("min", -0.4), ("max", 0.7), ("median", 0.1)):
+        made.args.eval_aggregate = aggregate
+        assert made.evaluate()["eval_average"] == pytest.approx(expected)
+
+
+def test_best_model_by_a_metric_of_which_less_is_better(tiny_encoder: str, tmp_path: Path) -> None:
+    values = iter([0.5, 0.2, 0.9])
+
+    def mse(predictions: Any, references: Any) -> float:
+        return next(values)
+
+    made = make_trainer(
+        tiny_encoder,
+        tmp_path,
+        tasks=[make_task("regression", "stsb", metrics=mse)],
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="stsb_mse",
+    )
+    made.train()
+    assert made.state.best_metric == 0.2
+    assert str(made.state.best_model_checkpoint).endswith("checkpoint-4")
 
 
 def test_predictions_by_task(tiny_encoder: str, tmp_path: Path) -> None:

@@ -72,6 +72,12 @@ def test_tasks_that_cannot_be(changes: dict[str, Any], message: str) -> None:
         Task("own", data, **{"text_columns": ("text",), "num_labels": 2, **changes})
 
 
+@pytest.mark.parametrize("name", ["train", "training", "type", "keys", "items", "pop", "average", "a.b", "a/b", "", 3])
+def test_names_that_no_task_can_have(name: Any) -> None:
+    with pytest.raises(ConfigError, match=f"name={name!r} is not allowed"):
+        Task(name, texts([0]).dataset, text_columns=("text",), num_labels=2)
+
+
 def trainer(folder: str, output: Path, tasks: Any, model: Any = None, **options: Any) -> MultiTaskTrainer:
     arguments = {name: options.pop(name) for name in list(options) if name in ("eval_strategy", "sampling")}
     args = MultiTaskTrainingArguments(str(output), use_cpu=True, report_to=[], **arguments)
@@ -123,7 +129,7 @@ def test_a_head_of_another_kind(tiny_encoder: str, tmp_path: Path) -> None:
         ({"sampling": "annealing"}, "sampling='annealing' is not allowed"),
         ({"sampling": "temperature"}, "sampling_temperature=None is not allowed"),
         ({"sampling_temperature": 2.0}, "sampling_temperature=2.0 is not allowed for sampling='proportional'"),
-        ({"eval_aggregate": "median"}, "eval_aggregate='median'"),
+        ({"eval_aggregate": "prod"}, "eval_aggregate='prod' .* 'mean', 'sum', 'min', 'max', 'median'"),
         ({"schedule": "bert"}, "schedule='bert'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no effect"),
         ({"fp16": True}, "fp16=True has no effect on CPU, where accelerate trains in fp32: use bf16"),
@@ -132,6 +138,29 @@ def test_a_head_of_another_kind(tiny_encoder: str, tmp_path: Path) -> None:
 def test_arguments_of_the_run(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         MultiTaskTrainingArguments(str(tmp_path), use_cpu=True, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("stsb_mse", False),
+        ("eval_text_perplexity", False),
+        ("eval_rte_loss", False),
+        ("loss", False),
+        ("own_mae", False),
+        ("rte_accuracy", True),
+        ("mse_pearson", True),
+        ("average", True),
+        (None, True),
+    ],
+)
+def test_which_value_of_a_metric_is_best(tmp_path: Path, metric: str | None, greater: bool) -> None:
+    given: dict[str, Any] = {"use_cpu": True, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    given |= {"load_best_model_at_end": True, "metric_for_best_model": metric}
+    assert MultiTaskTrainingArguments(str(tmp_path), **given).greater_is_better is greater
+    for told in (False, True):
+        args = MultiTaskTrainingArguments(str(tmp_path), **given, greater_is_better=told)
+        assert args.greater_is_better is told
 
 
 def test_gradients_that_are_scaled_have_no_bound_each(tmp_path: Path, monkeypatch: Any) -> None:
