@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from pal_adapters.errors import ConfigError, require_one_of
 from .data import load_task
 from .heads import KINDS, HeadConfig, Kind, Loss, Pooling
 from .scores import METRICS, Metric, default_metrics
-from .tasks import Row, Segments, TaskDataError, TaskSpec
+from .tasks import Row, Segments, TaskSpec
 
 Splits = Mapping[str, datasets.Dataset]
 
@@ -241,47 +240,3 @@ def check_tasks(tasks: Iterable[Task]) -> dict[str, Task]:
     if not named:
         raise ConfigError("tasks is empty: pass at least one Task.")
     return named
-
-
-def check_labels(task: Task, labels: Sequence[Any], where: str) -> None:
-    """Raises `TaskDataError` for the first label that the task does not have."""
-    for number, label in enumerate(labels, start=1):
-        problem = _problem(task, label)
-        if problem:
-            raise TaskDataError(f"task {task.name!r}, {where}, row {number}: label {label!r:.60} {problem}")
-
-
-def _problem(task: Task, label: Any) -> str:
-    classes = task.num_choices if task.kind == "multiple_choice" else task.num_labels or 0
-    if task.kind in ("single_label", "multiple_choice"):
-        return _class_problem(label, classes)
-    if task.kind == "regression":
-        values = [label] if classes == 1 else label
-        if not isinstance(values, (list, tuple)) or len(values) != classes:
-            return f"is not {classes} numbers"
-        low, high = task.label_range or (-math.inf, math.inf)
-        for value in values:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                return "is not a finite number"
-            if not low <= value <= high:
-                return f"is out of range: allowed are {low} to {high}"
-    if task.kind == "multi_label":
-        if not isinstance(label, (list, tuple)):
-            return "is not a list of class numbers"
-        return next(filter(None, (_class_problem(value, max(classes, 2)) for value in label)), "")
-    if task.kind == "token_tagging":
-        if not isinstance(label, (list, tuple)):
-            return "is not a list with a class number for each word"
-        return next(filter(None, (_class_problem(value, classes) for value in label if value != -100)), "")
-    if task.kind == "span_qa":
-        if not isinstance(label, Mapping) or not {"text", "answer_start"} <= set(label):
-            return "is not a dict with 'text' and 'answer_start'"
-        if len(label["text"]) != len(label["answer_start"]):
-            return "has another number of texts than of starts"
-    return ""
-
-
-def _class_problem(label: Any, classes: int) -> str:
-    if isinstance(label, bool) or not isinstance(label, int):
-        return f"is of type {type(label).__name__}, not an integer from 0 to {classes - 1}"
-    return "" if 0 <= label < classes else f"is out of range: allowed are 0 to {classes - 1}"

@@ -255,3 +255,61 @@ def test_everything_by_name_is_a_task(tmp_path: Path) -> None:
     expanded = task.expand(task.dataset["validation"])
     assert expanded["entity"][:] == ["all", "some"]
     assert expanded["label"][:] == [0, 1]
+
+
+@pytest.mark.parametrize("column", [None, [-1, -1, -1], [None, None, None]])
+def test_rows_to_predict_need_no_labels(tiny_encoder: str, tmp_path: Path, column: Any) -> None:
+    made = make_trainer(tiny_encoder, tmp_path, names=("rte",))
+    labelled = made.tasks["rte"].dataset["validation"].select([2, 0, 1])
+    rows = labelled.remove_columns("label")
+    rows = rows if column is None else rows.add_column("label", column)
+    expected = made.predict({"rte": labelled})["rte"]
+    output = made.predict({"rte": rows})["rte"]
+    assert output.label_ids is None
+    assert not [name for name in output.metrics if name.endswith(("loss", "accuracy"))]
+    assert torch.equal(torch.tensor(output.predictions), torch.tensor(expected.predictions))
+    encoded = EncodedTask(made.tasks["rte"], rows, made.processing_class, 32, needs_labels=False)
+    assert encoded.predictions(output.predictions).tolist() == expected.predictions.argmax(-1).tolist()
+    with pytest.raises(ConfigError, match=r"eval_dataset\['rte'\]: the rows have no labels; they can only be pred"):
+        made.evaluate({"rte": encoded})
+    with pytest.raises(TaskDataError, match=r"task 'rte', eval_dataset\['rte'\](: no column 'label'|, row 1: label)"):
+        made.evaluate({"rte": rows})
+    with pytest.raises(TaskDataError, match=r"task 'rte', training(: no column 'label'|, row 1: label)"):
+        make_trainer(tiny_encoder, tmp_path, names=("rte",), train_dataset={"rte": rows})
+
+
+def test_every_kind_predicts_rows_without_labels(tiny_encoder: str, tmp_path: Path) -> None:
+    made = make_trainer(tiny_encoder, tmp_path, names=("stsb", "copa", "ner", "qa", "topics"))
+    for name, task in made.tasks.items():
+        labelled = task.dataset["validation"]
+        whole, bare = (
+            EncodedTask(task, rows, made.processing_class, 32, needs_labels=False)
+            for rows in (labelled, labelled.remove_columns(task.label_column))
+        )
+        assert whole.has_labels
+        expected, output = made.predict(whole), made.predict(bare)
+        assert output.label_ids is None
+        a, b = (e.predictions(o.predictions) for e, o in ((whole, expected), (bare, output)))
+        assert torch.equal(torch.tensor(a), torch.tensor(b)) if hasattr(a, "shape") else a == b, name
+        with pytest.raises(ConfigError, match="rows without labels have no scores"):
+            bare.score(output.predictions)
+
+
+def test_half_of_the_labels_is_an_error_in_prediction_too(tiny_encoder: str, tmp_path: Path) -> None:
+    made = make_trainer(tiny_encoder, tmp_path, names=("rte",))
+    rows = made.tasks["rte"].dataset["validation"].remove_columns("label").add_column("label", [1, -1, 0, 1, 1])
+    with pytest.raises(TaskDataError, match=r"task 'rte', test_dataset\['rte'\], row 2: label -1 is out of range"):
+        made.predict({"rte": rows})
+
+
+def test_rows_of_no_task(tiny_encoder: str, tmp_path: Path) -> None:
+    made = make_trainer(tiny_encoder, tmp_path, names=("rte",))
+    rows = made.tasks["rte"].dataset["validation"]
+    for call, message in (
+        (lambda: made.predict(rows), "test_dataset is of type Dataset: pass a dict .* such as {'rte': rows}"),
+        (lambda: made.predict({"test": rows}), "test_dataset has 'test', which is no task: rte"),
+        (lambda: made.evaluate(rows), "eval_dataset is of type Dataset: pass a dict"),
+        (lambda: made.evaluate("qa"), "eval_dataset='qa' is not there: rte"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call()
