@@ -88,7 +88,7 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
                 found = ", ".join(self.rows.column_names)
                 raise TaskDataError(f"task {task.name!r}, {where}: no column {column!r}; found: {found}")
         if self.has_labels and task.label_column:
-            check_labels(task, self.rows[task.label_column][:], where)
+            check_labels(task, self.rows, where)
         for column in task.text_columns:
             kind = list if task.kind == "token_tagging" else str
             for number, value in enumerate(self.rows[column][:] if task.render is None else (), start=1):
@@ -277,7 +277,7 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
 
 def _span(places: np.ndarray, answer: Any) -> tuple[int, int]:
     """First and last token of the first answer, or the first token of all where the window lacks it."""
-    if not len(answer["text"]):
+    if not any(answer["text"][:1]):
         return 0, 0
     start = answer["answer_start"][0]
     end = start + len(answer["text"][0])

@@ -29,12 +29,14 @@ def _absent(label: Any) -> bool:
     return label is None or (not isinstance(label, bool) and isinstance(label, (int, float)) and label == -1)
 
 
-def check_labels(task: Task, labels: Sequence[Any], where: str) -> None:
+def check_labels(task: Task, rows: datasets.Dataset, where: str) -> None:
     """Raises `TaskDataError` for the first label that the task does not have."""
-    for number, label in enumerate(labels, start=1):
-        problem = _problem(task, label)
+    labels = rows[task.label_column][:]
+    contexts: Sequence[Any] = rows[task.text_columns[1]][:] if task.kind == "span_qa" else ()
+    for number, label in enumerate(labels):
+        problem = _problem(task, label) or (_answer_problem(label, contexts[number]) if contexts else "")
         if problem:
-            raise TaskDataError(f"task {task.name!r}, {where}, row {number}: label {label!r:.60} {problem}")
+            raise TaskDataError(f"task {task.name!r}, {where}, row {number + 1}: label {label!r:.60} {problem}")
 
 
 def _problem(task: Task, label: Any) -> str:
@@ -62,8 +64,26 @@ def _problem(task: Task, label: Any) -> str:
     if task.kind == "span_qa":
         if not isinstance(label, Mapping) or not {"text", "answer_start"} <= set(label):
             return "is not a dict with 'text' and 'answer_start'"
+        if not all(isinstance(label[name], (list, tuple)) for name in ("text", "answer_start")):
+            return "is not a dict with a list of texts and a list of starts"
         if len(label["text"]) != len(label["answer_start"]):
             return "has another number of texts than of starts"
+    return ""
+
+
+def _answer_problem(label: Any, context: Any) -> str:
+    for text, start in zip(label["text"], label["answer_start"], strict=True):
+        if not isinstance(text, str):
+            return f"has the text {text!r:.40}, which is of type {type(text).__name__}"
+        if isinstance(start, bool) or not isinstance(start, int):
+            return f"has the start {start!r:.40}, which is of type {type(start).__name__}, not an integer"
+        if not text or not isinstance(context, str):  # no answer; what is no text is found with the columns
+            continue
+        if not 0 <= start <= len(context) - len(text):
+            return f"lies outside of the context, which has {len(context)} characters"
+        if context[start : start + len(text)] != text:
+            there = context[start : start + len(text)]
+            return f"is not in the context at {start}, which reads {there!r:.40} there"
     return ""
 
 

@@ -313,3 +313,43 @@ def test_rows_of_no_task(tiny_encoder: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             call()
+
+
+CONTEXT = "is are was not"
+
+
+def encoded_answers(folder: str, *answers: Any) -> EncodedTask:
+    rows = [
+        {"question": "the", "context": CONTEXT, "answers": {"text": text, "answer_start": start}}
+        for text, start in answers
+    ]
+    task = Task("qa", {"train": datasets.Dataset.from_list(rows)}, kind="span_qa")
+    return EncodedTask(task, task.dataset["train"], AutoTokenizer.from_pretrained(folder), 32, where="train")
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "message"),
+    [
+        (["zzz"], [999], "lies outside of the context, which has 14 characters"),
+        (["are"], [-5], "lies outside of the context"),
+        (["not "], [11], "lies outside of the context"),
+        (["all"], [3], "is not in the context at 3, which reads 'are' there"),
+        (["are"], [4], "is not in the context at 4, which reads 're ' there"),
+        (["are", "was"], [3, 8], "is not in the context at 8, which reads 'as ' there"),
+        ([5], [3], "has the text 5, which is of type int"),
+        (["are"], ["x"], "has the start 'x', which is of type str, not an integer"),
+        (["are"], [None], "has the start None, which is of type NoneType"),
+        (["are"], [], "has another number of texts than of starts"),
+        ("are", 3, "is not a dict with a list of texts and a list of starts"),
+    ],
+)
+def test_answers_that_are_not_there(tiny_encoder: str, text: Any, start: Any, message: str) -> None:
+    with pytest.raises(TaskDataError, match=rf"task 'qa', train, row 1: label \{{.* {message}"):
+        encoded_answers(tiny_encoder, (text, start))
+
+
+def test_questions_may_have_no_answer(tiny_encoder: str) -> None:
+    encoded = encoded_answers(tiny_encoder, (["are was"], [3]), ([], []))
+    assert encoded.labels is not None
+    assert encoded.labels.tolist() == [[4, 5], [0, 0]]  # [CLS] the [SEP] is are was not [SEP]
+    assert encoded_answers(tiny_encoder, ([""], [-1])).labels.tolist() == [[0, 0]]  # type: ignore[union-attr]
