@@ -257,10 +257,16 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         return list(zip(*(self.rows[column][:] for column in columns), strict=True)) if columns else None
 
     def _answers(self, logits: np.ndarray) -> list[str]:
-        """For each question the best span over all windows of its context."""
+        """For each question the best span over all windows of its context, or "" for none.
+
+        None is a span too, the first token of all; it wins if it beats the best one, in every window. Windows that
+        lack the answer are taught it as well, so it is not looked at where every question has an answer.
+        """
         best = [(-np.inf, "")] * len(self.rows)
+        none = np.full(len(self.rows), np.inf if self.task.has_unanswerable else -np.inf)
         contexts = self.rows[self.task.text_columns[1]]
         for (row, places), scored in zip(self.windows, logits, strict=True):
+            none[row] = min(none[row], scored[0].sum())
             inside = np.flatnonzero(places[:, 0] >= 0)
             if not len(inside):
                 continue
@@ -272,7 +278,7 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
             if total[first, last] > best[row][0]:
                 text = contexts[row][places[inside[first], 0] : places[inside[last], 1]]
                 best[row] = (float(total[first, last]), text)
-        return [text for _, text in best]
+        return [text if total >= least else "" for (total, text), least in zip(best, none, strict=True)]
 
 
 def _span(places: np.ndarray, answer: Any) -> tuple[int, int]:

@@ -29,6 +29,14 @@ def _absent(label: Any) -> bool:
     return label is None or (not isinstance(label, bool) and isinstance(label, (int, float)) and label == -1)
 
 
+def has_unanswerable(task: Task) -> bool:
+    """Whether the training rows of a task have questions without an answer, or there are none to see it by."""
+    rows = task.dataset.get(task.train_split)
+    if rows is None or task.label_column not in rows.column_names:
+        return True
+    return not all(answer is None or any(answer["text"][:1]) for answer in rows[task.label_column][:])
+
+
 def check_labels(task: Task, rows: datasets.Dataset, where: str) -> None:
     """Raises `TaskDataError` for the first label that the task does not have."""
     labels = rows[task.label_column][:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pal_adapters.errors import ConfigError, require_one_of
 
 from .data import load_task
 from .heads import KINDS, HeadConfig, Kind, Loss, Pooling
+from .labels import has_unanswerable
 from .scores import METRICS, Metric, default_metrics
 from .tasks import Row, Segments, TaskSpec
 
@@ -131,6 +133,11 @@ class Task:
         return len(self.text_columns) - 1 if self.kind == "multiple_choice" and self.render is None else self._choices
 
     _choices: int = field(default=1, repr=False)
+
+    @cached_property
+    def has_unanswerable(self) -> bool:
+        """Whether some of its questions have no answer, so that none may be predicted; by its training rows."""
+        return self.kind == "span_qa" and has_unanswerable(self)
 
     def head_config(self) -> HeadConfig:
         """What its head is."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from backbones import backbone
@@ -353,3 +354,34 @@ def test_questions_may_have_no_answer(tiny_encoder: str) -> None:
     assert encoded.labels is not None
     assert encoded.labels.tolist() == [[4, 5], [0, 0]]  # [CLS] the [SEP] is are was not [SEP]
     assert encoded_answers(tiny_encoder, ([""], [-1])).labels.tolist() == [[0, 0]]  # type: ignore[union-attr]
+
+
+def test_no_answer_is_an_answer(tiny_encoder: str) -> None:
+    """The score of none is the sum of the two logits of the first token, against that of the best span."""
+    encoded = encoded_answers(tiny_encoder, (["are"], [3]), ([], []))
+    logits = np.full((2, 8, 2), -10.0)  # [CLS] the [SEP] is are was not [SEP]
+    logits[:, 4, 0], logits[:, 5, 1] = 2.0, 3.0
+    logits[0, 0] = (2.0, 2.9)
+    logits[1, 0] = (3.0, 2.1)
+    assert encoded.predictions(logits) == ["are was", ""]
+    assert encoded.score(logits) == {"f1": pytest.approx((2 / 3 + 1) / 2), "exact_match": 0.5}
+    logits[0, 0] = (9.0, 9.0)
+    assert encoded.predictions(logits) == ["", ""]
+    answered = encoded_answers(tiny_encoder, (["are"], [3]), (["is"], [0]))
+    assert answered.predictions(logits) == ["are was", "are was"]  # no question lacks an answer
+
+
+def test_no_answer_is_for_all_windows_of_a_question(tiny_encoder: str) -> None:
+    words = [f"w{number}" for number in range(12)]
+    rows = [
+        {"question": "the", "context": " ".join(words), "answers": {"text": text, "answer_start": start}}
+        for text, start in ((["w0"], [0]), ([], []))
+    ]
+    task = Task("qa", {"train": datasets.Dataset.from_list(rows)}, kind="span_qa")
+    encoded = EncodedTask(task, task.dataset["train"], AutoTokenizer.from_pretrained(tiny_encoder), 16)
+    assert encoded.labels is not None
+    assert (np.bincount([row for row, _ in encoded.windows]) > 1).all()
+    logits = np.full((len(encoded), 16, 2), -5.0)
+    for window, (first, last) in enumerate(encoded.labels):  # as a model that has learned all labels
+        logits[window, first, 0] = logits[window, last, 1] = 5.0
+    assert encoded.predictions(logits) == ["w0", ""]
