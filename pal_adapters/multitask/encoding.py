@@ -13,7 +13,7 @@ from pal_adapters.errors import ConfigError
 
 from . import scores
 from .heads import IGNORED
-from .labels import check_labels, has_labels
+from .labels import check_labels, has_flags, has_labels
 from .task import Task
 from .tasks import TaskDataError
 
@@ -52,6 +52,10 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         self.task = task
         self.rows = task.expand(rows) if task.expand is not None else rows
         self.has_labels = needs_labels or has_labels(task, self.rows)
+        flags = task.has_flags
+        if flags is None and self.has_labels:
+            flags = has_flags(task, self.rows)
+        self._flags = bool(flags)
         self._check(where)
         self._arrays: dict[str, list[np.ndarray]] = {}
         lengths: list[np.ndarray] = []
@@ -88,7 +92,7 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
                 found = ", ".join(self.rows.column_names)
                 raise TaskDataError(f"task {task.name!r}, {where}: no column {column!r}; found: {found}")
         if self.has_labels and task.label_column:
-            check_labels(task, self.rows, where)
+            check_labels(task, self.rows, where, flags=self._flags)
         for column in task.text_columns:
             kind = list if task.kind == "token_tagging" else str
             for number, value in enumerate(self.rows[column][:] if task.render is None else (), start=1):
@@ -155,10 +159,8 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
             return np.asarray(labels, dtype=np.float32)
         if kind == "multi_label":
             sets = np.zeros((len(labels), classes or 0), dtype=np.float32)
-            # A column is read as a 0 or 1 for each class if every row may be; else as numbers of classes.
-            flags = all(len(given) == classes and set(given) <= {0, 1} for given in labels)
             for row, given in enumerate(labels):
-                sets[row, np.flatnonzero(given) if flags else given] = 1.0
+                sets[row, np.flatnonzero(given) if self._flags else given] = 1.0
             return sets
         return np.asarray(labels, dtype=np.int64)
 

@@ -13,6 +13,8 @@ from .tasks import TaskDataError
 if TYPE_CHECKING:
     from .task import Task
 
+_CHUNK = 1000
+
 
 def has_labels(task: Task, rows: datasets.Dataset) -> bool:
     """Whether rows have labels. Those of a test set may have no column of labels, or -1 or nothing in each row."""
@@ -37,17 +39,39 @@ def has_unanswerable(task: Task) -> bool:
     return not all(answer is None or any(answer["text"][:1]) for answer in rows[task.label_column][:])
 
 
-def check_labels(task: Task, rows: datasets.Dataset, where: str) -> None:
-    """Raises `TaskDataError` for the first label that the task does not have."""
+def has_flags(task: Task, rows: datasets.Dataset | None = None) -> bool | None:
+    """Whether sets of labels are written as 0 or 1 for each class, rather than as class numbers.
+
+    They are if all may be read so: of all splits of the task together or, if given, of these rows. `None` if there is
+    no label to tell by.
+    """
+    found = None
+    for split in task.dataset.values() if rows is None else (rows,):
+        if not has_labels(task, split):
+            continue
+        for start in range(0, len(split), _CHUNK):
+            for label in split[start : start + _CHUNK][task.label_column]:
+                found = _is_flags(label, task.num_labels or 0)
+                if not found:
+                    return False
+    return found
+
+
+def _is_flags(label: Any, classes: int) -> bool:
+    return isinstance(label, (list, tuple)) and len(label) == classes and all(value in (0, 1) for value in label)
+
+
+def check_labels(task: Task, rows: datasets.Dataset, where: str, *, flags: bool = False) -> None:
+    """Raises `TaskDataError` for the first label that the task does not have; `flags` is for sets, see `has_flags`."""
     labels = rows[task.label_column][:]
     contexts: Sequence[Any] = rows[task.text_columns[1]][:] if task.kind == "span_qa" else ()
     for number, label in enumerate(labels):
-        problem = _problem(task, label) or (_answer_problem(label, contexts[number]) if contexts else "")
+        problem = _problem(task, label, flags) or (_answer_problem(label, contexts[number]) if contexts else "")
         if problem:
             raise TaskDataError(f"task {task.name!r}, {where}, row {number + 1}: label {label!r:.60} {problem}")
 
 
-def _problem(task: Task, label: Any) -> str:
+def _problem(task: Task, label: Any, flags: bool) -> str:
     classes = task.num_choices if task.kind == "multiple_choice" else task.num_labels or 0
     if task.kind in ("single_label", "multiple_choice"):
         return _class_problem(label, classes)
@@ -64,7 +88,16 @@ def _problem(task: Task, label: Any) -> str:
     if task.kind == "multi_label":
         if not isinstance(label, (list, tuple)):
             return "is not a list of class numbers"
-        return next(filter(None, (_class_problem(value, max(classes, 2)) for value in label)), "")
+        if flags:
+            good = _is_flags(label, classes)
+            return "" if good else f"is not a 0 or 1 for each of {classes} classes, as other labels of the task are"
+        problem = next(filter(None, (_class_problem(value, classes) for value in label)), "")
+        if not problem and len(set(label)) < len(label):
+            problem = "names a class twice"
+        as_numbers = (
+            f"; not every label of the task is a 0 or 1 for each of {classes} classes, so they are class numbers"
+        )
+        return problem and problem + as_numbers
     if task.kind == "token_tagging":
         if not isinstance(label, (list, tuple)):
             return "is not a list with a class number for each word"

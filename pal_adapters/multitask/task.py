@@ -14,7 +14,7 @@ from pal_adapters.errors import ConfigError, require_one_of
 
 from .data import load_task
 from .heads import KINDS, HeadConfig, Kind, Loss, Pooling
-from .labels import has_unanswerable
+from .labels import has_flags, has_unanswerable
 from .scores import METRICS, Metric, default_metrics
 from .tasks import Row, Segments, TaskSpec
 
@@ -138,6 +138,11 @@ class Task:
     def has_unanswerable(self) -> bool:
         """Whether some of its questions have no answer, so that none may be predicted; by its training rows."""
         return self.kind == "span_qa" and has_unanswerable(self)
+
+    @cached_property
+    def has_flags(self) -> bool | None:
+        """Whether its sets of labels are written as 0 or 1 for each class, in all splits; `None` without any rows."""
+        return has_flags(self) if self.kind == "multi_label" else False
 
     def head_config(self) -> HeadConfig:
         """What its head is."""

@@ -48,6 +48,14 @@ def texts(labels: list[Any], **changes: Any) -> Task:
         (lambda: texts([7.0], kind="regression", num_labels=None, label_range=(0.0, 5.0)), "7.0 is out of range"),
         (lambda: texts([1], kind="multi_label", num_labels=3), "label 1 is not a list of class numbers"),
         (lambda: texts([[0, 3]], kind="multi_label", num_labels=3), "is out of range: allowed are 0 to 2"),
+        (
+            lambda: texts([[1], []], kind="multi_label", num_labels=1),
+            r"label \[1\] is out of range: allowed are 0 to 0; no",
+        ),
+        (
+            lambda: texts([[0, 1, 1], [2]], kind="multi_label", num_labels=3),
+            r"label \[0, 1, 1\] names a class twice; not",
+        ),
         (lambda: texts([]), "task 'own', training: no rows"),
         (lambda: texts([0], label_column="score"), "no column 'score'; found: text, label"),
     ],
@@ -385,3 +393,33 @@ def test_no_answer_is_for_all_windows_of_a_question(tiny_encoder: str) -> None:
     for window, (first, last) in enumerate(encoded.labels):  # as a model that has learned all labels
         logits[window, first, 0] = logits[window, last, 1] = 5.0
     assert encoded.predictions(logits) == ["w0", ""]
+
+
+def sets_of(folder: str, classes: int, **splits: list[Any]) -> dict[str, Any]:
+    data = {
+        name: datasets.Dataset.from_dict({"text": ["the"] * len(labels), "label": labels})
+        for name, labels in splits.items()
+    }
+    task = Task("own", data, kind="multi_label", text_columns=("text",), num_labels=classes)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = {
+        name: EncodedTask(task, rows, tokenizer, 32, where=name, needs_labels=name != "test")
+        for name, rows in data.items()
+    }
+    return {name: None if rows.labels is None else rows.labels.tolist() for name, rows in found.items()}
+
+
+def test_label_sets_are_read_alike_in_all_splits(tiny_encoder: str) -> None:
+    numbers = sets_of(tiny_encoder, 2, train=[[0], [0, 1]], validation=[[0, 1], [0, 1]])
+    assert numbers == {"train": [[1, 0], [1, 1]], "validation": [[1, 1], [1, 1]]}
+    flags = sets_of(tiny_encoder, 2, train=[[0, 0], [0, 1]], validation=[[0, 1]], test=[[-1, -1]])
+    assert flags == {"train": [[0, 0], [0, 1]], "validation": [[0, 1]], "test": None}
+    assert sets_of(tiny_encoder, 1, train=[[0], []], validation=[[0]]) == {"train": [[1], [0]], "validation": [[1]]}
+    assert sets_of(tiny_encoder, 1, train=[[0], [1]], validation=[[0]]) == {"train": [[0], [1]], "validation": [[0]]}
+
+
+def test_rows_beside_the_splits_are_read_as_these(tiny_encoder: str) -> None:
+    task = texts([[0, 1, 1], [1, 0, 0]], kind="multi_label", num_labels=3)
+    rows = datasets.Dataset.from_dict({"text": ["the"], "label": [[2]]})
+    with pytest.raises(TaskDataError, match=r"row 1: label \[2\] is not a 0 or 1 for each of 3 classes, as other"):
+        EncodedTask(task, rows, AutoTokenizer.from_pretrained(tiny_encoder), 32)
