@@ -15,7 +15,7 @@ from pal_adapters.errors import ConfigError, require_one_of
 from .data import load_task
 from .heads import KINDS, HeadConfig, Kind, Loss, Pooling
 from .labels import has_flags, has_unanswerable
-from .scores import METRICS, Metric, default_metrics
+from .scores import Metric, default_metrics, metric_problem
 from .tasks import Row, Segments, TaskSpec
 
 Splits = Mapping[str, datasets.Dataset]
@@ -57,7 +57,7 @@ class Task:
         label_range: Smallest and largest label of a regression.
         train_split: Name of the split to train on.
         validation_splits: Names of the splits to evaluate on. The first is the one that models are chosen by.
-        group_columns: Columns that say which rows belong to one question, for `exact_match`.
+        group_columns: Columns that say which rows belong to one question, for `exact_match` of single labels.
         split_columns: Columns whose equal values must stay together if the training rows are cut in two.
         render: Turns a row into its encoder inputs, where the columns as they are will not do.
         expand: Turns a split into the rows to encode, where one row makes several.
@@ -108,24 +108,30 @@ class Task:
             self.text_columns = _TEXT_COLUMNS[self.kind]
         if self.label_column == "label" and self.kind in _LABEL_COLUMNS:
             self.label_column = _LABEL_COLUMNS[self.kind]
-        self.metrics = self.metrics or default_metrics(self.kind)
-        for metric in self.metrics:
-            if isinstance(metric, str) and metric not in METRICS[self.kind]:
-                raise ConfigError(
-                    f"task {self.name!r}: metric {metric!r} is not one of {self.kind}: "
-                    f"{', '.join(METRICS[self.kind])}."
-                )
         if self.label_range is not None and self.kind != "regression":
             raise ConfigError(f"task {self.name!r}: label_range has no effect for kind={self.kind!r}: leave it out.")
         if not isinstance(self.dataset, Mapping):
             raise ConfigError(
                 f"task {self.name!r}: dataset is a {type(self.dataset).__name__}: pass a dict of splits."
             )
+        for split, rows in self.dataset.items():
+            if isinstance(rows, datasets.IterableDataset):
+                raise ConfigError(
+                    f"task {self.name!r}: split {split!r} is an IterableDataset, whose rows cannot be drawn in any "
+                    "order: load it without streaming=True, or pass datasets.Dataset.from_list(list(rows))."
+                )
         try:
             config = self.head_config()
         except ConfigError as error:
             raise ConfigError(f"task {self.name!r}: {error}") from error
         self.num_labels = config.num_labels
+        self.metrics = self.metrics or default_metrics(self.kind, self.num_labels)
+        for metric in self.metrics:
+            if not isinstance(metric, str):
+                continue
+            problem = metric_problem(metric, self.kind, self.num_labels, bool(self.group_columns))
+            if problem:
+                raise ConfigError(f"task {self.name!r}: metric {metric!r} {problem}.")
 
     @property
     def num_choices(self) -> int:
