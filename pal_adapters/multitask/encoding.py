@@ -13,7 +13,7 @@ from pal_adapters.errors import ConfigError
 
 from . import scores
 from .heads import IGNORED
-from .labels import check_labels, has_flags, has_labels
+from .labels import check_labels, has_flags, has_labels, plain_rows
 from .task import Task
 from .tasks import TaskDataError
 
@@ -36,6 +36,7 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
             with -1 or nothing in each row, as in the test sets of GLUE.
 
     Raises:
+        ConfigError: If the rows are not a `datasets.Dataset`.
         TaskDataError: If there are no rows, a column is missing, or a label does not fit the task.
     """
 
@@ -49,8 +50,10 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         where: str = "data",
         needs_labels: bool = True,
     ) -> None:
+        if not isinstance(rows, datasets.Dataset):
+            raise ConfigError(f"task {task.name!r}, {where}: rows is of type {type(rows).__name__}: pass a Dataset.")
         self.task = task
-        self.rows = task.expand(rows) if task.expand is not None else rows
+        self.rows = plain_rows(rows if task.expand is None else task.expand(plain_rows(rows)))
         self.has_labels = needs_labels or has_labels(task, self.rows)
         flags = task.has_flags
         if flags is None and self.has_labels:

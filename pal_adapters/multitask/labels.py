@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 _CHUNK = 1000
 
 
+def plain_rows(rows: datasets.Dataset) -> datasets.Dataset:
+    """Rows that give Python's own numbers and lists, whatever `set_format` made of them."""
+    return rows if rows.format["type"] in (None, "custom") else rows.with_format(None)
+
+
 def has_labels(task: Task, rows: datasets.Dataset) -> bool:
     """Whether rows have labels. Those of a test set may have no column of labels, or -1 or nothing in each row."""
     if task.kind == "language_modeling":
@@ -36,7 +41,7 @@ def has_unanswerable(task: Task) -> bool:
     rows = task.dataset.get(task.train_split)
     if rows is None or task.label_column not in rows.column_names:
         return True
-    return not all(answer is None or any(answer["text"][:1]) for answer in rows[task.label_column][:])
+    return not all(answer is None or any(answer["text"][:1]) for answer in plain_rows(rows)[task.label_column][:])
 
 
 def has_flags(task: Task, rows: datasets.Dataset | None = None) -> bool | None:
@@ -46,7 +51,7 @@ def has_flags(task: Task, rows: datasets.Dataset | None = None) -> bool | None:
     no label to tell by.
     """
     found = None
-    for split in task.dataset.values() if rows is None else (rows,):
+    for split in map(plain_rows, task.dataset.values()) if rows is None else (rows,):
         if not has_labels(task, split):
             continue
         for start in range(0, len(split), _CHUNK):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,15 @@ def test_rows_that_do_not_fit(tiny_encoder: str, tmp_path: Path, task: Any, mess
         ({"kind": "classification"}, "kind='classification' is not allowed"),
         ({"num_labels": None}, "task 'own': num_labels=None"),
         ({"metrics": "bleu"}, "metric 'bleu' is not one of single_label: accuracy"),
+        (
+            {"metrics": ("accuracy", "f1"), "num_labels": 3},
+            "metric 'f1' is of two classes, but the task has 3: use 'f1_m",
+        ),
+        ({"metrics": "exact_match"}, "metric 'exact_match' needs group_columns"),
+        (
+            {"kind": "regression", "metrics": "pearson"},
+            "metric 'pearson' is of one number, but the task has 2: use 'mse'",
+        ),
         ({"label_range": (0, 1)}, "label_range has no effect"),
         ({"text_columns": ()}, "text_columns is empty"),
     ],
@@ -229,6 +239,19 @@ def test_folder_of_a_task(tiny_encoder: str, tmp_path: Path) -> None:
         ("a: [", {}, TaskDataError, "not readable as YAML"),
         ("text_columns: [a]\nnum_labels: 2\n", {}, TaskDataError, "no data; looked for"),
         ("text_columns: [a]\n", {"train_jsonl": "{"}, TaskDataError, "train.jsonl: cannot be read"),
+        ("text_columns: [a]\n", {"train_jsonl": '{"a": 1}\n5\n'}, TaskDataError, r"read \(line 2 is 5, not an object"),
+        (
+            "text_columns: [a]\n",
+            {"train_csv": "a\nx\n", "ids_json": '{"a":\n0}'},
+            TaskDataError,
+            "ids.json: .*neither a l",
+        ),
+        (
+            "text_columns: [a]\n",
+            {"train_csv": "a\nx\n", "ids_json": "[0]"},
+            TaskDataError,
+            "ids.json: .*neither a list",
+        ),
         ("text_columns: [a]\n", {"train_csv": "a\nx\n", "train_jsonl": '{"a": 1}\n'}, TaskDataError, "two files"),
     ],
 )
@@ -423,3 +446,48 @@ def test_rows_beside_the_splits_are_read_as_these(tiny_encoder: str) -> None:
     rows = datasets.Dataset.from_dict({"text": ["the"], "label": [[2]]})
     with pytest.raises(TaskDataError, match=r"row 1: label \[2\] is not a 0 or 1 for each of 3 classes, as other"):
         EncodedTask(task, rows, AutoTokenizer.from_pretrained(tiny_encoder), 32)
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_folder_with_files_of_to_json(tmp_path: Path, lines: bool) -> None:
+    place = folder(tmp_path / "task", "text_columns: [text]\nnum_labels: 2\n")
+    rows = [{"text": "the\nis", "label": 0}, {"text": "it", "label": 1}]
+    for split, size in (("train", 2), ("validation", 1)):
+        datasets.Dataset.from_list(rows[:size]).to_json(str(place / f"{split}.json"), lines=lines)
+    (place / "test.json.gz").write_bytes(gzip.compress((place / "train.json").read_bytes()))
+    (place / "ids.json").write_text('{"a": 0}')
+    task = Task.from_folder(place)
+    assert {name: split.to_list() for name, split in task.dataset.items()} == {
+        "train": rows,
+        "validation": rows[:1],
+        "test": rows,
+        "ids": [{"a": 0}],
+    }
+
+
+@pytest.mark.parametrize("make", [float, bool])
+def test_label_sets_of_other_types(tiny_encoder: str, make: Any) -> None:
+    labels = [[make(value) for value in row] for row in ([1, 0, 1], [0, 0, 1])]
+    assert sets_of(tiny_encoder, 3, train=labels) == {"train": [[1, 0, 1], [0, 0, 1]]}
+    with pytest.raises(TaskDataError, match=r"row 1: label .* is of type"):
+        sets_of(tiny_encoder, 3, train=[[make(1)], [make(0)]])
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_rows_in_the_format_of_tensors(tiny_encoder: str, form: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    for task in make_tasks():
+        rows = task.dataset["train"]
+        formatted = task.with_data({"train": rows.with_format(form)})
+        plain = EncodedTask(task, rows, tokenizer, 32)
+        encoded = EncodedTask(formatted, formatted.dataset["train"], tokenizer, 32)
+        assert [str(row) for row in encoded] == [str(row) for row in plain]
+
+
+def test_rows_that_stream(tiny_encoder: str) -> None:
+    task = texts([0, 1])
+    rows = task.dataset["train"]
+    with pytest.raises(ConfigError, match=r"task 'own': split 'train' is an IterableDataset, whose .* streaming=True"):
+        task.with_data({"train": rows.to_iterable_dataset()})
+    with pytest.raises(ConfigError, match="task 'own', training: rows is of type IterableDataset: pass a Dataset"):
+        EncodedTask(task, rows.to_iterable_dataset(), None, 32, where="training")  # type: ignore[arg-type]
