@@ -21,7 +21,7 @@ class MultiTaskCollator:
 
     Inputs are padded to the longest of the batch, `[r, n]`. `task_ids` is a list with the number of the task of each
     of the `r` encoder inputs; `labels` has for each task of the batch a tensor of its own type, so numbers of a
-    regression stay numbers beside classes. All choices of a row lie next to each other.
+    regression stay numbers beside classes; rows to predict may have none. All choices of a row lie next to each other.
 
     Args:
         tokenizer: Says what and where to pad.
@@ -58,8 +58,10 @@ class MultiTaskCollator:
         batch["task_ids"] = [self.numbers[feature["task"]] for feature in features for _ in feature["inputs"]]
         labels: dict[str, list[Any]] = {}
         for feature in features:
-            labels.setdefault(feature["task"], []).append(feature["label"])
-        batch["labels"] = {task: self._labels(self.heads[task], values, longest) for task, values in labels.items()}
+            if feature["label"] is not None:
+                labels.setdefault(feature["task"], []).append(feature["label"])
+        if labels:
+            batch["labels"] = {t: self._labels(self.heads[t], values, longest) for t, values in labels.items()}
         return batch
 
     def _labels(self, head: HeadConfig, values: list[Any], longest: int) -> Tensor:

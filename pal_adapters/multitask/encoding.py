@@ -13,7 +13,8 @@ from pal_adapters.errors import ConfigError
 
 from . import scores
 from .heads import IGNORED
-from .task import Task, check_labels
+from .labels import check_labels, has_flags, has_labels, plain_rows
+from .task import Task
 from .tasks import TaskDataError
 
 _CHUNK = 1000
@@ -31,16 +32,33 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         tokenizer: A fast tokenizer.
         max_length: Tokens after which a text is cut, the longer one of a pair first.
         where: What to call the rows in error messages.
+        needs_labels: Whether every row must have a label. Rows to predict may lack them: with no column of labels, or
+            with -1 or nothing in each row, as in the test sets of GLUE.
 
     Raises:
+        ConfigError: If the rows are not a `datasets.Dataset`.
         TaskDataError: If there are no rows, a column is missing, or a label does not fit the task.
     """
 
     def __init__(
-        self, task: Task, rows: datasets.Dataset, tokenizer: Any, max_length: int, *, where: str = "data"
+        self,
+        task: Task,
+        rows: datasets.Dataset,
+        tokenizer: Any,
+        max_length: int,
+        *,
+        where: str = "data",
+        needs_labels: bool = True,
     ) -> None:
+        if not isinstance(rows, datasets.Dataset):
+            raise ConfigError(f"task {task.name!r}, {where}: rows is of type {type(rows).__name__}: pass a Dataset.")
         self.task = task
-        self.rows = task.expand(rows) if task.expand is not None else rows
+        self.rows = plain_rows(rows if task.expand is None else task.expand(plain_rows(rows)))
+        self.has_labels = needs_labels or has_labels(task, self.rows)
+        flags = task.has_flags
+        if flags is None and self.has_labels:
+            flags = has_flags(task, self.rows)
+        self._flags = bool(flags)
         self._check(where)
         self._arrays: dict[str, list[np.ndarray]] = {}
         lengths: list[np.ndarray] = []
@@ -67,13 +85,17 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         task = self.task
         if len(self.rows) == 0:
             raise TaskDataError(f"task {task.name!r}, {where}: no rows")
-        needed = [*task.text_columns, *([task.label_column] if task.label_column else []), *task.group_columns]
+        if self.has_labels and not task.label_column and task.kind != "language_modeling":
+            raise TaskDataError(f"task {task.name!r}, {where}: no labels, as the task has no label_column")
+        needed = [*task.text_columns]
+        if self.has_labels:
+            needed += [*([task.label_column] if task.label_column else []), *task.group_columns]
         for column in needed:
             if column not in self.rows.column_names:
                 found = ", ".join(self.rows.column_names)
                 raise TaskDataError(f"task {task.name!r}, {where}: no column {column!r}; found: {found}")
-        if task.label_column:
-            check_labels(task, self.rows[task.label_column][:], where)
+        if self.has_labels and task.label_column:
+            check_labels(task, self.rows, where, flags=self._flags)
         for column in task.text_columns:
             kind = list if task.kind == "token_tagging" else str
             for number, value in enumerate(self.rows[column][:] if task.render is None else (), start=1):
@@ -92,12 +114,14 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
             raise TaskDataError(f"task {task.name!r}: {len(segments)} encoder inputs for {count} rows")
         first = [a for a, _ in segments]
         texts = (first, [b for _, b in segments]) if segments[0][1] is not None else (first,)
-        if task.label_column:
+        if self.has_labels and task.label_column:
             labels += chunk[task.label_column]
         return tokenizer(*texts, truncation=True, max_length=max_length)
 
     def _encode_words(self, chunk: Any, tokenizer: Any, max_length: int, start: int, labels: list[Any]) -> Any:
-        words, tags = chunk[self.task.text_columns[0]], chunk[self.task.label_column]
+        words = chunk[self.task.text_columns[0]]
+        # Without labels a 0 marks the words that get one.
+        tags = chunk[self.task.label_column] if self.has_labels else [[0] * len(row) for row in words]
         encoded = tokenizer(words, truncation=True, max_length=max_length, is_split_into_words=True)
         for number, (row, given) in enumerate(zip(words, tags, strict=True)):
             if len(row) != len(given):
@@ -126,21 +150,20 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
             places = np.asarray(encoded["offset_mapping"][window], dtype=np.int64).copy()  # [n, 2]
             places[[part != 1 for part in encoded.sequence_ids(window)]] = -1
             self.windows.append((start + row, places))
-            labels.append(_span(places, chunk[self.task.label_column][row]))
+            if self.has_labels:
+                labels.append(_span(places, chunk[self.task.label_column][row]))
         return encoded
 
     def _label_array(self, labels: list[Any]) -> np.ndarray | None:
         kind, classes = self.task.kind, self.task.num_labels
-        if kind in ("token_tagging", "language_modeling"):
+        if not self.has_labels or kind in ("token_tagging", "language_modeling"):
             return None
         if kind == "regression":
             return np.asarray(labels, dtype=np.float32)
         if kind == "multi_label":
             sets = np.zeros((len(labels), classes or 0), dtype=np.float32)
-            # A column is read as a 0 or 1 for each class if every row may be; else as numbers of classes.
-            flags = all(len(given) == classes and set(given) <= {0, 1} for given in labels)
             for row, given in enumerate(labels):
-                sets[row, np.flatnonzero(given) if flags else given] = 1.0
+                sets[row, np.flatnonzero(given) if self._flags else given] = 1.0
             return sets
         return np.asarray(labels, dtype=np.int64)
 
@@ -148,14 +171,17 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         return (len(self.offsets) - 1) // self.task.num_choices
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """Row of a batch: the name of the task, its encoder inputs as arrays, and its label."""
+        """Row of a batch: the name of the task, its encoder inputs as arrays, and its label, `None` if it has none."""
         choices = self.task.num_choices
         inputs = []
         for number in range(row * choices, (row + 1) * choices):
             part = slice(self.offsets[number], self.offsets[number + 1])
             inputs.append({name: column[part] for name, column in self.columns.items()})
-        if self.task.kind == "token_tagging":
-            label: Any = self._tags[row]
+        label: Any = None
+        if not self.has_labels:
+            pass
+        elif self.task.kind == "token_tagging":
+            label = self._tags[row]
         elif self.task.kind == "language_modeling":
             label = inputs[0]["input_ids"]
         else:
@@ -167,6 +193,26 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         """Tokens of the longest encoder input of each row."""
         return np.diff(self.offsets).reshape(len(self), -1).max(axis=1)
 
+    def predictions(self, logits: np.ndarray) -> Any:
+        """What the logits of all rows say: classes, 0 or 1 for each class, numbers, tags of words, or answers.
+
+        Args:
+            logits: See `HeadConfig`; what stands behind the end of a row is not looked at.
+        """
+        kind = self.task.kind
+        if kind == "language_modeling":
+            raise ConfigError(f"task {self.task.name!r}: a language model has no predictions.")
+        if len(logits) != len(self):
+            raise ConfigError(f"task {self.task.name!r}: {len(logits)} rows of logits for {len(self)} rows.")
+        if kind == "token_tagging":
+            keep = [tags != IGNORED for tags in self._tags]
+            return [logits[i, : len(k)][k].argmax(-1).tolist() for i, k in enumerate(keep)]
+        if kind == "span_qa":
+            return self._answers(logits)
+        if kind == "multi_label":
+            return (logits > 0).astype(int)
+        return np.asarray(logits, dtype=np.float64) if kind == "regression" else logits.argmax(-1)
+
     def score(self, logits: np.ndarray, loss: float | None = None) -> dict[str, float]:
         """All metrics of the task for the logits of all rows, in their order.
 
@@ -177,28 +223,25 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         task = self.task
         names = [metric for metric in task.metrics if isinstance(metric, str)]
         found: dict[str, float] = {}
-        predicted: Any
         true: Any
+        if not self.has_labels:
+            raise ConfigError(f"task {task.name!r}: rows without labels have no scores: use predictions(logits).")
         if task.kind == "language_modeling":
             return {"perplexity": float(np.exp(min(loss if loss is not None else np.nan, 700.0)))}
-        if len(logits) != len(self):
-            raise ConfigError(f"task {task.name!r}: {len(logits)} rows of logits for {len(self)} rows.")
+        predicted = self.predictions(logits)
         if task.kind == "token_tagging":
-            keep = [tags != IGNORED for tags in self._tags]
-            predicted = [logits[i, : len(k)][k].argmax(-1).tolist() for i, k in enumerate(keep)]
-            true = [tags[k].tolist() for tags, k in zip(self._tags, keep, strict=True)]
+            true = [tags[tags != IGNORED].tolist() for tags in self._tags]
             found = scores.score_tags(names, predicted, true, task.label_names)
         elif task.kind == "span_qa":
-            predicted, true = self._answers(logits), [answer["text"] for answer in self.rows[task.label_column][:]]
+            true = [answer["text"] for answer in self.rows[task.label_column][:]]
             found = scores.score_answers(names, predicted, true)
         elif task.kind == "multi_label":
             assert self.labels is not None
-            predicted, true = (logits > 0).astype(int), self.labels.astype(int)
+            true = self.labels.astype(int)
             found = scores.score_label_sets(names, predicted, true)
         else:
             assert self.labels is not None
             numbers = task.kind == "regression"
-            predicted = np.asarray(logits, dtype=np.float64) if numbers else logits.argmax(-1)
             true = self.labels.astype(np.float64 if numbers else np.int64)
             if names:
                 found = scores.score_rows(task.name, names, predicted, true, groups=self._groups(), numbers=numbers)
@@ -219,10 +262,16 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         return list(zip(*(self.rows[column][:] for column in columns), strict=True)) if columns else None
 
     def _answers(self, logits: np.ndarray) -> list[str]:
-        """For each question the best span over all windows of its context."""
+        """For each question the best span over all windows of its context, or "" for none.
+
+        None is a span too, the first token of all; it wins if it beats the best one, in every window. Windows that
+        lack the answer are taught it as well, so it is not looked at where every question has an answer.
+        """
         best = [(-np.inf, "")] * len(self.rows)
+        none = np.full(len(self.rows), np.inf if self.task.has_unanswerable else -np.inf)
         contexts = self.rows[self.task.text_columns[1]]
         for (row, places), scored in zip(self.windows, logits, strict=True):
+            none[row] = min(none[row], scored[0].sum())
             inside = np.flatnonzero(places[:, 0] >= 0)
             if not len(inside):
                 continue
@@ -234,12 +283,12 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
             if total[first, last] > best[row][0]:
                 text = contexts[row][places[inside[first], 0] : places[inside[last], 1]]
                 best[row] = (float(total[first, last]), text)
-        return [text for _, text in best]
+        return [text if total >= least else "" for (total, text), least in zip(best, none, strict=True)]
 
 
 def _span(places: np.ndarray, answer: Any) -> tuple[int, int]:
     """First and last token of the first answer, or the first token of all where the window lacks it."""
-    if not len(answer["text"]):
+    if not any(answer["text"][:1]):
         return 0, 0
     start = answer["answer_start"][0]
     end = start + len(answer["text"][0])

@@ -32,6 +32,8 @@ class Evaluation(Loaders):
         """
         sets = cast("Mapping[str, EncodedTask]", self.eval_dataset)
         if isinstance(eval_dataset, str):
+            if eval_dataset not in sets:
+                raise ConfigError(f"eval_dataset={eval_dataset!r} is not there: {', '.join(sets) or 'there is none'}.")
             sets = {eval_dataset: sets[eval_dataset]}
         elif eval_dataset is not None:
             sets = self._evaluation_rows(eval_dataset, needed=True)
@@ -66,36 +68,49 @@ class Evaluation(Loaders):
         if only_loss:
             return output
         back = np.argsort(order)
-        return output._replace(predictions=output.predictions[back], label_ids=output.label_ids[back])
+        labels = output.label_ids[back] if rows.has_labels else None
+        return output._replace(predictions=output.predictions[back], label_ids=labels)
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
-        """Logits and scores: a `PredictionOutput` for `EncodedTask` rows, a dict of them for rows by task."""
+        """Logits and scores: a `PredictionOutput` for `EncodedTask` rows, a dict of them for rows by task.
+
+        Rows may lack labels, as in a test set, and then have no scores; `EncodedTask.predictions` turns logits into
+        classes, numbers, tags or answers.
+
+        Args:
+            test_dataset: By task the rows to predict, or the `EncodedTask` of one.
+            ignore_keys: Without a meaning here.
+            metric_key_prefix: What the names begin with.
+        """
         if isinstance(test_dataset, EncodedTask):
             output = self._run(test_dataset, metric_key_prefix)
-            loss = output.metrics[f"{metric_key_prefix}_loss"]
-            found = {f"{metric_key_prefix}_{n}": v for n, v in test_dataset.score(output.predictions, loss).items()}
-            return PredictionOutput(output.predictions, output.label_ids, {**output.metrics, **found})
-        sets = self._evaluation_rows(test_dataset, needed=True)
+            found: dict[str, float] = {}
+            if test_dataset.has_labels:
+                found = test_dataset.score(output.predictions, output.metrics[f"{metric_key_prefix}_loss"])
+            metrics = {**output.metrics, **{f"{metric_key_prefix}_{n}": value for n, value in found.items()}}
+            return PredictionOutput(output.predictions, output.label_ids, metrics)
+        if test_dataset is None:
+            raise ConfigError("test_dataset is None: pass a dict with the rows of each task.")
+        sets = self._evaluation_rows(test_dataset, needed=True, name_of="test_dataset")
         return {key: self.predict(rows, metric_key_prefix=f"{metric_key_prefix}_{key}") for key, rows in sets.items()}
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
-        """Loss, logits and labels of a batch of one task."""
+        """Loss, logits and labels of a batch of one task; rows without labels have the logits alone."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs)
-        loss = outputs.loss.detach()
+        loss = None if outputs.loss is None else outputs.loss.detach()
         if prediction_loss_only:
             return loss, None, None
         (logits,) = outputs.logits.values()
-        (labels,) = inputs["labels"].values()
         logits = logits.detach().float()
+        (labels,) = inputs["labels"].values() if "labels" in inputs else (None,)
         if self.collator.left and logits.dim() == 3:
             # The host pads batches on the right to put them together: tokens have to begin at 0.
             padding = (inputs["attention_mask"] == 0).sum(1, keepdim=True)
-            length = padding.new_tensor(range(logits.shape[1]))
-            from_where = (length + padding) % logits.shape[1]
-            logits = logits.gather(1, from_where.unsqueeze(-1).expand_as(logits))
-            labels = labels.gather(1, from_where)
+            places = (torch.arange(logits.shape[1], device=logits.device) + padding) % logits.shape[1]
+            logits = logits.gather(1, places.unsqueeze(-1).expand_as(logits))
+            labels = None if labels is None else labels.gather(1, places)
         return loss, logits, labels

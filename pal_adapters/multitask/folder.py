@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from dataclasses import fields
@@ -57,7 +58,7 @@ def _read_splits(folder: Path) -> datasets.DatasetDict:
             raise TaskDataError(f"{folder}: two files for the split {stem!r}; keep one of them")
         try:
             splits[stem] = _READERS[suffix](path)
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
+        except (OSError, EOFError, ValueError, pyarrow.ArrowException) as error:
             cause = str(error).strip().splitlines() or [type(error).__name__]
             raise TaskDataError(f"{path}: cannot be read ({cause[0]})") from error
     if not splits:
@@ -66,11 +67,27 @@ def _read_splits(folder: Path) -> datasets.DatasetDict:
 
 
 def _read_lines(path: Path) -> datasets.Dataset:
-    return datasets.Dataset.from_list([row for _, row in read_json_lines(path)])
+    rows = []
+    for number, row in read_json_lines(path):
+        if not isinstance(row, dict):
+            raise TaskDataError(f"line {number} is {row!r:.40}, not an object with columns")
+        rows.append(row)
+    return datasets.Dataset.from_list(rows)
 
 
-def _read_list(path: Path) -> datasets.Dataset:
-    return datasets.Dataset.from_list(json.loads(path.read_text(encoding="utf-8")))
+def _read_json(path: Path) -> datasets.Dataset:
+    """A list of rows, or JSON lines, which `Dataset.to_json` writes."""
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        text = file.read()
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        return _read_lines(path)
+    if isinstance(whole, dict) and len(text.splitlines()) == 1:
+        return datasets.Dataset.from_list([whole])
+    if not isinstance(whole, list) or not all(isinstance(row, dict) for row in whole):
+        raise TaskDataError("neither a list of rows nor JSON lines; keep files that are no split in another folder")
+    return datasets.Dataset.from_list(whole)
 
 
 def _read_table(path: Path, delimiter: str = ",") -> datasets.Dataset:
@@ -84,7 +101,7 @@ def _read_parquet(path: Path) -> datasets.Dataset:
 
 _READERS: dict[str, Callable[[Path], datasets.Dataset]] = {
     ".jsonl": _read_lines,
-    ".json": _read_list,
+    ".json": _read_json,
     ".csv": _read_table,
     ".tsv": partial(_read_table, delimiter="\t"),
     ".parquet": _read_parquet,

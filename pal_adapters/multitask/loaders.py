@@ -29,14 +29,18 @@ class Loaders(Trainer):
     tasks: dict[str, Task]
     strategy: Strategy
     collator: MultiTaskCollator
-    _encode: Callable[[Task, Rows, str], EncodedTask]
+    _encode: Callable[..., EncodedTask]
     _sampler: MultiTaskBatchSampler | None
 
     @staticmethod
-    def _encoded(task: Task, rows: Rows, where: str, *, tokenizer: Any, max_length: int) -> EncodedTask:
-        if isinstance(rows, EncodedTask):
-            return rows
-        return EncodedTask(task, rows, tokenizer, max_length, where=where)
+    def _encoded(
+        task: Task, rows: Rows, where: str, *, tokenizer: Any, max_length: int, needs_labels: bool = True
+    ) -> EncodedTask:
+        if not isinstance(rows, EncodedTask):
+            return EncodedTask(task, rows, tokenizer, max_length, where=where, needs_labels=needs_labels)
+        if needs_labels and not rows.has_labels:
+            raise ConfigError(f"task {task.name!r}, {where}: the rows have no labels; they can only be predicted.")
+        return rows
 
     @staticmethod
     def _train_rows(task: Task, given: Mapping[str, Rows] | None) -> Rows:
@@ -47,14 +51,22 @@ class Loaders(Trainer):
             raise ConfigError(f"task {task.name!r} has no split {task.train_split!r} to train on; it has: {there}.")
         return task.dataset[task.train_split]
 
-    def _evaluation_rows(self, given: Mapping[str, Rows] | None, *, needed: bool) -> dict[str, EncodedTask]:
+    def _evaluation_rows(
+        self, given: Mapping[str, Rows] | None, *, needed: bool, name_of: str = "eval_dataset"
+    ) -> dict[str, EncodedTask]:
         found: dict[str, EncodedTask] = {}
+        if given is not None and not isinstance(given, Mapping):
+            raise ConfigError(
+                f"{name_of} is of type {type(given).__name__}: pass a dict with the rows of each task, such as "
+                f"{{{next(iter(self.tasks))!r}: rows}}."
+            )
         if given is not None:
             for name, rows in given.items():
                 task = rows.task if isinstance(rows, EncodedTask) else self.tasks.get(name)
                 if task is None or task.name not in self.tasks:
-                    raise ConfigError(f"eval_dataset has {name!r}, which is no task: {', '.join(self.tasks)}.")
-                found[name] = self._encode(task, rows, f"eval_dataset[{name!r}]")
+                    raise ConfigError(f"{name_of} has {name!r}, which is no task: {', '.join(self.tasks)}.")
+                where = f"{name_of}[{name!r}]"
+                found[name] = self._encode(task, rows, where, needs_labels=name_of != "test_dataset")
             return found
         for name, task in self.tasks.items():
             splits = task.validation()

@@ -30,10 +30,26 @@ METRICS: dict[str, tuple[str, ...]] = {
 """Names of metrics by kind of task."""
 
 
-def default_metrics(kind: str) -> tuple[str, ...]:
+def default_metrics(kind: str, num_labels: int | None = None) -> tuple[str, ...]:
     """The metrics that a task of a kind reports unless told otherwise."""
     every = METRICS[kind]
+    if kind == "regression" and (num_labels or 1) > 1:
+        return ("mse",)
     return every[:1] if kind == "single_label" else every[:2]
+
+
+def metric_problem(metric: str, kind: str, num_labels: int | None, grouped: bool) -> str:
+    """Why a metric cannot be computed for a task, and what to do; nothing if it can."""
+    if metric not in METRICS[kind]:
+        return f"is not one of {kind}: {', '.join(METRICS[kind])}"
+    count = num_labels or 0
+    if kind == "single_label" and metric == "f1" and count > 2:
+        return f"is of two classes, but the task has {count}: use 'f1_macro'"
+    if kind == "single_label" and metric == "exact_match" and not grouped:
+        return "needs group_columns: name the columns that say which rows belong to one question"
+    if kind == "regression" and metric in ("pearson", "spearman") and count > 1:
+        return f"is of one number, but the task has {count}: use 'mse'"
+    return ""
 
 
 def lower_is_better(metric: str) -> bool:

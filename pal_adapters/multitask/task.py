@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from pal_adapters.errors import ConfigError, require_one_of
 
 from .data import load_task
 from .heads import KINDS, HeadConfig, Kind, Loss, Pooling
+from .labels import has_flags, has_unanswerable
 from .names import require_task_name
-from .scores import METRICS, Metric, default_metrics
-from .tasks import Row, Segments, TaskDataError, TaskSpec
+from .scores import Metric, default_metrics, metric_problem
+from .tasks import Row, Segments, TaskSpec
 
 Splits = Mapping[str, datasets.Dataset]
 
@@ -58,7 +59,7 @@ class Task:
         label_range: Smallest and largest label of a regression.
         train_split: Name of the split to train on.
         validation_splits: Names of the splits to evaluate on. The first is the one that models are chosen by.
-        group_columns: Columns that say which rows belong to one question, for `exact_match`.
+        group_columns: Columns that say which rows belong to one question, for `exact_match` of single labels.
         split_columns: Columns whose equal values must stay together if the training rows are cut in two.
         render: Turns a row into its encoder inputs, where the columns as they are will not do.
         expand: Turns a split into the rows to encode, where one row makes several.
@@ -108,24 +109,30 @@ class Task:
             self.text_columns = _TEXT_COLUMNS[self.kind]
         if self.label_column == "label" and self.kind in _LABEL_COLUMNS:
             self.label_column = _LABEL_COLUMNS[self.kind]
-        self.metrics = self.metrics or default_metrics(self.kind)
-        for metric in self.metrics:
-            if isinstance(metric, str) and metric not in METRICS[self.kind]:
-                raise ConfigError(
-                    f"task {self.name!r}: metric {metric!r} is not one of {self.kind}: "
-                    f"{', '.join(METRICS[self.kind])}."
-                )
         if self.label_range is not None and self.kind != "regression":
             raise ConfigError(f"task {self.name!r}: label_range has no effect for kind={self.kind!r}: leave it out.")
         if not isinstance(self.dataset, Mapping):
             raise ConfigError(
                 f"task {self.name!r}: dataset is a {type(self.dataset).__name__}: pass a dict of splits."
             )
+        for split, rows in self.dataset.items():
+            if isinstance(rows, datasets.IterableDataset):
+                raise ConfigError(
+                    f"task {self.name!r}: split {split!r} is an IterableDataset, whose rows cannot be drawn in any "
+                    "order: load it without streaming=True, or pass datasets.Dataset.from_list(list(rows))."
+                )
         try:
             config = self.head_config()
         except ConfigError as error:
             raise ConfigError(f"task {self.name!r}: {error}") from error
         self.num_labels = config.num_labels
+        self.metrics = self.metrics or default_metrics(self.kind, self.num_labels)
+        for metric in self.metrics:
+            if not isinstance(metric, str):
+                continue
+            problem = metric_problem(metric, self.kind, self.num_labels, bool(self.group_columns))
+            if problem:
+                raise ConfigError(f"task {self.name!r}: metric {metric!r} {problem}.")
 
     @property
     def num_choices(self) -> int:
@@ -133,6 +140,16 @@ class Task:
         return len(self.text_columns) - 1 if self.kind == "multiple_choice" and self.render is None else self._choices
 
     _choices: int = field(default=1, repr=False)
+
+    @cached_property
+    def has_unanswerable(self) -> bool:
+        """Whether some of its questions have no answer, so that none may be predicted; by its training rows."""
+        return self.kind == "span_qa" and has_unanswerable(self)
+
+    @cached_property
+    def has_flags(self) -> bool | None:
+        """Whether its sets of labels are written as 0 or 1 for each class, in all splits; `None` without any rows."""
+        return has_flags(self) if self.kind == "multi_label" else False
 
     def head_config(self) -> HeadConfig:
         """What its head is."""
@@ -242,47 +259,3 @@ def check_tasks(tasks: Iterable[Task]) -> dict[str, Task]:
     if not named:
         raise ConfigError("tasks is empty: pass at least one Task.")
     return named
-
-
-def check_labels(task: Task, labels: Sequence[Any], where: str) -> None:
-    """Raises `TaskDataError` for the first label that the task does not have."""
-    for number, label in enumerate(labels, start=1):
-        problem = _problem(task, label)
-        if problem:
-            raise TaskDataError(f"task {task.name!r}, {where}, row {number}: label {label!r:.60} {problem}")
-
-
-def _problem(task: Task, label: Any) -> str:
-    classes = task.num_choices if task.kind == "multiple_choice" else task.num_labels or 0
-    if task.kind in ("single_label", "multiple_choice"):
-        return _class_problem(label, classes)
-    if task.kind == "regression":
-        values = [label] if classes == 1 else label
-        if not isinstance(values, (list, tuple)) or len(values) != classes:
-            return f"is not {classes} numbers"
-        low, high = task.label_range or (-math.inf, math.inf)
-        for value in values:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                return "is not a finite number"
-            if not low <= value <= high:
-                return f"is out of range: allowed are {low} to {high}"
-    if task.kind == "multi_label":
-        if not isinstance(label, (list, tuple)):
-            return "is not a list of class numbers"
-        return next(filter(None, (_class_problem(value, max(classes, 2)) for value in label)), "")
-    if task.kind == "token_tagging":
-        if not isinstance(label, (list, tuple)):
-            return "is not a list with a class number for each word"
-        return next(filter(None, (_class_problem(value, classes) for value in label if value != -100)), "")
-    if task.kind == "span_qa":
-        if not isinstance(label, Mapping) or not {"text", "answer_start"} <= set(label):
-            return "is not a dict with 'text' and 'answer_start'"
-        if len(label["text"]) != len(label["answer_start"]):
-            return "has another number of texts than of starts"
-    return ""
-
-
-def _class_problem(label: Any, classes: int) -> str:
-    if isinstance(label, bool) or not isinstance(label, int):
-        return f"is of type {type(label).__name__}, not an integer from 0 to {classes - 1}"
-    return "" if 0 <= label < classes else f"is out of range: allowed are 0 to {classes - 1}"

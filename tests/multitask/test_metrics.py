@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import math
 
+import datasets
 import evaluate
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
-from pal_adapters.multitask import TaskMetric
+from pal_adapters.multitask import EncodedTask, Task, TaskMetric
 from pal_adapters.multitask.tasks import get_task
 
 TRUE = [1, 1, 1, 0, 0, 1, 0, 1]
@@ -86,6 +88,16 @@ def test_multirc_needs_groups() -> None:
 
 def test_f1_without_a_positive_is_zero() -> None:
     assert TaskMetric("mrpc").compute(predictions=[0, 0], references=[1, 0])["f1"] == 0.0
+
+
+def test_numbers_of_several_are_scored_by_their_squared_error(tiny_encoder: str) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["the", "is"], "label": [[1.0, 2.0], [0.0, 3.0]]})
+    task = Task("two", {"train": rows}, kind="regression", text_columns="text", num_labels=2)
+    assert task.metrics == ("mse",)
+    encoded = EncodedTask(task, rows, AutoTokenizer.from_pretrained(tiny_encoder), 16)
+    assert encoded.score(np.array([[1.0, 4.0], [1.0, 3.0]])) == {"mse": pytest.approx((0 + 4 + 1 + 0) / 4)}
+    one = Task("one", {"train": rows}, kind="regression", text_columns="text", metrics=("spearman", "mse"))
+    assert one.metrics == ("spearman", "mse")
 
 
 def test_batches_are_scored_together() -> None:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from pal_adapters.errors import ConfigError
 from pal_adapters.multitask import (
     DivergedError,
+    EncodedTask,
     MultiTaskTrainer,
     MultiTaskTrainingArguments,
     TaskHeads,
@@ -206,6 +207,9 @@ def test_tags_are_scored_on_either_side_of_padding(tiny_encoder: str, tmp_path: 
     output = trainer.predict(rows)
     for got, one in zip(output.predictions, expected, strict=True):
         np.testing.assert_allclose(got[: len(one)], one, atol=1e-5)
+    words = task.dataset["validation"].remove_columns("tags")
+    bare = trainer.predict(EncodedTask(task, words, tokenizer, 128, needs_labels=False))
+    np.testing.assert_array_equal(bare.predictions, output.predictions)
     tags = batch["labels"]["ner"]
     right = (logits.argmax(-1) == tags)[tags != -100].float().mean().item()
     assert output.metrics["test_accuracy"] == pytest.approx(right)

@@ -401,7 +401,8 @@ def test_both_forms_of_label_sets(tiny_encoder: str, flags: bool) -> None:
 
     labels = [[0, 1, 1], [1, 0, 0]] if flags else [[2, 1], [0]]
     rows = datasets.Dataset.from_dict({"first": ["the", "is"], "second": ["it", "in"], "label": labels})
-    encoded = EncodedTask(make_task("multi_label", "topics"), rows, AutoTokenizer.from_pretrained(tiny_encoder), 32)
+    task = make_task("multi_label", "topics").with_data({"train": rows} if flags else {})
+    encoded = EncodedTask(task, rows, AutoTokenizer.from_pretrained(tiny_encoder), 32)
     assert encoded.labels is not None
     assert encoded.labels.tolist() == [[0, 1, 1], [1, 0, 0]]
 

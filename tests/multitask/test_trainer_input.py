@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from backbones import backbone
@@ -47,6 +49,14 @@ def texts(labels: list[Any], **changes: Any) -> Task:
         (lambda: texts([7.0], kind="regression", num_labels=None, label_range=(0.0, 5.0)), "7.0 is out of range"),
         (lambda: texts([1], kind="multi_label", num_labels=3), "label 1 is not a list of class numbers"),
         (lambda: texts([[0, 3]], kind="multi_label", num_labels=3), "is out of range: allowed are 0 to 2"),
+        (
+            lambda: texts([[1], []], kind="multi_label", num_labels=1),
+            r"label \[1\] is out of range: allowed are 0 to 0; no",
+        ),
+        (
+            lambda: texts([[0, 1, 1], [2]], kind="multi_label", num_labels=3),
+            r"label \[0, 1, 1\] names a class twice; not",
+        ),
         (lambda: texts([]), "task 'own', training: no rows"),
         (lambda: texts([0], label_column="score"), "no column 'score'; found: text, label"),
     ],
@@ -62,6 +72,15 @@ def test_rows_that_do_not_fit(tiny_encoder: str, tmp_path: Path, task: Any, mess
         ({"kind": "classification"}, "kind='classification' is not allowed"),
         ({"num_labels": None}, "task 'own': num_labels=None"),
         ({"metrics": "bleu"}, "metric 'bleu' is not one of single_label: accuracy"),
+        (
+            {"metrics": ("accuracy", "f1"), "num_labels": 3},
+            "metric 'f1' is of two classes, but the task has 3: use 'f1_m",
+        ),
+        ({"metrics": "exact_match"}, "metric 'exact_match' needs group_columns"),
+        (
+            {"kind": "regression", "metrics": "pearson"},
+            "metric 'pearson' is of one number, but the task has 2: use 'mse'",
+        ),
         ({"label_range": (0, 1)}, "label_range has no effect"),
         ({"text_columns": ()}, "text_columns is empty"),
     ],
@@ -249,6 +268,19 @@ def test_folder_of_a_task(tiny_encoder: str, tmp_path: Path) -> None:
         ("a: [", {}, TaskDataError, "not readable as YAML"),
         ("text_columns: [a]\nnum_labels: 2\n", {}, TaskDataError, "no data; looked for"),
         ("text_columns: [a]\n", {"train_jsonl": "{"}, TaskDataError, "train.jsonl: cannot be read"),
+        ("text_columns: [a]\n", {"train_jsonl": '{"a": 1}\n5\n'}, TaskDataError, r"read \(line 2 is 5, not an object"),
+        (
+            "text_columns: [a]\n",
+            {"train_csv": "a\nx\n", "ids_json": '{"a":\n0}'},
+            TaskDataError,
+            "ids.json: .*neither a l",
+        ),
+        (
+            "text_columns: [a]\n",
+            {"train_csv": "a\nx\n", "ids_json": "[0]"},
+            TaskDataError,
+            "ids.json: .*neither a list",
+        ),
         ("text_columns: [a]\n", {"train_csv": "a\nx\n", "train_jsonl": '{"a": 1}\n'}, TaskDataError, "two files"),
     ],
 )
@@ -292,3 +324,207 @@ def test_spans_need_padding_on_the_right(tiny_encoder: str, tmp_path: Path) -> N
     tasks = [make_task("span_qa", "qa")]
     with pytest.raises(ConfigError, match="task 'qa' is span_qa, which needs a tokenizer that pads on the right"):
         MultiTaskTrainer(TaskHeads(backbone(tiny_encoder, "none")), args, tasks, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("column", [None, [-1, -1, -1], [None, None, None]])
+def test_rows_to_predict_need_no_labels(tiny_encoder: str, tmp_path: Path, column: Any) -> None:
+    made = make_trainer(tiny_encoder, tmp_path, names=("rte",))
+    labelled = made.tasks["rte"].dataset["validation"].select([2, 0, 1])
+    rows = labelled.remove_columns("label")
+    rows = rows if column is None else rows.add_column("label", column)
+    expected = made.predict({"rte": labelled})["rte"]
+    output = made.predict({"rte": rows})["rte"]
+    assert output.label_ids is None
+    assert not [name for name in output.metrics if name.endswith(("loss", "accuracy"))]
+    assert torch.equal(torch.tensor(output.predictions), torch.tensor(expected.predictions))
+    encoded = EncodedTask(made.tasks["rte"], rows, made.processing_class, 32, needs_labels=False)
+    assert encoded.predictions(output.predictions).tolist() == expected.predictions.argmax(-1).tolist()
+    with pytest.raises(ConfigError, match=r"eval_dataset\['rte'\]: the rows have no labels; they can only be pred"):
+        made.evaluate({"rte": encoded})
+    with pytest.raises(TaskDataError, match=r"task 'rte', eval_dataset\['rte'\](: no column 'label'|, row 1: label)"):
+        made.evaluate({"rte": rows})
+    with pytest.raises(TaskDataError, match=r"task 'rte', training(: no column 'label'|, row 1: label)"):
+        make_trainer(tiny_encoder, tmp_path, names=("rte",), train_dataset={"rte": rows})
+
+
+def test_every_kind_predicts_rows_without_labels(tiny_encoder: str, tmp_path: Path) -> None:
+    made = make_trainer(tiny_encoder, tmp_path, names=("stsb", "copa", "ner", "qa", "topics"))
+    for name, task in made.tasks.items():
+        labelled = task.dataset["validation"]
+        whole, bare = (
+            EncodedTask(task, rows, made.processing_class, 32, needs_labels=False)
+            for rows in (labelled, labelled.remove_columns(task.label_column))
+        )
+        assert whole.has_labels
+        expected, output = made.predict(whole), made.predict(bare)
+        assert output.label_ids is None
+        a, b = (e.predictions(o.predictions) for e, o in ((whole, expected), (bare, output)))
+        assert torch.equal(torch.tensor(a), torch.tensor(b)) if hasattr(a, "shape") else a == b, name
+        with pytest.raises(ConfigError, match="rows without labels have no scores"):
+            bare.score(output.predictions)
+
+
+def test_half_of_the_labels_is_an_error_in_prediction_too(tiny_encoder: str, tmp_path: Path) -> None:
+    made = make_trainer(tiny_encoder, tmp_path, names=("rte",))
+    rows = made.tasks["rte"].dataset["validation"].remove_columns("label").add_column("label", [1, -1, 0, 1, 1])
+    with pytest.raises(TaskDataError, match=r"task 'rte', test_dataset\['rte'\], row 2: label -1 is out of range"):
+        made.predict({"rte": rows})
+
+
+def test_rows_of_no_task(tiny_encoder: str, tmp_path: Path) -> None:
+    made = make_trainer(tiny_encoder, tmp_path, names=("rte",))
+    rows = made.tasks["rte"].dataset["validation"]
+    for call, message in (
+        (lambda: made.predict(rows), "test_dataset is of type Dataset: pass a dict .* such as {'rte': rows}"),
+        (lambda: made.predict({"test": rows}), "test_dataset has 'test', which is no task: rte"),
+        (lambda: made.evaluate(rows), "eval_dataset is of type Dataset: pass a dict"),
+        (lambda: made.evaluate("qa"), "eval_dataset='qa' is not there: rte"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call()
+
+
+CONTEXT = "is are was not"
+
+
+def encoded_answers(folder: str, *answers: Any) -> EncodedTask:
+    rows = [
+        {"question": "the", "context": CONTEXT, "answers": {"text": text, "answer_start": start}}
+        for text, start in answers
+    ]
+    task = Task("qa", {"train": datasets.Dataset.from_list(rows)}, kind="span_qa")
+    return EncodedTask(task, task.dataset["train"], AutoTokenizer.from_pretrained(folder), 32, where="train")
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "message"),
+    [
+        (["zzz"], [999], "lies outside of the context, which has 14 characters"),
+        (["are"], [-5], "lies outside of the context"),
+        (["not "], [11], "lies outside of the context"),
+        (["all"], [3], "is not in the context at 3, which reads 'are' there"),
+        (["are"], [4], "is not in the context at 4, which reads 're ' there"),
+        (["are", "was"], [3, 8], "is not in the context at 8, which reads 'as ' there"),
+        ([5], [3], "has the text 5, which is of type int"),
+        (["are"], ["x"], "has the start 'x', which is of type str, not an integer"),
+        (["are"], [None], "has the start None, which is of type NoneType"),
+        (["are"], [], "has another number of texts than of starts"),
+        ("are", 3, "is not a dict with a list of texts and a list of starts"),
+    ],
+)
+def test_answers_that_are_not_there(tiny_encoder: str, text: Any, start: Any, message: str) -> None:
+    with pytest.raises(TaskDataError, match=rf"task 'qa', train, row 1: label \{{.* {message}"):
+        encoded_answers(tiny_encoder, (text, start))
+
+
+def test_questions_may_have_no_answer(tiny_encoder: str) -> None:
+    encoded = encoded_answers(tiny_encoder, (["are was"], [3]), ([], []))
+    assert encoded.labels is not None
+    assert encoded.labels.tolist() == [[4, 5], [0, 0]]  # [CLS] the [SEP] is are was not [SEP]
+    assert encoded_answers(tiny_encoder, ([""], [-1])).labels.tolist() == [[0, 0]]  # type: ignore[union-attr]
+
+
+def test_no_answer_is_an_answer(tiny_encoder: str) -> None:
+    """The score of none is the sum of the two logits of the first token, against that of the best span."""
+    encoded = encoded_answers(tiny_encoder, (["are"], [3]), ([], []))
+    logits = np.full((2, 8, 2), -10.0)  # [CLS] the [SEP] is are was not [SEP]
+    logits[:, 4, 0], logits[:, 5, 1] = 2.0, 3.0
+    logits[0, 0] = (2.0, 2.9)
+    logits[1, 0] = (3.0, 2.1)
+    assert encoded.predictions(logits) == ["are was", ""]
+    assert encoded.score(logits) == {"f1": pytest.approx((2 / 3 + 1) / 2), "exact_match": 0.5}
+    logits[0, 0] = (9.0, 9.0)
+    assert encoded.predictions(logits) == ["", ""]
+    answered = encoded_answers(tiny_encoder, (["are"], [3]), (["is"], [0]))
+    assert answered.predictions(logits) == ["are was", "are was"]  # no question lacks an answer
+
+
+def test_no_answer_is_for_all_windows_of_a_question(tiny_encoder: str) -> None:
+    words = [f"w{number}" for number in range(12)]
+    rows = [
+        {"question": "the", "context": " ".join(words), "answers": {"text": text, "answer_start": start}}
+        for text, start in ((["w0"], [0]), ([], []))
+    ]
+    task = Task("qa", {"train": datasets.Dataset.from_list(rows)}, kind="span_qa")
+    encoded = EncodedTask(task, task.dataset["train"], AutoTokenizer.from_pretrained(tiny_encoder), 16)
+    assert encoded.labels is not None
+    assert (np.bincount([row for row, _ in encoded.windows]) > 1).all()
+    logits = np.full((len(encoded), 16, 2), -5.0)
+    for window, (first, last) in enumerate(encoded.labels):  # as a model that has learned all labels
+        logits[window, first, 0] = logits[window, last, 1] = 5.0
+    assert encoded.predictions(logits) == ["w0", ""]
+
+
+def sets_of(folder: str, classes: int, **splits: list[Any]) -> dict[str, Any]:
+    data = {
+        name: datasets.Dataset.from_dict({"text": ["the"] * len(labels), "label": labels})
+        for name, labels in splits.items()
+    }
+    task = Task("own", data, kind="multi_label", text_columns=("text",), num_labels=classes)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = {
+        name: EncodedTask(task, rows, tokenizer, 32, where=name, needs_labels=name != "test")
+        for name, rows in data.items()
+    }
+    return {name: None if rows.labels is None else rows.labels.tolist() for name, rows in found.items()}
+
+
+def test_label_sets_are_read_alike_in_all_splits(tiny_encoder: str) -> None:
+    numbers = sets_of(tiny_encoder, 2, train=[[0], [0, 1]], validation=[[0, 1], [0, 1]])
+    assert numbers == {"train": [[1, 0], [1, 1]], "validation": [[1, 1], [1, 1]]}
+    flags = sets_of(tiny_encoder, 2, train=[[0, 0], [0, 1]], validation=[[0, 1]], test=[[-1, -1]])
+    assert flags == {"train": [[0, 0], [0, 1]], "validation": [[0, 1]], "test": None}
+    assert sets_of(tiny_encoder, 1, train=[[0], []], validation=[[0]]) == {"train": [[1], [0]], "validation": [[1]]}
+    assert sets_of(tiny_encoder, 1, train=[[0], [1]], validation=[[0]]) == {"train": [[0], [1]], "validation": [[0]]}
+
+
+def test_rows_beside_the_splits_are_read_as_these(tiny_encoder: str) -> None:
+    task = texts([[0, 1, 1], [1, 0, 0]], kind="multi_label", num_labels=3)
+    rows = datasets.Dataset.from_dict({"text": ["the"], "label": [[2]]})
+    with pytest.raises(TaskDataError, match=r"row 1: label \[2\] is not a 0 or 1 for each of 3 classes, as other"):
+        EncodedTask(task, rows, AutoTokenizer.from_pretrained(tiny_encoder), 32)
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_folder_with_files_of_to_json(tmp_path: Path, lines: bool) -> None:
+    place = folder(tmp_path / "task", "text_columns: [text]\nnum_labels: 2\n")
+    rows = [{"text": "the\nis", "label": 0}, {"text": "it", "label": 1}]
+    for split, size in (("train", 2), ("validation", 1)):
+        datasets.Dataset.from_list(rows[:size]).to_json(str(place / f"{split}.json"), lines=lines)
+    (place / "test.json.gz").write_bytes(gzip.compress((place / "train.json").read_bytes()))
+    (place / "ids.json").write_text('{"a": 0}')
+    task = Task.from_folder(place)
+    assert {name: split.to_list() for name, split in task.dataset.items()} == {
+        "train": rows,
+        "validation": rows[:1],
+        "test": rows,
+        "ids": [{"a": 0}],
+    }
+
+
+@pytest.mark.parametrize("make", [float, bool])
+def test_label_sets_of_other_types(tiny_encoder: str, make: Any) -> None:
+    labels = [[make(value) for value in row] for row in ([1, 0, 1], [0, 0, 1])]
+    assert sets_of(tiny_encoder, 3, train=labels) == {"train": [[1, 0, 1], [0, 0, 1]]}
+    with pytest.raises(TaskDataError, match=r"row 1: label .* is of type"):
+        sets_of(tiny_encoder, 3, train=[[make(1)], [make(0)]])
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_rows_in_the_format_of_tensors(tiny_encoder: str, form: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    for task in make_tasks():
+        rows = task.dataset["train"]
+        formatted = task.with_data({"train": rows.with_format(form)})
+        plain = EncodedTask(task, rows, tokenizer, 32)
+        encoded = EncodedTask(formatted, formatted.dataset["train"], tokenizer, 32)
+        assert [str(row) for row in encoded] == [str(row) for row in plain]
+
+
+def test_rows_that_stream(tiny_encoder: str) -> None:
+    task = texts([0, 1])
+    rows = task.dataset["train"]
+    with pytest.raises(ConfigError, match=r"task 'own': split 'train' is an IterableDataset, whose .* streaming=True"):
+        task.with_data({"train": rows.to_iterable_dataset()})
+    with pytest.raises(ConfigError, match="task 'own', training: rows is of type IterableDataset: pass a Dataset"):
+        EncodedTask(task, rows.to_iterable_dataset(), None, 32, where="training")  # type: ignore[arg-type]
