@@ -103,7 +103,8 @@ class TaskHeads(SavedHeads):
             task: Name of the task, see `Task`.
             head: What its head is, or the name of a head that is there, to use that one.
             adapter: Name of its adapter, a `Stack` or `Fuse` of names in `adapters`, or `None` for the base alone.
-                `"auto"` is the adapter with the name of the task; else, if there is only one, that one; else none.
+                `"auto"` is the adapter with the name of the task, or the only one; none if there are none. With
+                several of other names it is an error.
                 A fusion is added to the model before, with `add_adapter_fusion`.
             weight: What its loss is multiplied with.
             loss: A loss of one's own for a new head, see `heads.Loss`.
@@ -127,7 +128,12 @@ class TaskHeads(SavedHeads):
             raise ConfigError(f"a head {task!r} is there already: pass head={task!r} to use it.")
         if isinstance(adapter, str) and adapter == "auto":
             names = adapter_names(self.backbone)
-            adapter = task if task in names else names[0] if len(names) == 1 else None
+            if len(names) > 1 and task not in names:
+                raise ConfigError(
+                    f"task {task!r} has no adapter of its name among {', '.join(map(repr, names))}: pass adapter=, "
+                    "one of them, or None for the base alone."
+                )
+            adapter = task if task in names else names[0] if names else None
         self._router.check(self.backbone, adapter)
         if isinstance(head, str):
             name = head

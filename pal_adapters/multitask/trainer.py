@@ -365,6 +365,10 @@ def _take_over(model: TaskHeads, task: Task) -> None:
                 f"task {task.name!r}: {name}={wanted!r}, but its head on the model has {there!r}: make the head with "
                 f"TaskHeads.add(name, task.head_config()), or leave {name} out."
             )
+    if task.head not in (None, route.head):
+        raise ConfigError(
+            f"task {task.name!r}: head={task.head!r}, but on the model it has {route.head!r}: leave it out."
+        )
     if task.adapter != "auto" and task.adapter != route.adapter:
         raise ConfigError(
             f"task {task.name!r}: adapter={task.adapter!r}, but on the model it has {route.adapter!r}: leave it out."

@@ -350,6 +350,21 @@ def test_batches_that_do_not_fit(tiny_encoder: str, batch: dict[str, Tensor], la
         model(task_ids=ROWS, labels=labels["rte"], **batch)
 
 
+@pytest.mark.parametrize("host", [host for host in HOSTS if host != "none"])
+def test_which_adapter_a_task_gets(tiny_encoder: str, host: str) -> None:
+    model = TaskHeads(backbone(tiny_encoder, host, ("rte",)))
+    model.add("stsb", CONFIGS["stsb"])  # the only one
+    assert model.routes["stsb"].adapter == "rte"
+    model = TaskHeads(backbone(tiny_encoder, host, ("rte", "ner")))
+    with pytest.raises(ConfigError, match="task 'RTE' has no adapter of its name among 'rte', 'ner': pass adapter="):
+        model.add("RTE", CONFIGS["rte"])
+    assert not model.tasks
+    assert not model.heads
+    model.add("RTE", CONFIGS["rte"], adapter="rte")
+    model.add("stsb", CONFIGS["stsb"], adapter=None)
+    assert [route.adapter for route in model.routes.values()] == ["rte", None]
+
+
 @pytest.mark.parametrize("host", HOSTS)
 def test_only_what_is_asked_for_trains(tiny_encoder: str, host: str) -> None:
     model = heads(tiny_encoder, host)
@@ -373,7 +388,7 @@ def test_saved_and_read_in_a_new_process(tiny_encoder: str, batch: dict[str, Ten
     expected = []
     for number, (host, joint) in enumerate(cases):
         model = heads(tiny_encoder, host)
-        model.add("again", "rte", weight=0.5)
+        model.add("again", "rte", adapter=None, weight=0.5)
         model.prepare_training(base=joint)
         if joint:
             with torch.no_grad():

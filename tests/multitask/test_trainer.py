@@ -175,6 +175,7 @@ def test_what_a_task_says_of_a_head_that_is_there(tiny_encoder: str, tmp_path: P
         ({"loss": torch.nn.functional.l1_loss}, {"loss": distance}, "its head on the model has another"),
         ({}, {"pooling": "first"}, "pooling='first', but its head on the model has 'mean'"),
         ({}, {"dropout": 0.3}, "dropout=0.3, but its head on the model has 0.1"),
+        ({}, {"head": "other"}, "head='other', but on the model it has 'stsb'"),
         ({}, {"adapter": "other"}, "adapter='other', but on the model it has None"),
     ):
         with pytest.raises(ConfigError, match=message):
