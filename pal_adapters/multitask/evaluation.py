@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -16,9 +16,14 @@ from pal_adapters.errors import ConfigError
 from .encoding import EncodedTask
 from .loaders import Loaders
 
+Aggregate = Callable[[Mapping[str, float]], float]
+"""One number of the primary scores by task; of metrics where less is better they come with the opposite sign."""
+
 
 class Evaluation(Loaders):
     """A Trainer that scores each task by its own metrics."""
+
+    aggregate: Aggregate | None
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -49,8 +54,9 @@ class Evaluation(Loaders):
             metrics |= {name: v for name, v in output.metrics.items() if name.endswith("_loss")}
             metrics |= {f"{metric_key_prefix}_{key}_{name}": value for name, value in found.items()}
             primary.setdefault(rows.task.name, rows.primary(found))  # of several splits the first
-        aggregate: Any = getattr(np, self.args.eval_aggregate)
-        metrics[f"{metric_key_prefix}_average"] = float(aggregate(list(primary.values())))
+        named: Any = getattr(np, self.args.eval_aggregate)
+        value = named(list(primary.values())) if self.aggregate is None else self.aggregate(primary)
+        metrics[f"{metric_key_prefix}_average"] = float(value)
         metrics[f"{metric_key_prefix}_loss"] = float(np.mean(losses))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

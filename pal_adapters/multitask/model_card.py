@@ -49,7 +49,9 @@ def write_model_card(trainer: MultiTaskTrainer, given: dict[str, Any]) -> None:
             if value is not None:
                 results.append(f"| {key} | {metric_name(metric)} | {value:.4f} |")
     if scored:
-        results.append(f"| all | {trainer.args.eval_aggregate} of the first metrics | {scored['eval_average']:.4f} |")
+        own = trainer.aggregate
+        aggregate = trainer.args.eval_aggregate if own is None else getattr(own, "__name__", type(own).__name__)
+        results.append(f"| all | {aggregate} of the first metrics | {scored['eval_average']:.4f} |")
     strategy = getattr(trainer.strategy, "__name__", str(trainer.strategy))
     lines = [
         "---",

@@ -19,7 +19,7 @@ from .checkpoints import Checkpoints
 from .collate import Batch, MultiTaskCollator
 from .distributed import check_processes
 from .encoding import ConcatTasks, EncodedTask
-from .evaluation import Evaluation
+from .evaluation import Aggregate, Evaluation
 from .heads import Head, HeadConfig, count_items
 from .loaders import Rows
 from .model_card import write_model_card
@@ -65,6 +65,7 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
         processing_class: The tokenizer.
         strategy: A strategy of one's own, see `sampling.Strategy`, instead of `args.sampling`.
         batch_selector: What chooses the rows of `sampling="uncertainty"`; by default `UncertaintySelector`.
+        aggregate: What `eval_average` is of the primary scores by task, instead of `args.eval_aggregate`.
         preset: The recipe that the run follows: warns where the model differs from it.
         **kwargs: Other arguments of `transformers.Trainer`.
 
@@ -87,6 +88,7 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
         processing_class: Any = None,
         strategy: Strategy | None = None,
         batch_selector: BatchSelector | None = None,
+        aggregate: Aggregate | None = None,
         preset: Preset | None = None,
         **kwargs: Any,
     ) -> None:
@@ -109,6 +111,9 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
         if self.strategy is uncertainty and batch_selector is None:
             batch_selector = UncertaintySelector()
         self.batch_selector = batch_selector
+        if aggregate is not None and args.eval_aggregate != "mean":
+            raise ConfigError(f"eval_aggregate={args.eval_aggregate!r} and aggregate are both given: leave one out.")
+        self.aggregate = aggregate
         if isinstance(batch_selector, UncertaintySelector):
             batch_selector.check(self.tasks.values())
         if preset is not None:

@@ -6,6 +6,7 @@ import inspect
 import re
 import shutil
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -434,6 +435,23 @@ def test_aggregates_of_primary_scores(tiny_encoder: str, tmp_path: Path) -> None
     for aggregate, expected in (("mean", 0.4 / 3), ("sum", 0.4), ("min", -0.4), ("max", 0.7), ("median", 0.1)):
         made.args.eval_aggregate = aggregate
         assert made.evaluate()["eval_average"] == pytest.approx(expected)
+
+
+def test_an_aggregate_of_ones_own(tiny_encoder: str, tmp_path: Path) -> None:
+    def mostly_rte(scores: Mapping[str, float]) -> float:
+        assert set(scores) == {"rte", "stsb"}
+        return 0.9 * scores["rte"] + 0.1 * scores["stsb"]
+
+    made = make_trainer(tiny_encoder, tmp_path, names=("rte", "stsb"), aggregate=mostly_rte)
+    found = made.evaluate()
+    assert found["eval_average"] == pytest.approx(0.9 * found["eval_rte_accuracy"] + 0.1 * found["eval_stsb_pearson"])
+    made.create_model_card()
+    assert (
+        f"| all | mostly_rte of the first metrics | {found['eval_average']:.4f} |"
+        in (tmp_path / "README.md").read_text()
+    )
+    with pytest.raises(ConfigError, match="eval_aggregate='min' and aggregate are both given"):
+        make_trainer(tiny_encoder, tmp_path, aggregate=mostly_rte, eval_aggregate="min")
 
 
 def test_best_model_by_a_metric_of_which_less_is_better(tiny_encoder: str, tmp_path: Path) -> None:

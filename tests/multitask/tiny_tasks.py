@@ -78,7 +78,7 @@ def make_tasks(*names: str, **changes: Any) -> list[Task]:
 def make_trainer(
     folder: str, output: Any, *, host: str = "none", names: tuple[str, ...] = ("rte", "stsb", "copa"), **given: Any
 ) -> MultiTaskTrainer:
-    keys = ("strategy", "batch_selector", "callbacks", "eval_dataset", "train_dataset")
+    keys = ("strategy", "batch_selector", "callbacks", "eval_dataset", "train_dataset", "aggregate")
     options = {name: given.pop(name) for name in keys if name in given}
     base = given.pop("base", False)
     tasks = given.pop("tasks", None) or make_tasks(*names)
