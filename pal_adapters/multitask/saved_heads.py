@@ -176,10 +176,11 @@ class SavedHeads(nn.Module):
 def copy_saved(checkpoint: Path, directory: Path) -> None:
     """Copies what `from_pretrained` reads from a checkpoint to a folder, and nothing that only `restore` reads."""
     description = _read_description(checkpoint)
-    names = [HEADS_FILE, storage.BASE_FOLDER, *description["adapters"], *description["fusions"]]
+    names = [HEADS_FILE, POOLER_FILE, storage.BASE_FOLDER, *description["adapters"], *description["fusions"]]
     if description["host"] == "peft":  # has the adapter called "default" in the folder itself
         names += ["adapter_config.json", "adapter_model.safetensors"]
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / DESCRIPTION_FILE).unlink(missing_ok=True)
     for name in (*names, DESCRIPTION_FILE):
         if (checkpoint / name).is_dir():
             shutil.copytree(checkpoint / name, directory / name, dirs_exist_ok=True)

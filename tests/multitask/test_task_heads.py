@@ -19,6 +19,7 @@ from transformers import AutoModel
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
 from pal_adapters.multitask import HeadConfig, StorageError, TaskHeads
 from pal_adapters.multitask.heads import pool
+from pal_adapters.multitask.saved_heads import copy_saved
 
 CONFIGS = {
     "rte": HeadConfig("single_label", 2),
@@ -192,8 +193,10 @@ def test_a_pooler_that_the_checkpoint_lacks_is_kept(
     model.add("topics", CONFIGS["topics"])
     model.eval().prepare_training()
     expected = model(task_ids="topics", **batch).logits["topics"]
-    for folder, checkpoint in (("out", False), ("checkpoint", True)):
-        model.save_pretrained(tmp_path / folder, checkpoint=checkpoint)
+    model.save_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "checkpoint", checkpoint=True)
+    copy_saved(tmp_path / "checkpoint", tmp_path / "uploaded")
+    for folder in ("out", "checkpoint", "uploaded"):
         torch.testing.assert_close(
             TaskHeads.from_pretrained(tmp_path / folder)(task_ids="topics", **batch).logits["topics"], expected
         )
