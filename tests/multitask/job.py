@@ -76,6 +76,11 @@ def main() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        # What DTensor caches keeps gloo's threads alive, and one that frees a tensor while the
+        # interpreter ends aborts the process (pytorch/pytorch#190489), so end without that.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
