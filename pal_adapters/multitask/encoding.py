@@ -13,7 +13,8 @@ from pal_adapters.errors import ConfigError
 
 from . import scores
 from .heads import IGNORED
-from .labels import check_labels, has_flags, has_labels, plain_rows
+from .labels import check_labels, has_flags, has_labels, numbered, plain_rows
+from .own_metrics import Metric, primary_name, score_own
 from .task import Task
 from .tasks import TaskDataError
 
@@ -54,6 +55,7 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
             raise ConfigError(f"task {task.name!r}, {where}: rows is of type {type(rows).__name__}: pass a Dataset.")
         self.task = task
         self.rows = plain_rows(rows if task.expand is None else task.expand(plain_rows(rows)))
+        self.rows = numbered(task, self.rows, where)
         self.has_labels = needs_labels or has_labels(task, self.rows)
         flags = task.has_flags
         if flags is None and self.has_labels:
@@ -248,14 +250,18 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         for metric in task.metrics:
             if not isinstance(metric, str):
                 takes_rows = getattr(metric, "takes_rows", False)
-                found |= metric(self, logits) if takes_rows else scores.score_own(metric, predicted, true)
+                found |= metric(self, logits) if takes_rows else self._score_own(metric, predicted, true)
         return found
+
+    def _score_own(self, metric: Metric, predicted: Any, true: Any) -> dict[str, float]:
+        task = self.task
+        answers = self.rows[task.label_column][:] if task.kind == "span_qa" else None
+        return score_own(metric, predicted, true, kind=task.kind, label_names=task.label_names, answers=answers)
 
     def primary(self, found: dict[str, float]) -> float:
         """The score that models are chosen by, turned round if less is better."""
-        name = scores.metric_name(self.task.metrics[0])
-        value = found[name] if name in found else next(iter(found.values()))
-        return -value if scores.lower_is_better(name) else value
+        name = primary_name(self.task.metrics[0], found)
+        return -found[name] if scores.lower_is_better(name) else found[name]
 
     def _groups(self) -> list[Any] | None:
         columns = self.task.group_columns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ class HeadConfig:
 
     @property
     def outputs(self) -> int:
-        """Outputs of the linear layer; 0 for a language model, which uses the embeddings of the base."""
+        """Outputs of the linear layer; 0 for a language model, which uses the output layer of the base."""
         return {"span_qa": 2, "multiple_choice": 1, "language_modeling": 0}.get(self.kind, self.num_labels or 0)
 
     @property
@@ -99,7 +99,8 @@ class HeadConfig:
 class Head(nn.Module):
     r"""Dropout and one linear layer, $W\,\mathrm{drop}(h) + b$ with `W: [outputs, d]`; see `HeadConfig`.
 
-    The head of a language model has no weights of its own: it uses the input embeddings of the base.
+    The head of a language model has no weights of its own: it uses the output layer of the base or, for a base without
+    one, its input embeddings.
 
     Args:
         config: What the head is.
@@ -118,16 +119,17 @@ class Head(nn.Module):
             nn.init.normal_(self.linear.weight, std=0.02)
             nn.init.zeros_(self.linear.bias)
 
-    def forward(self, hidden: Tensor, embeddings: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, words: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Logits, see `HeadConfig`.
 
         Args:
             hidden: `[r, d]` or, for heads that read every token, `[r, n, d]`; `r` is `b` times the choices.
-            embeddings: Input embeddings of the base `[v, d]`, for a language model.
+            words: Logits of words `[r, n, v]` of hidden states, for a language model.
         """
         hidden = self.dropout(hidden)
         if self.linear is None:
-            return F.linear(hidden, cast("Tensor", embeddings))
+            assert words is not None
+            return words(hidden)
         logits = self.linear(hidden)
         if self.config.kind == "multiple_choice":
             return logits.view(-1, self.config.num_choices)

@@ -8,12 +8,52 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 
+from .data import quiet
 from .tasks import TaskDataError
 
 if TYPE_CHECKING:
     from .task import Task
 
 _CHUNK = 1000
+NAMED_KINDS = ("single_label", "multi_label", "token_tagging")
+"""Kinds whose classes have names, which labels may be written as."""
+
+
+def class_names(rows: Any, column: str | None) -> tuple[str, ...]:
+    """Names of the classes of a column, or of the lists in it, if it is a `datasets.ClassLabel`."""
+    feature: Any = rows.features.get(column) if isinstance(rows, datasets.Dataset) else None
+    feature = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+    return tuple(feature.names or ()) if isinstance(feature, datasets.ClassLabel) else ()
+
+
+def numbered(task: Task, rows: datasets.Dataset, where: str) -> datasets.Dataset:
+    """Rows whose labels are class numbers, where they are names of classes.
+
+    Raises:
+        TaskDataError: For a name that the task does not have.
+    """
+    column = task.label_column
+    if task.kind not in NAMED_KINDS or not task.label_names or column not in rows.column_names:
+        return rows
+    numbers = {name: number for number, name in enumerate(task.label_names)}
+
+    def number_of(label: Any, row: int) -> Any:
+        if isinstance(label, list):
+            return [number_of(value, row) for value in label]
+        if isinstance(label, str) and label not in numbers:
+            raise TaskDataError(
+                f"task {task.name!r}, {where}, row {row}: label {label!r:.60} is not one of label_names: "
+                f"{', '.join(map(repr, numbers)):.200}"
+            )
+        return numbers[label] if isinstance(label, str) else label
+
+    labels = rows[column][:]
+    found = [number_of(label, row) for row, label in enumerate(labels, start=1)]
+    if found == labels:
+        return rows
+    new = datasets.Dataset.from_dict({column: found})
+    with quiet():
+        return datasets.concatenate_datasets([rows.remove_columns([column]), new], axis=1)
 
 
 def plain_rows(rows: datasets.Dataset) -> datasets.Dataset:
@@ -134,6 +174,8 @@ def _answer_problem(label: Any, context: Any) -> str:
 
 
 def _class_problem(label: Any, classes: int) -> str:
+    if isinstance(label, str):
+        return f"is of type str, not an integer from 0 to {classes - 1}: name the classes in label_names to use names"
     if isinstance(label, bool) or not isinstance(label, int):
         return f"is of type {type(label).__name__}, not an integer from 0 to {classes - 1}"
     return "" if 0 <= label < classes else f"is out of range: allowed are 0 to {classes - 1}"

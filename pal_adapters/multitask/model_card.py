@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .routing import adapter_config, adapters_in
-from .scores import metric_name
 
 if TYPE_CHECKING:
     from .trainer import MultiTaskTrainer
@@ -43,11 +42,12 @@ def write_model_card(trainer: MultiTaskTrainer, given: dict[str, Any]) -> None:
     methods = sorted({type(adapter_config(model.backbone, name)).__name__ for name in adapters})
     scored = next((entry for entry in reversed(trainer.state.log_history) if "eval_average" in entry), {})
     evaluated: Any = trainer.eval_dataset or {}
-    for key, encoded in evaluated.items():
-        for metric in encoded.task.metrics:
-            value = scored.get(f"eval_{key}_{metric_name(metric)}")
-            if value is not None:
-                results.append(f"| {key} | {metric_name(metric)} | {value:.4f} |")
+    for entry, value in scored.items():
+        keys = [key for key in evaluated if entry.startswith(f"eval_{key}_")]
+        key = max(keys, key=len, default="")  # a task may be called as another one and its metric begin
+        name = entry.removeprefix(f"eval_{key}_")
+        if keys and name != "loss":
+            results.append(f"| {key} | {name} | {value:.4f} |")
     if scored:
         own = trainer.aggregate
         aggregate = trainer.args.eval_aggregate if own is None else getattr(own, "__name__", type(own).__name__)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import storage
 from .distributed import is_part, rest
 from .heads import Head, HeadConfig
+from .language import output_tensors
 from .routing import Route, is_fuse
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 DESCRIPTION_FILE = "task_heads.json"
 HEADS_FILE = "heads.safetensors"
 POOLER_FILE = "pooler.safetensors"
+OUTPUT_FILE = "output_layer.safetensors"
 
 
 class SavedHeads(nn.Module):
@@ -70,6 +72,9 @@ class SavedHeads(nn.Module):
         (directory / DESCRIPTION_FILE).unlink(missing_ok=True)
         base = self._base_tensors()
         trained = self._base_trained or any(tensor.requires_grad for tensor in base.values())
+        output = self._output()
+        if not trained and not any(tensor.requires_grad for tensor in output.values()):
+            output = {}  # as in the checkpoint of the base
         description = {
             "format": 1,
             "balance": self.balance,
@@ -79,6 +84,7 @@ class SavedHeads(nn.Module):
                 for task, route in self.routes.items()
             },
             "base_trained": trained,
+            "output_layer": bool(output),
             **storage.describe(self.backbone),
         }
         storage.save_adapters(self.backbone, directory)
@@ -90,6 +96,8 @@ class SavedHeads(nn.Module):
         elif self._pooler():
             # Many checkpoints have none: then this one was made at random, and is nowhere else.
             storage.write(self._pooler(), directory / POOLER_FILE)
+        if output:
+            storage.write(output, directory / OUTPUT_FILE)
         if checkpoint:
             storage.write(storage.added_parameters(self.backbone, base.values()), directory / storage.ADDED_FILE)
         storage.write_json(description, directory / DESCRIPTION_FILE)  # last: a folder that has it is whole
@@ -130,7 +138,10 @@ class SavedHeads(nn.Module):
             model.routes[task] = Route(route["head"], _read_adapter(route["adapter"]), route["weight"])
         model._base_trained = description["base_trained"]
         heads, base, _ = model._files(directory)
-        storage.copy_into(heads, *([base] if model._base_trained else model._pooler_file(directory)))
+        more = [base] if model._base_trained else model._pooler_file(directory)
+        if description.get("output_layer"):
+            more.append((dict(model._output()), directory / OUTPUT_FILE))
+        storage.copy_into(heads, *more)
         return model.eval()
 
     def restore(self, directory: str | Path) -> None:
@@ -157,6 +168,11 @@ class SavedHeads(nn.Module):
             return {}
         return {name: tensor for name, tensor in self._base_tensors().items() if name.startswith("pooler.")}
 
+    def _output(self) -> dict[str, nn.Parameter]:
+        """The base's own output layer, if a language model uses it; it is not among the tensors of the base."""
+        used = any(head.config.kind == "language_modeling" for _, head in self._heads())
+        return output_tensors(self.backbone) if used else {}
+
     def _pooler_file(self, directory: Path) -> list[tuple[dict[str, Any], Path]]:
         pooler, path = self._pooler(), directory / POOLER_FILE
         return [(pooler, path)] if pooler and path.is_file() else []
@@ -176,7 +192,14 @@ class SavedHeads(nn.Module):
 def copy_saved(checkpoint: Path, directory: Path) -> None:
     """Copies what `from_pretrained` reads from a checkpoint to a folder, and nothing that only `restore` reads."""
     description = _read_description(checkpoint)
-    names = [HEADS_FILE, POOLER_FILE, storage.BASE_FOLDER, *description["adapters"], *description["fusions"]]
+    names = [
+        HEADS_FILE,
+        POOLER_FILE,
+        OUTPUT_FILE,
+        storage.BASE_FOLDER,
+        *description["adapters"],
+        *description["fusions"],
+    ]
     if description["host"] == "peft":  # has the adapter called "default" in the folder itself
         names += ["adapter_config.json", "adapter_model.safetensors"]
     directory.mkdir(parents=True, exist_ok=True)

@@ -5,18 +5,14 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import evaluate
 import numpy as np
 from sklearn.metrics import f1_score
 
 from .metrics import TaskMetric
 from .tasks import TaskSpec
-
-Metric = Callable[..., Any] | Any
-"""A metric of one's own: of `evaluate`, or a function of predictions and references for a number or a dict."""
 
 METRICS: dict[str, tuple[str, ...]] = {
     "single_label": ("accuracy", "f1", "f1_macro", "matthews", "exact_match"),
@@ -144,21 +140,3 @@ def overlap(text: str, right: str) -> float:
         return float(words == wanted)
     hits = sum((Counter(words) & Counter(wanted)).values())
     return 2 * hits / (len(words) + len(wanted))
-
-
-def score_own(metric: Metric, predicted: Any, true: Any) -> dict[str, float]:
-    """What a metric of one's own gives."""
-    if isinstance(metric, evaluate.EvaluationModule):
-        given = metric.compute(predictions=predicted, references=true)
-    else:
-        given = metric(predicted, true)
-    if isinstance(given, Mapping):
-        return {str(name): float(value) for name, value in given.items()}
-    return {metric_name(metric): float(given)}
-
-
-def metric_name(metric: str | Metric) -> str:
-    """Under which name a metric is reported."""
-    if isinstance(metric, str):
-        return metric
-    return str(getattr(metric, "__name__", None) or getattr(metric, "name", "score"))

@@ -14,9 +14,10 @@ from pal_adapters.errors import ConfigError, require_one_of
 
 from .data import load_task
 from .heads import KINDS, HeadConfig, Kind, Loss, Pooling
-from .labels import has_flags, has_unanswerable
+from .labels import NAMED_KINDS, class_names, has_flags, has_unanswerable
 from .names import require_task_name
-from .scores import Metric, default_metrics, metric_problem
+from .own_metrics import Metric, flat_metrics, metric_name, own_metric_problem
+from .scores import default_metrics, metric_problem
 from .tasks import Row, Segments, TaskSpec
 
 Splits = Mapping[str, datasets.Dataset]
@@ -31,10 +32,10 @@ class Task:
 
     | `kind` | text columns | label column |
     |---|---|---|
-    | `single_label` | a text, or a pair | class number |
-    | `multi_label` | a text, or a pair | list of class numbers, or of 0 and 1 for every class |
+    | `single_label` | a text, or a pair | class number, or one of `label_names` |
+    | `multi_label` | a text, or a pair | list of class numbers or `label_names`, or of 0 and 1 for every class |
     | `regression` | a text, or a pair | number |
-    | `token_tagging` | list of words | class number of every word, -100 for none |
+    | `token_tagging` | list of words | class number of every word or one of `label_names`, -100 for none |
     | `span_qa` | question, context | `{"text": [...], "answer_start": [...]}` |
     | `multiple_choice` | a text, and each of the choices | number of the choice |
     | `language_modeling` | a text | none: the text itself |
@@ -47,7 +48,7 @@ class Task:
         text_columns: Columns of the text. Tagging, questions and language models have default names.
         label_column: Column of the label.
         num_labels: Number of classes, or of numbers for a regression. Not needed with `label_names`.
-        label_names: Names of the classes.
+        label_names: Names of the classes. By default those of the label column, if it is a `datasets.ClassLabel`.
         metrics: Names of metrics, or functions of predictions and references, or objects of `evaluate`; the first is
             the one that models are chosen by. By default those of the kind.
         loss: A loss of one's own, the mean over logits and labels of a batch.
@@ -102,13 +103,12 @@ class Task:
         require_one_of("kind", self.kind, KINDS)
         for name in ("text_columns", "label_names", "metrics", "validation_splits", "group_columns", "split_columns"):
             value = getattr(self, name)
-            setattr(self, name, (value,) if isinstance(value, str) or callable(value) else tuple(value))
+            single = isinstance(value, str) or callable(value) or hasattr(value, "compute")
+            setattr(self, name, (value,) if single else tuple(value))
         if not self.text_columns:
             if self.kind not in _TEXT_COLUMNS:
                 raise ConfigError(f"task {self.name!r}: text_columns is empty: name the columns of the text.")
             self.text_columns = _TEXT_COLUMNS[self.kind]
-        if self.label_column == "label" and self.kind in _LABEL_COLUMNS:
-            self.label_column = _LABEL_COLUMNS[self.kind]
         if self.label_range is not None and self.kind != "regression":
             raise ConfigError(f"task {self.name!r}: label_range has no effect for kind={self.kind!r}: leave it out.")
         if not isinstance(self.dataset, Mapping):
@@ -121,18 +121,37 @@ class Task:
                     f"task {self.name!r}: split {split!r} is an IterableDataset, whose rows cannot be drawn in any "
                     "order: load it without streaming=True, or pass datasets.Dataset.from_list(list(rows))."
                 )
+        if self.label_column == "label" and self.kind in _LABEL_COLUMNS:
+            usual, columns = (
+                _LABEL_COLUMNS[self.kind],
+                {c for rows in self.dataset.values() for c in rows.column_names},
+            )
+            if usual is None or usual in columns or "label" not in columns:
+                self.label_column = usual
+        if self.kind in NAMED_KINDS and not self.label_names:
+            names = class_names(self.dataset.get(self.train_split), self.label_column)
+            self.label_names = names if self.num_labels in (None, len(names)) else ()
         try:
             config = self.head_config()
         except ConfigError as error:
             raise ConfigError(f"task {self.name!r}: {error}") from error
         self.num_labels = config.num_labels
-        self.metrics = self.metrics or default_metrics(self.kind, self.num_labels)
+        self.metrics = flat_metrics(self.metrics) or default_metrics(self.kind, self.num_labels)
+        self._check_metrics()
+
+    def _check_metrics(self) -> None:
+        seen = set()
         for metric in self.metrics:
-            if not isinstance(metric, str):
-                continue
-            problem = metric_problem(metric, self.kind, self.num_labels, bool(self.group_columns))
+            name = metric_name(metric)
+            if name in seen:
+                raise ConfigError(f"task {self.name!r}: metrics has two called {name!r}: give each a name of its own.")
+            seen.add(name)
+            if isinstance(metric, str):
+                problem = metric_problem(metric, self.kind, self.num_labels, bool(self.group_columns))
+            else:
+                problem = own_metric_problem(metric, self.kind, self.label_names)
             if problem:
-                raise ConfigError(f"task {self.name!r}: metric {metric!r} {problem}.")
+                raise ConfigError(f"task {self.name!r}: metric {name!r} {problem}.")
 
     @property
     def num_choices(self) -> int:

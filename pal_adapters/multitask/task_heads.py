@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedErr
 
 from . import storage
 from .heads import Head, HeadConfig, Loss, pool
+from .language import check_language_model, output_tensors, word_logits
 from .names import require_task_name
 from .routing import Route, Router, adapter_config, adapter_names, adapters_in, host_of, is_fuse, route_key
 from .saved_heads import SavedHeads
@@ -78,7 +80,9 @@ class TaskHeads(SavedHeads):
         self.balance = balance
         self.heads = nn.ModuleDict()
         self.routes: dict[str, Route] = {}
-        self.width = int(getattr(config, "hidden_size", 0) or _embeddings(backbone).shape[1])
+        self.width = int(
+            getattr(config, "hidden_size", 0) or cast("Any", backbone).get_input_embeddings().weight.shape[1]
+        )
         self._router = Router()
         self._base_trained = False
         self._base: tuple[Tensor, dict[str, Tensor]] | None = None
@@ -135,6 +139,8 @@ class TaskHeads(SavedHeads):
                 )
             adapter = task if task in names else names[0] if names else None
         self._router.check(self.backbone, adapter)
+        if isinstance(head, HeadConfig) and head.kind == "language_modeling":
+            check_language_model(self.backbone)
         if isinstance(head, str):
             name = head
         else:
@@ -204,7 +210,7 @@ class TaskHeads(SavedHeads):
                 source = source.index_select(0, at.to(source.device, non_blocking=True))
             if not torch.is_autocast_enabled(source.device.type) and head.linear is not None:
                 source = source.to(head.linear.weight.dtype)
-            logits[task] = head(source, _embeddings(self.backbone) if head.linear is None else None)
+            logits[task] = head(source, partial(word_logits, self.backbone) if head.linear is None else None)
             if head.config.kind == "span_qa" and inputs.get("attention_mask") is not None:
                 # A span may not be in the padding, of which other rows of the batch decide how much there is.
                 padding = inputs["attention_mask"] == 0
@@ -280,7 +286,7 @@ class TaskHeads(SavedHeads):
 
         Args:
             tasks: The tasks; by default all.
-            base: Whether the base trains too. Its unused pooler rests.
+            base: Whether the base trains too, with its output layer for a language model. An unused pooler rests.
 
         Returns:
             Names of the parameters that train.
@@ -313,6 +319,9 @@ class TaskHeads(SavedHeads):
             for name, tensor in self._base_tensors().items():
                 if tensor.is_floating_point() and isinstance(tensor, nn.Parameter):
                     tensor.requires_grad_(poolers or not name.startswith("pooler."))
+            if any(self.head(task).config.kind == "language_modeling" for task in tasks):
+                for tensor in output_tensors(self.backbone).values():
+                    tensor.requires_grad_(True)
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     def _train_in_adapters(self, names: Sequence[str], fusions: Sequence[Any]) -> None:
@@ -363,7 +372,3 @@ class TaskHeads(SavedHeads):
 def hidden_device(logits: Mapping[str, Tensor]) -> torch.device:
     """Where the logits lie."""
     return next(iter(logits.values())).device
-
-
-def _embeddings(backbone: Any) -> Tensor:
-    return backbone.get_input_embeddings().weight

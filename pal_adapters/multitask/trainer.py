@@ -18,9 +18,9 @@ from .callbacks import Progress, Steps
 from .checkpoints import Checkpoints
 from .collate import Batch, MultiTaskCollator
 from .distributed import check_processes
-from .encoding import ConcatTasks, EncodedTask
+from .encoding import ConcatTasks
 from .evaluation import Aggregate, Evaluation
-from .heads import Head, HeadConfig, count_items
+from .heads import count_items
 from .loaders import Rows
 from .model_card import write_model_card
 from .optim import UncorrectedAdamW, pals_schedule
@@ -29,6 +29,7 @@ from .selectors import BatchSelector, Candidates, UncertaintySelector
 from .storage import added_parameters
 from .task import Task, check_tasks
 from .task_heads import TaskHeads
+from .task_setup import add_heads, start_at_mean, warn_of_resting_adapters
 
 if TYPE_CHECKING:
     from .presets import Preset
@@ -129,9 +130,10 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
         evaluating = self._evaluation_rows(
             eval_dataset, needed=str(args.eval_strategy) not in ("no", "IntervalStrategy.NO")
         )
-        self._add_heads(model)
+        add_heads(model, self.tasks.values())
+        warn_of_resting_adapters(model, self.tasks)
         for rows in training.values():
-            _start_at_mean(model.head(rows.task.name), rows)
+            start_at_mean(model.head(rows.task.name), rows)
         heads = {task: model.head(task).config for task in model.tasks}
         self.collator = MultiTaskCollator(
             processing_class, heads, pad_to_multiple_of=8 if args.fp16 or (args.bf16 and not args.use_cpu) else None
@@ -164,21 +166,6 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
             if type(callback) is ProgressCallback:
                 self.remove_callback(callback)
                 self.add_callback(Progress())
-
-    def _add_heads(self, model: TaskHeads) -> None:
-        for name, task in self.tasks.items():
-            if name not in model.routes:
-                model.add(
-                    name, task.head or task.head_config(), adapter=task.adapter, weight=task.weight, loss=task.loss
-                )
-            else:
-                _take_over(model, task)
-            there, wanted = model.head(name).config, task.head_config()
-            if _shape(there) != _shape(wanted):
-                raise ConfigError(
-                    f"task {name!r}: its head on the model is {there.kind} with {there.num_labels} labels, but the "
-                    f"task is {wanted.kind} with {wanted.num_labels}."
-                )
 
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Any:
         """The batches of one step, and for each task over how many items of the step its loss is a mean `[t]`."""
@@ -346,51 +333,3 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
         """Writes `README.md` with the tasks, the method, the sampling, the parameters and the results."""
         if self.is_world_process_zero():
             write_model_card(self, kwargs)
-
-
-def _take_over(model: TaskHeads, task: Task) -> None:
-    """What a task says of its loss, for a head that is there; what says otherwise than the model is refused."""
-    route, head = model.routes[task.name], model.head(task.name)
-    if task.weight != 1.0 and route.weight not in (1.0, task.weight):
-        raise ConfigError(
-            f"task {task.name!r}: weight={task.weight:g}, but on the model it has {route.weight:g}: give one of them."
-        )
-    if task.loss is not None and head.own_loss not in (None, task.loss):
-        raise ConfigError(f"task {task.name!r}: loss is given, but its head on the model has another: leave one out.")
-    others = [name for name, other in model.routes.items() if other.head == route.head and name != task.name]
-    if task.loss is not None and head.own_loss is None and others:
-        raise ConfigError(
-            f"task {task.name!r}: loss is not allowed, as {others[0]!r} has the same head: give it to "
-            "TaskHeads.add when the head is made."
-        )
-    for name, default, there in (("pooling", "mean", head.config.pooling), ("dropout", 0.1, head.config.dropout)):
-        wanted = getattr(task, name)
-        if wanted not in (default, there):
-            raise ConfigError(
-                f"task {task.name!r}: {name}={wanted!r}, but its head on the model has {there!r}: make the head with "
-                f"TaskHeads.add(name, task.head_config()), or leave {name} out."
-            )
-    if task.head not in (None, route.head):
-        raise ConfigError(
-            f"task {task.name!r}: head={task.head!r}, but on the model it has {route.head!r}: leave it out."
-        )
-    if task.adapter != "auto" and task.adapter != route.adapter:
-        raise ConfigError(
-            f"task {task.name!r}: adapter={task.adapter!r}, but on the model it has {route.adapter!r}: leave it out."
-        )
-    if task.weight != 1.0:
-        route.weight = float(task.weight)
-    if task.loss is not None:
-        head.own_loss = task.loss
-
-
-def _shape(head: HeadConfig) -> tuple[Any, ...]:
-    return head.kind, head.num_labels, head.num_choices
-
-
-def _start_at_mean(head: Head, rows: EncodedTask) -> None:
-    """Sets the bias of a new head for numbers to the mean of the labels, which is slow to learn step by step."""
-    if head.config.kind == "regression" and head.linear is not None and not head.linear.bias.any():
-        mean = torch.as_tensor(rows.labels).double().mean(0)
-        with torch.no_grad():
-            head.linear.bias.copy_(mean.expand_as(head.linear.bias))

@@ -1,0 +1,160 @@
+"""Language models: the base's own output layer, what of it is kept, and perplexity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from backbones import HOSTS, backbone
+from tiny_tasks import make_task
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GPT2Config, GPT2Model, LlamaConfig, LlamaForCausalLM, LlamaModel
+
+import pal_adapters
+from pal_adapters.errors import UnsupportedError
+from pal_adapters.multitask import HeadConfig, MultiTaskTrainer, MultiTaskTrainingArguments, TaskHeads
+
+TEXT = HeadConfig("language_modeling", dropout=0.0)
+
+
+def llama(folder: Path, **changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=160,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        **changes,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(folder).eval()
+
+
+def adapted(model: nn.Module, host: str) -> Any:
+    torch.manual_seed(1)
+    if host == "adapters":
+        import adapters
+
+        adapters.init(model)
+        model.add_adapter("text", config=pal_adapters.PALConfig(hidden_size=8, num_heads=2))
+        model.set_active_adapters("text")
+    if host == "peft":
+        import peft
+
+        config = pal_adapters.PALPeftConfig(task_type="CAUSAL_LM", hidden_size=8, num_heads=2)
+        model = peft.get_peft_model(model, config, adapter_name="text")
+    return model.eval()
+
+
+def tokens() -> Tensor:
+    return torch.randint(4, 160, (3, 7), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_the_output_layer_of_the_base(tmp_path: Path, host: str) -> None:
+    base = adapted(llama(tmp_path), host)
+    expected = base(input_ids=tokens(), labels=tokens())
+    model = TaskHeads(base)
+    model.add("text", TEXT)
+    output = model.eval()(task_ids="text", labels=tokens(), input_ids=tokens())
+    torch.testing.assert_close(output.logits["text"], expected.logits)
+    torch.testing.assert_close(output.loss, expected.loss)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("train_base", [True, False])
+def test_a_trained_output_layer_is_kept(tmp_path: Path, host: str, train_base: bool) -> None:
+    base = llama(tmp_path / "base")
+    base.name_or_path = base.config._name_or_path = str(tmp_path / "base")
+    model = TaskHeads(adapted(base, host))
+    model.add("text", TEXT)
+    names = model.prepare_training(base=train_base)
+    layer = model.backbone.get_output_embeddings().weight
+    assert layer.requires_grad is train_base
+    assert any("lm_head" in name for name in names) is train_base
+    if host == "none" and not train_base:
+        return  # nothing trains
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(2):
+        model.train()(task_ids="text", labels=tokens(), input_ids=tokens()).loss.backward()
+        optimiser.step()
+    expected = model.eval()(task_ids="text", input_ids=tokens()).logits["text"]
+    model.save_pretrained(tmp_path / "saved", checkpoint=True)
+    assert (tmp_path / "saved" / "output_layer.safetensors").is_file() is train_base
+
+    loaded = TaskHeads.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(loaded(task_ids="text", input_ids=tokens()).logits["text"], expected, atol=0, rtol=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    model.restore(tmp_path / "saved")
+    torch.testing.assert_close(model(task_ids="text", input_ids=tokens()).logits["text"], expected, atol=0, rtol=0)
+
+
+def test_an_output_layer_that_is_the_embeddings(tmp_path: Path) -> None:
+    model = TaskHeads(llama(tmp_path / "base", tie_word_embeddings=True))
+    model.add("text", TEXT)
+    model.prepare_training(base=True)
+    model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "output_layer.safetensors").exists()
+
+
+def test_bases_that_are_no_language_models(tmp_path: Path, tiny_encoder: str) -> None:
+    bare = TaskHeads(llama(tmp_path).model)
+    with pytest.warns(UserWarning, match="LlamaModel has no output layer.*Pass the model with its head"):
+        bare.add("text", TEXT)
+    encoder = TaskHeads(backbone(tiny_encoder, "none"))
+    with pytest.warns(UserWarning, match="the tokens of BertModel see those behind them.*Pass a decoder"):
+        encoder.add("text", TEXT)
+    tied = TaskHeads(LlamaModel(LlamaConfig(**{**bare.config.to_dict(), "tie_word_embeddings": True})))
+    tied.add("text", TEXT)
+
+
+def test_logits_that_go_on_behind_the_output_layer(tmp_path: Path) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    model = TaskHeads(Gemma2ForCausalLM(Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=1)))
+    with pytest.raises(UnsupportedError, match=r"Gemma2ForCausalLM has final_logit_softcapping=30.0 behind its"):
+        model.add("text", TEXT)
+    assert model.tasks == ()
+
+
+def test_perplexity_is_over_all_tokens(tmp_path: Path, tiny_encoder: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    torch.manual_seed(0)
+    base = GPT2Model(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    model = TaskHeads(base)
+    task = make_task("language_modeling", "text", (6, 7))
+    found = []
+    for batch in (1, 3, 8):
+        args = MultiTaskTrainingArguments(
+            str(tmp_path), per_device_eval_batch_size=batch, use_cpu=True, report_to=[], disable_tqdm=True
+        )
+        made = MultiTaskTrainer(model, args, [task], processing_class=tokenizer)
+        found.append(made.evaluate())
+    total, count = 0.0, 0
+    model.eval()
+    for text in task.dataset["validation"]["text"]:
+        inputs = tokenizer(text, return_tensors="pt")
+        ids = inputs["input_ids"]
+        with torch.no_grad():
+            logits = base(**inputs).last_hidden_state @ base.wte.weight.T
+        total += float(F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
+        count += ids.shape[1] - 1
+    for scores in found:
+        assert scores["eval_text_loss"] == pytest.approx(total / count, rel=1e-5)
+        assert scores["eval_text_perplexity"] == pytest.approx(np.exp(total / count), rel=1e-5)
+        assert {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"} <= set(scores)
+    output = made.predict({"text": task.dataset["validation"]})["text"]
+    assert output.predictions is None
+    assert output.metrics["test_text_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert output.metrics["test_text_samples_per_second"] > 0
