@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -53,9 +54,10 @@ def _take_over(model: TaskHeads, task: Task) -> None:
             f"task {task.name!r}: loss is not allowed, as {others[0]!r} has the same head: give it to "
             "TaskHeads.add when the head is made."
         )
-    for name, default, there in (("pooling", "mean", head.config.pooling), ("dropout", 0.1, head.config.dropout)):
+    defaults = {one.name: one.default for one in fields(Task)}
+    for name, there in (("pooling", head.config.pooling), ("dropout", head.config.dropout)):
         wanted = getattr(task, name)
-        if wanted not in (default, there):
+        if wanted not in (defaults[name], there):
             raise ConfigError(
                 f"task {task.name!r}: {name}={wanted!r}, but its head on the model has {there!r}: make the head with "
                 f"TaskHeads.add(name, task.head_config()), or leave {name} out."

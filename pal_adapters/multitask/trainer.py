@@ -131,7 +131,6 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
             eval_dataset, needed=str(args.eval_strategy) not in ("no", "IntervalStrategy.NO")
         )
         add_heads(model, self.tasks.values())
-        warn_of_resting_adapters(model, self.tasks)
         for rows in training.values():
             start_at_mean(model.head(rows.task.name), rows)
         heads = {task: model.head(task).config for task in model.tasks}
@@ -166,6 +165,11 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
             if type(callback) is ProgressCallback:
                 self.remove_callback(callback)
                 self.add_callback(Progress())
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains, after a warning of adapters that rest. `True` resumes from the last checkpoint that is whole."""
+        warn_of_resting_adapters(cast("TaskHeads", self.accelerator.unwrap_model(self.model)), self.tasks)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Any:
         """The batches of one step, and for each task over how many items of the step its loss is a mean `[t]`."""

@@ -7,18 +7,9 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from backbones import HOSTS, backbone
-from tiny_tasks import make_tasks
 from transformers import AutoTokenizer
 
-from pal_adapters.multitask import (
-    EncodedTask,
-    MultiTaskTrainer,
-    MultiTaskTrainingArguments,
-    Task,
-    TaskDataError,
-    TaskHeads,
-)
+from pal_adapters.multitask import EncodedTask, Task, TaskDataError
 
 NAMES = ("no", "perhaps", "yes")
 
@@ -76,17 +67,3 @@ def test_a_name_that_the_task_lacks(tiny_encoder: str) -> None:
     task = task_of("single_label", ["yes", "no", "no"], num_labels=2)
     with pytest.raises(TaskDataError, match=r"row 1: label 'yes' is of type str.*name the classes in label_names"):
         labels_of(tiny_encoder, task)
-
-
-@pytest.mark.parametrize("host", HOSTS[1:])
-def test_adapters_that_rest(tiny_encoder: str, tmp_path: Any, host: str) -> None:
-    names = ("rte", "stsb")
-    arguments = MultiTaskTrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to=[])
-    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
-    model = TaskHeads(backbone(tiny_encoder, host, names))
-    model.backbone.train_adapter("rte") if host == "adapters" else model.backbone.set_adapter("rte")
-    with pytest.warns(UserWarning, match=r"task 'stsb': nothing of its adapter \(stsb\) trains. Call") as seen:
-        MultiTaskTrainer(model, arguments, make_tasks(*names), processing_class=tokenizer)
-    assert len(seen) == 1
-    model.prepare_training()
-    MultiTaskTrainer(model, arguments, make_tasks(*names), processing_class=tokenizer)
