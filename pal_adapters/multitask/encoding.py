@@ -55,13 +55,17 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
             raise ConfigError(f"task {task.name!r}, {where}: rows is of type {type(rows).__name__}: pass a Dataset.")
         self.task = task
         self.rows = plain_rows(rows if task.expand is None else task.expand(plain_rows(rows)))
-        self.rows = numbered(task, self.rows, where)
         self.has_labels = needs_labels or has_labels(task, self.rows)
+        self._check(where)
         flags = task.has_flags
         if flags is None and self.has_labels:
             flags = has_flags(task, self.rows)
         self._flags = bool(flags)
-        self._check(where)
+        self._primary = ""
+        self._given: list[Any] = []
+        if self.has_labels and task.label_column:
+            self._given = numbered(task, self.rows, where)
+            check_labels(task, self.rows, self._given, where, flags=self._flags)
         self._arrays: dict[str, list[np.ndarray]] = {}
         lengths: list[np.ndarray] = []
         self._tags: list[np.ndarray] = []
@@ -96,8 +100,6 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
             if column not in self.rows.column_names:
                 found = ", ".join(self.rows.column_names)
                 raise TaskDataError(f"task {task.name!r}, {where}: no column {column!r}; found: {found}")
-        if self.has_labels and task.label_column:
-            check_labels(task, self.rows, where, flags=self._flags)
         for column in task.text_columns:
             kind = list if task.kind == "token_tagging" else str
             for number, value in enumerate(self.rows[column][:] if task.render is None else (), start=1):
@@ -117,13 +119,13 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         first = [a for a, _ in segments]
         texts = (first, [b for _, b in segments]) if segments[0][1] is not None else (first,)
         if self.has_labels and task.label_column:
-            labels += chunk[task.label_column]
+            labels += self._given[start : start + count]
         return tokenizer(*texts, truncation=True, max_length=max_length)
 
     def _encode_words(self, chunk: Any, tokenizer: Any, max_length: int, start: int, labels: list[Any]) -> Any:
         words = chunk[self.task.text_columns[0]]
         # Without labels a 0 marks the words that get one.
-        tags = chunk[self.task.label_column] if self.has_labels else [[0] * len(row) for row in words]
+        tags = self._given[start : start + len(words)] if self.has_labels else [[0] * len(row) for row in words]
         encoded = tokenizer(words, truncation=True, max_length=max_length, is_split_into_words=True)
         for number, (row, given) in enumerate(zip(words, tags, strict=True)):
             if len(row) != len(given):
@@ -229,6 +231,7 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         if not self.has_labels:
             raise ConfigError(f"task {task.name!r}: rows without labels have no scores: use predictions(logits).")
         if task.kind == "language_modeling":
+            self._primary = "perplexity"
             return {"perplexity": float(np.exp(min(loss if loss is not None else np.nan, 700.0)))}
         predicted = self.predictions(logits)
         if task.kind == "token_tagging":
@@ -247,11 +250,24 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
             true = self.labels.astype(np.float64 if numbers else np.int64)
             if names:
                 found = scores.score_rows(task.name, names, predicted, true, groups=self._groups(), numbers=numbers)
-        for metric in task.metrics:
-            if not isinstance(metric, str):
-                takes_rows = getattr(metric, "takes_rows", False)
-                found |= metric(self, logits) if takes_rows else self._score_own(metric, predicted, true)
-        return found
+        scored: dict[str, float] = {}
+        for number, metric in enumerate(task.metrics):
+            if isinstance(metric, str):
+                given = {metric: found[metric]}
+            elif getattr(metric, "takes_rows", False):
+                given = metric(self, logits)
+            else:
+                given = self._score_own(metric, predicted, true)
+            twice = sorted(scored.keys() & given.keys())
+            if twice:
+                raise ConfigError(
+                    f"task {task.name!r}: two metrics give a score called {twice[0]!r}: use functions with names of "
+                    "their own."
+                )
+            scored |= given
+            if number == 0:
+                self._primary = primary_name(metric, given)
+        return scored
 
     def _score_own(self, metric: Metric, predicted: Any, true: Any) -> dict[str, float]:
         task = self.task
@@ -259,9 +275,8 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         return score_own(metric, predicted, true, kind=task.kind, label_names=task.label_names, answers=answers)
 
     def primary(self, found: dict[str, float]) -> float:
-        """The score that models are chosen by, turned round if less is better."""
-        name = primary_name(self.task.metrics[0], found)
-        return -found[name] if scores.lower_is_better(name) else found[name]
+        """Of what `score` found, the score that models are chosen by, turned round if less is better."""
+        return -found[self._primary] if scores.lower_is_better(self._primary) else found[self._primary]
 
     def _groups(self) -> list[Any] | None:
         columns = self.task.group_columns

@@ -69,6 +69,11 @@ class HeadConfig:
         require_one_of("pooling", self.pooling, POOLINGS)
         require_probability("dropout", self.dropout)
         object.__setattr__(self, "label_names", tuple(self.label_names))
+        if not all(isinstance(name, str) for name in self.label_names):
+            raise ConfigError(f"label_names={self.label_names!r} is not allowed: use texts, in quotes in YAML.")
+        twice = [name for number, name in enumerate(self.label_names) if name in self.label_names[:number]]
+        if twice:
+            raise ConfigError(f"label_names has {twice[0]!r} twice: give each class a name of its own.")
         if self.kind in ("span_qa", "multiple_choice", "language_modeling"):
             if self.num_labels is not None:
                 raise ConfigError(f"num_labels={self.num_labels} has no effect for kind={self.kind!r}: leave it out.")

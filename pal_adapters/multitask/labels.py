@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 
-from .data import quiet
 from .tasks import TaskDataError
 
 if TYPE_CHECKING:
@@ -26,20 +25,27 @@ def class_names(rows: Any, column: str | None) -> tuple[str, ...]:
     return tuple(feature.names or ()) if isinstance(feature, datasets.ClassLabel) else ()
 
 
-def numbered(task: Task, rows: datasets.Dataset, where: str) -> datasets.Dataset:
-    """Rows whose labels are class numbers, where they are names of classes.
+def numbered(task: Task, rows: datasets.Dataset, where: str) -> list[Any]:
+    """The labels of rows, with class numbers in place of names.
+
+    Rows whose own classes are some of the task's in another order, as where a split lacks a class, are brought to its
+    order; as many classes of other names are taken for other names of the same.
 
     Raises:
         TaskDataError: For a name that the task does not have.
     """
-    column = task.label_column
-    if task.kind not in NAMED_KINDS or not task.label_names or column not in rows.column_names:
-        return rows
+    labels: list[Any] = rows[task.label_column][:]
+    if task.kind not in NAMED_KINDS or not task.label_names:
+        return labels
     numbers = {name: number for number, name in enumerate(task.label_names)}
+    there = class_names(rows, task.label_column)
+    moved = set(there) <= set(numbers) and there != task.label_names[: len(there)]
 
     def number_of(label: Any, row: int) -> Any:
         if isinstance(label, list):
             return [number_of(value, row) for value in label]
+        if moved and isinstance(label, int) and 0 <= label < len(there):
+            return numbers[there[label]]
         if isinstance(label, str) and label not in numbers:
             raise TaskDataError(
                 f"task {task.name!r}, {where}, row {row}: label {label!r:.60} is not one of label_names: "
@@ -47,13 +53,7 @@ def numbered(task: Task, rows: datasets.Dataset, where: str) -> datasets.Dataset
             )
         return numbers[label] if isinstance(label, str) else label
 
-    labels = rows[column][:]
-    found = [number_of(label, row) for row, label in enumerate(labels, start=1)]
-    if found == labels:
-        return rows
-    new = datasets.Dataset.from_dict({column: found})
-    with quiet():
-        return datasets.concatenate_datasets([rows.remove_columns([column]), new], axis=1)
+    return [number_of(label, row) for row, label in enumerate(labels, start=1)]
 
 
 def plain_rows(rows: datasets.Dataset) -> datasets.Dataset:
@@ -73,7 +73,7 @@ def has_labels(task: Task, rows: datasets.Dataset) -> bool:
 def _absent(label: Any) -> bool:
     if isinstance(label, (list, tuple)):
         return len(label) > 0 and all(_absent(value) for value in label)
-    return label is None or (not isinstance(label, bool) and isinstance(label, (int, float)) and label == -1)
+    return label in (None, "", "-1") or (not isinstance(label, bool) and label == -1)
 
 
 def has_unanswerable(task: Task) -> bool:
@@ -94,6 +94,8 @@ def has_flags(task: Task, rows: datasets.Dataset | None = None) -> bool | None:
     for split in map(plain_rows, task.dataset.values()) if rows is None else (rows,):
         if not has_labels(task, split):
             continue
+        if class_names(split, task.label_column):
+            return False
         for start in range(0, len(split), _CHUNK):
             for label in split[start : start + _CHUNK][task.label_column]:
                 found = _is_flags(label, task.num_labels or 0)
@@ -106,18 +108,32 @@ def _is_flags(label: Any, classes: int) -> bool:
     return isinstance(label, (list, tuple)) and len(label) == classes and all(value in (0, 1) for value in label)
 
 
-def check_labels(task: Task, rows: datasets.Dataset, where: str, *, flags: bool = False) -> None:
-    """Raises `TaskDataError` for the first label that the task does not have; `flags` is for sets, see `has_flags`."""
-    labels = rows[task.label_column][:]
+def check_labels(
+    task: Task, rows: datasets.Dataset, labels: Sequence[Any], where: str, *, flags: bool = False
+) -> None:
+    """Raises `TaskDataError` for the first label that the task does not have.
+
+    Args:
+        task: The task.
+        rows: Its rows.
+        labels: What `numbered` made of their labels.
+        where: What to call the rows.
+        flags: For sets, see `has_flags`.
+    """
+    written = rows[task.label_column][:]
     contexts: Sequence[Any] = rows[task.text_columns[1]][:] if task.kind == "span_qa" else ()
     for number, label in enumerate(labels):
         problem = _problem(task, label, flags) or (_answer_problem(label, contexts[number]) if contexts else "")
         if problem:
-            raise TaskDataError(f"task {task.name!r}, {where}, row {number + 1}: label {label!r:.60} {problem}")
+            raise TaskDataError(
+                f"task {task.name!r}, {where}, row {number + 1}: label {written[number]!r:.60} {problem}"
+            )
 
 
 def _problem(task: Task, label: Any, flags: bool) -> str:
     classes = task.num_choices if task.kind == "multiple_choice" else task.num_labels or 0
+    if isinstance(label, str) and task.kind in NAMED_KINDS:
+        return f"is of type str, not an integer from 0 to {classes - 1}: name the classes in label_names to use names"
     if task.kind in ("single_label", "multiple_choice"):
         return _class_problem(label, classes)
     if task.kind == "regression":
@@ -174,8 +190,6 @@ def _answer_problem(label: Any, context: Any) -> str:
 
 
 def _class_problem(label: Any, classes: int) -> str:
-    if isinstance(label, str):
-        return f"is of type str, not an integer from 0 to {classes - 1}: name the classes in label_names to use names"
     if isinstance(label, bool) or not isinstance(label, int):
         return f"is of type {type(label).__name__}, not an integer from 0 to {classes - 1}"
     return "" if 0 <= label < classes else f"is out of range: allowed are 0 to {classes - 1}"

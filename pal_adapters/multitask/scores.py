@@ -48,9 +48,12 @@ def metric_problem(metric: str, kind: str, num_labels: int | None, grouped: bool
     return ""
 
 
+_LESS_IS_BETTER = ("perplexity", "mse", "rmse", "mae", "mape", "smape", "mase", "wer", "cer", "loss")
+
+
 def lower_is_better(metric: str) -> bool:
     """Whether a small value of a metric is good: the last word of its name says so, as in `eval_stsb_mse`."""
-    return metric.rsplit("_", 1)[-1] in ("perplexity", "mse", "rmse", "mae", "loss")
+    return metric.rsplit("_", 1)[-1] in _LESS_IS_BETTER
 
 
 def score_rows(

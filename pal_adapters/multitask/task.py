@@ -149,7 +149,7 @@ class Task:
             if isinstance(metric, str):
                 problem = metric_problem(metric, self.kind, self.num_labels, bool(self.group_columns))
             else:
-                problem = own_metric_problem(metric, self.kind, self.label_names)
+                problem = own_metric_problem(metric, self.kind, self.num_labels, self.label_names)
             if problem:
                 raise ConfigError(f"task {self.name!r}: metric {name!r} {problem}.")
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from pal_adapters.errors import ConfigError
 from pal_adapters.multitask import EncodedTask, Task, TaskDataError
 
 NAMES = ("no", "perhaps", "yes")
@@ -67,3 +68,58 @@ def test_a_name_that_the_task_lacks(tiny_encoder: str) -> None:
     task = task_of("single_label", ["yes", "no", "no"], num_labels=2)
     with pytest.raises(TaskDataError, match=r"row 1: label 'yes' is of type str.*name the classes in label_names"):
         labels_of(tiny_encoder, task)
+
+
+def test_transforms_stay(tiny_encoder: str) -> None:
+    task = task_of("single_label", ["yes", "no", "perhaps"], label_names=NAMES)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+
+    def negated(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return batch | ({"text": [f"{text} not" for text in batch["text"]]} if "text" in batch else {})
+
+    encoded = EncodedTask(task, task.dataset["train"].with_transform(negated), tokenizer, 16)
+    assert tokenizer.decode(encoded[0]["inputs"][0]["input_ids"]) == "[CLS] the is not [SEP]"
+    assert encoded[0]["label"] == 2
+
+
+def test_sets_of_names_are_no_flags(tiny_encoder: str) -> None:
+    task = task_of("multi_label", [["yes", "no"], ["no", "yes"], ["yes"]], label_names=("no", "yes"))
+    rows, tokenizer = task.dataset["train"].select([0, 1]), AutoTokenizer.from_pretrained(tiny_encoder)
+    for one in (task, Task("own", {}, kind="multi_label", text_columns=("text",), label_names=("no", "yes"))):
+        assert EncodedTask(one, rows, tokenizer, 16).labels.tolist() == [[1.0, 1.0], [1.0, 1.0]]  # type: ignore[union-attr]
+    feature = datasets.Sequence(datasets.ClassLabel(names=["no", "yes"]))
+    task = task_of("multi_label", [[0, 1], [1, 0], [0, 1]], feature)
+    assert labels_of(tiny_encoder, task) == [[1.0, 1.0]] * 3
+
+
+def test_a_split_that_lacks_a_class(tiny_encoder: str) -> None:
+    task = task_of("single_label", [2, 0, 1], datasets.ClassLabel(names=list(NAMES)))
+    rows = task_of("single_label", [1, 0, 1], datasets.ClassLabel(names=["no", "yes"])).dataset["train"]
+    other = task_of("single_label", [1, 0, 1], datasets.ClassLabel(names=["nein", "vielleicht", "ja"]))
+    for given, expected in ((rows, [2, 0, 2]), (other.dataset["train"], [1, 0, 1])):
+        encoded = EncodedTask(task, given, AutoTokenizer.from_pretrained(tiny_encoder), 16)
+        assert encoded.labels is not None
+        assert encoded.labels.tolist() == expected
+
+
+def test_absent_labels_as_texts(tiny_encoder: str) -> None:
+    task = task_of("single_label", ["yes", "no", "perhaps"], label_names=NAMES)
+    for label in ("", "-1"):
+        rows = datasets.Dataset.from_dict({"text": ["the", "is"], "label": [label, label]})
+        encoded = EncodedTask(task, rows, AutoTokenizer.from_pretrained(tiny_encoder), 16, needs_labels=False)
+        assert not encoded.has_labels
+
+
+def test_labels_are_shown_as_they_were_given(tiny_encoder: str) -> None:
+    task = task_of("multi_label", [["yes", "yes"], ["no"], []], label_names=NAMES)
+    with pytest.raises(TaskDataError, match=r"row 1: label \['yes', 'yes'\] names a class twice"):
+        labels_of(tiny_encoder, task)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [((False, True), r"label_names=\(False, True\) .* texts, in quotes in YAML"), (("a", "b", "a"), "'a' twice")],
+)
+def test_names_that_are_none(names: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        task_of("single_label", [0, 1, 0], label_names=names)

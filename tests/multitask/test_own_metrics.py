@@ -20,6 +20,8 @@ ANSWERS = {"text": [TEXT], "answer_start": [datasets.Value("int32")]}
 SHAPES: dict[str, dict[str, Any]] = {
     "classes": {"predictions": datasets.Value("int32"), "references": datasets.Value("int32")},
     "names": {"predictions": TEXT, "references": TEXT},
+    "sets": {"predictions": [datasets.Value("int32")], "references": [datasets.Value("int32")]},
+    "roc_auc": {"prediction_scores": datasets.Value("float32"), "references": datasets.Value("int32")},
     "seqeval": {"predictions": [TEXT], "references": [TEXT]},
     "squad": {
         "predictions": {"id": TEXT, "prediction_text": TEXT},
@@ -130,12 +132,62 @@ def test_what_models_are_chosen_by(tiny_encoder: str, tmp_path: Path) -> None:
         ("single_label", {"metrics": [Recorder("classes")] * 2}, "metrics has two called 'own': give each a name"),
         ("single_label", {"metrics": ["accuracy", "accuracy"]}, "metrics has two called 'accuracy'"),
         ("single_label", {"metrics": [lambda p, r: 0.0, lambda p, r: 1.0]}, "metrics has two called '<lambda>'"),
+        ("single_label", {"metrics": [Recorder("sets")]}, "asks for a list for each row, not a value"),
+        ("multi_label", {"metrics": [Recorder("classes")]}, r"asks for a value for each row, not a list \(accuracy"),
+        ("multi_label", {"metrics": [Recorder("seqeval")]}, "asks for texts, which multi_label has not"),
+        ("regression", {"metrics": [Recorder("names")]}, "asks for texts, which regression has not"),
+        ("span_qa", {"metrics": [Recorder("names")]}, "asks for one right answer, of which questions may have more"),
+        ("single_label", {"metrics": [Recorder("roc_auc")]}, r"asks for \['prediction_scores', 'references'\], not"),
+        ("language_modeling", {"metrics": [lambda p, r: 0.0]}, "has nothing to compare"),
         ("single_label", {"metrics": [3]}, "metric 'score' is neither a name, nor a function, nor an object"),
     ],
 )
 def test_metrics_that_do_not_fit(kind: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_task(kind, "own", **changes)
+
+
+def test_what_is_no_answer(tiny_encoder: str) -> None:
+    rows = make_task("span_qa", "qa").dataset["validation"].to_list()
+    rows[1]["answers"] = {"text": [], "answer_start": []}
+    rows[2]["answers"] = {"text": [""], "answer_start": [0]}
+    rows[3]["answers"] |= {"extra": ["of the data set"]}
+    rows = [row | {"answers": {"extra": [], **row["answers"]}} for row in rows]
+    data = {"train": datasets.Dataset.from_list(rows), "validation": datasets.Dataset.from_list(rows)}
+    metric = Recorder("squad_v2", result={"f1": 1.0})
+    score(tiny_encoder, make_task("span_qa", "qa", metrics=[metric]).with_data(data))
+    counts = [len(row["answers"]["text"]) for row in metric.seen[1]]
+    assert counts == [len(row["answers"]["answer_start"]) for row in metric.seen[1]] == [1, 0, 0, 1, 1]
+    task = make_task("span_qa", "qa", metrics=[Recorder("squad")]).with_data(data)
+    with pytest.raises(ConfigError, match="metric 'own' cannot score row 2, which has no answer: use squad_v2"):
+        score(tiny_encoder, task)
+
+
+def test_scores_of_one_name(tiny_encoder: str) -> None:
+    task = make_task("span_qa", "qa", metrics=["f1", Recorder("squad", result={"exact_match": 50.0, "f1": 60.0})])
+    with pytest.raises(ConfigError, match="two metrics give a score called 'f1'"):
+        score(tiny_encoder, task)
+    task = make_task("single_label", "rte", metrics=[lambda p, r: {"a": {"b": 1.0}, "a_b": 2.0}])
+    with pytest.raises(ConfigError, match="gives two scores called a_b"):
+        score(tiny_encoder, task)
+
+
+def test_the_first_metric_chooses(tiny_encoder: str) -> None:
+    task = make_task("single_label", "rte", metrics=[lambda p, r: {"quality": 9.0, "other": 1.0}, "accuracy"])
+    rows = EncodedTask(task, task.dataset["validation"], AutoTokenizer.from_pretrained(tiny_encoder), 64)
+    found = rows.score(np.eye(2)[[0, 1, 1, 0, 1]])
+    assert found == {"quality": 9.0, "other": 1.0, "accuracy": 0.4}
+    assert rows.primary(found) == 9.0
+
+
+def test_a_metric_of_evaluate_that_fails(tiny_encoder: str) -> None:
+    class Fails(Recorder):
+        def _compute(self, predictions: Any, references: Any) -> Any:
+            raise ValueError("Target is multiclass but average='binary'.")
+
+    task = make_task("single_label", "rte", metrics=[Fails("classes")])
+    with pytest.raises(ConfigError, match=r"metric 'own' cannot be computed \(Target is multiclass.*use a function"):
+        score(tiny_encoder, task)
 
 
 def test_a_metric_that_gives_no_number(tiny_encoder: str) -> None:
