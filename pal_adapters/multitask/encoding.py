@@ -77,6 +77,12 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
             encode = {"token_tagging": self._encode_words, "span_qa": self._encode_questions}.get(task.kind)
             encoded = (encode or self._encode_texts)(chunk, tokenizer, max_length, start, labels)
             lengths.append(np.fromiter(map(len, encoded["input_ids"]), dtype=np.int64))
+            if not lengths[-1].all():
+                row = start + int(lengths[-1].argmin()) // task.num_choices + 1
+                raise TaskDataError(
+                    f"task {task.name!r}, {where}, row {row}: the tokenizer makes no tokens of the text: filter such "
+                    "rows out"
+                )
             for name in ("input_ids", "attention_mask", "token_type_ids"):
                 if name in encoded:
                     self._arrays.setdefault(name, []).append(
@@ -86,6 +92,8 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         self._arrays = {}
         self.offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
         self.labels = self._label_array(labels)
+        if task.kind == "language_modeling" and not (self.lengths() > 1).any():
+            raise TaskDataError(f"task {task.name!r}, {where}: texts of one token leave nothing to predict")
 
     def _check(self, where: str) -> None:
         task = self.task
@@ -187,7 +195,8 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         elif self.task.kind == "token_tagging":
             label = self._tags[row]
         elif self.task.kind == "language_modeling":
-            label = inputs[0]["input_ids"]
+            label = inputs[0]["input_ids"].copy()
+            label[:1] = IGNORED  # or padding on the left would be what it is predicted from
         else:
             assert self.labels is not None
             label = self.labels[row]

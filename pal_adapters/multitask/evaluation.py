@@ -82,7 +82,7 @@ class Evaluation(Loaders):
             metric_key_prefix=prefix,
         )
         if rows.task.kind == "language_modeling":  # the mean over all tokens, however many are in a batch
-            total, count = output.predictions.sum(0)
+            total, count = output.predictions.sum(0, dtype=np.float64)
             output.metrics[f"{prefix}_loss"] = float(total / max(count, 1))
             return output._replace(predictions=None, label_ids=None)
         back = np.argsort(order)
@@ -134,7 +134,8 @@ class Evaluation(Loaders):
             head = cast("TaskHeads", self.accelerator.unwrap_model(self.model)).head(task)
             rows = zip(logits.split(1), cast("Tensor", labels).split(1), strict=True)
             losses = [torch.stack(head.loss(*row)) for row in rows]
-            return loss, torch.stack(losses).double(), None
+            found = torch.stack(losses)
+            return loss, found.masked_fill(found[:, 1:] == 0, 0.0), None  # a row of one token has nothing to predict
         if self.collator.left and logits.dim() == 3:
             # The host pads batches on the right to put them together: tokens have to begin at 0.
             padding = (inputs["attention_mask"] == 0).sum(1, keepdim=True)

@@ -33,7 +33,10 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], datasets.DatasetDict]:
     if not path.is_file():
         raise TaskDataError(f"{path} is not there: a folder of a task has this file, with the fields of Task")
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        given = yaml.safe_load(text)
+        if isinstance(given, dict) and "label_names" in given:
+            given["label_names"] = yaml.load(text, yaml.BaseLoader)["label_names"]  # `no` and `yes` are names here
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise TaskDataError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(given, dict):

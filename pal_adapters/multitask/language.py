@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from pal_adapters.errors import UnsupportedError
 
-# What some models do with the logits of their output layer, and the value at which that is nothing.
-_ON_LOGITS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0, "lm_head_multiplier": 1.0}
+from .routing import bare_model, host_of
 
 
 def output_layer(backbone: Any) -> nn.Module | None:
-    """The output layer of a model with a head for words, such as `lm_head`; `None` for a bare model."""
+    """The output layer of a model with a head for words, such as `lm_head`; `None` for a bare model.
+
+    The heads of a model of `adapters` with several do not count: which of them is active changes.
+    """
+    if hasattr(type(backbone), "active_head"):
+        return None
     layer = getattr(backbone, "get_output_embeddings", lambda: None)()
     return layer if isinstance(layer, nn.Module) else None
 
 
 def output_tensors(backbone: Any) -> dict[str, nn.Parameter]:
-    """The parameters of the output layer that are not the input embeddings."""
+    """The output layer's own parameters, but for those that are the input embeddings and those of adapters on it."""
     layer, inputs = output_layer(backbone), backbone.get_input_embeddings().weight
-    return {} if layer is None else {name: p for name, p in layer.named_parameters() if p is not inputs}
+    found = {}
+    for name, parameter in layer.named_parameters() if layer is not None else ():
+        # PEFT keeps the layer as it was in one of these, beside what it adds.
+        name = name.removeprefix("base_layer.").removeprefix("original_module.")
+        added = any(part == "modules_to_save" or part.startswith("lora") for part in name.split("."))
+        if parameter is not inputs and not added:
+            found[name] = parameter
+    return found
 
 
 def word_logits(backbone: Any, hidden: Tensor) -> Tensor:
@@ -37,26 +51,78 @@ def check_language_model(backbone: Any) -> None:
     """Warns where the loss of a language model says little about the base, see `HeadConfig`.
 
     Raises:
-        UnsupportedError: For a model whose logits are more than what its output layer gives.
+        UnsupportedError: For a model whose logits are more than its output layer makes of the last hidden states.
     """
     config = backbone.config
     name, kind = type(backbone).__name__, getattr(config, "model_type", "")
     if output_layer(backbone) is not None:
-        for option, neutral in _ON_LOGITS.items():
-            value = getattr(config, option, neutral)
-            if value not in (None, neutral):
-                raise UnsupportedError(
-                    f"language_modeling: {name} has {option}={value} behind its output layer, which is not supported."
-                )
+        if not _is_one_layer(backbone):
+            raise UnsupportedError(
+                f"language_modeling: {name} does more than its output layer between its last hidden states and its "
+                "logits, such as another layer or a bound on the logits, which is not supported."
+            )
     elif kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "tie_word_embeddings", True):
         warnings.warn(
             f"language_modeling: {name} has no output layer, and its config says that it is not the input embeddings "
             "(tie_word_embeddings=False), which stand in for it. Pass the model with its head (AutoModelForCausalLM).",
-            stacklevel=4,
+            stacklevel=3,
         )
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         warnings.warn(
             f"language_modeling: the tokens of {name} see those behind them, so there is nothing to predict. Pass a "
             "decoder.",
-            stacklevel=4,
+            stacklevel=3,
         )
+
+
+def _is_one_layer(backbone: Any) -> bool:
+    """Whether the logits of a model are what its output layer makes of the last hidden states, to the last bit."""
+    layer, seen = output_layer(backbone), dict[str, Tensor]()
+    assert layer is not None
+
+    def before(_: Any, inputs: Any) -> None:
+        seen["input"] = inputs[0]
+
+    def after(_: Any, inputs: Any, output: Any) -> None:
+        seen["output"] = output
+
+    def hidden(_: Any, inputs: Any, output: Any) -> None:
+        seen["hidden"] = output[0]
+
+    hooks = [
+        layer.register_forward_pre_hook(before),
+        layer.register_forward_hook(after),
+        bare_model(backbone).register_forward_hook(hidden),
+    ]
+    tokens = torch.arange(3, device=next(backbone.parameters()).device).unsqueeze(0)
+    try:
+        with torch.no_grad(), _at_rest(backbone) as model:
+            logits = model(input_ids=tokens, return_dict=True).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not {"input", "output", "hidden"} <= set(seen):  # its weight is used without a call
+        return False
+    return torch.equal(seen["input"], seen["hidden"]) and torch.equal(seen["output"].float(), logits.float())
+
+
+@contextmanager
+def _at_rest(backbone: Any) -> Iterator[Any]:
+    """The model itself, without adapters and dropout."""
+    modes = {module: module.training for module in backbone.modules()}
+    trained = {parameter: parameter.requires_grad for parameter in backbone.parameters()}
+    host, active = host_of(backbone), None
+    if host == "adapters":
+        active = backbone.active_adapters
+        backbone.set_active_adapters(None)
+    backbone.eval()
+    try:
+        with backbone.disable_adapter() if host == "peft" else nullcontext():
+            yield backbone.get_base_model() if host == "peft" else backbone
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, trains in trained.items():  # PEFT makes adapters trainable that it turns on again
+            parameter.requires_grad_(trains)
+        if host == "adapters":
+            backbone.set_active_adapters(active)

@@ -11,6 +11,8 @@ from .routing import adapter_config, adapters_in
 if TYPE_CHECKING:
     from .trainer import MultiTaskTrainer
 
+_SPEED = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+
 
 def write_model_card(trainer: MultiTaskTrainer, given: dict[str, Any]) -> None:
     """Writes `README.md` into the output folder of a trainer.
@@ -43,6 +45,8 @@ def write_model_card(trainer: MultiTaskTrainer, given: dict[str, Any]) -> None:
     scored = next((entry for entry in reversed(trainer.state.log_history) if "eval_average" in entry), {})
     evaluated: Any = trainer.eval_dataset or {}
     for entry, value in scored.items():
+        if entry in _SPEED:
+            continue
         keys = [key for key in evaluated if entry.startswith(f"eval_{key}_")]
         key = max(keys, key=len, default="")  # a task may be called as another one and its metric begin
         name = entry.removeprefix(f"eval_{key}_")

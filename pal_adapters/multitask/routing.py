@@ -62,8 +62,9 @@ class Router:
     """Runs a base model with the adapter of each row.
 
     * `adapters`: the composition `MultiTask`, with `task_ids`; a batch of one task activates its adapter alone. Rows
-      of a `Fuse` go in a batch of their own.
-    * PEFT: `adapter_names`. PEFT's own methods do not take it in training, so there a batch must have one task.
+      of a `Fuse` go in a batch of their own, as do those of methods of which the host runs one for all rows.
+    * PEFT: `adapter_names`. Of PEFT's own methods LoRA alone takes it, and not in training: for all else a batch must
+      have one task.
     * One adapter with several tasks in it (CA-MTL), in either host: `task_ids`.
     * No host, or no adapter for a task: nothing but the base.
 
@@ -127,9 +128,15 @@ class Router:
         known: dict[str, Any] = {route_key(adapter): adapter for adapter in adapters}
         more: dict[str, Any] = {}
         host = host_of(backbone)
+        if host == "adapters" and len(known) > 1 and any(_norms_first(backbone, one) for one in known.values()):
+            return self._sorted(backbone, inputs, adapters, tasks)
         if host != "none":
             route = self._through_adapters if host == "adapters" else self._through_peft
             more = route(backbone, known, adapters, tasks)
+        return self._run(backbone, inputs, more)
+
+    def _run(self, backbone: Any, inputs: dict[str, Any], more: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        host = host_of(backbone)
         # A model of `adapters` with heads would run one of them.
         model = backbone if host == "peft" else bare_model(backbone)
         with penalty_by_caller():  # `penalty` goes to the loss of the tasks
@@ -138,7 +145,36 @@ class Router:
             if hidden is None:  # a PeftModel around a model with a head
                 outputs = model(**inputs, **more, return_dict=True, output_hidden_states=True)
                 hidden = outputs.hidden_states[-1]
+        given = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if given is not None and hidden.shape[1] > given.shape[1]:
+            hidden = _without_prompt(backbone, hidden, given.shape[1])
         return hidden, getattr(outputs, "pooler_output", None)
+
+    def _sorted(
+        self, backbone: Any, inputs: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows side by side by adapter, in a `BatchSplit`.
+
+        `MultiTask` of adapters 1.3 applies the layer norm in front of a bottleneck of `SeqBnConfig`'s kind twice.
+        """
+        from adapters.composition import BatchSplit
+
+        self._refuse_mixtures(backbone, {route_key(adapter): adapter for adapter in adapters})
+        keys = [route_key(adapter) for adapter in adapters]
+        order = sorted(range(len(keys)), key=lambda row: keys.index(keys[row]))
+        sizes = {key: keys.count(key) for key in dict.fromkeys(keys)}
+        setups = [adapters[keys.index(key)] for key in sizes]
+        self._activate(backbone, BatchSplit(*setups, batch_sizes=list(sizes.values())))
+        at = torch.tensor(order)
+        moved = {
+            name: value.index_select(0, at.to(value.device))
+            if isinstance(value, Tensor) and value.dim() and len(value) == len(keys)
+            else value
+            for name, value in inputs.items()
+        }
+        hidden, pooled = self._run(backbone, moved, {})
+        back = at.argsort().to(hidden.device)
+        return hidden.index_select(0, back), None if pooled is None else pooled.index_select(0, back)
 
     def _through_adapters(
         self, backbone: Any, known: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
@@ -149,6 +185,13 @@ class Router:
             (setup,) = known.values()
             self._activate(backbone, setup)
             return self._numbers(backbone, setup, tasks)
+        self._refuse_mixtures(backbone, known)
+        self._activate(backbone, MultiTask(*known.values()))
+        order = {name: number for number, name in enumerate(known)}
+        return {"task_ids": torch.tensor([order[route_key(adapter)] for adapter in adapters])}
+
+    @staticmethod
+    def _refuse_mixtures(backbone: Any, known: dict[str, Any]) -> None:
         if "None" in known:
             raise UnsupportedError("a batch mixes rows with and without an adapter: give every task one, or none.")
         fused = [key for key, adapter in known.items() if is_fuse(adapter)]
@@ -157,9 +200,13 @@ class Router:
                 f"a batch mixes rows for {fused[0]} with rows for other adapters: use batches of one task "
                 "(mixed_batches=False)."
             )
-        self._activate(backbone, MultiTask(*known.values()))
-        order = {name: number for number, name in enumerate(known)}
-        return {"task_ids": torch.tensor([order[route_key(adapter)] for adapter in adapters])}
+        for name in dict.fromkeys(name for adapter in known.values() for name in adapters_in(adapter)):
+            what = next(filter(None, map(_one_for_all_rows, _parts(backbone, name))), "")
+            if what:
+                raise UnsupportedError(
+                    f"adapter {name!r} has {what}, and the host runs the same for all rows of a batch that mixes "
+                    "adapters: use batches of one task (mixed_batches=False)."
+                )
 
     def _through_peft(
         self, backbone: Any, known: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
@@ -168,12 +215,17 @@ class Router:
             (name,) = known.values()
             self._activate(backbone, name)
             return self._numbers(backbone, name, tasks)
-        for name in filter(None, known.values()) if backbone.training else ():
-            method = type(adapter_config(backbone, name))
-            if not method.__module__.startswith("pal_adapters."):
+        for name in filter(None, known.values()):
+            config = adapter_config(backbone, name)
+            method = type(config)
+            if method.__module__.startswith("pal_adapters."):
+                continue
+            # Others than LoRA take the names without a word and run the active adapter for all rows.
+            if backbone.training or config.peft_type != "LORA":
+                which = "trains its own methods" if backbone.training else "runs its methods other than LoRA"
                 raise UnsupportedError(
-                    f"adapter {name!r} is a {method.__name__}; PEFT trains its own methods on one adapter at a time: "
-                    "use batches of one task (mixed_batches=False), or a method of pal_adapters."
+                    f"adapter {name!r} is a {method.__name__}; PEFT {which} on one adapter at a time: use batches of "
+                    "one task (mixed_batches=False), or a method of pal_adapters."
                 )
         return {"adapter_names": ["__base__" if adapter is None else adapter for adapter in adapters]}
 
@@ -200,6 +252,36 @@ class Router:
             for parameter, trains in trained:
                 if parameter.requires_grad is not trains:
                     parameter.requires_grad_(trains)
+
+
+def _parts(backbone: Any, name: str) -> list[Any]:
+    """The configuration of an adapter of `adapters`, or those that it is a union of."""
+    config = adapter_config(backbone, name)
+    return list(getattr(config, "configs", [config]))
+
+
+def _norms_first(backbone: Any, adapter: Any) -> bool:
+    """Whether an adapter has bottlenecks behind the layer norm of the base, as `SeqBnConfig` has."""
+    parts = [part for name in adapters_in(adapter) for part in _parts(backbone, name)]
+    return any(getattr(part, "original_ln_before", False) for part in parts)
+
+
+def _one_for_all_rows(config: Any) -> str:
+    """What adapters 1.3 runs for all rows of a mixed batch alike: that of the first adapter, or of the last."""
+    if getattr(config, "inv_adapter", None):
+        return "an invertible adapter"
+    if getattr(config, "use_dora", False):
+        return "the norms of DoRA"
+    return {"reft": "ReFT", "prompt_tuning": "a prompt"}.get(getattr(config, "architecture", None) or "", "")
+
+
+def _without_prompt(backbone: Any, hidden: Tensor, length: int) -> Tensor:
+    """Hidden states without those of a prompt's virtual tokens, which stand in front or behind the first token."""
+    first = 0
+    if host_of(backbone) == "adapters" and backbone.active_adapters is not None:
+        config = adapter_config(backbone, backbone.active_adapters.first())
+        first = int(getattr(config, "combine", "") == "prefix_after_bos")
+    return torch.cat([hidden[:, :first], hidden[:, first + hidden.shape[1] - length :]], dim=1)
 
 
 def is_fuse(adapter: Any) -> bool:

@@ -36,6 +36,7 @@ class SavedHeads(nn.Module):
     routes: dict[str, Route]
     width: int
     _base_trained: bool
+    _output_trained: bool
     _base: tuple[Tensor, dict[str, Tensor]] | None
 
     @property
@@ -72,8 +73,8 @@ class SavedHeads(nn.Module):
         (directory / DESCRIPTION_FILE).unlink(missing_ok=True)
         base = self._base_tensors()
         trained = self._base_trained or any(tensor.requires_grad for tensor in base.values())
-        output = self._output()
-        if not trained and not any(tensor.requires_grad for tensor in output.values()):
+        output = output_tensors(self.backbone)
+        if not trained and not self._output_trained and not any(tensor.requires_grad for tensor in output.values()):
             output = {}  # as in the checkpoint of the base
         description = {
             "format": 1,
@@ -127,7 +128,8 @@ class SavedHeads(nn.Module):
         """
         directory = storage.fetch(directory, revision=revision, token=token)
         description = _read_description(directory)
-        if backbone is None:
+        own = backbone is None
+        if own:
             backbone = storage.load_backbone(description, directory)
         else:
             backbone = storage.add_adapters(backbone, description, directory)
@@ -139,8 +141,15 @@ class SavedHeads(nn.Module):
         model._base_trained = description["base_trained"]
         heads, base, _ = model._files(directory)
         more = [base] if model._base_trained else model._pooler_file(directory)
-        if description.get("output_layer"):
-            more.append((dict(model._output()), directory / OUTPUT_FILE))
+        output: dict[str, Tensor] = dict(output_tensors(backbone))
+        model._output_trained = description.get("output_layer", False)
+        words = any(head.config.kind == "language_modeling" for _, head in model._heads())
+        if model._output_trained and (output or words):
+            more.append((output, directory / OUTPUT_FILE))
+        elif own and words and model._base_trained and output:
+            raise storage.StorageError(
+                f"{directory} has a trained base, but not its output layer: pass backbone=, the base with that layer."
+            )
         storage.copy_into(heads, *more)
         return model.eval()
 
@@ -152,6 +161,7 @@ class SavedHeads(nn.Module):
         heads, base, added = self._files(directory)
         storage.copy_into(heads, added, *([base] if description["base_trained"] else self._pooler_file(directory)))
         self._base_trained |= description["base_trained"]
+        self._output_trained |= description.get("output_layer", False)
 
     def _files(self, directory: Path) -> list[tuple[dict[str, Any], Path]]:
         """Tensors, and the file that they are in: of the heads, of the base, of what was added to it."""
@@ -167,11 +177,6 @@ class SavedHeads(nn.Module):
         if all(head.config.pooling != "pooler" or head.config.reads_tokens for _, head in self._heads()):
             return {}
         return {name: tensor for name, tensor in self._base_tensors().items() if name.startswith("pooler.")}
-
-    def _output(self) -> dict[str, nn.Parameter]:
-        """The base's own output layer, if a language model uses it; it is not among the tensors of the base."""
-        used = any(head.config.kind == "language_modeling" for _, head in self._heads())
-        return output_tensors(self.backbone) if used else {}
 
     def _pooler_file(self, directory: Path) -> list[tuple[dict[str, Any], Path]]:
         pooler, path = self._pooler(), directory / POOLER_FILE

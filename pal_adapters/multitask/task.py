@@ -122,10 +122,8 @@ class Task:
                     "order: load it without streaming=True, or pass datasets.Dataset.from_list(list(rows))."
                 )
         if self.label_column == "label" and self.kind in _LABEL_COLUMNS:
-            usual, columns = (
-                _LABEL_COLUMNS[self.kind],
-                {c for rows in self.dataset.values() for c in rows.column_names},
-            )
+            usual = _LABEL_COLUMNS[self.kind]
+            columns = {column for rows in self.dataset.values() for column in getattr(rows, "column_names", ())}
             if usual is None or usual in columns or "label" not in columns:
                 self.label_column = usual
         if self.kind in NAMED_KINDS and not self.label_names:

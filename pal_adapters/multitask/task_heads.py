@@ -84,7 +84,7 @@ class TaskHeads(SavedHeads):
             getattr(config, "hidden_size", 0) or cast("Any", backbone).get_input_embeddings().weight.shape[1]
         )
         self._router = Router()
-        self._base_trained = False
+        self._base_trained = self._output_trained = False
         self._base: tuple[Tensor, dict[str, Tensor]] | None = None
 
     @property
@@ -191,6 +191,8 @@ class TaskHeads(SavedHeads):
         names = self._names(task_ids, rows)
         if self.training and not self._base_trained:
             self._base_trained = any(tensor.requires_grad for tensor in self._base_tensors().values())
+        if self.training and not self._output_trained:
+            self._output_trained = any(tensor.requires_grad for tensor in output_tensors(self.backbone).values())
         adapters = [self.routes[name].adapter for name in names]
         hidden, pooled = self._router(self.backbone, inputs, adapters, names)
         present = [task for task in self.routes if task in set(names)]
@@ -308,8 +310,11 @@ class TaskHeads(SavedHeads):
             )
         self.requires_grad_(False)
         if host_of(self.backbone) == "peft":
-            if names:
-                self.backbone.set_requires_grad(sorted(names))
+            for name in sorted(names):
+                if configs[name].is_prompt_learning:  # which PEFT keeps apart from its layers
+                    self.backbone.prompt_encoder[name].requires_grad_(True)
+                else:
+                    self.backbone.set_requires_grad(name)
         elif names or fusions:
             self._train_in_adapters(sorted(names), list(fusions.values()))
         for route in routes:
@@ -340,9 +345,9 @@ class TaskHeads(SavedHeads):
 
     def count_parameters(self) -> dict[str, int]:
         """Parameters of the base, of the adapters, of the heads, and how many of all train. Shared ones count once."""
-        base = self._base_tensors()
-        kept = {id(t): t.numel() for t in base.values() if isinstance(t, nn.Parameter)}
-        added = storage.added_parameters(self.backbone, base.values())
+        base = [*self._base_tensors().values(), *output_tensors(self.backbone).values()]
+        kept = {id(t): t.numel() for t in base if isinstance(t, nn.Parameter)}
+        added = storage.added_parameters(self.backbone, base)
         return {
             "base": sum(kept.values()),
             "adapters": sum(parameter.numel() for parameter in added.values()),

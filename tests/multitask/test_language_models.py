@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -12,11 +13,18 @@ import torch.nn.functional as F
 from backbones import HOSTS, backbone
 from tiny_tasks import make_task
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GPT2Config, GPT2Model, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 import pal_adapters
 from pal_adapters.errors import UnsupportedError
-from pal_adapters.multitask import HeadConfig, MultiTaskTrainer, MultiTaskTrainingArguments, TaskHeads
+from pal_adapters.multitask import (
+    EncodedTask,
+    HeadConfig,
+    MultiTaskTrainer,
+    MultiTaskTrainingArguments,
+    TaskDataError,
+    TaskHeads,
+)
 
 TEXT = HeadConfig("language_modeling", dropout=0.0)
 
@@ -118,20 +126,84 @@ def test_bases_that_are_no_language_models(tmp_path: Path, tiny_encoder: str) ->
     tied.add("text", TEXT)
 
 
-def test_logits_that_go_on_behind_the_output_layer(tmp_path: Path) -> None:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+def test_bases_that_do_more_than_their_output_layer() -> None:
+    from transformers import BertConfig, BertLMHeadModel, Gemma2Config, Gemma2ForCausalLM
 
-    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
-    model = TaskHeads(Gemma2ForCausalLM(Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=1)))
-    with pytest.raises(UnsupportedError, match=r"Gemma2ForCausalLM has final_logit_softcapping=30.0 behind its"):
-        model.add("text", TEXT)
-    assert model.tasks == ()
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2}
+    for base in (
+        Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8, num_key_value_heads=1)),  # a bound on the logits
+        BertLMHeadModel(BertConfig(**sizes, is_decoder=True)),  # a layer in front
+    ):
+        model = TaskHeads(base)
+        with pytest.raises(UnsupportedError, match=f"{type(base).__name__} does more than its output layer between"):
+            model.add("text", TEXT)
+        assert model.tasks == ()
 
 
-def test_perplexity_is_over_all_tokens(tmp_path: Path, tiny_encoder: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_new_language_model_leaves_the_base_as_it_was(tmp_path: Path, host: str) -> None:
+    base = adapted(llama(tmp_path, attention_dropout=0.5), host)
+    for number, parameter in enumerate(base.parameters()):
+        parameter.requires_grad_(number % 2 == 0)
+    base.model.layers[0].train() if host == "none" else base.train()
+    trains = [parameter.requires_grad for parameter in base.parameters()]
+    modes = [module.training for module in base.modules()]
+    active = str(getattr(base, "active_adapters", None)) if host != "none" else ""
+    state = torch.random.get_rng_state()
+    TaskHeads(base).add("text", TEXT)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [parameter.requires_grad for parameter in base.parameters()] == trains
+    assert [module.training for module in base.modules()] == modes
+    assert (str(getattr(base, "active_adapters", None)) if host != "none" else "") == active
+    assert not any(module._forward_hooks for module in base.modules() if type(module).__name__ == "Linear")
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_trained_output_layer_is_kept_for_good(tmp_path: Path, host: str) -> None:
+    base = llama(tmp_path / "base")
+    base.name_or_path = base.config._name_or_path = str(tmp_path / "base")
+    model = TaskHeads(adapted(base, host))
+    model.add("rte", HeadConfig("single_label", 2, pooling="last"), adapter=None if host == "none" else "text")
+    model.prepare_training(base=True)
+    layer = model.backbone.get_output_embeddings()
+    layer.weight.requires_grad_(True)
+    with torch.no_grad():
+        layer.weight.add_(torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(4)))
+    model.save_pretrained(tmp_path / "1")
+    again = TaskHeads.from_pretrained(tmp_path / "1")
+    again.prepare_training()
+    again.save_pretrained(tmp_path / "2")
+    last = TaskHeads.from_pretrained(tmp_path / "2")
+    for loaded in (again, last):
+        assert torch.equal(loaded.backbone.get_output_embeddings().weight, layer.weight)
+    counts = last.count_parameters()
+    assert counts["base"] == sum(p.numel() for p in LlamaForCausalLM(last.config).parameters())
+    if host == "none":
+        assert counts["adapters"] == 0
+
+
+@pytest.mark.skipif("adapters" not in HOSTS, reason="needs adapters")
+def test_heads_of_the_host_are_not_the_output_layer(tmp_path: Path) -> None:
+    from adapters import AutoAdapterModel
+
     torch.manual_seed(0)
-    base = GPT2Model(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    config = GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    base = AutoAdapterModel.from_config(config)
+    base.add_causal_lm_head("text")  # with layers in front of its last one
+    model = TaskHeads(base)
+    model.add("text", TEXT)
+    ids = tokens() % 40
+    expected = model.eval().backbone.transformer(input_ids=ids).last_hidden_state @ base.transformer.wte.weight.T
+    torch.testing.assert_close(model(task_ids="text", input_ids=ids).logits["text"], expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_perplexity_is_over_all_tokens(tmp_path: Path, tiny_encoder: str, side: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, padding_side=side)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    base = LlamaModel(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes))
     model = TaskHeads(base)
     task = make_task("language_modeling", "text", (6, 7))
     found = []
@@ -144,17 +216,31 @@ def test_perplexity_is_over_all_tokens(tmp_path: Path, tiny_encoder: str) -> Non
     total, count = 0.0, 0
     model.eval()
     for text in task.dataset["validation"]["text"]:
-        inputs = tokenizer(text, return_tensors="pt")
-        ids = inputs["input_ids"]
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
-            logits = base(**inputs).last_hidden_state @ base.wte.weight.T
+            logits = base(ids).last_hidden_state @ base.embed_tokens.weight.T
         total += float(F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
         count += ids.shape[1] - 1
     for scores in found:
         assert scores["eval_text_loss"] == pytest.approx(total / count, rel=1e-5)
         assert scores["eval_text_perplexity"] == pytest.approx(np.exp(total / count), rel=1e-5)
         assert {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"} <= set(scores)
+    rows = [EncodedTask(task, task.dataset["validation"], tokenizer, 32)[number] for number in range(7)]
+    output = model(**made.collator(rows))  # what training sees
+    assert output.loss.item() == pytest.approx(total / count, rel=1e-5)
     output = made.predict({"text": task.dataset["validation"]})["text"]
     assert output.predictions is None
     assert output.metrics["test_text_loss"] == pytest.approx(total / count, rel=1e-5)
     assert output.metrics["test_text_samples_per_second"] > 0
+
+
+def test_texts_that_leave_nothing_to_predict(tiny_encoder: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    tokenizer.backend_tokenizer.post_processor = None  # nothing is put around a text
+    task = make_task("language_modeling", "text")
+    for texts, message in (
+        (["the is", "", "no"], "task 'text', data, row 2: the tokenizer makes no tokens of the text: filter"),
+        (["the", "is"], "task 'text', data: texts of one token leave nothing to predict"),
+    ):
+        with pytest.raises(TaskDataError, match=message):
+            EncodedTask(task, datasets.Dataset.from_dict({"text": texts}), tokenizer, 32)

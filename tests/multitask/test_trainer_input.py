@@ -253,6 +253,7 @@ def test_folder_of_a_task(tiny_encoder: str, tmp_path: Path) -> None:
     pandas.DataFrame(rows).to_parquet(place / "test.parquet")
     task = Task.from_folder(place)
     assert (task.name, task.num_labels, task.metrics, task.weight) == ("mood", 2, ("f1", "accuracy"), 2.0)
+    assert task.label_names == ("no", "yes")  # which YAML takes for False and True
     assert {name: len(rows) for name, rows in task.dataset.items()} == {"train": 2, "validation": 1, "test": 1}
     encoded = EncodedTask(task, task.dataset["train"], AutoTokenizer.from_pretrained(tiny_encoder), 16)
     assert encoded.labels is not None
