@@ -120,6 +120,12 @@ def _take_apart(source: Source, tensors: dict[str, Tensor], model: nn.Module) ->
         )
     if not source.parts:
         raise ConfigError(f"source {source.name!r} from {source.path!r} has no weights.")
+    broken = sorted(key for key in used if not bool(tensors[key].isfinite().all()))
+    if broken:
+        raise ConfigError(
+            f"source {source.name!r} from {source.path!r} has {broken[0]} with values that are not finite: its "
+            "training went wrong, so leave it out."
+        )
     _check_rest(source, {key: value for key, value in tensors.items() if key not in used}, model)
     source.tensors, source.used = tensors, used
     modules = dict(model.named_modules())

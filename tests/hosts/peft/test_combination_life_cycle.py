@@ -646,6 +646,20 @@ def test_bad_sources(saved: Paths, tmp_path: pathlib.Path) -> None:
         refuses(pa.ConfigError, f"'bad' could not be read from .*{name}", config)
 
 
+@pytest.mark.parametrize("kind", ["lora", "houlsby"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_sources_that_are_not_finite(saved: Paths, tmp_path: pathlib.Path, kind: str, value: float) -> None:
+    good, folder = saved[kind]["mnli"], tmp_path / "diverged"
+    shutil.copytree(good, folder)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if ".encoder.layer.1." in name)  # a head is not used
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = pa.ScaLearnPeftConfig(adapters={"mnli": good, "bad": str(folder)})
+    refuses(pa.ConfigError, "'bad' from .*diverged.* not finite: its training went wrong", config)
+
+
 @pytest.mark.parametrize("damage", [lambda whole: b"\x01" * 100, lambda whole: whole[:-8]], ids=["corrupted", "cut"])
 def test_a_damaged_target_changes_nothing(saved: Paths, damage: Any, tmp_path: pathlib.Path) -> None:
     model = one(saved, adapter="first").eval()
