@@ -28,8 +28,8 @@ def class_names(rows: Any, column: str | None) -> tuple[str, ...]:
 def numbered(task: Task, rows: datasets.Dataset, where: str) -> list[Any]:
     """The labels of rows, with class numbers in place of names.
 
-    Rows whose own classes are some of the task's in another order, as where a split lacks a class, are brought to its
-    order; as many classes of other names are taken for other names of the same.
+    Rows that know the names of their classes go by them, as a split may lack a class; unless they share no name with
+    the task, where these are other names of the same.
 
     Raises:
         TaskDataError: For a name that the task does not have.
@@ -39,13 +39,13 @@ def numbered(task: Task, rows: datasets.Dataset, where: str) -> list[Any]:
         return labels
     numbers = {name: number for number, name in enumerate(task.label_names)}
     there = class_names(rows, task.label_column)
-    moved = set(there) <= set(numbers) and there != task.label_names[: len(there)]
+    moved = not set(there).isdisjoint(numbers) and there != task.label_names[: len(there)]
 
     def number_of(label: Any, row: int) -> Any:
         if isinstance(label, list):
             return [number_of(value, row) for value in label]
         if moved and isinstance(label, int) and 0 <= label < len(there):
-            return numbers[there[label]]
+            label = there[label]
         if isinstance(label, str) and label not in numbers:
             raise TaskDataError(
                 f"task {task.name!r}, {where}, row {row}: label {label!r:.60} is not one of label_names: "
@@ -94,7 +94,7 @@ def has_flags(task: Task, rows: datasets.Dataset | None = None) -> bool | None:
     for split in map(plain_rows, task.dataset.values()) if rows is None else (rows,):
         if not has_labels(task, split):
             continue
-        if class_names(split, task.label_column):
+        if task.label_names and len(class_names(split, task.label_column)) == task.num_labels:
             return False
         for start in range(0, len(split), _CHUNK):
             for label in split[start : start + _CHUNK][task.label_column]:

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from pal_adapters.errors import UnsupportedError
 
-from .routing import bare_model, host_of
+from .routing import Router, host_of
 
 
 def output_layer(backbone: Any) -> nn.Module | None:
@@ -30,15 +30,13 @@ def output_layer(backbone: Any) -> nn.Module | None:
 
 def output_tensors(backbone: Any) -> dict[str, nn.Parameter]:
     """The output layer's own parameters, but for those that are the input embeddings and those of adapters on it."""
-    layer, inputs = output_layer(backbone), backbone.get_input_embeddings().weight
-    found = {}
-    for name, parameter in layer.named_parameters() if layer is not None else ():
-        # PEFT keeps the layer as it was in one of these, beside what it adds.
-        name = name.removeprefix("base_layer.").removeprefix("original_module.")
-        added = any(part == "modules_to_save" or part.startswith("lora") for part in name.split("."))
-        if parameter is not inputs and not added:
-            found[name] = parameter
-    return found
+    layer: Any = output_layer(backbone)
+    if layer is None:
+        return {}
+    while (inner := getattr(layer, "base_layer", None) or getattr(layer, "original_module", None)) is not None:
+        layer = inner  # as it was before PEFT wrapped it
+    inputs = backbone.get_input_embeddings().weight
+    return {name: parameter for name, parameter in layer.named_parameters() if parameter is not inputs}
 
 
 def word_logits(backbone: Any, hidden: Tensor) -> Tensor:
@@ -67,6 +65,12 @@ def check_language_model(backbone: Any) -> None:
             "(tie_word_embeddings=False), which stand in for it. Pass the model with its head (AutoModelForCausalLM).",
             stacklevel=3,
         )
+    if hasattr(type(backbone), "active_head") and backbone.heads:
+        warnings.warn(
+            f"language_modeling: the input embeddings of {name} make the logits, not its heads. Pass a model with one "
+            "head (AutoModelForCausalLM and adapters.init) for an output layer.",
+            stacklevel=3,
+        )
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         warnings.warn(
             f"language_modeling: the tokens of {name} see those behind them, so there is nothing to predict. Pass a "
@@ -76,7 +80,7 @@ def check_language_model(backbone: Any) -> None:
 
 
 def _is_one_layer(backbone: Any) -> bool:
-    """Whether the logits of a model are what its output layer makes of the last hidden states, to the last bit."""
+    """Whether the logits of a model are what its output layer makes of the hidden states that heads get."""
     layer, seen = output_layer(backbone), dict[str, Tensor]()
     assert layer is not None
 
@@ -86,24 +90,19 @@ def _is_one_layer(backbone: Any) -> bool:
     def after(_: Any, inputs: Any, output: Any) -> None:
         seen["output"] = output
 
-    def hidden(_: Any, inputs: Any, output: Any) -> None:
-        seen["hidden"] = output[0]
-
-    hooks = [
-        layer.register_forward_pre_hook(before),
-        layer.register_forward_hook(after),
-        bare_model(backbone).register_forward_hook(hidden),
-    ]
+    hooks = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
     tokens = torch.arange(3, device=next(backbone.parameters()).device).unsqueeze(0)
-    try:
-        with torch.no_grad(), _at_rest(backbone) as model:
+    with torch.no_grad(), _at_rest(backbone) as model:
+        try:
             logits = model(input_ids=tokens, return_dict=True).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not {"input", "output", "hidden"} <= set(seen):  # its weight is used without a call
+        finally:
+            for hook in hooks:
+                hook.remove()
+        hidden, _ = Router().run(backbone, {"input_ids": tokens}, {})
+    if not {"input", "output"} <= set(seen) or seen["input"].shape != hidden.shape:
         return False
-    return torch.equal(seen["input"], seen["hidden"]) and torch.equal(seen["output"].float(), logits.float())
+    # A bound on the logits changes small ones by their last bits alone.
+    return torch.allclose(seen["input"], hidden) and torch.equal(seen["output"].float(), logits.float())
 
 
 @contextmanager

@@ -138,10 +138,11 @@ def _plain(metric: Metric, given: Any) -> dict[str, float]:
     for name, value in given.items():
         inner = _plain(metric, value) if isinstance(value, Mapping) else {"": value}
         for key, number in inner.items():
-            if (f"{name}_{key}" if key else str(name)) in found:
-                raise ConfigError(f"metric {metric_name(metric)!r} gives two scores called {name}_{key}.")
+            whole = f"{name}_{key}" if key else str(name)
+            if whole in found:
+                raise ConfigError(f"metric {metric_name(metric)!r} gives two scores called {whole!r}.")
             try:
-                found[f"{name}_{key}" if key else str(name)] = float(number)
+                found[whole] = float(number)
             except (TypeError, ValueError) as error:
                 raise ConfigError(
                     f"metric {metric_name(metric)!r} gives {name}={value!r:.60}, which is no number: use a function "

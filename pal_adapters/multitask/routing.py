@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ class Router:
     """Runs a base model with the adapter of each row.
 
     * `adapters`: the composition `MultiTask`, with `task_ids`; a batch of one task activates its adapter alone. Rows
-      of a `Fuse` go in a batch of their own, as do those of methods of which the host runs one for all rows.
+      of a `Fuse` go in a batch of their own. What the host cannot mix takes a pass for each adapter.
     * PEFT: `adapter_names`. Of PEFT's own methods LoRA alone takes it, and not in training: for all else a batch must
       have one task.
     * One adapter with several tasks in it (CA-MTL), in either host: `task_ids`.
@@ -128,14 +128,19 @@ class Router:
         known: dict[str, Any] = {route_key(adapter): adapter for adapter in adapters}
         more: dict[str, Any] = {}
         host = host_of(backbone)
-        if host == "adapters" and len(known) > 1 and any(_norms_first(backbone, one) for one in known.values()):
-            return self._sorted(backbone, inputs, adapters, tasks)
+        if host == "adapters" and len(known) > 1:
+            self._refuse_mixtures(known)
+            if not _runs_together(backbone, known.values()):
+                return self._apart(backbone, inputs, adapters, tasks)
+            if any(_norms_first(backbone, adapter) for adapter in known.values()):
+                return self._sorted(backbone, inputs, adapters)
         if host != "none":
             route = self._through_adapters if host == "adapters" else self._through_peft
             more = route(backbone, known, adapters, tasks)
-        return self._run(backbone, inputs, more)
+        return self.run(backbone, inputs, more)
 
-    def _run(self, backbone: Any, inputs: dict[str, Any], more: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def run(self, backbone: Any, inputs: dict[str, Any], more: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The same with the adapter that is active, with `more` arguments for the host."""
         host = host_of(backbone)
         # A model of `adapters` with heads would run one of them.
         model = backbone if host == "peft" else bare_model(backbone)
@@ -150,31 +155,35 @@ class Router:
             hidden = _without_prompt(backbone, hidden, given.shape[1])
         return hidden, getattr(outputs, "pooler_output", None)
 
-    def _sorted(
-        self, backbone: Any, inputs: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
-    ) -> tuple[Tensor, Tensor | None]:
+    def _sorted(self, backbone: Any, inputs: dict[str, Any], adapters: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
         """Rows side by side by adapter, in a `BatchSplit`.
 
         `MultiTask` of adapters 1.3 applies the layer norm in front of a bottleneck of `SeqBnConfig`'s kind twice.
         """
         from adapters.composition import BatchSplit
 
-        self._refuse_mixtures(backbone, {route_key(adapter): adapter for adapter in adapters})
-        keys = [route_key(adapter) for adapter in adapters]
-        order = sorted(range(len(keys)), key=lambda row: keys.index(keys[row]))
-        sizes = {key: keys.count(key) for key in dict.fromkeys(keys)}
-        setups = [adapters[keys.index(key)] for key in sizes]
-        self._activate(backbone, BatchSplit(*setups, batch_sizes=list(sizes.values())))
-        at = torch.tensor(order)
-        moved = {
-            name: value.index_select(0, at.to(value.device))
-            if isinstance(value, Tensor) and value.dim() and len(value) == len(keys)
-            else value
-            for name, value in inputs.items()
-        }
-        hidden, pooled = self._run(backbone, moved, {})
-        back = at.argsort().to(hidden.device)
-        return hidden.index_select(0, back), None if pooled is None else pooled.index_select(0, back)
+        places = _places(adapters)
+        sizes = [len(rows) for rows in places]
+        backbone.set_active_adapters(BatchSplit(*(adapters[rows[0]] for rows in places), batch_sizes=sizes))
+        order = [row for rows in places for row in rows]
+        return _put_back(order, [self.run(backbone, _rows(inputs, order, len(adapters)), {})])
+
+    def _apart(
+        self, backbone: Any, inputs: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
+    ) -> tuple[Tensor, Tensor | None]:
+        """A pass for each adapter, for what the host does not mix in a batch; see `_runs_together`."""
+        if backbone.training and getattr(bare_model(backbone), "is_gradient_checkpointing", False):
+            raise UnsupportedError(
+                "a batch mixes adapters that the host cannot run in one pass, and with gradient checkpointing several "
+                "passes would be computed again with the adapter of the last: use batches of one task "
+                "(mixed_batches=False)."
+            )
+        places, found = _places(adapters), []
+        for rows in places:
+            self._activate(backbone, adapters[rows[0]])
+            more = self._numbers(backbone, adapters[rows[0]], [tasks[row] for row in rows])
+            found.append(self.run(backbone, _rows(inputs, rows, len(adapters)), more))
+        return _put_back([row for rows in places for row in rows], found)
 
     def _through_adapters(
         self, backbone: Any, known: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
@@ -185,13 +194,12 @@ class Router:
             (setup,) = known.values()
             self._activate(backbone, setup)
             return self._numbers(backbone, setup, tasks)
-        self._refuse_mixtures(backbone, known)
         self._activate(backbone, MultiTask(*known.values()))
         order = {name: number for number, name in enumerate(known)}
         return {"task_ids": torch.tensor([order[route_key(adapter)] for adapter in adapters])}
 
     @staticmethod
-    def _refuse_mixtures(backbone: Any, known: dict[str, Any]) -> None:
+    def _refuse_mixtures(known: dict[str, Any]) -> None:
         if "None" in known:
             raise UnsupportedError("a batch mixes rows with and without an adapter: give every task one, or none.")
         fused = [key for key, adapter in known.items() if is_fuse(adapter)]
@@ -200,13 +208,6 @@ class Router:
                 f"a batch mixes rows for {fused[0]} with rows for other adapters: use batches of one task "
                 "(mixed_batches=False)."
             )
-        for name in dict.fromkeys(name for adapter in known.values() for name in adapters_in(adapter)):
-            what = next(filter(None, map(_one_for_all_rows, _parts(backbone, name))), "")
-            if what:
-                raise UnsupportedError(
-                    f"adapter {name!r} has {what}, and the host runs the same for all rows of a batch that mixes "
-                    "adapters: use batches of one task (mixed_batches=False)."
-                )
 
     def _through_peft(
         self, backbone: Any, known: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
@@ -266,21 +267,59 @@ def _norms_first(backbone: Any, adapter: Any) -> bool:
     return any(getattr(part, "original_ln_before", False) for part in parts)
 
 
-def _one_for_all_rows(config: Any) -> str:
-    """What adapters 1.3 runs for all rows of a mixed batch alike: that of the first adapter, or of the last."""
-    if getattr(config, "inv_adapter", None):
-        return "an invertible adapter"
-    if getattr(config, "use_dora", False):
-        return "the norms of DoRA"
-    return {"reft": "ReFT", "prompt_tuning": "a prompt"}.get(getattr(config, "architecture", None) or "", "")
+def _runs_together(backbone: Any, adapters: Iterable[Any]) -> bool:
+    """Whether adapters 1.3 gives each row of a batch its own of these adapters.
+
+    It does for our methods. For its own it takes the place of an adapter in the block, or whether there is one, from
+    the first adapter, so all have to be alike; and of some methods it runs one for all rows.
+    """
+    names = list(dict.fromkeys(name for adapter in adapters for name in adapters_in(adapter)))
+    parts = [_parts(backbone, name) for name in names]
+    if all(type(part).__module__.startswith("pal_adapters.") for one in parts for part in one):
+        return True
+    alike = all([part.to_dict() for part in one] == [part.to_dict() for part in parts[0]] for one in parts)
+    alike = alike and all(isinstance(adapter, str) for adapter in adapters)
+    return alike and not any(
+        getattr(part, "inv_adapter", None)
+        or getattr(part, "use_dora", False)
+        or getattr(part, "architecture", None) in ("reft", "prompt_tuning")
+        for part in parts[0]
+    )
+
+
+def _places(adapters: Sequence[Any]) -> list[list[int]]:
+    """The rows of each adapter, in the order in which they first occur."""
+    found: dict[str, list[int]] = {}
+    for row, adapter in enumerate(adapters):
+        found.setdefault(route_key(adapter), []).append(row)
+    return list(found.values())
+
+
+def _rows(inputs: dict[str, Any], rows: Sequence[int], total: int) -> dict[str, Any]:
+    """Some of the rows of a batch. What has no dimension of `total` rows in front, such as `[1, n]`, is for all."""
+    at = torch.tensor(rows)
+    return {
+        name: value.index_select(0, at.to(value.device))
+        if isinstance(value, Tensor) and value.dim() and len(value) == total
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def _put_back(order: Sequence[int], found: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Hidden states and pooled ones of rows that were taken in this order, in the order of the batch."""
+    back = torch.tensor(order).argsort().to(found[0][0].device)
+    hidden = torch.cat([states for states, _ in found]).index_select(0, back)
+    pooled = [one for _, one in found if one is not None]
+    return hidden, torch.cat(pooled).index_select(0, back) if pooled else None
 
 
 def _without_prompt(backbone: Any, hidden: Tensor, length: int) -> Tensor:
     """Hidden states without those of a prompt's virtual tokens, which stand in front or behind the first token."""
     first = 0
     if host_of(backbone) == "adapters" and backbone.active_adapters is not None:
-        config = adapter_config(backbone, backbone.active_adapters.first())
-        first = int(getattr(config, "combine", "") == "prefix_after_bos")
+        parts = _parts(backbone, backbone.active_adapters.first())
+        first = int(any(getattr(part, "combine", "") == "prefix_after_bos" for part in parts))
     return torch.cat([hidden[:, :first], hidden[:, first + hidden.shape[1] - length :]], dim=1)
 
 

@@ -56,7 +56,8 @@ class SavedHeads(nn.Module):
         """Writes adapters, heads and, if it was trained, the base to a folder that `from_pretrained` reads.
 
         Adapters and fusions are in the format of their host, in the folder's own layout, `directory/<adapter>`, so the
-        host can load them alone. The base is an ordinary checkpoint in `directory/base.model`.
+        host can load them alone. The base is an ordinary checkpoint in `directory/base.model`, without a head; the
+        output layer of a base that has one for words is in a file beside it.
 
         Args:
             directory: The folder; it is made.

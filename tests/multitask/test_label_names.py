@@ -102,6 +102,24 @@ def test_a_split_that_lacks_a_class(tiny_encoder: str) -> None:
         assert encoded.labels.tolist() == expected
 
 
+def test_splits_whose_classes_overlap(tiny_encoder: str) -> None:
+    task = task_of("single_label", [1, 0, 1], datasets.ClassLabel(names=["no", "yes"]))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    rows = task_of("single_label", [2, 0, 2], datasets.ClassLabel(names=list(NAMES))).dataset["train"]
+    encoded = EncodedTask(task, rows, tokenizer, 16)
+    assert encoded.labels is not None
+    assert encoded.labels.tolist() == [1, 0, 1]
+    rows = task_of("single_label", [2, 1, 2], datasets.ClassLabel(names=list(NAMES))).dataset["train"]
+    with pytest.raises(TaskDataError, match="row 2: label 'perhaps' is not one of label_names: 'no', 'yes'"):
+        EncodedTask(task, rows, tokenizer, 16)
+
+
+def test_flags_of_named_values(tiny_encoder: str) -> None:
+    feature = datasets.Sequence(datasets.ClassLabel(names=["no", "yes"]))
+    task = task_of("multi_label", [[0, 1, 0], [1, 1, 0], [0, 0, 0]], feature, num_labels=3)
+    assert labels_of(tiny_encoder, task) == [[0.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+
+
 def test_absent_labels_as_texts(tiny_encoder: str) -> None:
     task = task_of("single_label", ["yes", "no", "perhaps"], label_names=NAMES)
     for label in ("", "-1"):

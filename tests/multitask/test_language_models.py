@@ -141,6 +141,76 @@ def test_bases_that_do_more_than_their_output_layer() -> None:
         assert model.tasks == ()
 
 
+def test_bases_of_other_shapes() -> None:
+    from transformers import (
+        BartConfig,
+        BartForCausalLM,
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        OPTConfig,
+        OPTForCausalLM,
+    )
+
+    sizes: dict[str, Any] = {"vocab_size": 160, "num_hidden_layers": 1, "num_attention_heads": 2}
+    opt = {**sizes, "hidden_size": 16, "ffn_dim": 24, "max_position_embeddings": 32}
+    gemma = {"hidden_size": 16, "intermediate_size": 24, "head_dim": 8, "num_key_value_heads": 1}
+    bart = {"d_model": 16, "decoder_layers": 1, "decoder_ffn_dim": 24, "decoder_attention_heads": 2}
+    torch.manual_seed(0)
+    for base in (
+        OPTForCausalLM(OPTConfig(**opt)),
+        OPTForCausalLM(OPTConfig(**opt, word_embed_proj_dim=8)),  # hidden states narrower than its blocks
+        BartForCausalLM(BartConfig(vocab_size=160, max_position_embeddings=32, **bart)),
+        Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **gemma)),
+    ):
+        model = TaskHeads(base.eval())
+        model.add("text", TEXT)
+        got = model.eval()(task_ids="text", input_ids=tokens()).logits["text"]
+        torch.testing.assert_close(got, base(input_ids=tokens()).logits, msg=type(base).__name__)
+
+
+def test_an_output_layer_that_was_trained_by_hand(tmp_path: Path) -> None:
+    base = llama(tmp_path / "base")
+    base.name_or_path = base.config._name_or_path = str(tmp_path / "base")
+    model = TaskHeads(base)
+    model.add("text", TEXT)
+    model.prepare_training()
+    weight = base.lm_head.weight.requires_grad_(True)
+    model.train()(task_ids="text", labels=tokens(), input_ids=tokens()).loss.backward()
+    with torch.no_grad():
+        weight.add_(1.0)
+    model.prepare_training()  # rests from here on
+    model.save_pretrained(tmp_path / "1", checkpoint=True)
+    first = TaskHeads.from_pretrained(tmp_path / "1")
+    first.save_pretrained(tmp_path / "2")
+    assert torch.equal(TaskHeads.from_pretrained(tmp_path / "2").backbone.lm_head.weight, weight)
+
+    other = TaskHeads(LlamaForCausalLM.from_pretrained(tmp_path / "base"))
+    other.add("text", TEXT)
+    other.prepare_training()
+    other.restore(tmp_path / "1")
+    other.save_pretrained(tmp_path / "3")
+    assert torch.equal(TaskHeads.from_pretrained(tmp_path / "3").backbone.lm_head.weight, weight)
+    assert not (tmp_path / "3" / "base.model").exists()
+
+
+@pytest.mark.skipif("peft" not in HOSTS, reason="needs PEFT")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.parametrize("method", ["LoraConfig", "IA3Config"])
+def test_adapters_on_the_output_layer_are_not_the_base(tmp_path: Path, method: str) -> None:
+    import peft
+
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "lm_head"]}
+    options |= {"feedforward_modules": []} if method == "IA3Config" else {"r": 2}
+    model = TaskHeads(peft.get_peft_model(llama(tmp_path / "base"), getattr(peft, method)(**options), "text"))
+    model.add("text", TEXT)
+    model.prepare_training()
+    counts = model.count_parameters()
+    assert counts["base"] == sum(p.numel() for p in LlamaForCausalLM(model.config).parameters())
+    assert counts["adapters"] == counts["trainable"] > 0
+    model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "output_layer.safetensors").exists()
+
+
 @pytest.mark.parametrize("host", HOSTS)
 def test_a_new_language_model_leaves_the_base_as_it_was(tmp_path: Path, host: str) -> None:
     base = adapted(llama(tmp_path, attention_dropout=0.5), host)
@@ -192,7 +262,8 @@ def test_heads_of_the_host_are_not_the_output_layer(tmp_path: Path) -> None:
     base = AutoAdapterModel.from_config(config)
     base.add_causal_lm_head("text")  # with layers in front of its last one
     model = TaskHeads(base)
-    model.add("text", TEXT)
+    with pytest.warns(UserWarning, match="the input embeddings of GPT2AdapterModel make the logits, not its heads"):
+        model.add("text", TEXT)
     ids = tokens() % 40
     expected = model.eval().backbone.transformer(input_ids=ids).last_hidden_state @ base.transformer.wte.weight.T
     torch.testing.assert_close(model(task_ids="text", input_ids=ids).logits["text"], expected)

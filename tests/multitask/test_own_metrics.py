@@ -168,7 +168,7 @@ def test_scores_of_one_name(tiny_encoder: str) -> None:
     with pytest.raises(ConfigError, match="two metrics give a score called 'f1'"):
         score(tiny_encoder, task)
     task = make_task("single_label", "rte", metrics=[lambda p, r: {"a": {"b": 1.0}, "a_b": 2.0}])
-    with pytest.raises(ConfigError, match="gives two scores called a_b"):
+    with pytest.raises(ConfigError, match="gives two scores called 'a_b'"):
         score(tiny_encoder, task)
 
 
