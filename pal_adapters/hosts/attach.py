@@ -9,6 +9,7 @@ transformers 4.57 records, and transformers 5 does not re-run them.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -68,6 +69,7 @@ class Attachment:
     def __init__(self, model: nn.Module, block: Block, runner: Runner) -> None:
         self.block = block
         self.runner = runner
+        self._model = (model,)
         self._handles: list[Any] = []
         self._hooked: set[str] = set()
         self._behind: dict[str, _Behind] = {}
@@ -88,6 +90,15 @@ class Attachment:
         # A pre-LN host's output is normalised behind the stack.
         norm = final_norm(model, block) if block.sites.norm == "pre" and block.last else None
         self._stack_norm = (norm,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        """A copy for a copied block. A copy of a part of it, as in PEFT's `modules_to_save`, still belongs here."""
+        if id(self._model[0]) not in memo and id(self.block.module) not in memo:
+            return self
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return new
 
     def _clear(self) -> None:
         self._x: Tensor | None = None
@@ -134,6 +145,8 @@ class Attachment:
             if self._inner_forward is not None:
                 block.forward = self._inner_forward
         self._hooked.clear()
+        for behind in self._behind.values():
+            behind.sites = []  # copies of its module keep it
         self._behind.clear()
         self._sites.clear()
         self._needs.clear()

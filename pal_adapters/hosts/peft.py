@@ -77,6 +77,7 @@ from .peft_joint import (
     is_joint,
     load_base,
     mark_base,
+    name_alone,
     task_parameter_ids,
 )
 from .peft_layer import TaskTunerLayer, TunerLayer, remove_adapter_name, tuner_layers
@@ -273,7 +274,7 @@ class TaskTuner(BaseTuner):
         state_dict.update(own)
         state_dict.update({key: value for key, value in base.items() if dropped(key)})
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        selected.update({key: state_dict[key] for key in base if key in state_dict})
+        selected.update({name_alone(model, key, adapter_name): state_dict[key] for key in base if key in state_dict})
         return selected
 
     @classmethod

@@ -44,6 +44,21 @@ def base_tensors(model: nn.Module, *, tied: Literal["once", "each"] = "once") ->
     return tensors
 
 
+def plain_name(name: str) -> str:
+    """The name of a pretrained tensor without the wrappers around its module."""
+    return name.replace(".base_layer.", ".")
+
+
+def name_alone(model: nn.Module, name: str, adapter_name: str) -> str:
+    """The name of a pretrained tensor on a model that has this adapter alone: wrappers of other adapters are gone."""
+    path, wrapped, _ = name.rpartition(".base_layer.")
+    if not wrapped:
+        return name
+    wrapper: Any = model.get_submodule(path)
+    containers = [getattr(wrapper, part, {}) for part in getattr(wrapper, "adapter_layer_names", ())]
+    return name if any(adapter_name in container for container in containers) else plain_name(name)
+
+
 def is_joint(config: Any) -> bool:
     """Whether the model's own pretrained weights belong to an adapter (not copies of them)."""
     return getattr(config, "train_base", False) is True and not getattr(config, "copies_base", False)
@@ -129,8 +144,10 @@ def load_base(model: nn.Module, config: Any, adapter_name: str, state_dict: dict
                 stacklevel=2,
             )
         return state_dict
-    own = base_tensors(model, tied="each")
-    names = {key: key if key in own else key.removeprefix(_PREFIX) for key in state_dict}
+    # Which modules are wrapped depends on the other adapters, there and here.
+    own = {plain_name(name): tensor for name, tensor in base_tensors(model, tied="each").items()}
+    plain = {key: plain_name(key) for key in state_dict}
+    names = {key: name if name in own else name.removeprefix(_PREFIX) for key, name in plain.items()}
     loaded = {names[k]: v for k, v in state_dict.items() if names[k] in own and own[names[k]].shape == v.shape}
     loaded = {name: value for name, value in loaded.items() if not own[name].is_meta}
     if others and any(not torch.equal(own[n], v.to(own[n])) for n, v in loaded.items()):
