@@ -34,11 +34,11 @@ def picture(results: dict[str, Any], others: Sequence[str], path: Path) -> None:
     points: dict[str, list[tuple[float, float]]] = {}
     for one in every:
         points.setdefault(label(one["config"]), []).append((one["parameters"]["trained_per_task"], one["average"]))
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8.4, 4.2), layout="constrained")
     for name, found in points.items():
         axes.plot(*zip(*found, strict=True), "o", label=name)
     axes.set(xscale="log", xlabel="trained parameters per task", ylabel="average score")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right center", fontsize="small")  # where it covers no point
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
