@@ -90,9 +90,9 @@ def _is_one_layer(backbone: Any) -> bool:
     def after(_: Any, inputs: Any, output: Any) -> None:
         seen["output"] = output
 
-    hooks = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
     tokens = torch.arange(3, device=next(backbone.parameters()).device).unsqueeze(0)
     with torch.no_grad(), _at_rest(backbone) as model:
+        hooks = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
         try:
             logits = model(input_ids=tokens, return_dict=True).logits
         finally:
