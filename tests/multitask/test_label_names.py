@@ -86,7 +86,9 @@ def test_sets_of_names_are_no_flags(tiny_encoder: str) -> None:
     task = task_of("multi_label", [["yes", "no"], ["no", "yes"], ["yes"]], label_names=("no", "yes"))
     rows, tokenizer = task.dataset["train"].select([0, 1]), AutoTokenizer.from_pretrained(tiny_encoder)
     for one in (task, Task("own", {}, kind="multi_label", text_columns=("text",), label_names=("no", "yes"))):
-        assert EncodedTask(one, rows, tokenizer, 16).labels.tolist() == [[1.0, 1.0], [1.0, 1.0]]  # type: ignore[union-attr]
+        encoded = EncodedTask(one, rows, tokenizer, 16)
+        assert encoded.labels is not None
+        assert encoded.labels.tolist() == [[1.0, 1.0], [1.0, 1.0]]
     feature = datasets.Sequence(datasets.ClassLabel(names=["no", "yes"]))
     task = task_of("multi_label", [[0, 1], [1, 0], [0, 1]], feature)
     assert labels_of(tiny_encoder, task) == [[1.0, 1.0]] * 3

@@ -76,6 +76,27 @@ def test_the_output_layer_of_the_base(tmp_path: Path, host: str) -> None:
     torch.testing.assert_close(output.loss, expected.loss)
 
 
+@pytest.mark.parametrize("host", HOSTS[1:])
+def test_a_base_that_asks_for_tasks(tmp_path: Path, host: str) -> None:
+    base: Any = llama(tmp_path)
+    torch.manual_seed(1)
+    if host == "adapters":
+        import adapters
+
+        adapters.init(base)
+        base.add_adapter("shared", config=pal_adapters.CAMTLConfig(tasks=["rte", "text"]))
+        base.set_active_adapters("shared")
+    else:
+        import peft
+
+        config = pal_adapters.CAMTLPeftConfig(task_type="CAUSAL_LM", tasks=["rte", "text"])
+        base = peft.get_peft_model(base, config, adapter_name="shared")
+    model = TaskHeads(base.eval())
+    model.add("text", TEXT)
+    expected = base(input_ids=tokens(), task_ids=torch.ones(3, dtype=torch.long)).logits
+    torch.testing.assert_close(model.eval()(task_ids="text", input_ids=tokens()).logits["text"], expected)
+
+
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("train_base", [True, False])
 def test_a_trained_output_layer_is_kept(tmp_path: Path, host: str, train_base: bool) -> None:
