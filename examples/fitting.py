@@ -26,7 +26,7 @@ from pal_adapters.multitask import (
     TaskHeads,
     train_dev_split,
 )
-from pal_adapters.multitask.heads import pool
+from pal_adapters.multitask.model.heads import pool
 
 
 @dataclass

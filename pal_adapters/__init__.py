@@ -12,36 +12,29 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from .camtl.network import NetworkSize, add_task, network_size
-from .errors import (
-    ConfigError,
-    MissingHostError,
-    PalAdaptersError,
-    SiteError,
-    UnknownAdapterError,
-    UnsupportedError,
-)
+from .blocks.sites import BlockSites, register_block
+from .errors import ConfigError, MissingHostError, PalAdaptersError, SiteError, UnknownAdapterError, UnsupportedError
 from .fusion.folding import Folded, fold
-from .fusion.host import fusion_regularization
 from .fusion.report import TransferTable, plot_transfer, transfer_report
-from .hosts.sites import BlockSites, register_block
+from .hosts.which import fusion_regularization
+from .methods.camtl.network import NetworkSize, add_task, network_size
 
 if TYPE_CHECKING:
-    from .camtl.adapters import CAMTLConfig
-    from .camtl.peft import CAMTLPeftConfig
-    from .fusion.adapters import ScaLearnConfig
-    from .fusion.peft_config import AdapterFusionPeftConfig, FixedCombinationPeftConfig, ScaLearnPeftConfig
-    from .houlsby.adapters import HoulsbyPALConfig, ParallelHoulsbyConfig
-    from .houlsby.peft import HoulsbyPeftConfig
-    from .houlsby.variants_peft import HoulsbyPALPeftConfig, ParallelHoulsbyPeftConfig
-    from .lhuc.adapters import LHUCConfig
-    from .lhuc.peft import LHUCPeftConfig
-    from .low_rank.adapters import LowRankConfig
-    from .low_rank.peft import LowRankPeftConfig
-    from .pal.adapters import PALConfig
-    from .pal.peft import PALPeftConfig
-    from .top.adapters import TopAttentionConfig, TopBertLayerConfig
-    from .top.peft import TopAttentionPeftConfig, TopBertLayerPeftConfig
+    from .fusion.adapters.config import ScaLearnConfig
+    from .fusion.peft.config import AdapterFusionPeftConfig, FixedCombinationPeftConfig, ScaLearnPeftConfig
+    from .methods.camtl.adapters import CAMTLConfig
+    from .methods.camtl.peft import CAMTLPeftConfig
+    from .methods.houlsby.adapters import HoulsbyPALConfig, ParallelHoulsbyConfig
+    from .methods.houlsby.peft import HoulsbyPeftConfig
+    from .methods.houlsby.variants_peft import HoulsbyPALPeftConfig, ParallelHoulsbyPeftConfig
+    from .methods.lhuc.adapters import LHUCConfig
+    from .methods.lhuc.peft import LHUCPeftConfig
+    from .methods.low_rank.adapters import LowRankConfig
+    from .methods.low_rank.peft import LowRankPeftConfig
+    from .methods.pal.adapters import PALConfig
+    from .methods.pal.peft import PALPeftConfig
+    from .methods.top.adapters import TopAttentionConfig, TopBertLayerConfig
+    from .methods.top.peft import TopAttentionPeftConfig, TopBertLayerPeftConfig
 
 __version__ = "0.1.0"
 
@@ -88,24 +81,24 @@ __all__ = [
 
 _MODULES = {
     "adapters": (
-        "pal.adapters",
-        "low_rank.adapters",
-        "top.adapters",
-        "lhuc.adapters",
-        "houlsby.adapters",
-        "fusion.adapters",
-        "camtl.adapters",
+        "methods.pal.adapters",
+        "methods.low_rank.adapters",
+        "methods.top.adapters",
+        "methods.lhuc.adapters",
+        "methods.houlsby.adapters",
+        "fusion.adapters.config",
+        "methods.camtl.adapters",
     ),
     "peft": (
-        "pal.peft",
-        "low_rank.peft",
-        "top.peft",
-        "lhuc.peft",
-        "houlsby.peft",
-        "houlsby.variants_peft",
-        "fusion.peft",
-        "fusion.peft_config",
-        "camtl.peft",
+        "methods.pal.peft",
+        "methods.low_rank.peft",
+        "methods.top.peft",
+        "methods.lhuc.peft",
+        "methods.houlsby.peft",
+        "methods.houlsby.variants_peft",
+        "fusion.peft.tuner",
+        "fusion.peft.config",
+        "methods.camtl.peft",
     ),
 }
 _HOSTED = tuple(__all__)

@@ -16,7 +16,12 @@ import torch
 torch.set_num_threads(1)
 
 # The suite also runs where one host is missing: the tests of a host are about nothing else.
-collect_ignore = [f"hosts/{host}" for host in ("adapters", "peft") if importlib.util.find_spec(host) is None]
+collect_ignore = [
+    f"{folder}/{host}"
+    for folder in ("hosts", "fusion")
+    for host in ("adapters", "peft")
+    if importlib.util.find_spec(host) is None
+]
 
 
 @pytest.fixture(autouse=True)

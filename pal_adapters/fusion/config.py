@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import ConfigError
+from pal_adapters.errors import ConfigError
 
 # variant: (one coefficient a channel?, own in each block?, dropout)
 VARIANTS: dict[str, tuple[bool, bool, float]] = {

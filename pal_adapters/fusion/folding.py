@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .host import host_of
+from pal_adapters.hosts.which import host_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def fold(model: Any, fusion: Any = None, *, name: str | None = None, **options: 
 
     Returns:
         `adapters`: a `Folded`, and the model has the new adapter. PEFT: the folded model. Its `truncation_errors`
-        are what `Folded.errors` are, see `pal_adapters.fusion.peft_folding.fold`.
+        are what `Folded.errors` are, see `pal_adapters.fusion.peft.folding.fold`.
 
     Raises:
         UnsupportedError: where no exact fold exists, with the reason: attention over the sources, sources that are no
@@ -63,9 +63,9 @@ def fold(model: Any, fusion: Any = None, *, name: str | None = None, **options: 
         UnknownAdapterError: for a fusion that is not on the model.
     """
     if host_of(model) == "adapters":
-        from .adapters_folding import fold_adapters
+        from pal_adapters.fusion.adapters.folding import fold_adapters
 
         return fold_adapters(model, fusion, name, **options)
-    from . import peft_folding
+    from .peft import folding as peft_folding
 
     return peft_folding.fold(model, fusion, name=name, **options)

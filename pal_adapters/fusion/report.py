@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
-from .host import host_of
+from pal_adapters.errors import ConfigError
+from pal_adapters.hosts.which import host_of
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ def transfer_report(
         UnsupportedError: for a model without adapters, or without a single active fusion.
     """
     if host_of(model) == "adapters":
-        from .adapters_report import report_adapters
+        from pal_adapters.fusion.adapters.report import report_adapters
 
         return report_adapters(model, fusion, data)
-    from .peft_report import transfer_rows
+    from pal_adapters.fusion.peft.report import transfer_rows
 
     rows = transfer_rows(model, fusion, data=data)
     return table_of_rows(rows, "mean |coefficient|" if data is None else "mean attention")

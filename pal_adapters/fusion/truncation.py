@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..bottlenecks import Bottleneck
+from pal_adapters.nn.bottleneck import Bottleneck
 
 _SAMPLES = 4096
 

@@ -3,17 +3,13 @@
 Needs the packages of the extra `train`.
 """
 
-from .arguments import MultiTaskTrainingArguments
-from .checkpoints import last_checkpoint
-from .collate import MultiTaskCollator
-from .data import train_dev_split
-from .defaults import add_adapter, default_host, default_model
-from .encoding import ConcatTasks, EncodedTask
-from .heads import HeadConfig
-from .metrics import TaskMetric
-from .presets import PRESETS, Preset, RecipeWarning, get_preset
-from .routing import Route
-from .sampling import (
+from pal_adapters.multitask.metrics.glue import TaskMetric
+from pal_adapters.multitask.model.heads import HeadConfig
+from pal_adapters.multitask.model.routing import Route
+from pal_adapters.multitask.model.storage import StorageError
+from pal_adapters.multitask.model.task_heads import TaskHeads, TaskHeadsOutput
+from pal_adapters.multitask.sampling.selectors import BatchSelector, Candidates, UncertaintySelector
+from pal_adapters.multitask.sampling.strategies import (
     STRATEGIES,
     MultiTaskBatchSampler,
     Strategy,
@@ -22,13 +18,18 @@ from .sampling import (
     get_strategy,
     task_probabilities,
 )
-from .selectors import BatchSelector, Candidates, UncertaintySelector
-from .storage import StorageError
-from .task import Task
-from .task_heads import TaskHeads, TaskHeadsOutput
-from .tasks import TaskDataError
-from .toy import TOY_TASKS, load_toy_task
-from .trainer import DivergedError, MultiTaskTrainer
+from pal_adapters.multitask.tasks.collate import MultiTaskCollator
+from pal_adapters.multitask.tasks.encoding import ConcatTasks, EncodedTask
+from pal_adapters.multitask.tasks.glue import TaskDataError
+from pal_adapters.multitask.tasks.reading import train_dev_split
+from pal_adapters.multitask.tasks.task import Task
+from pal_adapters.multitask.tasks.toy import TOY_TASKS, load_toy_task
+from pal_adapters.multitask.training.arguments import MultiTaskTrainingArguments
+from pal_adapters.multitask.training.checkpoints import last_checkpoint
+from pal_adapters.multitask.training.trainer import DivergedError, MultiTaskTrainer
+
+from .defaults import add_adapter, default_host, default_model
+from .presets import PRESETS, Preset, RecipeWarning, get_preset
 
 __all__ = [
     "PRESETS",

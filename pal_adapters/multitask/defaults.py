@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pal_adapters.errors import ConfigError
-
-from .routing import host_of
+from pal_adapters.multitask.model.routing import host_of
 
 HOSTS = ("adapters", "peft")
 

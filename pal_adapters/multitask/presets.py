@@ -11,13 +11,13 @@ from typing import Any
 import transformers
 
 from pal_adapters.errors import ConfigError, require_one_of
+from pal_adapters.multitask.model.heads import POOLINGS, Pooling
+from pal_adapters.multitask.model.routing import adapter_config, adapter_names, host_of
+from pal_adapters.multitask.model.task_heads import TaskHeads
+from pal_adapters.multitask.tasks.task import Task, check_tasks
+from pal_adapters.multitask.training.arguments import MultiTaskTrainingArguments
 
-from .arguments import MultiTaskTrainingArguments
 from .defaults import HOSTS, add_adapter, default_host
-from .heads import POOLINGS, Pooling
-from .routing import adapter_config, adapter_names, host_of
-from .task import Task, check_tasks
-from .task_heads import TaskHeads
 
 SHARED = "tasks"
 """The adapter that all tasks of a recipe share, such as a CA-MTL network."""

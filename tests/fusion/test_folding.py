@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import pal_adapters
-from pal_adapters.bottlenecks import Bottleneck, widen
 from pal_adapters.fusion.truncation import cut_to_width
+from pal_adapters.nn.bottleneck import Bottleneck, widen
 
 
 def source(width: int, d: int = 10) -> Bottleneck:

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pal_adapters.camtl.attention import ConditionalAttentionBias, block_layout
-from pal_adapters.camtl.bottleneck import ConditionalBottleneck
-from pal_adapters.camtl.film import FiLM, condition_of
-from pal_adapters.camtl.layer import ConditionalBlock
-from pal_adapters.camtl.norm import ConditionalNorm
-from pal_adapters.camtl.task import TaskConditions
-from pal_adapters.units import batch_tasks
+from pal_adapters.methods.camtl.attention import ConditionalAttentionBias, block_layout
+from pal_adapters.methods.camtl.bottleneck import ConditionalBottleneck
+from pal_adapters.methods.camtl.film import FiLM, condition_of
+from pal_adapters.methods.camtl.layer import ConditionalBlock
+from pal_adapters.methods.camtl.norm import ConditionalNorm
+from pal_adapters.methods.camtl.task import TaskConditions
+from pal_adapters.nn.unit import batch_tasks
 
 if TYPE_CHECKING:
-    from tests.golden.check import Case
+    from .check import Case
 
 REPOSITORY = "CAMTL/CA-MTL"
 Result = tuple[float, float]
@@ -303,7 +303,7 @@ def _encoder_by_hand(case: Case) -> Result:
 
 def _uncertainty(case: Case) -> Result:
     """Scores and chosen rows of one step; every row after the table look-up is the authors' code."""
-    from pal_adapters.multitask.uncertainty import select_uncertain, uncertain_epoch_length, uncertainty
+    from pal_adapters.multitask.sampling.uncertainty import select_uncertain, uncertain_epoch_length, uncertainty
 
     t, values = case.tensors, case.meta["hyperparameters"]
     logits = {}

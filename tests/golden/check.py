@@ -22,18 +22,18 @@ from safetensors.torch import load_file
 from transformers import BertModel
 
 import pal_adapters
-from pal_adapters.houlsby.layer import HoulsbyPAL, ParallelHoulsby
-from pal_adapters.lhuc.layer import LHUC
-from pal_adapters.low_rank.layer import LowRank
-from pal_adapters.pal.layer import PAL, Projections
-from pal_adapters.top.layer import TopAttention, TopBertLayer
-from pal_adapters.units import TaskUnit, UnitInputs
+from pal_adapters.methods.houlsby.layer import HoulsbyPAL, ParallelHoulsby
+from pal_adapters.methods.lhuc.layer import LHUC
+from pal_adapters.methods.low_rank.layer import LowRank
+from pal_adapters.methods.pal.layer import PAL, Projections
+from pal_adapters.methods.top.layer import TopAttention, TopBertLayer
+from pal_adapters.nn.unit import TaskUnit, UnitInputs
 
 if __package__:
     from . import camtl, fusion_cases
 else:  # called as a command
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
-    from tests.golden import camtl, fusion_cases
+    from . import camtl, fusion_cases
 
 TOLERANCE = 2e-5
 REPOSITORY = "AsaCooperStickland/Bert-n-Pals"
@@ -351,11 +351,11 @@ def compare_limits(case: Case) -> tuple[float, float]:
         size = int(name.split("=")[1]) if "=" in name else 24
         try:
             if name.startswith("BERTPals"):
-                pal_adapters.pal.config.validate(_Namespace(hidden_size=size))
+                pal_adapters.methods.pal.config.validate(_Namespace(hidden_size=size))
             elif name.startswith("top"):
-                pal_adapters.top.config.validate_attention(_Namespace(hidden_size=size, num_heads=12))
+                pal_adapters.methods.top.config.validate_attention(_Namespace(hidden_size=size, num_heads=12))
             else:  # computed wrongly by the reference
-                pal_adapters.houlsby.config.validate_parallel(_Namespace(hidden_size=size, lhuc=True))
+                pal_adapters.methods.houlsby.config.validate_parallel(_Namespace(hidden_size=size, lhuc=True))
             refused = False
         except ValueError:
             refused = True

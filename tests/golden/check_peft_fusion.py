@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import pal_adapters
 from pal_adapters.fusion import layer as fusion_layer
-from pal_adapters.fusion.peft import combinations
+from pal_adapters.fusion.peft.tuner import combinations
 
 CASES = {
     "scalearn_encoder_houlsby_vector": "scalearn",

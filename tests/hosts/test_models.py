@@ -23,7 +23,7 @@ from pal_adapters import (
     TopAttentionPeftConfig,
     TopBertLayerPeftConfig,
 )
-from pal_adapters.hosts.sites import find_blocks
+from pal_adapters.blocks.sites import find_blocks
 from tests import zoo
 from tests.zoo import ALBERT, BY_NAME, HOSTS, Host
 

@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from pal_adapters.multitask import TaskDataError, train_dev_split
-from pal_adapters.multitask.data import load_task
+from pal_adapters.multitask.tasks.reading import load_task
 
 RTE = [
     {"sentence1": "A dog barks.", "sentence2": "An animal barks.", "label": 0, "idx": 0},

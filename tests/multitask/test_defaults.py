@@ -10,7 +10,7 @@ from transformers import AutoModel
 import pal_adapters
 from pal_adapters.errors import ConfigError
 from pal_adapters.multitask import add_adapter, default_host, default_model
-from pal_adapters.multitask.routing import adapter_names
+from pal_adapters.multitask.model.routing import adapter_names
 
 
 def test_default_model_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

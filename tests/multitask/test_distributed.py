@@ -16,7 +16,12 @@ from torch import distributed
 
 from pal_adapters.errors import ConfigError
 from pal_adapters.multitask import HeadConfig, StorageError, TaskHeads
-from pal_adapters.multitask.distributed import check_processes, load_whole_state, whole_parameters, whole_state
+from pal_adapters.multitask.training.distributed import (
+    check_processes,
+    load_whole_state,
+    whole_parameters,
+    whole_state,
+)
 
 
 class Processes(SimpleNamespace):

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from pal_adapters.multitask import EncodedTask, Task, TaskMetric
-from pal_adapters.multitask.tasks import get_task
+from pal_adapters.multitask.tasks.glue import get_task
 
 TRUE = [1, 1, 1, 0, 0, 1, 0, 1]
 GUESS = [1, 0, 1, 0, 1, 1, 0, 0]

@@ -23,7 +23,7 @@ from pal_adapters.multitask import (
     TaskHeads,
     get_preset,
 )
-from pal_adapters.multitask.optim import UncorrectedAdamW, pals_schedule
+from pal_adapters.multitask.training.optim import UncorrectedAdamW, pals_schedule
 
 CHANGES: dict[str, dict[str, Any]] = {
     "pals": {"hidden_size": 12},

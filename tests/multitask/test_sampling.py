@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pal_adapters.errors import ConfigError
 from pal_adapters.multitask import annealed_alpha, task_probabilities
-from pal_adapters.multitask.sampling import STRATEGIES, MultiTaskBatchSampler, Temperature, get_strategy
+from pal_adapters.multitask.sampling.strategies import STRATEGIES, MultiTaskBatchSampler, Temperature, get_strategy
 
 # CoLA, MRPC, MNLI, RTE, STS-B, SST-2, QQP, QNLI, and what the paper's rule gives for them in 25 epochs.
 SIZES = [8551, 3668, 392702, 2490, 5749, 67349, 363849, 108436]

@@ -18,8 +18,8 @@ from transformers import AutoModel
 
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
 from pal_adapters.multitask import HeadConfig, StorageError, TaskHeads
-from pal_adapters.multitask.heads import pool
-from pal_adapters.multitask.saved_heads import copy_saved
+from pal_adapters.multitask.model.heads import pool
+from pal_adapters.multitask.model.saved import copy_saved
 
 CONFIGS = {
     "rte": HeadConfig("single_label", 2),
@@ -210,7 +210,7 @@ def test_a_pooler_that_the_checkpoint_lacks_is_kept(
 def test_a_folder_that_was_written_over_in_part_is_refused(
     tiny_encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pal_adapters.multitask import storage
+    from pal_adapters.multitask.model import storage
 
     model = heads(tiny_encoder, "none")
     model.save_pretrained(tmp_path)

@@ -4,7 +4,7 @@ import pytest
 
 from pal_adapters.errors import PalAdaptersError
 from pal_adapters.multitask import TaskDataError
-from pal_adapters.multitask.tasks import TASKS, find_tasks, get_task, task_names
+from pal_adapters.multitask.tasks.glue import TASKS, find_tasks, get_task, task_names
 
 COLUMNS = {
     "glue/cola": ("sentence",),

@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from pal_adapters.multitask import TOY_TASKS, TaskDataError, load_toy_task
-from pal_adapters.multitask.toy import WORDS
+from pal_adapters.multitask.tasks.toy import WORDS
 
 NAMES = sorted(TOY_TASKS)
 FUNCTION_WORDS = {"in", "on", "at", "the", "near", "last"}

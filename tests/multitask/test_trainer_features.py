@@ -30,10 +30,10 @@ from pal_adapters.multitask import (
     MultiTaskCollator,
     TaskHeads,
     UncertaintySelector,
-    checkpoints,
     last_checkpoint,
 )
-from pal_adapters.multitask import scores as scoring
+from pal_adapters.multitask.metrics import scores as scoring
+from pal_adapters.multitask.training import checkpoints
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -221,7 +221,7 @@ def test_an_upload_that_fails_or_still_runs(tiny_encoder: str, tmp_path: Path, m
 
 
 def test_upstream_of_checkpoints() -> None:
-    """One for each row of the table in `multitask/checkpoints.py`."""
+    """One for each row of the table in `multitask/training/checkpoints.py`."""
     expected = {
         "_save": ["output_dir", "state_dict"],
         "_save_checkpoint": ["model", "trial"],

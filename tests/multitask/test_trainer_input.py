@@ -196,7 +196,7 @@ def test_fsdp_on_cpu_would_be_ddp(tiny_encoder: str, tmp_path: Path, monkeypatch
 
 
 def test_checkpoint_that_cannot_be_written(tiny_encoder: str, tmp_path: Path, monkeypatch: Any) -> None:
-    from pal_adapters.multitask import task_heads
+    from pal_adapters.multitask.model import task_heads
 
     made = make_trainer(tiny_encoder, tmp_path, save_strategy="steps", save_steps=2)
     write, calls = task_heads.storage.write, []
@@ -294,7 +294,7 @@ def test_folders_that_make_no_task(tmp_path: Path, yaml: str, files: Any, error:
 
 
 def test_everything_by_name_is_a_task(tmp_path: Path) -> None:
-    from pal_adapters.multitask.tasks import TASKS
+    from pal_adapters.multitask.tasks.glue import TASKS
 
     rows = datasets.Dataset.from_dict({"x": [1]})
     kinds = {name: Task.from_spec(spec, {"train": rows}).head_config().kind for name, spec in TASKS.items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pal_adapters.errors import ConfigError
 from pal_adapters.multitask import Candidates, UncertaintySelector
-from pal_adapters.multitask.uncertainty import select_uncertain, uncertain_epoch_length, uncertainty
+from pal_adapters.multitask.sampling.uncertainty import select_uncertain, uncertain_epoch_length, uncertainty
 
 
 def pool() -> dict[str, Tensor]:

@@ -13,13 +13,7 @@ import torch
 from adapters.composition import Average, BatchSplit, Fuse, MultiTask, Parallel, Split, Stack
 from torch import Tensor, nn
 
-from pal_adapters import (
-    LHUCConfig,
-    LowRankConfig,
-    PALConfig,
-    ParallelHoulsbyConfig,
-    UnsupportedError,
-)
+from pal_adapters import LHUCConfig, LowRankConfig, PALConfig, ParallelHoulsbyConfig, UnsupportedError
 
 from . import reference as ref
 from .tiny import randomise

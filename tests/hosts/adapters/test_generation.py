@@ -14,8 +14,7 @@ from adapters.composition import BatchSplit, MultiTask, Parallel, Stack
 from torch import Tensor, nn
 
 from pal_adapters import HoulsbyPALConfig, LowRankConfig, PALConfig, TopAttentionConfig, UnsupportedError
-
-from ... import zoo
+from tests import zoo
 
 pytestmark = [
     *zoo.HOST_WARNINGS,

@@ -24,9 +24,9 @@ from pal_adapters import (
     TopAttentionConfig,
     UnsupportedError,
 )
-from pal_adapters.hosts.adapters_layer import TaskLayer
+from pal_adapters.hosts.adapters.layer import TaskLayer
+from tests import zoo
 
-from ... import zoo
 from .tiny import tiny_config
 
 pytestmark = [

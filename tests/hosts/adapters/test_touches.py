@@ -21,10 +21,10 @@ from adapters.methods import adapter_layer_base, bottleneck, lora, modeling
 from packaging.version import Version
 from torch import nn
 
-from pal_adapters.hosts import adapters as host
-from pal_adapters.hosts.adapters_composition import ValueComposition
-from pal_adapters.hosts.adapters_config import CONFIGS
-from pal_adapters.hosts.adapters_fusion import FUSIONS
+from pal_adapters.hosts.adapters import patches as host
+from pal_adapters.hosts.adapters.composition import ValueComposition
+from pal_adapters.hosts.adapters.config import CONFIGS
+from pal_adapters.hosts.adapters.fusion import FUSIONS
 
 from .tiny import SMALL
 

@@ -16,8 +16,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 import pal_adapters as pa
 from pal_adapters import ConfigError, UnsupportedError
-from pal_adapters.hosts import peft as host
-from pal_adapters.houlsby.peft import HOULSBY, HoulsbyModel
+from pal_adapters.hosts.peft import tuner as host
+from pal_adapters.methods.houlsby.peft import HOULSBY, HoulsbyModel
 
 from . import cases
 

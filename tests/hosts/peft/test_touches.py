@@ -1,4 +1,4 @@
-"""One test for each row of the table in `hosts/peft.py`: fails when upstream moves or starts to do our work."""
+"""One test for each row of the table in `hosts/peft/tuner.py`: fails when upstream moves or starts to do our work."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 import pal_adapters
-from pal_adapters.hosts import peft as host
-from pal_adapters.hosts import peft_saved
-from pal_adapters.houlsby.peft import HoulsbyModel
-from pal_adapters.lhuc.peft import LHUCModel
+from pal_adapters.hosts.peft import saved as peft_saved
+from pal_adapters.hosts.peft import tuner as host
+from pal_adapters.methods.houlsby.peft import HoulsbyModel
+from pal_adapters.methods.lhuc.peft import LHUCModel
 
 from . import cases
 

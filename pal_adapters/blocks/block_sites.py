@@ -1,0 +1,95 @@
+"""What is known about one kind of transformer block: where task modules read and write, and how to recognise it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from pal_adapters.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BlockSites:
+    """Names the modules inside one kind of block that task modules read and write.
+
+    With `h1` the residual stream after attention, `o1`, `o2` the outputs of attention and feed-forward:
+    post-LN blocks compute `h1 = LN1(x + o1)`, `y = LN2(h1 + o2)`; pre-LN blocks `h1 = x + o1`, `y = h1 + o2`.
+
+    Args:
+        norm: `"post"` or `"pre"`, where the block's norms stand.
+        attention: self-attention, called with the block's input (post-LN) or its normalised input (pre-LN); its call
+            also shows the attention mask and the generation cache.
+        attention_output: the module whose output is `o1`.
+        ffn: the module whose input is the feed-forward input, `h1` or the norm of it.
+        ffn_output: the module whose output is `o2`.
+        output: the module whose output is `y`.
+        residual: where a term is added to the sum `h1 + o2`. By default the output of `ffn_output`; a model that drops
+            out or scales behind that module needs another place, else the term would be dropped out or scaled too.
+        residual_at: whether `residual` names a module whose `"output"` or whose `"input"` is changed.
+        input_norm: pre-LN: the norm in front of attention; `""` if attention reads the residual stream as it is.
+    """
+
+    norm: Literal["pre", "post"]
+    attention: str
+    attention_output: str
+    ffn: str
+    ffn_output: str
+    output: str = ""
+    residual: str | None = None
+    residual_at: Literal["output", "input"] = "output"
+    input_norm: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("pre", "post"):
+            raise ConfigError(f"norm={self.norm!r} is not allowed: use 'pre' or 'post'.")
+        if self.residual_at not in ("output", "input"):
+            raise ConfigError(f"residual_at={self.residual_at!r} is not allowed: use 'output' or 'input'.")
+        if self.norm == "pre" and self.input_norm is None:
+            raise ConfigError(
+                "input_norm=None is not allowed with norm='pre': name the norm in front of attention, or '' if "
+                "there is none."
+            )
+
+    @property
+    def residual_path(self) -> str:
+        return self.ffn_output if self.residual is None else self.residual
+
+    def paths(self) -> list[str]:
+        """Every path that has to exist in a block."""
+        paths = [self.attention, self.attention_output, self.ffn, self.ffn_output, self.output, self.residual_path]
+        return paths + ([self.input_norm] if self.input_norm else [])
+
+    def to_dict(self) -> dict[str, str]:
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One row of the table.
+
+    Attributes:
+        models: who looks like this.
+        children: names of all direct children; those in brackets may be missing.
+        sites: where the sites are in such a block.
+        inner: paths below the children that must exist too.
+        classes: names of the block classes, where other classes have equal children and compute something else.
+        flags: attributes of the block and their values, where one class computes two things.
+        scales: parameters and numbers of the block that `sites` accounts for.
+    """
+
+    models: str
+    children: str
+    sites: BlockSites
+    inner: str = ""
+    classes: tuple[str, ...] = ()
+    flags: dict[str, object] = field(default_factory=dict)
+    scales: tuple[str, ...] = ()
+
+    @cached_property
+    def required(self) -> frozenset[str]:
+        return frozenset(name for name in self.children.split() if not name.startswith("["))
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        return frozenset(name.strip("[]") for name in self.children.split())

@@ -1,0 +1,239 @@
+"""Where task modules attach in a Hugging Face model: found from the structure of its blocks, or named by the user.
+
+Knows no method and neither host. A *block* is one transformer layer; a *stack* is the `nn.ModuleList` or
+`nn.Sequential` that holds blocks. Paths are attribute paths inside a block, with indices for lists
+(`"layer.-1.dropout"`); `""` is the block. The structures that are found are listed in `structures.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pal_adapters.errors import ConfigError, SiteError
+
+from .block_sites import BlockSites as BlockSites
+from .block_sites import Structure
+from .structures import REFUSED, STRUCTURES
+
+_REGISTERED: dict[str, BlockSites] = {}
+_KNOWN = frozenset[str]().union(*(structure.known for structure in STRUCTURES))
+
+
+def register_block(class_name: str, sites: BlockSites) -> None:
+    """Teach every method about a block class that is not found by itself.
+
+    Args:
+        class_name: name of the block's class (or of a base class of it), such as `"MyTransformerLayer"`.
+        sites: the modules inside it.
+
+    Raises:
+        ConfigError: if the class is known already with other sites.
+
+    Example:
+        ```python
+        register_block("MyLayer", BlockSites("pre", "attn", "attn", "mlp", "mlp", input_norm="norm1"))
+        ```
+    """
+    if _REGISTERED.get(class_name, sites) != sites:
+        raise ConfigError(
+            f"class_name={class_name!r} is registered already with other sites: {_REGISTERED[class_name]}."
+        )
+    _REGISTERED[class_name] = sites
+
+
+def resolve(block: nn.Module, path: str) -> nn.Module | None:
+    """The module at `path` inside `block`, or None."""
+    module: object = block
+    for part in path.split(".") if path else ():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and part.lstrip("-").isdigit():
+            module = module[int(part)] if -len(module) <= int(part) < len(module) else None
+        else:
+            module = getattr(module, part, None)
+        if not isinstance(module, nn.Module):
+            return None
+    return module if isinstance(module, nn.Module) else None
+
+
+def _bases(block: nn.Module) -> list[str]:
+    """The names of a block's classes, alone and with the file that defines them."""
+    names = []
+    for cls in type(block).__mro__:
+        names += [cls.__name__, f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"]
+    return names
+
+
+def _children(block: nn.Module) -> set[str]:
+    # Layers that adapters, PEFT or this package have put into the block are no part of its structure.
+    added = ("adapters", "peft", "pal_adapters")
+    inside = {name: child for name, child in block._modules.items() if child is not None}
+    return {n for n, child in inside.items() if n in _KNOWN or type(child).__module__.partition(".")[0] not in added}
+
+
+def _unexplained(block: nn.Module, structure: Structure) -> list[str]:
+    """What a block has of its own, beside its children, that could take part in its sums."""
+    own = [name for name, tensor in (*block._parameters.items(), *block._buffers.items()) if tensor is not None]
+    own += [name for name, value in vars(block).items() if isinstance(value, float)]
+    return [name for name in own if name not in structure.scales]
+
+
+def _fits(block: nn.Module, structure: Structure, bases: list[str], children: set[str]) -> bool:
+    if not structure.required <= children <= structure.known:
+        return False
+    if structure.classes and not set(structure.classes) & set(bases):
+        return False
+    if any(getattr(block, name, None) != value for name, value in structure.flags.items()):
+        return False
+    if _unexplained(block, structure):
+        return False
+    if any(resolve(block, path) is None for path in (*structure.inner.split(), *structure.sites.paths())):
+        return False
+    # Its tokens come before its rows unless it is told otherwise.
+    return not isinstance(resolve(block, structure.sites.attention), nn.MultiheadAttention)
+
+
+def _find_sites(block: nn.Module, named: Mapping[str, str] | None = None) -> BlockSites | str | None:
+    """The sites of a module, or the reason why it is a block but refused, or None where it is no block."""
+    bases = _bases(block)
+    if named is not None:
+        if named.get("block") not in bases:
+            return None
+        sites = parse_sites(named)
+        missing = [p for p in sites.paths() if resolve(block, p) is None]
+        if missing:
+            raise SiteError(f"sites={dict(named)}: {type(block).__name__} has no module {missing[0]!r}.")
+        return sites
+    for name in bases:
+        if name in _REGISTERED:
+            missing = [p for p in _REGISTERED[name].paths() if resolve(block, p) is None]
+            if missing:
+                raise SiteError(
+                    f"the sites registered for {name}: {type(block).__name__} has no module {missing[0]!r}."
+                )
+            return _REGISTERED[name]
+    children = _children(block)
+    for structure in STRUCTURES:
+        if _fits(block, structure, bases, children):
+            return next((REFUSED[name] for name in bases if name in REFUSED), structure.sites)
+    # Swin's rows fit none of ours, but saying so is better than "no known structure".
+    return next((REFUSED[name] for name in bases if name in REFUSED), None)
+
+
+def sites_of(block: nn.Module, named: Mapping[str, str] | None = None) -> BlockSites | None:
+    """The sites of a module if it is a block, else None.
+
+    Args:
+        named: sites that the user passed in a config (see `parse_sites`), for the block class that they name.
+    """
+    found = _find_sites(block, named)
+    return found if isinstance(found, BlockSites) else None
+
+
+def parse_sites(named: Mapping[str, str]) -> BlockSites:
+    """`BlockSites` from the `sites` argument of a config: the fields of `BlockSites` plus `"block"`, a class name."""
+    fields = dict(named)
+    if "block" not in fields:
+        raise ConfigError(
+            f"sites={dict(named)} is not allowed: it needs 'block', the class name of the model's blocks."
+        )
+    del fields["block"]
+    try:
+        return BlockSites(**fields)  # type: ignore[arg-type]
+    except TypeError as error:
+        allowed = ", ".join(["block", *BlockSites.__dataclass_fields__])
+        raise ConfigError(f"sites={dict(named)} is not allowed ({error}): the keys are {allowed}.") from None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a model.
+
+    Attributes:
+        name: its path in the model, such as `"bert.encoder.layer.3"`.
+        module: the block itself.
+        sites: its sites.
+        index: its position in its stack, from 0.
+        depth: how many blocks the stack has.
+        stack: number of the stack in the model, from 0 (encoder before decoder, vision and text apart).
+        width: `d`, the width of the residual stream.
+        last: whether it is the last block of its stack.
+    """
+
+    name: str
+    module: nn.Module
+    sites: BlockSites
+    index: int
+    depth: int
+    stack: int
+    width: int
+
+    @property
+    def last(self) -> bool:
+        return self.index == self.depth - 1
+
+
+def _width(block: nn.Module, sites: BlockSites) -> int:
+    norms = [resolve(block, path) for path in (sites.input_norm, sites.output, "output.LayerNorm") if path]
+    for norm in [*norms, *block.children()]:
+        weight = getattr(norm, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.dim() == 1:
+            return int(weight.shape[0])
+        shape = getattr(norm, "normalized_shape", None)  # a norm without a weight
+        if shape is not None and len(shape) == 1:
+            return int(shape[0])
+    raise SiteError(f"the width of {type(block).__name__} could not be read from the norms among its children.")
+
+
+def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequential]]:
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 0:
+            yield name, module
+
+
+def iter_blocks(model: nn.Module, named: Mapping[str, str] | None = None) -> Iterator[Block]:
+    """All blocks of a model in module order."""
+    stack = -1
+    for name, module in _stacks(model):
+        # By name, so that a block that stands at several depths is one block.
+        found = {child_name: (child, sites_of(child, named)) for child_name, child in module.named_children()}
+        if not any(sites for _, sites in found.values()):
+            continue
+        stack += 1
+        for index, (child_name, (child, sites)) in enumerate(found.items()):
+            if sites is not None:
+                full_name = f"{name}.{child_name}" if name else child_name
+                yield Block(full_name, child, sites, index, len(found), stack, _width(child, sites))
+
+
+def _reason(model: nn.Module, named: Mapping[str, str] | None) -> str:
+    if named:
+        return f"has no block of class {named['block']!r}"
+    for _, module in _stacks(model):
+        for child in module:
+            why = _find_sites(child)
+            if isinstance(why, str):
+                return f"cannot be adapted by itself: {type(child).__name__} is refused because {why}"
+    return "has no transformer blocks of a known structure"
+
+
+def find_blocks(model: nn.Module, named: Mapping[str, str] | None = None) -> list[Block]:
+    """The blocks of a model.
+
+    Raises:
+        SiteError: if there are none; the message says what to pass.
+    """
+    if named is not None:
+        parse_sites(named)
+    blocks = list(iter_blocks(model, named))
+    if not blocks:
+        raise SiteError(
+            f"{type(model).__name__} {_reason(model, named)}. Name the sites: pass sites={{'block': '<class name>', "
+            "'norm': 'pre'|'post', 'attention': ..., 'attention_output': ..., 'ffn': ..., 'ffn_output': ..., "
+            "'output': "
+            "..., 'input_norm': ...}} in the config, or call pal_adapters.register_block('<class name>', "
+            "BlockSites(...))."
+        )
+    return blocks

@@ -1,0 +1,213 @@
+"""ScaLearn in `adapters`, as a fusion config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pal_adapters.errors import ConfigError
+from pal_adapters.fusion.config import ALIASES, VARIANTS, validate_scalearn
+from pal_adapters.fusion.layer import Scales, regularization
+from pal_adapters.hosts.adapters.fusion import Combination, CombinationConfig
+from pal_adapters.hosts.adapters.patches import register_fusion
+
+_DEFAULTS = {"init_scale": 2.0, "init_std": 1e-3, "regularization": 0.0, "regularization_form": "mean"}
+
+
+@dataclass(eq=False)
+class ScaLearnConfig(CombinationConfig):
+    r"""Learned coefficients that scale and add what frozen source adapters give.
+
+    $$y = \mathrm{LN}\Big(h_1 + o_2 + \sum_s D(\omega_s) \odot a_s\Big)$$
+
+    $a_s$ `[b, n, d]` is what source $s$ adds to its residual. Only $\omega$ trains, and the head. Four sizes,
+    parameters for S sources, L blocks of width d and one place a block:
+
+    | variant | coefficients | parameters | dropout |
+    |---|---|---|---|
+    | `"scalearn"` | one a channel, in each block | L S d | 0.3 |
+    | `"scalearn_uniform"` | one a source, in each block | L S | 0.3 |
+    | `"scalearn_pp"` | one a channel, shared by all blocks | S d | 0.3 |
+    | `"scalearn_uniform_pp"` | one a source, shared by all blocks | S | 0 |
+
+    Sources may be any bottlenecks of the host, with one place or two a block, and PAL or low-rank modules. A place
+    draws its own dropout mask at each call, also where the coefficients are shared.
+
+    Source: Frohmann et al., ScaLearn, Findings of ACL 2024. The authors' code loses the shared coefficients when it
+    saves; here they are saved and restored.
+
+    Args:
+        variant: one of the four, `"scalearn++"` and `"scalearn_uniform++"` also name the shared ones.
+        omega_dropout: dropout of the coefficients; None is the variant's own, 0 for an ablation.
+        init_scale: `c` of the initial `N(c / S, init_std^2)`.
+        init_std: standard deviation of the initial coefficients.
+        ablation: "mean" or "softmax" normalise the coefficients over the sources; None is the method.
+        regularization: weight of the penalty on sources whose mean coefficient is not one, see
+            `pal_adapters.fusion.layer.regularization`. The model adds it to the loss that it returns in training, so
+            loss scaling and gradient accumulation treat it as they treat the loss.
+        regularization_form: "mean", or "code" for what the authors' code computes for shared coefficients.
+        fixed: coefficients that do not train, to probe: `{source: number}`, or one number a source in the order of the
+            sources. They are the same for all channels and blocks.
+        architecture: marks the config in a file.
+        key: this and the fields below belong to the host's own fusion and cannot be changed.
+        query: see `key`.
+        value: see `key`.
+        query_before_ln: see `key`.
+        residual_before: see `key`.
+        temperature: see `key`.
+        value_before_softmax: see `key`.
+        value_initialized: see `key`.
+        dropout_prob: see `key`.
+
+    Raises:
+        ConfigError: names the argument, its value and what is allowed.
+    """
+
+    variant: str = "scalearn"
+    omega_dropout: float | None = None
+    init_scale: float = 2.0
+    init_std: float = 1e-3
+    ablation: str | None = None
+    regularization: float = 0.0
+    regularization_form: str = "mean"
+    fixed: dict[str, float] | list[float] | None = None
+    architecture: str | None = "scalearn"
+    key: bool = False
+    query: bool = False
+    value: bool = False
+    query_before_ln: bool = False
+    residual_before: bool = False
+    temperature: bool = False
+    value_before_softmax: bool = False
+    value_initialized: str = ""
+    dropout_prob: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.fixed is not None:
+            self._check_fixed()
+        validate_scalearn(self)
+        for name in _HOST_FIELDS:
+            value, only = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if value != only:
+                raise ConfigError(f"{name}={value!r} is not allowed: it has no meaning in ScaLearn, leave it out.")
+
+    def _check_fixed(self) -> None:
+        values = list(self.fixed.values()) if isinstance(self.fixed, Mapping) else self.fixed
+        numbers = isinstance(values, (list, tuple)) and all(
+            isinstance(v, (int, float)) and not isinstance(v, bool) for v in values
+        )
+        if not values or not numbers:
+            raise ConfigError(f"fixed={self.fixed!r} is not allowed: use {{source: number}} or a list of numbers.")
+        for name, default in _DEFAULTS.items():
+            if getattr(self, name) != default:
+                raise ConfigError(f"{name}={getattr(self, name)!r} has no effect on fixed coefficients: leave it out.")
+        if self.omega_dropout:
+            raise ConfigError(
+                f"omega_dropout={self.omega_dropout!r} is not allowed: fixed coefficients do not drop out."
+            )
+        if self.variant not in ("scalearn", "scalearn_uniform_pp", "scalearn_uniform++"):
+            raise ConfigError(
+                f"variant={self.variant!r} has no effect on fixed coefficients, which are one a source: leave it out."
+            )
+        object.__setattr__(self, "variant", "scalearn_uniform_pp")
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> ScaLearnConfig:
+        # The host keeps names that it does not know as attributes, so that a misspelt one would be ignored.
+        for key, value in config.items():
+            if key not in cls.__dataclass_fields__:
+                raise ConfigError(
+                    f"{key}={value!r} is not an argument of ScaLearnConfig: use {', '.join(_OWN_FIELDS)}."
+                )
+        return super().from_dict(config)
+
+    def build(self, names: Sequence[str], width: int) -> ScaLearnLayer:
+        return ScaLearnLayer(self, names, width)
+
+    def fixed_values(self, names: Sequence[str]) -> list[float]:
+        """The fixed coefficients in the order of the sources.
+
+        Raises:
+            ConfigError: if there is not one for each source.
+        """
+        fixed = self.fixed
+        if isinstance(fixed, Mapping):
+            if fixed.keys() != set(names):
+                raise ConfigError(
+                    f"fixed={dict(fixed)} is not allowed: give one number for each of {', '.join(names)}."
+                )
+            return [float(fixed[name]) for name in names]
+        if fixed is None or len(fixed) != len(names):
+            raise ConfigError(f"fixed={fixed} is not allowed: give {len(names)} numbers, for {', '.join(names)}.")
+        return [float(value) for value in fixed]
+
+
+_HOST_FIELDS = (
+    "key", "query", "value", "query_before_ln", "residual_before", "temperature", "value_before_softmax",
+    "value_initialized", "dropout_prob",
+)  # fmt: skip
+_OWN_FIELDS = [name for name in ScaLearnConfig.__dataclass_fields__ if name not in _HOST_FIELDS]
+
+
+class ScaLearnLayer(Scales, Combination):
+    """The coefficients of one place in a block: `omega` `[S, d]` or `[S, 1]`, a parameter, or a buffer if fixed.
+
+    Args:
+        config: the fusion's config.
+        names: the sources, in the order of the rows.
+        width: `d`.
+    """
+
+    def __init__(self, config: ScaLearnConfig, names: Sequence[str], width: int) -> None:
+        per_channel, own, _ = VARIANTS[config.variant]
+        super().__init__(
+            len(names),
+            width if per_channel else 1,
+            init_scale=config.init_scale,
+            init_std=config.init_std,
+            dropout=config.omega_dropout or 0.0,
+            ablation=config.ablation,  # type: ignore[arg-type]
+        )
+        self.config = config
+        self.names = tuple(names)
+        self.shared = not own
+        self.penalised = config.regularization > 0
+        # A tuple, so that coefficients of another place are neither registered nor saved here.
+        self._owner: tuple[ScaLearnLayer, ...] = ()
+        if config.fixed is not None:
+            values = config.fixed_values(names)
+            del self.omega
+            self.register_buffer("omega", torch.tensor(values)[:, None])
+
+    def share(self, owner: Combination) -> None:
+        assert isinstance(owner, ScaLearnLayer)
+        if owner.get_omega().shape != (len(self.names), self.get_omega().shape[1]):
+            raise ConfigError(
+                f"variant={self.config.variant!r} is not allowed: the blocks have the widths "
+                f"{owner.get_omega().shape[1]} and {self.get_omega().shape[1]} and cannot share coefficients. Use "
+                "'scalearn' or 'scalearn_uniform_pp'."
+            )
+        if not self._owner:
+            del self.omega
+        self._owner = (owner,)
+
+    def get_omega(self) -> Tensor:
+        """`[S, d]` or `[S, 1]`, wherever it is registered."""
+        return self._owner[0].omega if self._owner else self.omega
+
+    def forward(self) -> Tensor:
+        return self.coefficients(self.get_omega())
+
+    def penalty(self) -> Tensor | None:
+        if self._owner or self.config.regularization == 0 or not self.omega.requires_grad:
+            return None
+        return regularization([self.omega], self.config.regularization, self.config.regularization_form)  # type: ignore[arg-type]
+
+
+PRESETS = {name: ScaLearnConfig(variant=name) for name in VARIANTS}
+PRESETS |= {alias: PRESETS[name] for alias, name in ALIASES.items()}
+register_fusion(ScaLearnConfig, PRESETS)

@@ -1,0 +1,237 @@
+"""Folding in `adapters`: a ScaLearn fusion of bottlenecks as one bottleneck of the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from adapters.composition import Fuse
+from adapters.configuration import BnConfig
+from adapters.context import ForwardContext
+from adapters.methods.bottleneck import BottleneckLayer
+from adapters.methods.modeling import Adapter, PHMLayer
+from torch import Tensor, nn
+
+from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
+from pal_adapters.fusion.folding import Folded
+from pal_adapters.fusion.truncation import cut_to_width, moments, noise
+from pal_adapters.hosts.adapters.config import task_configs
+from pal_adapters.hosts.adapters.fusion import Combination, combination_config, place_names, places
+from pal_adapters.hosts.adapters.sources import down_of, scaling_of, unlike
+from pal_adapters.nn.bottleneck import Bottleneck, widen
+
+
+def fold_adapters(
+    model: Any,
+    fusion: Fuse | str | None,
+    name: str | None,
+    *,
+    truncate: int | None = None,
+    data: Iterable[Mapping[str, Any]] | None = None,
+) -> Folded:
+    """See `pal_adapters.fold`."""
+    key = fusion.name if isinstance(fusion, Fuse) else fusion
+    _check_arguments(model, key, name, truncate, data)
+    assert key is not None
+    assert name is not None
+    _, sources = model.adapters_config.get_fusion(key)
+    _check_sources(model, key, sources)
+    with torch.no_grad(), _context(model):
+        layers = list(places(model, key))
+        folded = {layer: _fold_place(layer, key, index) for index, layer in layers}
+    wide = {layer: weights for layer, weights in folded.items() if weights is not None}
+    labels = {layer: label for (_, layer), label in zip(layers, place_names(layers), strict=True)}
+    config = model.adapters_config.match(sources[0], BnConfig)
+    _add(model, name, config, wide)
+    errors: dict[BottleneckLayer, float] = {}
+    if truncate is not None:
+        try:
+            wide = _truncate(model, name, wide, truncate, data, errors)
+        finally:
+            model.delete_adapter(name)
+        _add(model, name, config, wide)
+    return Folded(
+        name,
+        {labels[layer]: weights.up.shape[1] for layer, weights in wide.items()},
+        {labels[layer]: error for layer, error in errors.items()},
+    )
+
+
+def _check_arguments(
+    model: Any, key: str | None, name: str | None, width: int | None, data: Iterable[Any] | None
+) -> None:
+    known = model.adapters_config.fusions
+    if key not in known:
+        raise UnknownAdapterError(
+            f"no fusion {key!r} on the model: pass the Fuse(...) of one of {', '.join(map(repr, known)) or '(none)'}."
+        )
+    if not isinstance(name, str) or not name or "." in name or name in model.adapters_config:
+        raise ConfigError(f"name={name!r} is not allowed: use a name that no adapter of the model has, without a dot.")
+    if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
+        raise ConfigError(f"truncate={width!r} is not allowed: use a width of at least 1, or None.")
+    if data is not None and width is None:
+        raise ConfigError("data has no effect without truncate: leave it out.")
+
+
+def _check_sources(model: Any, key: str, sources: list[str]) -> None:
+    refused = f"the fusion {key!r} has no exact fold: "
+    config, _ = model.adapters_config.get_fusion(key)
+    if combination_config(config) is None:
+        raise UnsupportedError(
+            f"{refused}AdapterFusion attends over its sources, so that their weights depend on the input. Fold a "
+            "ScaLearn fusion."
+        )
+    for name in sources:
+        whole = model.adapters_config.get(name)
+        if whole is None:
+            raise UnknownAdapterError(f"{refused}its source {name!r} is not on the model any more.")
+        ours = [c.architecture for c in task_configs(whole)]
+        if ours:
+            raise UnsupportedError(f"{refused}{name!r} ({ours[0]}) is no bottleneck, it attends or acts elsewhere.")
+
+
+def _fold_place(layer: BottleneckLayer, key: str, index: int) -> Bottleneck | None:
+    combination: Combination = layer.adapter_fusion_layer[key]
+    rows = [row for row, name in enumerate(combination.names) if name in layer.adapters]
+    if not rows:
+        return None
+    adapters = [layer.adapters[combination.names[row]] for row in rows]
+    refused = f"the fusion {key!r} has no exact fold: in block {index}, "
+    reason = unlike(adapters)
+    if reason is not None:
+        raise UnsupportedError(f"{refused}{reason}.")
+    if len({a.add_layer_norm_before for a in adapters}) > 1:
+        raise UnsupportedError(f"{refused}the sources differ in ln_before.")
+    training = combination.training
+    coefficients = combination.eval()()[rows].double()
+    combination.train(training)
+    scales = torch.stack([scaling_of(a) for a in adapters]).double()
+    return widen([_weights(a, refused) for a in adapters], coefficients * scales.to(coefficients.device))
+
+
+def _weights(adapter: Adapter, refused: str) -> Bottleneck:
+    """The weights in float64, with the norm's own weights in the down-projection."""
+    down, down_bias = _linear(down_of(adapter), adapter.input_size, refused)
+    up, up_bias = _linear(adapter.adapter_up, adapter.down_sample, refused)
+    if adapter.add_layer_norm_before:
+        norm = adapter.adapter_norm_before
+        down_bias = down_bias + down @ norm.bias.double()
+        down = down * norm.weight.double()
+    return Bottleneck(down, down_bias, up, up_bias)
+
+
+def _linear(module: nn.Module, width: int, refused: str) -> tuple[Tensor, Tensor]:
+    if type(module) is nn.Linear:
+        return module.weight.double(), module.bias.double()
+    if not isinstance(module, PHMLayer):
+        raise UnsupportedError(f"{refused}a projection is a {type(module).__name__}, which is no plain linear map.")
+    inputs = torch.cat([torch.eye(width), torch.zeros(1, width)]).to(next(module.parameters()))
+    outputs = module(inputs).double()  # a Compacter's matrix is a sum of Kronecker products
+    return (outputs[:-1] - outputs[-1]).t(), outputs[-1]
+
+
+def _context(model: Any) -> ForwardContext:
+    context = ForwardContext(None)
+    context.shared_parameters = model.base_model.shared_parameters
+    return context
+
+
+def _add(model: Any, name: str, source: BnConfig, wide: Mapping[BottleneckLayer, Bottleneck]) -> None:
+    hidden = next(iter(wide.values())).up.shape[0]
+    indices = {index for index, _ in model.iter_layers()}
+    widths = {layer.layer_idx: weights.up.shape[1] for layer, weights in wide.items()}
+    factors = {str(index): _reduction_factor(hidden, width) for index, width in widths.items()}
+    values = {
+        **{k: v for k, v in source.to_dict().items() if k in BnConfig.__dataclass_fields__},
+        "reduction_factor": next(iter(factors.values())) if len(set(factors.values())) == 1 else factors,
+        "leave_out": sorted(indices - widths.keys()),
+        "scaling": 1.0,
+        "dropout": 0.0,
+        "stochastic_depth": 0.0,
+        "phm_layer": False,
+        "shared_phm_rule": False,
+        "shared_W_phm": False,
+        "init_weights": "bert",
+        "init_weights_seed": None,
+    }
+    model.add_adapter(name, config=BnConfig.from_dict(values))
+    for layer, weights in wide.items():
+        adapter = layer.adapters[name]
+        adapter.to(next(p for n, a in layer.adapters.items() if n != name for p in a.parameters()))
+        with torch.no_grad():
+            linear = down_of(adapter)
+            targets = (linear.weight, linear.bias, adapter.adapter_up.weight, adapter.adapter_up.bias)
+            for target, value in zip(targets, weights, strict=True):
+                assert target.shape == value.shape
+                target.copy_(value)
+
+
+def _reduction_factor(hidden: int, width: int) -> float:
+    """A factor from which the host computes exactly this width."""
+    factor = hidden / width
+    # The host rounds down: keep away from the edge.
+    return factor if int(hidden // factor) == width else hidden / (width + 0.5)
+
+
+def _truncate(
+    model: Any,
+    name: str,
+    wide: Mapping[BottleneckLayer, Bottleneck],
+    width: int,
+    data: Iterable[Mapping[str, Any]] | None,
+    errors: dict[BottleneckLayer, float],
+) -> dict[BottleneckLayer, Bottleneck]:
+    if data is None:
+        found = {layer: _moments_of_noise(layer.adapters[name]) for layer in wide}
+    else:
+        found = _moments_of_data(model, name, list(wide), data)
+    cut = {}
+    for layer, weights in wide.items():
+        if weights.up.shape[1] <= width:
+            cut[layer] = weights
+        else:
+            cut[layer], errors[layer] = cut_to_width(weights, found[layer], width)
+    return cut
+
+
+def _moments_of_noise(adapter: Adapter) -> Tensor:
+    with torch.no_grad():
+        return moments(adapter.adapter_down(noise(adapter.input_size, adapter.adapter_up.weight)))
+
+
+def _moments_of_data(
+    model: Any, name: str, layers: list[BottleneckLayer], data: Iterable[Mapping[str, Any]]
+) -> dict[BottleneckLayer, Tensor]:
+    sums: dict[BottleneckLayer, Tensor] = {}
+    keep: list[Tensor | None] = [None]
+
+    def hook_of(place: BottleneckLayer) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            hidden = args[0].detach()
+            mask = keep[0]
+            if mask is not None and mask.shape == hidden.shape[:2]:
+                hidden = hidden[mask]
+            sums[place] = sums.get(place, 0) + moments(hidden.flatten(0, -2))
+
+        return hook
+
+    setup, modes = model.active_adapters, {module: module.training for module in model.modules()}
+    handles = [m.adapters[name].adapter_up.register_forward_pre_hook(hook_of(m)) for m in layers]
+    try:
+        model.set_active_adapters(name)
+        model.eval()
+        for batch in data:
+            mask = batch.get("attention_mask")
+            keep[0] = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            with torch.no_grad():
+                model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.adapters_config.active_setup = setup
+        for module, mode in modes.items():
+            module.training = mode
+    if not sums:
+        raise ConfigError("data=[] is not allowed: pass at least one batch of model inputs, or None.")
+    return sums

@@ -1,0 +1,116 @@
+"""The table of a fusion in `adapters`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from adapters.composition import Fuse
+from adapters.methods.bottleneck import BottleneckLayer
+from torch import Tensor
+
+from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
+from pal_adapters.fusion.report import TransferTable
+from pal_adapters.hosts.adapters.fusion import combination_config, place_names, places
+from pal_adapters.hosts.adapters.penalty import fusions_in
+
+_SHORT = {"mh_adapter": "attention", "output_adapter": "output", "cross_adapter": "cross"}
+
+
+def report_adapters(
+    model: Any, fusion: Fuse | str | None, data: Iterable[Mapping[str, Any]] | None = None
+) -> TransferTable:
+    """See `pal_adapters.transfer_report`."""
+    key = _key(model, fusion)
+    config, names = model.adapters_config.get_fusion(key)
+    if combination_config(config) is None:
+        return _attention(model, key, names, data)
+    if data is not None:
+        raise ConfigError("data has no effect on coefficients, which do not depend on the input: leave it out.")
+    layers = list(places(model, key))
+    rows = []
+    for _, layer in layers:
+        place = layer.adapter_fusion_layer[key]
+        mode = place.training
+        with torch.no_grad():
+            rows.append(place.eval()().abs().float().mean(1).tolist())
+        place.train(mode)
+    labels = _labels(layers)
+    if layers[0][1].adapter_fusion_layer[key].shared:
+        labels, rows = ["all"], rows[:1]
+    return TransferTable(list(names), labels, rows)
+
+
+def _key(model: Any, fusion: Fuse | str | None) -> str:
+    known = model.adapters_config.fusions
+    if fusion is None:
+        active = [fuse.name for fuse in fusions_in(model.active_adapters)]
+        if len(active) != 1:
+            raise UnsupportedError(
+                f"{len(active)} fusions are active: pass the Fuse(...) of one of "
+                f"{', '.join(map(repr, known)) or '(none)'}."
+            )
+        fusion = active[0]
+    key = fusion.name if isinstance(fusion, Fuse) else fusion
+    if key not in known:
+        raise UnknownAdapterError(
+            f"no fusion {key!r} on the model: pass the Fuse(...) of one of {', '.join(map(repr, known)) or '(none)'}."
+        )
+    return str(key)
+
+
+def _labels(layers: list[tuple[int, BottleneckLayer]]) -> list[str]:
+    """`0`, `1`, ..., or `0 attention`, `0 output`, ... where a block has more than one place."""
+    several = len({layer.location_key for _, layer in layers}) > 1
+    labels = []
+    for name in place_names(layers):
+        *front, location = name.split(".")
+        labels.append(" ".join([*front, _SHORT[location]] if several else front))
+    return labels
+
+
+def _attention(model: Any, key: str, names: list[str], data: Iterable[Mapping[str, Any]] | None) -> TransferTable:
+    if data is None:
+        raise ConfigError(
+            "data=None is not allowed for AdapterFusion, whose weights depend on the input: pass batches."
+        )
+    base = model.base_model
+    layers = list(places(model, key))
+    if len({(i, layer.location_key) for i, layer in layers}) < len(layers):
+        raise UnsupportedError(
+            "the attention of AdapterFusion cannot be reported for an encoder with a decoder: adapters keeps the one "
+            "of the decoder alone."
+        )
+    sums = {(i, layer.location_key): torch.zeros(len(names), dtype=torch.float64) for i, layer in layers}
+    tokens = 0
+    setup, modes = model.active_adapters, {module: module.training for module in model.modules()}
+    try:
+        model.set_active_adapters(Fuse(*names, name=key))
+        model.eval()
+        for batch in data:
+            inputs = {k: v for k, v in batch.items() if k != "labels"}
+            with torch.no_grad():
+                found = base(**inputs, output_adapter_fusion_attentions=True).adapter_fusion_attentions[key]
+            mask = inputs.get("attention_mask")
+            for index, layer in layers:
+                probabilities = torch.from_numpy(found[index][layer.location_key]).double()
+                keep = torch.ones(probabilities.shape[:2], dtype=torch.bool)
+                if isinstance(mask, Tensor) and mask.shape == keep.shape:
+                    keep = mask.bool().cpu()
+                present = torch.tensor([_acts(layer, name) for name in names])
+                sums[index, layer.location_key][present] += probabilities[keep].sum(0)
+            tokens += int(keep.sum())
+    finally:
+        model.adapters_config.active_setup = setup
+        for module, mode in modes.items():
+            module.training = mode
+    if not tokens:
+        raise ConfigError("data is empty: pass at least one batch of model inputs.")
+    rows = [(total / total.sum()).tolist() for total in sums.values()]
+    return TransferTable(list(names), _labels(layers), rows, "mean attention")
+
+
+def _acts(layer: BottleneckLayer, name: str) -> bool:
+    task_layer = getattr(layer, "pal_adapters_task_layer", (None,))[0]
+    return name in layer.adapters or (task_layer is not None and name in task_layer.pal_adapters)

@@ -1,0 +1,116 @@
+"""Houlsby bottlenecks as one Houlsby adapter, in PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from pal_adapters.errors import ConfigError
+from pal_adapters.fusion.truncation import cut_to_width, moments, noise
+from pal_adapters.fusion.units import Combination, NormCopies, WideSources
+from pal_adapters.methods.houlsby.peft import HoulsbyPeftConfig
+from pal_adapters.nn.bottleneck import Bottleneck
+from pal_adapters.nn.unit import UnitInputs
+
+from .layers import VALUE, FusionLayer, FusionNormLayer
+from .sources import PREFIX, innermost
+
+
+def fold_houlsby(
+    model: PeftModel,
+    found: list[tuple[str, FusionLayer, Combination]],
+    truncate: int | None,
+    data: Iterable[Mapping[str, Any]] | None,
+    common: Mapping[str, Any],
+) -> tuple[HoulsbyPeftConfig, dict[str, Tensor], dict[str, float]]:
+    """Config, tensors and errors of the Houlsby adapter that a combination of Houlsby bottlenecks is."""
+    bottles: dict[str, dict[str, Tensor]] = {}
+    norms: dict[str, dict[str, Tensor]] = {}
+    errors: dict[str, float] = {}
+    activation = "gelu_new"
+    sums = {} if data is None else _moments_of_data(model, [unit for _, _, unit in found], data)
+    for place, layer, unit in found:
+        group, omega = unit.groups[0], unit.learned(VALUE)
+        if isinstance(layer, FusionNormLayer):
+            assert isinstance(group, NormCopies)
+            own = dict(innermost(layer.base_layer).named_parameters(recurse=False))
+            norms[place] = group.weights(omega, own)
+            continue
+        assert isinstance(group, WideSources)
+        assert group.down_bias is not None
+        assert group.activations is not None
+        activation = group.activations[0]
+        up, bias = group.scaled(omega.to(group.up.device))
+        assert bias is not None
+        down, down_bias, up = group.down, group.down_bias, up.T
+        if truncate is not None and truncate < down.shape[0]:
+            measured = sums[unit] if data is not None else moments(group.hidden(noise(down.shape[1], down)))
+            (down, down_bias, up, bias), errors[place] = cut_to_width(
+                Bottleneck(down, down_bias, up, bias), measured, truncate
+            )
+        bottles[place] = {"down.weight": down, "down.bias": down_bias, "up.weight": up, "up.bias": bias}
+    width = max((b["down.bias"].shape[0] for b in bottles.values()), default=1)
+    weights: dict[str, Tensor] = {}
+    for place, bottle in bottles.items():
+        for key, value in _padded(bottle, width).items():
+            weights[f"{PREFIX}{place}.houlsby.houlsby_units.{key}"] = value
+    for place, norm in norms.items():  # a norm that no source has a copy of becomes a copy of the base model's
+        for key, value in norm.items():
+            weights[f"{PREFIX}{place}.houlsby_norms.{key}"] = value
+    folded = HoulsbyPeftConfig(
+        hidden_size=width,
+        activation=activation,
+        target_modules=list(bottles),
+        train_layernorm=bool(norms),
+        **common,
+    )
+    return folded, {key: value.detach().clone().contiguous() for key, value in weights.items()}, errors
+
+
+def _moments_of_data(
+    model: PeftModel, units: Iterable[Combination], data: Iterable[Mapping[str, Any]]
+) -> dict[Combination, Tensor]:
+    """What the hidden values of the sources at each place are like."""
+    sums: dict[Combination, Tensor] = {}
+    keep: list[Tensor | None] = [None]
+
+    def hook(unit: Combination, args: tuple[str, Tensor, UnitInputs, Any]) -> None:
+        value, group = args[1], unit.groups[0]
+        assert isinstance(group, WideSources)
+        hidden, mask = group.hidden(value), keep[0]
+        if mask is not None and mask.shape == hidden.shape[:2]:
+            hidden = hidden[mask]
+        sums[unit] = sums.get(unit, 0) + moments(hidden.flatten(0, -2))
+
+    modes = {module: module.training for module in model.modules()}
+    handles = [u.register_forward_pre_hook(hook) for u in units if isinstance(u.groups[0], WideSources)]
+    try:
+        model.eval()
+        for batch in data:
+            mask = batch.get("attention_mask")
+            keep[0] = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if not sums:
+        raise ConfigError("data=[] is not allowed: pass at least one batch of model inputs, or None.")
+    return sums
+
+
+def _padded(bottle: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
+    """With units that give nothing, where fewer sources adapt a module: an adapter has one width."""
+    missing = width - bottle["down.bias"].shape[0]
+    pad = torch.nn.functional.pad
+    return {
+        "down.weight": pad(bottle["down.weight"], (0, 0, 0, missing)),
+        "down.bias": pad(bottle["down.bias"], (0, missing)),
+        "up.weight": pad(bottle["up.weight"], (0, missing)),
+        "up.bias": bottle["up.bias"],
+    }

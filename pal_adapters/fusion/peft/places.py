@@ -1,0 +1,73 @@
+"""Where the sources of a combination act in a model of PEFT."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pal_adapters.blocks.sites import Block
+from pal_adapters.errors import UnsupportedError
+
+from .layers import VALUE
+from .parts import LowRank, NormCopy, UnitPart
+from .sources import Source
+
+
+@dataclass
+class Place:
+    """Where sources act.
+
+    Attributes:
+        path: the module or block.
+        kind: "module", "norm" or "block".
+        width: `d`.
+        block: the block, where task modules act.
+        parts: what the sources have there, by source.
+    """
+
+    path: str
+    kind: str
+    width: int
+    block: Block | None = None
+    parts: dict[str, Any] = field(default_factory=dict)
+
+    def names(self, site: str) -> list[str]:
+        """The sources that act at a site."""
+        return [name for name, part in self.parts.items() if not isinstance(part, UnitPart) or site in part.unit.sites]
+
+    @property
+    def sites(self) -> list[str]:
+        if self.kind != "block":
+            return [VALUE]
+        return list(dict.fromkeys(site for part in self.parts.values() for site in part.unit.sites))
+
+    @property
+    def label(self) -> str:
+        """The kind of module, the same in every block."""
+        if any(isinstance(part, LowRank) for part in self.parts.values()):
+            return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", self.path)
+        return f"width {self.width}"
+
+
+def places_of(sources: Mapping[str, Source]) -> dict[str, Place]:
+    """Where sources act, by module or block.
+
+    Raises:
+        UnsupportedError: for a module that is one thing to one source and another to another.
+    """
+    places: dict[str, Place] = {}
+    for name, source in sources.items():
+        for path, part in source.parts.items():
+            if isinstance(part, UnitPart):
+                kind, width, block = "block", part.block.width, part.block
+            elif isinstance(part, NormCopy):
+                kind, width, block = "norm", next(iter(part.weights.values())).shape[0], None
+            else:
+                kind, width, block = "module", part.up.shape[0], None
+            place = places.setdefault(path, Place(path, kind, width, block))
+            if place.kind != kind:
+                raise UnsupportedError(f"{path!r} is a {place.kind} to one source and a {kind} to {name!r}.")
+            place.parts[name] = part
+    return places

@@ -1,0 +1,129 @@
+"""Which source matters where, of a combination in PEFT: the rows of a table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
+from pal_adapters.fusion.layer import SourceAttention
+from pal_adapters.fusion.units import Combination
+
+from .layers import active_combinations, combinations
+
+
+class TransferRow(NamedTuple):
+    """One number of a report.
+
+    Attributes:
+        place: the kind of module, the same in every block, such as `"attention.self.query"`.
+        block: the number of the block, None outside the blocks.
+        source: the source.
+        value: its mean absolute coefficient there, or the mean attention that it gets.
+    """
+
+    place: str
+    block: int | None
+    source: str
+    value: float
+
+
+def transfer_rows(
+    model: nn.Module, adapter: str | None = None, *, data: Iterable[Any] | None = None
+) -> list[TransferRow]:
+    """Mean absolute coefficient, or mean attention, of each source at each place.
+
+    Coefficients are those of inference, behind an ablation. What blocks share is listed for each.
+
+    Args:
+        model: a `PeftModel` with a combination.
+        adapter: the target; the active one by default. AdapterFusion: the active one only.
+        data: AdapterFusion: batches (mappings of arguments) over which attention is averaged, all tokens but those
+            that `attention_mask` hides.
+
+    Raises:
+        UnknownAdapterError: if there is no such target.
+        UnsupportedError: if not exactly one combination is active, and none is named.
+        ConfigError: for AdapterFusion without `data`, or `data` that are empty, no mappings or without effect.
+    """
+    if adapter is None:
+        active = active_combinations(model)
+        if len(active) != 1:
+            raise UnsupportedError(f"{len(active)} combinations are active, {active}: pass the name of one.")
+        adapter = active[0]
+    found = list(combinations(model, adapter))
+    if not found:
+        raise UnknownAdapterError(f"adapter={adapter!r} is no combination on this model.")
+    attentive = [
+        (place, unit, site) for place, _, unit in found for site in unit.sites
+        if isinstance(unit.mixer(site), SourceAttention)
+    ]  # fmt: skip
+    if not attentive:
+        if data is not None:
+            raise ConfigError("data has no effect: coefficients do not depend on the input.")
+        return [row for place, _, unit in found for site in unit.sites for row in _coefficients(place, unit, site)]
+    if data is None:
+        raise ConfigError("the attention of AdapterFusion depends on the input: pass data=, some batches.")
+    if adapter not in active_combinations(model):
+        raise UnsupportedError(f"{adapter!r} is not active, and attention is what it pays: call set_adapter first.")
+    return _attention(model, attentive, data)
+
+
+def _named(place: str, unit: Combination, site: str) -> tuple[str, int | None]:
+    """Kind of module and number of the block, of a module's name."""
+    place = place.removeprefix("base_model.model.")
+    number = re.search(r"\.(\d+)(?:\.|$)", place)
+    kind = place if number is None else place[number.end() :]
+    if site != "value":
+        kind = f"{kind}.{site}" if kind else site
+    return kind, None if number is None else int(number[1])
+
+
+def _coefficients(place: str, unit: Combination, site: str) -> list[TransferRow]:
+    values = unit.learned(site).float().abs().mean(1).tolist()
+    return [TransferRow(*_named(place, unit, site), s, v) for s, v in zip(unit.names[site], values, strict=True)]
+
+
+@torch.no_grad()
+def _attention(
+    model: nn.Module, attentive: list[tuple[str, Combination, str]], data: Iterable[Any]
+) -> list[TransferRow]:
+    sums: dict[int, Tensor] = {}
+    mask: list[Tensor | None] = [None]
+    counts: dict[int, float] = {}
+
+    def record(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
+        given = output[1].double()
+        rows = given.flatten(0, -2)
+        kept = mask[0]
+        if kept is not None and kept.shape == given.shape[:-1]:
+            rows = rows[kept.flatten().bool()]
+        sums[id(module)] = sums.get(id(module), 0) + rows.sum(0)
+        counts[id(module)] = counts.get(id(module), 0) + len(rows)
+
+    training = model.training
+    handles = [unit.mixer(site).register_forward_hook(record) for _, unit, site in attentive]
+    try:
+        model.eval()
+        for batch in data:
+            if not isinstance(batch, Mapping):
+                raise ConfigError(f"data has a {type(batch).__name__}: pass batches that are mappings of arguments.")
+            mask[0] = batch.get("attention_mask")
+            model(**batch)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    if not sums:
+        raise ConfigError("data is empty: pass at least one batch of model inputs.")
+    return [
+        TransferRow(*_named(place, unit, site), source, value)
+        for place, unit, site in attentive
+        for source, value in zip(
+            unit.names[site], (sums[id(unit.mixer(site))] / counts[id(unit.mixer(site))]).tolist(), strict=True
+        )
+    ]

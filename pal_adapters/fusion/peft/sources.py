@@ -1,0 +1,230 @@
+"""Sources of a combination in PEFT: adapters that are saved or on the model, taken apart by module."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pal_adapters.blocks.sites import Block, iter_blocks
+from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
+from pal_adapters.hosts.peft.tuner import adapter_on, method_of, read_adapter
+
+from .parts import LowRank, NormCopy, Part, UnitPart, houlsby_parts, lora_parts, unit_parts
+
+PREFIX = "base_model.model."
+
+
+@dataclass
+class Source:
+    """One source.
+
+    Attributes:
+        name: its name.
+        config: its config.
+        tensors: its tensors by name, as in the file.
+        used: the names of those that are combined, all but a head's.
+        parts: what it has at each module of the base model, by the module's name.
+        path: where it was read, None for an adapter on the model.
+        revision: the commit, if it was read from the hub.
+    """
+
+    name: str
+    config: PeftConfig
+    tensors: dict[str, Tensor]
+    used: set[str] = field(default_factory=set)
+    parts: dict[str, Part] = field(default_factory=dict)
+    path: str | None = None
+    revision: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for two sources that compute the same."""
+        digest = hashlib.sha256()
+        for name in sorted(self.used):
+            tensor = self.tensors[name]
+            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+
+def locate(path: str) -> tuple[str, str | None]:
+    """A folder, a hub id, or a folder inside a hub repository (`"user/repo/folder"`), as path and subfolder."""
+    if os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") < 2:
+        return os.path.expanduser(path), None
+    owner, repository, subfolder = path.split("/", 2)
+    return f"{owner}/{repository}", subfolder
+
+
+def read_source(model: nn.Module, name: str, path: str | None, revision: str | None) -> Source:
+    """Read one source and take it apart.
+
+    Args:
+        model: the base model.
+        path: where it is saved; None if the adapter is on the model.
+        revision: of a hub repository.
+
+    Raises:
+        UnknownAdapterError: for a name that is not on the model.
+        ConfigError: for a source that cannot be read or does not fit the model.
+        UnsupportedError: for a source of a kind that cannot be combined.
+    """
+    if path is None:
+        found = adapter_on(model, name)
+        if found is None:
+            names = sorted(getattr(model, "peft_config", {}))
+            raise UnknownAdapterError(
+                f"source {name!r} is not on the model, which has {names}: pass the path or hub id of a saved adapter, "
+                f"adapters={{{name!r}: '<path>'}}, or add the adapter to the model first."
+            )
+        config, tensors = found
+    else:
+        where, subfolder = locate(path)
+        try:
+            config, tensors, commit = read_adapter(model, where, subfolder=subfolder, revision=revision)
+        except Exception as error:  # the hub, the file system and safetensors raise errors without a common base
+            raise ConfigError(
+                f"source {name!r} could not be read from {path!r}: {type(error).__name__}: {error}. It has to be a "
+                "folder or a hub repository with adapter_config.json and adapter_model.safetensors."
+            ) from error
+        revision = commit or revision
+    source = Source(name, config, {}, path=path, revision=revision)
+    _take_apart(source, {key.removeprefix(PREFIX): value for key, value in tensors.items()}, model)
+    return source
+
+
+def _take_apart(source: Source, tensors: dict[str, Tensor], model: nn.Module) -> None:
+    method = method_of(source.config)
+    if getattr(source.config, "train_base", False):
+        raise UnsupportedError(
+            f"source {source.name!r} trained the base model too (train_base=True), so it computes with other weights "
+            "than the other sources: use sources of a frozen base model."
+        )
+    if isinstance(source.config, LoraConfig):
+        source.parts, used = lora_parts(source.name, source.config, tensors)
+    elif method is not None and hasattr(source.config, "train_layernorm"):
+        source.parts, used = houlsby_parts(source.config, tensors, method)
+    elif method is not None and hasattr(source.config, "sites"):
+        source.parts, used = unit_parts(source.config, tensors, method, model)
+    else:
+        raise UnsupportedError(
+            f"source {source.name!r} is of the type {source.config.peft_type}: sources are LoRA adapters and adapters "
+            "of pal_adapters that change a block (PALs, low-rank layers, Houlsby bottlenecks, ...)."
+        )
+    if not source.parts:
+        raise ConfigError(f"source {source.name!r} from {source.path!r} has no weights.")
+    broken = sorted(key for key in used if not bool(tensors[key].isfinite().all()))
+    if broken:
+        raise ConfigError(
+            f"source {source.name!r} from {source.path!r} has {broken[0]} with values that are not finite: its "
+            "training went wrong, so leave it out."
+        )
+    _check_rest(source, {key: value for key, value in tensors.items() if key not in used}, model)
+    source.tensors, source.used = tensors, used
+    modules = dict(model.named_modules())
+    blocks = list(iter_blocks(model, getattr(source.config, "sites", None)))
+    for path, part in source.parts.items():
+        _check_fit(source, path, part, modules, blocks)
+
+
+def _check_rest(source: Source, rest: Mapping[str, Tensor], model: nn.Module) -> None:
+    """A head of a source is not used, but nothing else is dropped, unless it is the base model's own."""
+    own = {key.replace(".base_layer.", "."): value for key, value in model.state_dict().items()} if rest else {}
+
+    def unchanged(key: str) -> bool:  # the host saves embeddings with an adapter that targets them
+        mine = own.get(key.replace(".base_layer.", "."))
+        return mine is not None and mine.shape == rest[key].shape and torch.equal(mine.cpu(), rest[key].to(mine.dtype))
+
+    trunk = getattr(model, "base_model_prefix", "")
+    inside = f"{trunk}." if trunk and hasattr(model, trunk) else ""
+    heads = set() if inside else {key for key in rest if _module_of(key, model) is None}
+    lost = sorted(key for key in rest if key not in heads and key.startswith(inside) and not unchanged(key))
+    if lost:
+        raise UnsupportedError(
+            f"source {source.name!r} has also trained {lost[0]!r}"
+            + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
+            + ", which is neither its head nor something that can be combined: train sources without it."
+        )
+
+
+def _module_of(key: str, model: nn.Module) -> nn.Module | None:
+    return dict(model.named_modules()).get(key.rpartition(".")[0])
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The module of the base model, whatever PEFT has put around it."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def widths_of(module: nn.Module) -> tuple[int, int] | None:
+    """Input and output width of a linear module or an embedding."""
+    module = innermost(module)
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    found = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return found if all(isinstance(width, int) for width in found) else None  # type: ignore[return-value]
+
+
+def _check_fit(
+    source: Source, path: str, part: Part, modules: Mapping[str, nn.Module], blocks: Iterable[Block]
+) -> None:
+    module = modules.get(path)
+    of = source.config.base_model_name_or_path
+    other = f" Source {source.name!r} was trained on {of!r}: use sources of one base model." if of else ""
+    if module is None:
+        raise ConfigError(f"source {source.name!r} adapts {path!r}, which the model does not have.{other}")
+    given: Any = None
+    expected: Any = None
+    if isinstance(part, LowRank):
+        expected = widths_of(module)
+        if expected is None or part.embedding is not isinstance(innermost(module), nn.Embedding):
+            raise UnsupportedError(
+                f"source {source.name!r} adapts {path!r}, a {type(innermost(module)).__name__}: only LoRA on linear "
+                "modules and embeddings can be combined."
+            )
+        given = part.down.shape[1], part.up.shape[0]
+    elif isinstance(part, NormCopy):
+        weights = dict(innermost(module).named_parameters(recurse=False))
+        given = {name: list(tensor.shape) for name, tensor in part.weights.items()}
+        expected = {name: list(tensor.shape) for name, tensor in weights.items()}
+    elif isinstance(part, UnitPart):
+        given = {name: list(tensor.shape) for name, tensor in {**part.own, **part.shared}.items()}
+        expected = part.shapes
+    else:
+        widths, block = widths_of(module), next((b for b in blocks if path.startswith(f"{b.name}.")), None)
+        given = part.up.shape[0]
+        expected = widths[1] if widths is not None else given if block is None else block.width
+    if given != expected:
+        raise ConfigError(f"source {source.name!r} has the widths {given} at {path!r}, the model {expected}.{other}")
+
+
+def check_bases(sources: Iterable[Source], model: nn.Module) -> None:
+    """Raise `ConfigError` if sources, or a source and the model, name different base models."""
+    names = {f"source {s.name!r}": s.config.base_model_name_or_path for s in sources}
+    names["the model"] = model.__dict__.get("name_or_path")
+    known = {who: str(name).rstrip("/") for who, name in names.items() if name}
+    if len({os.path.basename(name) for name in known.values()}) > 1:
+        raise ConfigError(
+            "the sources belong to different base models: "
+            + ", ".join(f"{who} to {name!r}" for who, name in known.items())
+            + ". Use sources of the model's own weights, or check_base=False if these are copies of one."
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise `UnsupportedError` for a model that PEFT has wrapped."""
+    if isinstance(model, PeftModel):
+        raise UnsupportedError(
+            "the base model is a PeftModel: pass its get_base_model(), on which its adapters still are and can be "
+            "named as sources."
+        )

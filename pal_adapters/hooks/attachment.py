@@ -1,0 +1,308 @@
+"""Hooks that carry a block's values to a task module and back. Knows no method and neither host.
+
+What a module reads is taken from calls *inside* the block (self-attention is called with the block's input and the
+mask), and what it writes goes to modules inside the block. Both therefore happen again when activation checkpointing
+re-runs the block, and recorded `hidden_states` contain the result. A block with no module at its end gets a function
+of ours in the place of its `forward`: hooks on the block itself would come too late for the hidden states that
+transformers 4.57 records, and transformers 5 does not re-run them.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from pal_adapters.blocks import signatures
+from pal_adapters.blocks.norms import final_norm
+from pal_adapters.blocks.sites import Block, resolve
+from pal_adapters.errors import SiteError, UnsupportedError
+from pal_adapters.nn.unit import UnitInputs
+
+from .kv_cache import TaskCache, task_cache
+from .masks import BlockMask
+
+# In the order in which a block comes to them.
+_ORDER = ("attention", "ffn", "residual", "output", "stack_output")
+
+
+class Runner(Protocol):
+    """What a host's layer offers to `Attachment`."""
+
+    def is_active(self, site: str) -> bool:
+        """Whether a unit acts at `site` in this call."""
+
+    def keeps_inputs(self) -> bool:
+        """Whether the runner fetches the inputs itself, later in this block, by `Attachment.take_inputs`."""
+
+    def run(self, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
+        """The new value at `site`."""
+
+
+class _Behind:
+    """The hook behind one module: what is written there, in the order of the sites."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+        self.sites: list[str] = []
+
+    def add(self, site: str) -> None:
+        self.sites = sorted([*self.sites, site], key=_ORDER.index)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        for site in self.sites:
+            output = self.attachment.write(site, output)
+        return output
+
+
+class Attachment:
+    """The hooks of one runner on one block.
+
+    Args:
+        model: the model that holds the block.
+        block: where to attach.
+        runner: is asked at every site and does the work.
+    """
+
+    def __init__(self, model: nn.Module, block: Block, runner: Runner) -> None:
+        self.block = block
+        self.runner = runner
+        self._model = (model,)
+        self._handles: list[Any] = []
+        self._hooked: set[str] = set()
+        self._behind: dict[str, _Behind] = {}
+        self._inner_forward: Any = None
+        self._sites: set[str] = set()
+        self._needs: set[str] = set()
+        self._keeps_x = False
+        self._last: str | None = None
+        self._clear()
+        attention = self._module(block.sites.attention)
+        self._attention_arguments = signatures.positions_of(attention)
+        self._block_arguments = signatures.positions_of(block.module)
+        self._causal = signatures.is_causal(attention)
+        self._window = signatures.window_of(attention)
+        # transformers 4.57: ModernBERT's attention gets two masks and chooses.
+        self._local = getattr(attention, "local_attention", (-1, -1)) != (-1, -1)
+        self._index = signatures.layer_index(attention, block)
+        # A pre-LN host's output is normalised behind the stack.
+        norm = final_norm(model, block) if block.sites.norm == "pre" and block.last else None
+        self._stack_norm = (norm,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        """A copy for a copied block. A copy of a part of it, as in PEFT's `modules_to_save`, still belongs here."""
+        if id(self._model[0]) not in memo and id(self.block.module) not in memo:
+            return self
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return new
+
+    def _clear(self) -> None:
+        self._x: Tensor | None = None
+        self._raw: Tensor | None = None
+        self._h: Tensor | None = None
+        self._mask: Any = None
+        self._extra_mask: Any = None
+        self._is_causal: Any = None
+        self._cache: Any = None
+        self._position: Any = None
+
+    @property
+    def _outside(self) -> bool:
+        """Whether the term is added behind the block, where only what the block itself got is at hand."""
+        return self.block.sites.residual_path == ""
+
+    def require(self, sites: Iterable[str], needs: Iterable[str]) -> None:
+        """Install the hooks that these sites and needs ask for; those in place stay."""
+        self._needs |= set(needs)
+        sites = {site for site in sites if site != "stack_output" or self.block.last}
+        if "h" in self._needs:
+            self._before(self.block.sites.ffn, self._on_ffn)
+        if "raw" in self._needs and self.block.sites.input_norm and not self._outside:
+            self._before(self.block.sites.input_norm, self._on_input_norm)
+        # `ffn` and `h` may come with rows and tokens in one dimension; the block's input tells them apart.
+        if self._needs or "ffn" in sites:
+            if self._outside:
+                self._wrap_block()
+            else:
+                self._before(self.block.sites.attention, self._on_input)
+        for site in sorted(sites - self._sites, key=_ORDER.index):
+            self._write_at(site)
+        self._sites |= sites
+        self._keeps_x = bool(self._needs & {"x", "raw", "h"}) or "ffn" in self._sites
+        self._last = max(self._sites - {"stack_output"}, key=_ORDER.index, default=None)
+
+    def remove(self) -> None:
+        """Take all hooks off the block."""
+        while self._handles:
+            self._handles.pop().remove()
+        block = self.block.module
+        if getattr(block.__dict__.get("forward"), "__self__", None) is self:
+            del block.forward
+            if self._inner_forward is not None:
+                block.forward = self._inner_forward
+        self._hooked.clear()
+        for behind in self._behind.values():
+            behind.sites = []  # copies of its module keep it
+        self._behind.clear()
+        self._sites.clear()
+        self._needs.clear()
+        self._clear()
+
+    def _module(self, path: str) -> nn.Module:
+        module = resolve(self.block.module, path)
+        if module is None:
+            raise SiteError(f"{self.block.name} has no module {path!r}.")
+        return module
+
+    def _before(self, path: str, hook: Any) -> None:
+        if hook.__name__ not in self._hooked:
+            self._hooked.add(hook.__name__)
+            self._handles.append(self._module(path).register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _write_at(self, site: str) -> None:
+        sites = self.block.sites
+        if site == "residual" and sites.residual_at == "input":
+            self._before(sites.residual_path, self._on_residual_input)
+            return
+        norm = self._stack_norm[0] if site == "stack_output" else None
+        paths = {
+            "attention": sites.attention_output,
+            "ffn": sites.ffn_output,
+            "residual": sites.residual_path,
+            "output": sites.output,
+            "stack_output": sites.output if norm is None else "behind the stack",
+        }
+        path = paths[site]
+        behind = self._behind.get(path)
+        if behind is None:
+            behind = self._behind[path] = _Behind(self)
+            if path == "":
+                self._wrap_block()
+            else:
+                module = self._module(path) if norm is None else norm
+                # In front of other hooks: transformers 5 records hidden states in a hook of its own.
+                self._handles.append(module.register_forward_hook(behind, prepend=True))
+        behind.add(site)
+
+    def _wrap_block(self) -> None:
+        block = self.block.module
+        if "forward" not in self._hooked:
+            self._hooked.add("forward")
+            self._inner_forward = block.__dict__.get("forward")
+            block.forward = self.forward_block
+
+    def forward_block(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's forward with what is read in front of it and written behind it."""
+        block: Any = self.block.module
+        forward = self._inner_forward or functools.partial(type(block).forward, block)
+        again = block.__dict__.get("_gradient_checkpointing_func")
+        if again is None or not (signatures.CHECKPOINTS_FORWARD and block.gradient_checkpointing and block.training):
+            return self._inside(functools.partial(forward, **kwargs), *args)
+        # What the host is about to run once more in the backward pass is to read and write as well.
+        block._gradient_checkpointing_func = lambda run, *a: again(functools.partial(self._inside, run), *a)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            block._gradient_checkpointing_func = again
+
+    def _inside(self, forward: functools.partial[Any], *args: Any) -> Any:
+        self._on_input(self.block.module, args, forward.keywords)
+        output = forward(*args)
+        return self._behind[""](self.block.module, args, output) if "" in self._behind else output
+
+    def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        positions = self._block_arguments if self._outside else self._attention_arguments
+        # Under checkpointing a block's second run stops as soon as nothing more is needed, before its end.
+        self._h = None
+        if self._keeps_x:
+            x = signatures.argument(signatures.HIDDEN, positions, args, kwargs)
+            self._x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)) if x is None else x
+        if "mask" not in self._needs:
+            return
+        self._mask = signatures.argument(signatures.MASK, positions, args, kwargs)
+        if self._local and kwargs.get("sliding_window_mask") is not None:
+            self._mask = kwargs["sliding_window_mask"]
+        self._extra_mask = signatures.argument(signatures.CAUSAL_MASK, positions, args, kwargs)
+        self._is_causal = kwargs.get("is_causal")
+        self._cache = signatures.argument(signatures.CACHE, positions, args, kwargs)
+        self._position = signatures.argument(signatures.POSITION, positions, args, kwargs)
+
+    def _on_input_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._raw = args[0] if args else next(iter(kwargs.values()))
+
+    def _on_ffn(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._h = args[0] if args else next(iter(kwargs.values()))
+
+    def _on_residual_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (self.write("residual", args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: self.write("residual", kwargs[name])}
+
+    def _inputs(self, value: Tensor) -> UnitInputs:
+        x = self._x
+        if x is not None and self._needs & {"x", "raw", "mask"}:
+            self._check(x, value)
+        raw = x if self._raw is None else self._raw
+        if x is not None and self._outside and self.block.sites.input_norm and "x" in self._needs:
+            x = self._module(self.block.sites.input_norm)(x)
+        h = self._h
+        if h is not None and x is not None and h.dim() == 2 and x.dim() == 3:  # OPT's feed-forward
+            h = h.view(*x.shape[:2], h.shape[-1])
+        if "mask" not in self._needs:
+            return UnitInputs(x=x, raw=raw, h=h, batch=value.shape[0])
+        cache: TaskCache | None = task_cache(
+            self._cache, self.block.name, self._index, self.block.depth, self._position
+        )
+        causal = self._causal if self._is_causal is None else bool(self._is_causal)
+        mask = BlockMask(self._mask, self._extra_mask, causal, value.device, window=self._window if causal else None)
+        return UnitInputs(x=x, raw=raw, h=h, mask=mask, cache=cache, batch=value.shape[0])
+
+    def _check(self, x: Tensor, value: Tensor) -> None:
+        if x.dim() != 3:
+            raise UnsupportedError(
+                f"{self.block.name} got hidden states of shape {list(x.shape)}: task modules need [batch, tokens, "
+                "width]. Load the model with attn_implementation='sdpa' or 'eager' (flash attention removes padding)."
+            )
+        if value.shape[1] != x.shape[1]:
+            raise UnsupportedError(
+                f"{self.block.name} runs its feed-forward part on {value.shape[1]} of {x.shape[1]} tokens at a "
+                f"time: set "
+                "config.chunk_size_feed_forward=0."
+            )
+
+    def take_inputs(self, value: Tensor) -> UnitInputs:
+        """What the block was called with, for a runner that `keeps_inputs`; forgets it."""
+        inputs = self._inputs(value)
+        self._forget()
+        return inputs
+
+    def write(self, site: str, output: Any) -> Any:
+        """What a module returned, with the new value at `site`."""
+        if self.runner.is_active(site):
+            value = signatures.first_of(output)
+            x, flat = self._x, value.dim() == 2
+            if flat and x is not None and x.dim() == 3:  # OPT's feed-forward
+                new = self._run(site, value.view(*x.shape[:2], value.shape[-1])).view(value.shape)
+            else:
+                new = self._run(site, value)
+            output = signatures.with_first(output, new)
+        if site == "stack_output":
+            self._clear()
+        elif site == self._last and not self.runner.keeps_inputs():
+            self._forget()
+        return output
+
+    def _run(self, site: str, value: Tensor) -> Tensor:
+        return self.runner.run(site, value, self._inputs(value))
+
+    def _forget(self) -> None:
+        """Drop what was captured, but for the mask where the stack's output is still to come and needs it."""
+        self._x = self._raw = self._h = None
+        if "stack_output" not in self._sites:
+            self._clear()

@@ -1,0 +1,155 @@
+"""A term in the attention scores, brought in through the additive attention mask. Knows no method and neither host.
+
+DeBERTa's mask is one of True and False. Its attention adds the scores of relative positions, which a method of its
+own computes: there the term goes to what that method returns.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pal_adapters.blocks.signatures import MASK
+from pal_adapters.errors import UnsupportedError
+
+from .masks import normalise_mask
+
+# transformers 4.57 writes these attentions out, with a mask that is added; the others go through the common interface.
+_ADDS_MASK = frozenset(
+    f"modeling_{name}"
+    for name in (
+        "bert", "roberta", "xlm_roberta", "xlm_roberta_xl", "camembert", "electra", "mpnet", "openai", "distilbert",
+        "bert_generation", "ernie", "roberta_prelayernorm", "esm",
+    )
+)  # fmt: skip
+
+
+# What computes the scores of relative positions in DeBERTa-v2 and DeBERTa.
+_POSITION_SCORES = ("disentangled_attention_bias", "disentangled_att_bias")
+
+
+def position_scores(attention: nn.Module) -> tuple[nn.Module, str] | None:
+    """The module inside a self-attention, and its method, that computes scores which are added, or None."""
+    for module in attention.modules():
+        for name in _POSITION_SCORES:
+            if callable(getattr(module, name, None)):
+                return module, name
+    return None
+
+
+def mask_argument(attention: nn.Module, positions: dict[str, int]) -> str | None:
+    """The argument of a self-attention that is added to its scores, or None."""
+    named = next((name for name in MASK if name in positions), None)
+    # transformers 4.57, ViT: the only tensor that reaches the kernel, which adds it (sdpa) or multiplies (eager).
+    return "head_mask" if named is None and "head_mask" in positions else named
+
+
+def refusal(attention: nn.Module, positions: dict[str, int], implementation: str | None) -> str | None:
+    """Why a self-attention takes no additive term, or None.
+
+    Args:
+        attention: the module.
+        positions: its arguments.
+        implementation: the model's `attn_implementation`.
+    """
+    if implementation not in (None, "eager", "sdpa"):
+        return (
+            f"attn_implementation={implementation!r} has no place for a term in its scores: load the model with "
+            "attn_implementation='sdpa' or 'eager'"
+        )
+    classes = {cls.__name__ for module in attention.modules() for cls in type(module).__mro__}
+    scores = position_scores(attention)
+    if scores is not None:
+        if not getattr(scores[0], "relative_attention", False):
+            return "its attention takes a mask of True and False, and adds nothing without relative_attention=True"
+        if getattr(scores[0], "head_logits_proj", None) is not None:
+            return "its heads mix their scores (talking_head=True)"
+        return None
+    argument = mask_argument(attention, positions)
+    if argument is None:
+        return "its self-attention takes no mask"
+    eager = implementation == "eager"
+    if argument == "head_mask" and eager:
+        return "its eager attention multiplies by its only mask: load it with attn_implementation='sdpa'"
+    if "MultiHeadSelfAttention" in classes and "DistilBertSelfAttention" not in classes and eager:
+        return "its eager attention takes a mask of zeros and ones: load it with attn_implementation='sdpa'"
+    files = [cls.__module__ for cls in type(getattr(attention, "base_layer", attention)).__mro__]
+    if any(file.rpartition(".")[2] in _ADDS_MASK for file in files):
+        return None
+    if "position_bias" in positions:
+        return "its blocks pass the sum of mask and position biases on to each other"
+    if any(hasattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS") for file in files):
+        return None
+    return f"it is not known whether {type(attention).__name__} adds its mask to the scores"
+
+
+def add_to_scores(scores: Any, bias: Tensor, query: Tensor) -> Tensor:
+    """What `position_scores` computed, and a term.
+
+    Args:
+        scores: `[b h, q, k]` or `[b, h, q, k]`, or 0.
+        bias: `[b, 1, q, k]`, or `[1, 1, q, k]`.
+        query: `[b h, q, d]` or `[b, h, q, d]`.
+    """
+    bias = bias.to(query.dtype)
+    if query.dim() == 4:
+        return scores + bias
+    if bias.shape[0] == 1:
+        return scores + bias[0]
+    return scores + bias.squeeze(1).repeat_interleave(query.shape[0] // bias.shape[0], dim=0)
+
+
+def past_length(cache: Any, layer: int) -> int:
+    """How many tokens a generation cache holds for one block."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    if cache is None or not hasattr(cache, "get_seq_length"):
+        return 0
+    return int(cache.get_seq_length(layer))
+
+
+def with_bias(mask: Any, bias: Tensor, *, causal: bool, window: int | None, dtype: torch.dtype) -> Tensor:
+    """An additive mask that hides what `mask` hides and adds `bias` to the rest.
+
+    Args:
+        mask: as the self-attention got it, in any form.
+        bias: `[b, 1, q, k]`, or `[1, 1, q, k]`.
+        causal: whether the self-attention hides later positions.
+        window: see `normalise_mask`.
+        dtype: of the scores.
+
+    Returns:
+        `[b, h, q, k]`, heads and rows broadcast where they are equal.
+
+    Raises:
+        UnsupportedError: for a mask of an unknown form, or too few keys for a window of them.
+    """
+    queries, keys = bias.shape[-2:]
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        if mask.shape[-1] < keys:
+            raise UnsupportedError(
+                f"the self-attention sees {mask.shape[-1]} of {keys} tokens: the conditional attention needs all."
+            )
+        # Static caches: slots that are not filled yet.
+        bias = F.pad(bias, (0, mask.shape[-1] - keys))
+        keys = mask.shape[-1]
+    per_head = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] != 1 and mask.is_floating_point()
+    if per_head:
+        hidden: Tensor | None = mask
+    else:
+        hidden, is_causal = normalise_mask(
+            mask, q_len=queries, kv_len=keys, causal=causal, device=bias.device, window=window
+        )
+        if is_causal:
+            hidden = torch.ones(queries, keys, dtype=torch.bool, device=bias.device).tril(keys - queries)[None, None]
+    floor = torch.finfo(dtype).min
+    bias = bias.to(dtype)
+    if hidden is None:
+        return bias
+    if hidden.dtype == torch.bool:
+        return bias.masked_fill(~hidden, floor)
+    # The sum may leave the range of a narrow dtype, and a row of minus infinities would be NaN.
+    return (bias + hidden.to(dtype)).clamp(min=floor)

@@ -1,0 +1,152 @@
+"""Attention masks in every form that Hugging Face blocks receive, brought to one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pal_adapters.errors import UnsupportedError
+
+
+def _dense_block_mask(mask: object, q_len: int, kv_len: int, device: torch.device) -> Tensor:
+    from torch.nn.attention.flex_attention import BlockMask, create_mask
+
+    if not isinstance(mask, BlockMask):
+        raise UnsupportedError(
+            f"attention_mask of type {type(mask).__name__} is not supported: pass None, a tensor with 2 to 4 "
+            "dimensions or a flex-attention BlockMask."
+        )
+    batch = mask.shape[0] if len(mask.shape) > 2 else 1
+    return create_mask(mask.mask_mod, batch, 1, q_len, kv_len, device=str(device))
+
+
+def _causal(q_len: int, kv_len: int, window: int | None, device: torch.device) -> Tensor:
+    """Lower-right aligned `[1, 1, q, k]`: the last query sees every key, or the last `window` keys."""
+    keep = torch.ones(q_len, kv_len, dtype=torch.bool, device=device).tril(kv_len - q_len)
+    return (keep if window is None else keep.triu(kv_len - q_len - window + 1))[None, None]
+
+
+def _key_mask(mask: Tensor) -> Tensor:
+    """`[b, k]` -> `[b, 1, 1, k]`, True for tokens."""
+    keep = mask != 0
+    if mask.is_floating_point():
+        # Ones for tokens, or scores to add with negative ones for padding; told apart without waiting for the device.
+        keep = torch.where((mask < 0).any(), mask >= 0, keep)
+    return keep[:, None, None, :]
+
+
+def _shared_by_heads(mask: Tensor, q_len: int) -> Tensor:
+    """`[b, h, q, k]` -> `[b, 1, q, k]`: what a mask hides from all heads, without what it adds for single ones."""
+    if not mask.is_floating_point() or mask.shape[-2] != q_len:
+        raise UnsupportedError(
+            f"attention_mask of shape {list(mask.shape)} is not supported: use [batch, keys], [batch, queries, "
+            f"keys] or "
+            "[batch, 1, queries, keys]; a mask that differs from head to head has no meaning for the heads of a task "
+            "module."
+        )
+    # Position biases (ALiBi) come in this form.
+    return (mask > torch.finfo(mask.dtype).min / 2).any(dim=1, keepdim=True)
+
+
+def normalise_mask(
+    mask: object, *, q_len: int, kv_len: int, causal: bool, device: torch.device, window: int | None = None
+) -> tuple[Tensor | None, bool]:
+    """Bring the mask that a block got to what `functional.attend` takes.
+
+    Args:
+        mask: None; `[b, k]` with non-zero for tokens; `[b, q, k]` or `[b, 1, q, k]`, boolean or integer (non-zero is
+            kept) or floating point (added to the scores); or a flex-attention `BlockMask`.
+        q_len, kv_len: lengths of this call.
+        causal: whether the host's self-attention hides later positions.
+        window: how many positions a causal self-attention sees at most. A mask of three or four dimensions says so
+            itself, None and a mask of two do not.
+
+    Returns:
+        `(mask, is_causal)`: the mask, boolean (True is kept) or additive, broadcastable to `[b, h, q, k]`; and whether
+        causality still has to be applied, which is only so without a mask.
+
+    Raises:
+        UnsupportedError: for another type or shape.
+    """
+    if window is not None and window >= kv_len:
+        window = None
+    if mask is None:
+        if causal and (window is not None or 1 < q_len != kv_len):
+            return _causal(q_len, kv_len, window, device), False
+        return None, causal and q_len > 1
+    if not isinstance(mask, Tensor):
+        return _dense_block_mask(mask, q_len, kv_len, device), False
+    shape = list(mask.shape)
+    if mask.dim() == 2:
+        mask = _key_mask(mask)
+    elif mask.dim() == 3:
+        mask = mask[:, None]
+    if mask.dim() != 4:
+        raise UnsupportedError(f"attention_mask of shape {shape} is not supported: use 2 to 4 dimensions.")
+    if mask.shape[1] != 1:
+        mask = _shared_by_heads(mask, q_len)
+    if not mask.is_floating_point() and mask.dtype != torch.bool:
+        mask = mask != 0
+    if mask.shape[-1] > kv_len:  # static caches: the mask covers slots that are not filled yet
+        mask = mask[..., :kv_len]
+    if mask.shape[-2] > q_len:
+        mask = mask[..., -q_len:, :]
+    if causal and mask.shape[-2] == 1 and (q_len > 1 or window is not None):
+        keep = _causal(q_len, kv_len, window, device)
+        mask = mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, torch.finfo(mask.dtype).min)
+    return mask, False
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """The mask of one call of a block, brought to the form of `functional.attend` when asked."""
+
+    mask: Any
+    extra: Any
+    causal: bool
+    device: torch.device
+    rows: Tensor | None = None
+    tokens: tuple[int, int, int] | None = None
+    window: int | None = None
+
+    def select(self, rows: Tensor) -> BlockMask:
+        """The mask of these rows (counted over a batch that may be a repetition of the mask's)."""
+        return replace(self, rows=rows)
+
+    def slice_tokens(self, start: int, end: int, length: int) -> BlockMask:
+        """The mask among the tokens `start:end` of `length`."""
+        if self.tokens is not None:  # a part of a part
+            offset, _, length = self.tokens
+            start, end = start + offset, end + offset
+        return replace(self, tokens=(start, end, length))
+
+    def __call__(self, q_len: int, kv_len: int) -> tuple[Tensor | None, bool]:
+        if self.tokens is None:
+            mask, is_causal = self._whole(q_len, kv_len)
+        else:
+            start, end, length = self.tokens
+            mask, is_causal = self._whole(length, length)
+            if mask is not None:
+                mask = mask[..., start:end]
+                mask = mask[..., start:end, :] if mask.shape[-2] > 1 else mask
+        if mask is not None and self.rows is not None and mask.shape[0] > 1:
+            mask = mask.index_select(0, self.rows % mask.shape[0])
+        return mask, is_causal
+
+    def _whole(self, q_len: int, kv_len: int) -> tuple[Tensor | None, bool]:
+        first = normalise_mask(
+            self.mask, q_len=q_len, kv_len=kv_len, causal=self.causal, device=self.device, window=self.window
+        )
+        if self.extra is None:
+            return first
+        # CLIP's text blocks (transformers 4.57) get padding and causality as two masks.
+        second = normalise_mask(self.extra, q_len=q_len, kv_len=kv_len, causal=False, device=self.device)[0]
+        assert second is not None
+        if first[0] is None:
+            return second, False
+        if first[0].dtype == torch.bool:
+            return second.masked_fill(~first[0], torch.finfo(second.dtype).min), False
+        return first[0] + second, False

@@ -1,0 +1,288 @@
+"""Hooks that let one network act in a whole model. Knows no method and neither host.
+
+Where a task module adds a term to a block (`attach.py`), a network also changes the input of the first block, the
+attention scores, the norms and the output of the stack, and brings its own copies of pretrained weights. Each block
+has its own `NetworkHooks`. What acts in a block is done in a function that stands in the place of the block's
+`forward`, so that activation checkpointing repeats it, and reads nothing but parameters and the tasks of the rows: a
+tensor computed in front of the block would not get its gradient back from a reentrant checkpoint.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from pal_adapters.blocks import signatures
+from pal_adapters.blocks.norms import full_norms, is_norm, is_rms, norm_eps, required_final_norm
+from pal_adapters.blocks.sites import Block, resolve
+from pal_adapters.errors import SiteError, UnsupportedError
+from pal_adapters.nn.unit import BatchTasks
+
+from .attention_bias import add_to_scores, mask_argument, past_length, position_scores, refusal, with_bias
+from .network_unit import NetworkRunner, NetworkUnit
+from .side_stream import SideStream
+from .weight_copies import BaseCopies, Slots, WrappedForward, reader_of
+
+
+class Steer(NamedTuple):
+    """What acts in the running call of a block."""
+
+    unit: NetworkUnit
+    batch: BatchTasks
+
+
+class NetworkHooks:
+    """The hooks of one runner on one block.
+
+    Args:
+        model: the model that holds the block.
+        block: the block.
+        runner: says what acts.
+    """
+
+    def __init__(self, model: nn.Module, block: Block, runner: NetworkRunner) -> None:
+        self.block = block
+        self.runner = runner
+        self._model = (model,)
+        self._handles: list[Any] = []
+        self._wrapped: list[WrappedForward] = []
+        self._installed: set[str] = set()
+        self._norms: dict[nn.Module, str] = {}
+        self._outer: dict[nn.Module, Slots] = {}
+        self._stream: SideStream | None = None
+        self._steer: Steer | None = None
+        self._h: Tensor | None = None
+        self._block_arguments = signatures.positions_of(block.module)
+
+    # Installing
+
+    def require(self, unit: NetworkUnit) -> None:
+        """Install what a unit asks for; what is in place stays.
+
+        Raises:
+            SiteError: where the model has no such place.
+        """
+        once = self._once
+        if unit.has_attention:
+            once("attention", self._install_attention)
+        for path in unit.norm_paths:
+            once(f"norm {path}", functools.partial(self._install_norm, path))
+        if unit.acts_at_top:
+            once("top", self._install_top)
+        if unit.has_final_norm:
+            once("final norm", self._install_final_norm)
+        if unit.acts_in_stream:
+            once("stream", self._install_stream)
+        for name, places in unit.slots[1].items():
+            for place in places:
+                module = reader_of(self._model[0], place[0])
+                if module not in self._outer:
+                    self._wrapped.append(WrappedForward(module, functools.partial(self._run_outer, module)))
+                    self._outer[module] = {}
+                known = self._outer[module].setdefault(name, [])
+                if place not in known:
+                    known.append(place)
+        once("forward", self._install_forward)
+
+    def _once(self, name: str, install: Any) -> None:
+        if name not in self._installed:
+            install()
+            self._installed.add(name)
+
+    def remove(self) -> None:
+        """Take everything off again."""
+        while self._handles:
+            self._handles.pop().remove()
+        while self._wrapped:
+            self._wrapped.pop().remove()
+        if self._stream is not None:
+            self._stream.remove()
+            self._stream = None
+        self._installed.clear()
+        self._norms.clear()
+        self._outer.clear()
+
+    def _module(self, path: str) -> nn.Module:
+        module = resolve(self.block.module, path)
+        if module is None:
+            raise SiteError(f"{self.block.name} has no module {path!r}.")
+        return module
+
+    def _implementation(self) -> str | None:
+        return getattr(getattr(self._model[0], "config", None), "_attn_implementation", None)
+
+    def _install_attention(self) -> None:
+        attention = self._module(self.block.sites.attention)
+        positions = signatures.positions_of(attention)
+        reason = refusal(attention, positions, self._implementation())
+        if reason is not None:
+            raise SiteError(
+                f"the conditional attention cannot be added to {self.block.name}: {reason}; or pass "
+                "attention_layers=[] to do without."
+            )
+        scores = position_scores(attention)
+        if scores is not None:
+            self._wrapped.append(WrappedForward(scores[0], self._run_scores, scores[1]))
+            return
+        self._attention_arguments = positions
+        self._mask = mask_argument(attention, positions)
+        self._causal = signatures.is_causal(attention)
+        self._window = signatures.window_of(attention)
+        self._layer = signatures.layer_index(attention, self.block)
+        self._handles.append(attention.register_forward_pre_hook(self._on_attention, with_kwargs=True))
+
+    def _install_norm(self, path: str) -> None:
+        norm = self._module(path)
+        self._norms[norm] = path
+        self._handles.append(norm.register_forward_hook(self._behind_norm, prepend=True))
+
+    def _install_top(self) -> None:
+        sites = self.block.sites
+        if sites.norm == "post":
+            self._handles.append(self._module(sites.ffn).register_forward_pre_hook(self._on_h, with_kwargs=True))
+            return
+        norms = [norm for path, norm in full_norms(self.block).items() if path != sites.input_norm]
+        if len(norms) != 1:
+            raise SiteError(
+                f"{self.block.name} has {len(norms)} norms behind its attention: bottleneck='top' needs one, in front "
+                "of the feed-forward part. Use bottleneck='stream' or 'none'."
+            )
+        self._handles.append(norms[0].register_forward_pre_hook(self._on_h, with_kwargs=True))
+
+    def _install_final_norm(self) -> None:
+        norm = required_final_norm(self._model[0], self.block, "bottleneck='top'")
+        if not is_norm(norm):
+            raise SiteError(f"bottleneck='top' cannot make {type(norm).__name__} conditional.")
+        self._handles.append(norm.register_forward_hook(self._behind_final_norm, prepend=True))
+
+    def _install_stream(self) -> None:
+        self._stream = SideStream(self._model[0], self.block, self.runner)
+
+    def _install_forward(self) -> None:
+        self._wrapped.append(WrappedForward(self.block.module, self._run_block))
+
+    # Acting
+
+    def _run_outer(self, module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        unit = self.runner.network()
+        if unit is None:
+            return forward(*args, **kwargs)
+        slots = {name: places for name, places in self._outer[module].items() if name in unit.slots[1]}
+        with BaseCopies(slots, unit.outer).in_force():
+            return forward(*args, **kwargs)
+
+    def _run_block(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        block: Any = self.block.module
+        again = block.__dict__.get("_gradient_checkpointing_func")
+        if again is None or not (signatures.CHECKPOINTS_FORWARD and block.gradient_checkpointing and block.training):
+            return self._inside(forward, *args, **kwargs)
+        # What the host is about to run once more in the backward pass has to do all of this as well.
+        block._gradient_checkpointing_func = lambda run, *a: again(functools.partial(self._inside, run), *a)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            block._gradient_checkpointing_func = again
+
+    def _inside(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        unit = self.runner.network()
+        if unit is None:
+            return forward(*args, **kwargs)
+        x = signatures.argument(signatures.HIDDEN, self._block_arguments, args, kwargs)
+        if x is None:
+            x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        if x.dim() != 3:
+            raise UnsupportedError(
+                f"{self.block.name} got hidden states of shape {list(x.shape)}: [batch, tokens, width] is needed. "
+                "Load the model with attn_implementation='sdpa' or 'eager' (flash attention removes padding)."
+            )
+        batch = self.runner.batch_tasks(x.shape[0], x.device)
+        if self.block.index == 0:
+            aligned = unit.align(x, batch)
+            args = tuple(aligned if value is x else value for value in args)
+            kwargs = {name: aligned if value is x else value for name, value in kwargs.items()}
+        self._steer = Steer(unit, batch)
+        try:
+            with BaseCopies(unit.slots[0], unit.base).in_force():
+                output = forward(*args, **kwargs)
+            if unit.acts_at_top:
+                output = signatures.with_first(output, self._top(unit, signatures.first_of(output), batch))
+            return output
+        finally:
+            self._steer = self._h = None
+
+    def _top(self, unit: NetworkUnit, y: Tensor, batch: BatchTasks) -> Tensor:
+        h = self._h
+        if h is not None and h.dim() == 2 and h.numel() == y.numel():  # OPT, see `_behind_norm`
+            h = h.view(y.shape)
+        if h is None or h.shape != y.shape:
+            raise UnsupportedError(
+                f"{self.block.name} runs its feed-forward part on parts of the sequence: set "
+                "config.chunk_size_feed_forward=0."
+            )
+        eps = norm_eps(list(full_norms(self.block).values())[-1]) if self.block.sites.norm == "post" else 0.0
+        return unit.top(y, h, eps, batch)
+
+    def _on_h(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._steer is not None:
+            self._h = args[0] if args else next(iter(kwargs.values()))
+
+    def _run_scores(self, forward: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        scores = forward(query, key, *args, **kwargs)
+        if self._steer is None or not self._steer.unit.has_attention:
+            return scores
+        unit, batch = self._steer
+        return add_to_scores(scores, unit.attention_bias(batch, query.shape[-2], key.shape[-2]), query)
+
+    def _on_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._steer is None or not self._steer.unit.has_attention:
+            return None
+        unit, batch = self._steer
+        reason = refusal(module, self._attention_arguments, self._implementation())
+        if reason is None and self._mask == "mask" and kwargs.get("output_attentions"):
+            reason = "output_attentions=True makes it use its eager attention, which takes a mask of zeros and ones"
+        if reason is not None:
+            raise UnsupportedError(f"the conditional attention of {self.block.name} cannot act: {reason}.")
+        x = signatures.argument(signatures.HIDDEN, self._attention_arguments, args, kwargs)
+        cache = signatures.argument(signatures.CACHE, self._attention_arguments, args, kwargs)
+        past = past_length(cache, self._layer)
+        bias = unit.attention_bias(batch, x.shape[1], past + x.shape[1])
+        if self._window is not None and past + x.shape[1] > self._window:
+            raise UnsupportedError(
+                f"{self.block.name} attends to the last {self._window} tokens only: the conditional attention needs "
+                f"all {past + x.shape[1]}."
+            )
+        assert self._mask is not None
+        mask = signatures.argument((self._mask,), self._attention_arguments, args, kwargs)
+        if self._mask == "head_mask" and mask is not None:
+            raise UnsupportedError("head_mask cannot be used together with the conditional attention of this model.")
+        causal = self._causal if kwargs.get("is_causal") is None else bool(kwargs["is_causal"])
+        mask = with_bias(mask, bias, causal=causal, window=None, dtype=x.dtype)
+        position = self._attention_arguments[self._mask]
+        if self._mask not in kwargs and position < len(args):
+            return (*args[:position], mask, *args[position + 1 :]), kwargs
+        return args, {**kwargs, self._mask: mask}
+
+    def _behind_norm(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        path = self._norms[module]
+        if self._steer is None or path not in self._steer.unit.norm_paths:
+            return None
+        unit, batch = self._steer
+        x = args[0]
+        flat = x.dim() == 2  # OPT normalises the tokens of all rows in one dimension
+        x = x.view(batch.member.shape[0], -1, x.shape[-1]) if flat else x
+        bias = getattr(module, "bias", None)
+        y = unit.norm(path, x, module.weight, bias, norm_eps(module), batch, rms=is_rms(module))
+        return y.view(output.shape) if flat else y
+
+    def _behind_final_norm(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        unit = self.runner.network()
+        if unit is None or not unit.has_final_norm:
+            return None
+        x = args[0]
+        batch = self.runner.batch_tasks(x.shape[0], x.device)
+        slots = {name: places for name, places in self._outer.get(module, {}).items() if name in unit.slots[1]}
+        with BaseCopies(slots, unit.outer).in_force():
+            bias = getattr(module, "bias", None)
+            return unit.final_norm(x, module.weight, bias, norm_eps(module), batch, rms=is_rms(module))

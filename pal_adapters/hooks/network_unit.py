@@ -1,0 +1,57 @@
+"""What the hooks of a network ask of a method's unit and of a host's layer. Knows no method and neither host."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pal_adapters.nn.unit import BatchTasks
+
+from .weight_copies import Slots
+
+
+class NetworkUnit(Protocol):
+    """What a network does in one block."""
+
+    base: nn.ParameterDict
+    outer: nn.ParameterDict
+    slots: tuple[Slots, Slots]
+    acts_at_top: bool
+    acts_in_stream: bool
+
+    @property
+    def norm_paths(self) -> tuple[str, ...]: ...
+
+    @property
+    def has_attention(self) -> bool: ...
+
+    @property
+    def has_final_norm(self) -> bool: ...
+
+    def align(self, x: Tensor, batch: BatchTasks) -> Tensor: ...
+
+    def attention_bias(self, batch: BatchTasks, queries: int, keys: int) -> Tensor: ...
+
+    def norm(
+        self, path: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, batch: BatchTasks, *, rms: bool
+    ) -> Tensor: ...
+
+    def final_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, batch: BatchTasks, *, rms: bool
+    ) -> Tensor: ...
+
+    def top(self, y: Tensor, h: Tensor, eps: float, batch: BatchTasks) -> Tensor: ...
+
+    def stream(self, outputs: list[Tensor], batch: BatchTasks) -> Tensor: ...
+
+
+class NetworkRunner(Protocol):
+    """What a host's layer offers to `NetworkHooks`."""
+
+    def network(self) -> NetworkUnit | None:
+        """The network's part in this block that acts in this call, if any."""
+
+    def batch_tasks(self, batch: int, device: torch.device) -> BatchTasks:
+        """The task of each row."""

@@ -1,0 +1,99 @@
+"""Runs units on a batch, or on one row of a batch each. Knows no host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pal_adapters.errors import UnsupportedError
+from pal_adapters.nn.unit import TaskUnit, UnitInputs, stack_weights
+
+from .masks import BlockMask
+
+
+class RowPlan:
+    """Which adapter each row of a batch goes through, during one forward pass.
+
+    Args:
+        names: one adapter name a row.
+        keep: whether weights that the blocks share may be gathered once for all blocks. Not under activation
+            checkpointing: a block that runs again has to do all that it did before.
+    """
+
+    def __init__(self, names: Sequence[str], *, keep: bool) -> None:
+        self.names = tuple(names)
+        self.kept: dict[object, dict[str, Tensor]] | None = {} if keep else None
+        # The plan that this one repeats, None if it repeats none.
+        self.origin: RowPlan | None = None
+        self._repeated: dict[int, RowPlan] = {}
+
+    def for_batch(self, batch: int) -> RowPlan:
+        """The plan of a batch in which each row is repeated, as beam search and several returned sequences do.
+
+        Raises:
+            UnsupportedError: if `batch` is no multiple of the number of names.
+        """
+        if batch == len(self.names):
+            return self
+        if batch not in self._repeated:
+            if batch % len(self.names):
+                raise UnsupportedError(
+                    f"{len(self.names)} adapter names were passed for a batch of {batch} rows: pass one name a row."
+                )
+            times = batch // len(self.names)
+            names = [name for name in self.names for _ in range(times)]
+            self._repeated[batch] = RowPlan(names, keep=self.kept is not None)
+            self._repeated[batch].origin = self
+        return self._repeated[batch]
+
+
+def run_unit(unit: TaskUnit, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
+    """One unit for all rows."""
+    return unit(site, value, inputs, unit.weights())
+
+
+def select_rows(inputs: UnitInputs, rows: Tensor) -> UnitInputs:
+    """The inputs of some rows of these inputs, which may be rows of a larger batch themselves."""
+    whole = rows if inputs.rows is None else inputs.rows[rows]
+    mask = inputs.mask.select(whole) if isinstance(inputs.mask, BlockMask) else inputs.mask
+    return inputs.map(lambda t: t.index_select(0, rows))._replace(mask=mask, rows=whole)
+
+
+def run_rows(units: Mapping[str, TaskUnit], plan: RowPlan, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
+    """Each row through its own unit, all rows of one kind in one call.
+
+    Args:
+        units: the units by adapter name; a row whose name is missing keeps its value.
+        plan: one name a row of `value`, or of the tokens of `value` `[b n, d]`.
+
+    Returns:
+        The new value, `[b, n, d]`; equal to calling each unit on its rows.
+    """
+    if value.dim() == 2:  # OPT runs its feed-forward part on the tokens of all rows in one dimension
+        plan = plan.origin or plan
+        tokens = value.view(len(plan.names), -1, value.shape[-1])
+        return run_rows(units, plan, site, tokens, inputs).view(value.shape)
+    names = plan.names
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for row, name in enumerate(names):
+        if name in units and site in units[name].sites:
+            groups.setdefault(units[name].signature(), []).append(row)
+    for signature, rows in groups.items():
+        # Units of another shape have keys of another shape in the generation cache, and other rows other ones.
+        own = inputs._replace(slot=(*inputs.slot, names, signature))
+        members = [names[row] for row in rows]
+        distinct = list(dict.fromkeys(members))
+        batch = [units[name] for name in distinct]
+        index = None
+        if len(distinct) > 1 and distinct != members:
+            index = torch.tensor([distinct.index(name) for name in members], device=value.device)
+        weights = stack_weights(batch, index, plan.kept)
+        if len(rows) == value.shape[0]:
+            value = batch[0](site, value, own, weights)
+            continue
+        chosen = torch.tensor(rows, device=value.device)
+        part = batch[0](site, value.index_select(0, chosen), select_rows(own, chosen), weights)
+        value = value.index_copy(0, chosen, part)
+    return value

@@ -1,0 +1,166 @@
+"""Pretrained weights that an adapter trains as copies of its own. Knows no method and neither host.
+
+The model's own weights stay as they are. While the adapter acts, its copies stand in their place for the time of each
+module's call, so that another adapter finds its own and no adapter finds the pretrained ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from pal_adapters.blocks.sites import Block
+
+Slots = dict[str, list[tuple[nn.Module, str]]]
+
+
+def _slots(root: nn.Module, added: set[int]) -> Slots:
+    """Places of the parameters below `root` by name; tied ones under one name."""
+    slots: Slots = {}
+    names: dict[int, str] = {}
+    for path, module in root.named_modules():
+        for name, parameter in module._parameters.items():
+            full = f"{path}.{name}" if path else name
+            if parameter is None or id(parameter) in added:
+                continue
+            slots.setdefault(names.setdefault(id(parameter), full), []).append((module, name))
+    return slots
+
+
+def block_slots(block: Block, added: set[int]) -> Slots:
+    """The pretrained parameters of one block."""
+    return _slots(block.module, added)
+
+
+def embedding_names(model: nn.Module) -> list[str]:
+    """Names of the modules between the input and the first block, so far as they have weights."""
+    tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    named = [name for name, _ in model.named_children() if name.startswith(("embed", "word_embed"))]
+    return [*named, *tables]
+
+
+def outer_slots(
+    model: nn.Module, blocks: Iterable[Block], added: set[int], *, left_out: Iterable[str], embeddings: bool
+) -> Slots:
+    """The pretrained parameters outside the blocks (pooler, final norm), or those of the embeddings.
+
+    Args:
+        model: the model without its head.
+        blocks: all blocks.
+        added: what adapters added.
+        left_out: names of modules that are trained otherwise.
+        embeddings: which of the two.
+    """
+    inside = {id(p) for block in blocks for p in block.module.parameters()}
+    first = tuple(name + "." for name in embedding_names(model))
+    slots: Slots = {}
+    for name, places in _slots(model, added | inside).items():
+        if any(f".{part}." in f".{name}." for part in left_out):
+            continue
+        if name.startswith(first) is embeddings:
+            slots[name] = places
+    return slots
+
+
+def reader_of(model: nn.Module, module: nn.Module) -> nn.Module:
+    """The module whose `forward` reads the weights of another: itself, but for DeBERTa's relative positions."""
+    return next((m for m in model.modules() if m._modules.get("rel_embeddings") is module), module)
+
+
+def key_of(name: str) -> str:
+    """A parameter name as one part of a name."""
+    return name.replace(".", "__")
+
+
+class BaseCopies:
+    """The copies of one adapter in one place.
+
+    Args:
+        slots: where the originals stand.
+        copies: the trained values by the same names.
+    """
+
+    def __init__(self, slots: Slots, copies: nn.ParameterDict) -> None:
+        self.slots = slots
+        self.copies = copies
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """The copies stand where the originals stood."""
+        kept: list[tuple[dict[str, Any], str, Any]] = []
+        try:
+            for key, places in self.slots.items():
+                copy = self.copies[key_of(key)]
+                for module, name in places:
+                    parameters = module._parameters
+                    original: Any = parameters[name]
+                    kept.append((parameters, name, original))
+                    parameters[name] = copy if copy.dtype == original.dtype else copy.to(original.dtype)
+            yield
+        finally:
+            for parameters, name, original in reversed(kept):
+                parameters[name] = original
+
+
+def fill(into: nn.ParameterDict, slots: Slots) -> None:
+    """Copy the pretrained values."""
+    for key, places in slots.items():
+        module, name = places[0]
+        original = module._parameters[name]
+        assert original is not None
+        into[key_of(key)] = nn.Parameter(original.detach().clone())
+
+
+def scratch(into: nn.ParameterDict, slots: Slots, generator: torch.Generator | None, std: float = 0.02) -> None:
+    """Draw the copies anew: `N(0, std^2)` matrices, zero biases, norms of weight 1."""
+    with torch.no_grad():
+        for key, places in slots.items():
+            module, name = places[0]
+            value = into[key_of(key)]
+            if value.dim() > 1 and value.device.type != "meta":
+                value.copy_(torch.empty(value.shape).normal_(0.0, std, generator=generator))
+            elif value.dim() == 1:
+                value.fill_(1.0 if name == "weight" and "norm" in type(module).__name__.lower() else 0.0)
+
+
+class WrappedForward:
+    """Stands in the place of a module's `forward`, or of another method.
+
+    Args:
+        module: the module.
+        around: called with the module's own method and the arguments.
+        name: of the method.
+    """
+
+    def __init__(self, module: nn.Module, around: Callable[..., Any], name: str = "forward") -> None:
+        self._module = (module,)
+        self._name = name
+        self._around: Callable[..., Any] | None = around
+        self._inner = module.__dict__.get(name)
+        setattr(module, name, self.run)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own method."""
+        if self._inner is not None:
+            return self._inner(*args, **kwargs)
+        module = self._module[0]
+        return getattr(type(module), self._name)(module, *args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """What is called in its place."""
+        if self._around is None:
+            return self.original(*args, **kwargs)
+        return self._around(self.original, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Give the module its own method back, or stand aside where another stands in front by now."""
+        module = self._module[0]
+        self._around = None
+        if getattr(module.__dict__.get(self._name), "__self__", None) is self:
+            delattr(module, self._name)
+            if self._inner is not None:
+                setattr(module, self._name, self._inner)

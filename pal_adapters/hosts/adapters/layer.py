@@ -1,0 +1,372 @@
+"""The layer that a block of an `adapters` model gets.
+
+Built on `ComposableAdapterLayerBase` (adapters 1.3), the base class that the host offers to its own methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from adapters.composition import AdapterCompositionBlock, BatchSplit, Fuse, MultiTask
+from adapters.context import AdapterSetup, ForwardContext
+from adapters.methods.adapter_layer_base import AdapterLayerBase
+from adapters.methods.bottleneck import BottleneckLayer
+from torch import Tensor, nn
+
+from pal_adapters.blocks.sites import Block, resolve
+from pal_adapters.errors import UnsupportedError
+from pal_adapters.hooks.attachment import Attachment
+from pal_adapters.hooks.rows import RowPlan, run_rows, run_unit
+from pal_adapters.hosts.method import generator_for
+from pal_adapters.nn.unit import TaskUnit, UnitInputs
+
+from .composition import State, ValueComposition, architectures, grow, task_children
+from .config import TaskAdapterConfig, is_ours, task_configs
+from .network import LayerNetwork
+
+
+class TaskLayer(ValueComposition, nn.Module):
+    """All task modules of one block of an `adapters` model.
+
+    `pal_adapters.<adapter name>.<method>` holds the units: the host's loader saves, loads and renames what a container
+    of this name holds. What the blocks of a stack share lies in the base model's `shared_parameters`, the host's own
+    place for that.
+
+    Args:
+        model: the host's base model.
+        block: the block.
+    """
+
+    adapter_modules_name = "pal_adapters"
+    location_key = "task_layer"
+
+    def __init__(self, model: nn.Module, block: Block) -> None:
+        super().__init__()
+        # The host's objects are untyped.
+        self.adapters_config: Any = model.adapters_config
+        self.pal_adapters: Any = nn.ModuleDict()
+        self.attachment = Attachment(model, block, self)
+        # Tuples keep what is only referred to out of the module tree.
+        self._bottlenecks = tuple(m for m in block.module.modules() if isinstance(m, BottleneckLayer))
+        for layer in self._bottlenecks:
+            layer.pal_adapters_task_layer = (self,)
+        self.link(model, block)
+        self.network: LayerNetwork | None = None
+
+    def link(self, model: nn.Module, block: Block) -> None:
+        """Set the model that shared parameters are kept in, and the block as this model counts it.
+
+        An encoder and a decoder are models of their own before the host makes them one.
+        """
+        self._model = (model,)
+        self._block = (block,)
+
+    @property
+    def model(self) -> nn.Module:
+        """The host's base model."""
+        return self._model[0]
+
+    @property
+    def block(self) -> Block:
+        return self._block[0]
+
+    @property
+    def _shared(self) -> Any:
+        return self._model[0].shared_parameters
+
+    def units(self, name: str) -> Iterator[TaskUnit]:
+        """The units of an adapter in this block."""
+        if name in self.pal_adapters:
+            yield from self.pal_adapters[name].values()
+
+    def methods(self, name: str) -> list[str]:
+        """The methods that an adapter has in this block."""
+        return list(self.pal_adapters[name]) if name in self.pal_adapters else []
+
+    # The host's life cycle
+
+    def add_adapter(self, adapter_name: str, layer_idx: int) -> bool:
+        self.layer_idx = layer_idx
+        units = nn.ModuleDict()
+        for config in task_configs(self.adapters_config.get(adapter_name)):
+            unit = None if layer_idx in config.leave_out else config.method.build(config, self.block)
+            if unit is not None:
+                self._initialise(unit, adapter_name, config)
+                units[config.method.name] = unit
+        if not units:
+            return False
+        units.train(self.training)
+        self.pal_adapters[adapter_name] = units
+        return True
+
+    def _initialise(self, unit: TaskUnit, adapter_name: str, config: TaskAdapterConfig) -> None:
+        self._share(unit, adapter_name, config)
+        generator = generator_for(config.init_weights_seed, self.block)
+        unit.reset_parameters(identity=config.identity_init, generator=generator)
+        unit.to(next(self.block.module.parameters()).device)
+        if config.method.network:
+            self.network = self.network or LayerNetwork(self)
+            self.network.complete(unit, config, {id(p) for p in task_parameters(self.model)})
+        else:
+            self.attachment.require(unit.sites, unit.needs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        if self.network is not None and not any(
+            hasattr(u, "slots") for name in self.pal_adapters for u in self.units(name)
+        ):
+            self.network.remove()
+            self.network = None
+
+    def _share(self, unit: TaskUnit, adapter_name: str, config: TaskAdapterConfig) -> None:
+        block = self.block
+        shared = config.method.build_shared(config, block)
+        if shared is None:
+            return
+        prefix = f"{config.method.name}_stack{block.stack}_"
+        keys = {name: prefix + name.replace(".", "_") for name, _ in shared.named_parameters()}
+        if adapter_name not in self._shared:
+            self._shared[adapter_name] = nn.ParameterDict()
+        table = self._shared[adapter_name]
+        if not all(key in table for key in keys.values()):  # the first block of its stack
+            first = generator_for(config.init_weights_seed, replace(block, index=-1))
+            shared.reset_parameters(identity=config.identity_init, generator=first)  # type: ignore[operator]
+            device = next(block.module.parameters()).device
+            for name, parameter in shared.named_parameters():
+                table[keys[name]] = nn.Parameter(parameter.detach().to(device))
+        unit.share(SharedWeights(self, adapter_name, keys))
+
+    def average_adapter(
+        self, adapter_name: str, input_adapters: dict[str, float], combine_strategy: str, **kwargs: Any
+    ) -> bool:
+        added = super().average_adapter(adapter_name, input_adapters, combine_strategy, **kwargs)
+        if added and adapter_name in self._shared:
+            with torch.no_grad():
+                for key, target in self._shared[adapter_name].items():
+                    target.copy_(sum(w * self._shared[name][key] for name, w in input_adapters.items()))
+        return added
+
+    def enable_adapters(
+        self, adapter_setup: AdapterCompositionBlock, unfreeze_adapters: bool, unfreeze_fusion: bool
+    ) -> None:
+        super().enable_adapters(adapter_setup, unfreeze_adapters, unfreeze_fusion)
+        if not unfreeze_adapters:
+            return
+        for name in adapter_setup.flatten():
+            # The host does not, when it trains a fusion with its adapters.
+            if name in self.pal_adapters and name in self._shared:
+                for parameter in self._shared[name].parameters():
+                    parameter.requires_grad = True
+            for unit in self.units(name):
+                unit.mark_frozen()
+        if trains_base(self.adapters_config, adapter_setup):
+            for parameter in base_parameters(self._model[0]).values():
+                parameter.requires_grad = True
+
+    def freeze_adapter(self, adapter_name: str, freeze: bool = True) -> None:
+        super().freeze_adapter(adapter_name, freeze)
+        if adapter_name in self.pal_adapters and adapter_name in self._shared:
+            for parameter in self._shared[adapter_name].parameters():
+                parameter.requires_grad = not freeze
+
+    # Compositions
+
+    def compose_fuse(self, adapter_setup: Fuse, state: State, lvl: int = 0) -> State:
+        # The fusion layer is the host's, and so is the place: `Mixture` runs it, where it can.
+        reason = unfusable(sorted(adapter_setup.flatten()), self)
+        if reason is not None:
+            raise UnsupportedError(reason)
+        return state
+
+    def compose_single(self, adapter_setup: str, state: State, lvl: int = 0) -> State:
+        value = state.value
+        for unit in self.units(adapter_setup):
+            if state.site in unit.sites:
+                inputs = state.inputs._replace(slot=(adapter_setup, type(unit).__name__))
+                value = run_unit(unit, state.site, value, inputs)
+        return state._replace(value=value)
+
+    def compose_multi_task(self, adapter_setup: MultiTask, state: State, lvl: int = 0) -> State:
+        if not all(isinstance(child, str) for child in adapter_setup):
+            return super().compose_multi_task(adapter_setup, state, lvl=lvl)
+        children = task_children(adapter_setup, state.value.shape[0])
+        return self._rows(adapter_setup, [adapter_setup[child] for child in children], state)
+
+    def compose_batch_split(self, adapter_setup: BatchSplit, state: State, lvl: int = 0) -> State:
+        sizes = adapter_setup.batch_sizes
+        if sum(sizes) != state.value.shape[0] or not all(isinstance(child, str) for child in adapter_setup):
+            return super().compose_batch_split(adapter_setup, state, lvl=lvl)
+        names = [name for name, size in zip(adapter_setup, sizes, strict=True) for _ in range(size)]
+        return self._rows(adapter_setup, names, state)
+
+    def _rows(self, setup: AdapterCompositionBlock, names: list[str], state: State) -> State:
+        value, plan = state.value, self._plan(setup, names)
+        methods = {name: self.methods(name) for name in dict.fromkeys(names)}
+        for method in dict.fromkeys(m for own in methods.values() for m in own):
+            units = {name: self.pal_adapters[name][method] for name, own in methods.items() if method in own}
+            value = run_rows(units, plan, state.site, value, state.inputs._replace(slot=("rows", method)))
+        return state._replace(value=value)
+
+    def _plan(self, setup: AdapterCompositionBlock, names: list[str]) -> RowPlan:
+        """One plan for all blocks of a forward pass, so that tied projections are gathered once."""
+        context = ForwardContext.get_context()
+        plans = {} if context is None else context.__dict__.setdefault("pal_adapters_plans", {})
+        key = (id(setup), len(names))
+        if key not in plans:
+            model = self._model[0]
+            again = model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+            plans[key] = RowPlan(names, keep=context is not None and not again)
+        return plans[key]
+
+    # The runner of `Attachment`
+
+    def setup(self) -> AdapterCompositionBlock | None:
+        """The active setup, whether or not this block has a module of it."""
+        if self.adapters_config.skip_layers is not None and self.layer_idx in self.adapters_config.skip_layers:
+            return None
+        given = AdapterSetup.get_context()
+        setup = self.adapters_config.active_setup if given is None else given.adapter_setup
+        context = ForwardContext.get_context()
+        if context is None:
+            return setup
+        # Activation checkpointing re-runs a block with the forward context restored, but outside of
+        # `with AdapterSetup(...)`: keep the setup in the forward context.
+        return context.__dict__.setdefault("pal_adapters_setup", setup)
+
+    def get_active_setup(self) -> AdapterCompositionBlock | None:
+        setup = self.setup()
+        return setup if setup is not None and not setup.flatten().isdisjoint(self.pal_adapters) else None
+
+    def site_of(self, bottleneck: BottleneckLayer) -> str | None:
+        """The site whose value this bottleneck layer of the host gets, or None.
+
+        A layer that the host hooks to a projection gets the sub-layer's output, unless a norm follows it (Gemma). One
+        that the host's own block calls gets it unless the block scales (BEiT) or normalises (X-MOD) before.
+        """
+        sites, block = self.block.sites, self.block.module
+        hooked, place = bottleneck.is_layer_hooked, bottleneck.location_key
+        if place == "mh_adapter":
+            if resolve(block, sites.attention_output.rpartition(".")[0]) is bottleneck:
+                return "attention"
+            if getattr(block, "attention_adapters", None) is not bottleneck:
+                return None  # behind cross-attention; and ALBERT's gets the residual stream as its value
+            scaled = next(block.parameters(recurse=False), None) is not None
+            same = sites.attention_output == sites.attention if hooked else not scaled
+            return "attention" if same else None
+        if place != "output_adapter":
+            return None
+        if hooked:
+            return "residual" if sites.residual_path == sites.ffn else None
+        behind_block = sites.residual_path == "" and sites.norm == "pre"
+        return "residual" if behind_block or sites.residual_path in (sites.ffn_output, "output_adapters") else None
+
+    def acts(self, setup: AdapterCompositionBlock, site: str | None) -> bool:
+        """Whether an adapter of the setup acts at a site of this block."""
+        return any(site in unit.sites for name in setup.flatten() for unit in self.units(name))
+
+    def mixed_setup(self) -> AdapterCompositionBlock | None:
+        """The active setup if `Mixture` has to run it: our adapters in a `Fuse`, or together with bottlenecks."""
+        setup = self.setup()
+        if setup is None or not self._bottlenecks:
+            return None
+        kinds = {name: architectures(self.adapters_config.get(name)) for name in setup.flatten()}
+        ours = {name for name, kind in kinds.items() if is_ours(kind)}
+        if ours and (any(None in kind for kind in kinds.values()) or fuses(setup, ours)):
+            return setup
+        return None
+
+    def _mixes(self, site: str) -> bool:
+        return any(self.site_of(b) == site for b in self._bottlenecks) and self.mixed_setup() is not None
+
+    def is_active(self, site: str) -> bool:
+        setup = self.get_active_setup()
+        return setup is not None and self.acts(setup, site) and not self._mixes(site)
+
+    def keeps_inputs(self) -> bool:
+        return self._mixes("residual")
+
+    def run(self, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
+        setup = self.get_active_setup()
+        assert setup is not None
+        state: State = self.compose(setup, State(value, grow(inputs, value.shape[0]), site))  # type: ignore[operator]
+        return state.value
+
+
+class SharedWeights(Mapping[str, Tensor]):
+    """The projections of one adapter, read from where the host keeps them, so that replacing them there is seen."""
+
+    def __init__(self, layer: TaskLayer, adapter_name: str, keys: dict[str, str]) -> None:
+        self._layer = layer
+        self._name = adapter_name
+        self._keys = keys
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._layer._shared[self._name][self._keys[key]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def fuses(setup: AdapterCompositionBlock | str, names: set[str]) -> bool:
+    """Whether a setup has one of these adapters inside a `Fuse`."""
+    if isinstance(setup, str):
+        return False
+    if isinstance(setup, Fuse):
+        return not setup.flatten().isdisjoint(names)
+    return any(fuses(child, names) for child in setup)
+
+
+def trains_base(adapters_config: Any, setup: AdapterCompositionBlock | None) -> bool:
+    """Whether an adapter of the setup trains the base model too."""
+    names = set() if setup is None else setup.flatten()
+    return any(trains_originals(config) for name in names for config in task_configs(adapters_config.get(name)))
+
+
+def trains_originals(config: TaskAdapterConfig) -> bool:
+    """Whether an adapter trains the model's own pretrained weights, not copies of them."""
+    return config.train_base and not config.copies_base
+
+
+def unfusable(names: Collection[str], layer: TaskLayer) -> str | None:
+    """Why these adapters cannot be fused in this block, or None."""
+    listed = f"Fuse({', '.join(names)}) cannot be used: "
+    for name in names:
+        for config in task_configs(layer.adapters_config.get(name)):
+            if not config.fusable:
+                return (
+                    f"{listed}a fusion weighs terms that are added behind the feed-forward part, and {name!r} "
+                    f"({config.architecture}) acts elsewhere. Fuse adapters of type pal, low_rank or a bottleneck."
+                )
+    if not any(layer.site_of(b) == "residual" for b in layer._bottlenecks):
+        return (
+            f"{listed}{type(layer.block.module).__name__} has no layer of the host's that gets the value to which "
+            "task modules add, and the fusion is the host's."
+        )
+    return None
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The pretrained parameters of a host model by name: all but those of task modules, of any method."""
+    task = {id(p) for p in task_parameters(model)}
+    return {name: p for name, p in model.named_parameters() if id(p) not in task}
+
+
+def task_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Every parameter that an adapter method, built in or ours, added to a host's base model."""
+    for module in model.modules():
+        if isinstance(module, AdapterLayerBase):
+            containers = [module.adapter_modules, getattr(module, "adapter_fusion_layer", None)]
+            containers.append(getattr(module, "shared_parameters", None))
+            for container in containers:
+                if isinstance(container, nn.Module):
+                    yield from container.parameters()
+    for name in ("shared_parameters", "invertible_adapters", "prefix_tuning"):
+        container = getattr(model, name, None)
+        if isinstance(container, nn.Module):
+            yield from container.parameters()

@@ -1,0 +1,120 @@
+"""The binding of `adapters` for a method that is one network for many tasks: what acts in a block, and `task_ids`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from adapters.composition import Stack
+from adapters.context import AdapterSetup, ForwardContext
+
+from pal_adapters.blocks.sites import find_blocks
+from pal_adapters.errors import UnsupportedError
+from pal_adapters.hooks.network import NetworkHooks
+from pal_adapters.hooks.task_ids import ARGUMENT, task_numbers
+from pal_adapters.hooks.weight_copies import Slots, block_slots, fill, outer_slots, scratch
+from pal_adapters.hosts.method import generator_for
+from pal_adapters.nn.unit import BatchTasks, TaskUnit, batch_tasks
+
+from .config import task_configs
+
+if TYPE_CHECKING:
+    from .layer import TaskLayer
+
+
+class LayerNetwork:
+    """The part of one network in one block of an `adapters` model.
+
+    Args:
+        layer: the block's layer, whose units it lets act.
+    """
+
+    def __init__(self, layer: TaskLayer) -> None:
+        self._layer = layer
+        self.hooks = NetworkHooks(layer.model, layer.block, self)
+
+    def complete(self, unit: TaskUnit, config: Any, added: set[int]) -> None:
+        """Give a fresh unit its copies of pretrained weights, and install its hooks.
+
+        Args:
+            unit: the unit.
+            config: its config.
+            added: parameters of the model that are not pretrained, by id.
+        """
+        block, model = self._layer.block, self._layer.model
+        made: Any = unit
+        if config.train_base:
+            inner = {} if block.index in config.freeze_layers else block_slots(block, added)
+            fill(made.base, inner)
+            if block.last and config.top_block_init == "scratch":
+                scratch(made.base, inner, generator_for(config.init_weights_seed, block))
+            outer: Slots = {}
+            if block.last:
+                blocks = find_blocks(model, config.sites)
+                for embeddings in (False,) if config.freeze_embeddings else (False, True):
+                    outer |= outer_slots(model, blocks, added, left_out=(), embeddings=embeddings)
+                fill(made.outer, outer)
+            made.slots = (inner, outer)
+        self.hooks.require(made)
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        self.hooks.remove()
+
+    # The runner of `NetworkHooks`
+
+    def _active(self) -> tuple[str, Any] | None:
+        layer = self._layer
+        setup = layer.setup()
+        if setup is None:
+            return None
+        names = [name for name in setup.flatten() if any(hasattr(unit, "slots") for unit in layer.units(name))]
+        if not names:
+            return None
+        plain = isinstance(setup, Stack) and all(isinstance(child, str) for child in setup)
+        if len(names) > 1 or not plain:
+            raise UnsupportedError(
+                f"{', '.join(map(repr, sorted(names)))} in {setup} cannot be active so: a network for many tasks "
+                "steers the whole model. Activate one of them, alone or in a Stack of adapters of other methods."
+            )
+        return names[0], next(unit for unit in layer.units(names[0]) if hasattr(unit, "slots"))
+
+    def network(self) -> Any:
+        active = self._active()
+        return None if active is None else active[1]
+
+    def batch_tasks(self, batch: int, device: torch.device) -> BatchTasks:
+        active = self._active()
+        assert active is not None
+        tasks = _tasks(self._layer.adapters_config, active[0])
+        assert tasks is not None
+        context = ForwardContext.get_context()
+        # Every block asks: look at `task_ids`, which may lie on a GPU, once a forward pass.
+        known: dict[Any, BatchTasks] = {}
+        if context is not None and not torch.compiler.is_compiling():
+            known = context.__dict__.setdefault("pal_adapters_batch_tasks", known)
+        key = (active[0], batch, device)
+        if key not in known:
+            numbers = task_numbers(getattr(context, "task_ids", None), tasks, batch)
+            known[key] = batch_tasks(numbers).to(device)
+        return known[key]
+
+
+def _tasks(adapters_config: Any, name: str) -> list[str] | None:
+    """The tasks of an adapter, if it is a network for many."""
+    configs = task_configs(adapters_config.get(name))
+    return next((config.tasks for config in configs if config.method.network), None)
+
+
+def with_task_tensor(adapters_config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of generation, `task_ids` of an active network as a tensor."""
+    ids = arguments.get(ARGUMENT)
+    if not isinstance(ids, (list, tuple)) or adapters_config is None:
+        return arguments
+    given = AdapterSetup.get_context()
+    setup = adapters_config.active_setup if given is None else given.adapter_setup
+    for name in () if setup is None else setup.flatten():
+        tasks = _tasks(adapters_config, name)
+        if tasks is not None:
+            return {**arguments, ARGUMENT: task_numbers(ids, tasks, len(ids))}
+    return arguments

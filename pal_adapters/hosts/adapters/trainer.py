@@ -1,0 +1,39 @@
+"""What `AdapterTrainer` forgets of a fusion of ours when it reads a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .fusion import combination_config
+from .penalty import fusions_in
+
+
+def load_adapter_fusions(original: Any) -> Any:
+    """The host resumes a run with those fusions whose folder has a comma in its name."""
+
+    def wrapper(self: Any, resume_from_checkpoint: str) -> None:
+        original(self, resume_from_checkpoint)
+        for name in _ours(self.model):
+            folder = Path(resume_from_checkpoint, name)
+            if "," not in name and (folder / "adapter_fusion_config.json").is_file():
+                self.model.load_adapter_fusion(str(folder))
+
+    return wrapper
+
+
+def load_best_model(original: Any) -> Any:
+    """The host restores a head only if it has the name of an adapter, and leaves others as the last step made them."""
+
+    def wrapper(self: Any) -> None:
+        original(self)
+        active = {fuse.name for fuse in fusions_in(self.model.active_adapters)}
+        if active & set(_ours(self.model)) and hasattr(self.model, "heads"):
+            self._load_heads(self.state.best_model_checkpoint)
+
+    return wrapper
+
+
+def _ours(model: Any) -> list[str]:
+    known = model.adapters_config
+    return [name for name in known.fusions if combination_config(known.get_fusion(name)[0]) is not None]

@@ -1,0 +1,165 @@
+"""`train_base` in PEFT: the pretrained weights train, are saved and are loaded together with an adapter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from pal_adapters.errors import UnsupportedError
+
+_PREFIX = "base_model.model."
+
+
+def task_parameter_ids(model: nn.Module) -> set[int]:
+    """Parameters that PEFT methods added, and copies that it trains: all but the pretrained ones."""
+    ids: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            ids |= {id(p) for p in module.parameters()}
+        elif isinstance(module, BaseTunerLayer):
+            names = (*module.adapter_layer_names, *module.other_param_names)
+            containers = (getattr(module, name, None) for name in names)
+            ids |= {id(p) for c in containers if isinstance(c, nn.Module) for p in c.parameters()}
+    return ids
+
+
+def base_tensors(model: nn.Module, *, tied: Literal["once", "each"] = "once") -> dict[str, Tensor]:
+    """The pretrained weights and floating-point buffers of a model by name; tied ones once, or under each name."""
+    added = task_parameter_ids(model)
+    inside = [name + "." for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    named = model.named_parameters(remove_duplicate=tied == "once")
+    tensors = {name: parameter.data for name, parameter in named if id(parameter) not in added}
+    for name, module in model.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            full = f"{name}.{key}" if name else key
+            kept = key not in module._non_persistent_buffers_set and buffer.is_floating_point()
+            if kept and not any(full.startswith(prefix) for prefix in inside):
+                tensors[full] = buffer
+    return tensors
+
+
+def plain_name(name: str) -> str:
+    """The name of a pretrained tensor without the wrappers around its module."""
+    return name.replace(".base_layer.", ".")
+
+
+def name_alone(model: nn.Module, name: str, adapter_name: str) -> str:
+    """The name of a pretrained tensor on a model that has this adapter alone: wrappers of other adapters are gone."""
+    path, wrapped, _ = name.rpartition(".base_layer.")
+    if not wrapped:
+        return name
+    wrapper: Any = model.get_submodule(path)
+    containers = [getattr(wrapper, part, {}) for part in getattr(wrapper, "adapter_layer_names", ())]
+    return name if any(adapter_name in container for container in containers) else plain_name(name)
+
+
+def is_joint(config: Any) -> bool:
+    """Whether the model's own pretrained weights belong to an adapter (not copies of them)."""
+    return getattr(config, "train_base", False) is True and not getattr(config, "copies_base", False)
+
+
+def mark_base(model: nn.Module, active: Iterable[str], configs: Mapping[str, Any] | None = None) -> None:
+    """Let the pretrained weights train while an adapter with `train_base` is active, and freeze them otherwise.
+
+    Without such an adapter on the model, nothing is touched: users may have unfrozen weights themselves.
+
+    Args:
+        model: the base model.
+        active: names of the active adapters.
+        configs: the adapters' configs; by default those that the host keeps on the model.
+    """
+    if configs is None:
+        configs = getattr(model, "peft_config", {})
+    if not any(is_joint(config) for config in configs.values()):
+        return
+    trainable = any(is_joint(configs.get(name)) for name in active)
+    added = task_parameter_ids(model)
+    for parameter in model.parameters():
+        if id(parameter) not in added:
+            parameter.requires_grad = trainable
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise `UnsupportedError` if the pretrained weights of a model are packed and cannot be trained."""
+    packed = [n for n, p in model.named_parameters() if not (p.is_floating_point() or p.is_complex())]
+    if packed or getattr(model, "is_quantized", False):
+        raise UnsupportedError(
+            "train_base=True is not allowed for a quantised model"
+            + (f" ({packed[0]} is packed)" if packed else "")
+            + ": load the model in floating point, or leave train_base=False."
+        )
+
+
+def check_transformers_loading(model: nn.Module, adapter_name: str, others: list[str], *, loads: bool) -> None:
+    """What holds where transformers 5 loads pretrained weights itself, past `load_base`.
+
+    Args:
+        model: the base model.
+        adapter_name: the adapter with `train_base`.
+        others: the other adapters on the model.
+        loads: whether weights are about to be loaded.
+
+    Raises:
+        UnsupportedError: for tied weights, of which only one would be loaded.
+    """
+    added = task_parameter_ids(model)
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if first != name and id(parameter) not in added:
+            raise UnsupportedError(
+                f"train_base=True is not allowed here: {first} and {name} are tied, and transformers' own load_adapter"
+                " would load one of them. Use get_peft_model, and PeftModel.from_pretrained to load."
+            )
+    if loads and others:
+        warnings.warn(
+            f"Adapter {adapter_name!r} comes with its own pretrained weights (train_base=True), and transformers' "
+            f"load_adapter does not compare them: unless {', '.join(map(repr, others))} belong to the same ones, they "
+            "will compute something else. PeftModel.load_adapter compares them.",
+            stacklevel=2,
+        )
+
+
+def load_base(model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bring the pretrained weights of a checkpoint into the model, tied ones as one, and return the rest.
+
+    Raises:
+        UnsupportedError: if other adapters are on the model and compute with other pretrained weights. The new adapter
+            is taken off again.
+    """
+    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
+    others = [name for name in configs if name != adapter_name]
+    if not is_joint(config):
+        joint = [name for name in others if is_joint(configs[name])]
+        if joint and config.inference_mode:
+            warnings.warn(
+                f"Adapter {adapter_name!r} comes without pretrained weights, and those of the model belong to "
+                f"{', '.join(map(repr, joint))} (train_base=True): it computes with them, whatever it was trained on.",
+                stacklevel=2,
+            )
+        return state_dict
+    # Which modules are wrapped depends on the other adapters, there and here.
+    own = {plain_name(name): tensor for name, tensor in base_tensors(model, tied="each").items()}
+    plain = {key: plain_name(key) for key in state_dict}
+    names = {key: name if name in own else name.removeprefix(_PREFIX) for key, name in plain.items()}
+    loaded = {names[k]: v for k, v in state_dict.items() if names[k] in own and own[names[k]].shape == v.shape}
+    loaded = {name: value for name, value in loaded.items() if not own[name].is_meta}
+    if others and any(not torch.equal(own[n], v.to(own[n])) for n, v in loaded.items()):
+        message = (
+            f"adapter {adapter_name!r} comes with its own pretrained weights (train_base=True), which differ from "
+            f"those that {', '.join(map(repr, others))} compute with on this model"
+        )
+        if config.inference_mode:
+            model.delete_adapter(adapter_name)  # type: ignore[operator]
+            raise UnsupportedError(f"{message}: load each into its own copy of the base model.")
+        warnings.warn(f"{message}: from now on all compute with the loaded ones.", stacklevel=2)
+    with torch.no_grad():
+        for name, value in loaded.items():
+            own[name].copy_(value)
+    return {key: value for key, value in state_dict.items() if names[key] not in loaded}

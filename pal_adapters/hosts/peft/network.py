@@ -1,0 +1,146 @@
+"""The binding of PEFT for a method that is one network for many tasks: layers, tuner, `task_ids`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from pal_adapters.blocks.sites import Block, find_blocks
+from pal_adapters.errors import UnsupportedError
+from pal_adapters.hooks.network import NetworkHooks
+from pal_adapters.hooks.task_ids import ARGUMENT, CARRIED, TaskRows
+from pal_adapters.hooks.weight_copies import Slots, block_slots, fill, outer_slots, scratch
+from pal_adapters.nn.unit import BatchTasks, TaskUnit
+
+from .joint import check_trainable, task_parameter_ids
+from .layer import TaskTunerLayer
+from .routing import generates
+from .tuner import TaskTuner
+
+_ROWS = "pal_adapters_task_rows"
+
+
+def task_rows(model: nn.Module) -> TaskRows:
+    """The `task_ids` of a base model."""
+    if not hasattr(model, _ROWS):
+        setattr(model, _ROWS, TaskRows())
+    return getattr(model, _ROWS)
+
+
+class NetworkTunerLayer(TaskTunerLayer):
+    """The part of one network in one block, of every adapter."""
+
+    def __init__(self, model: nn.Module, block: Block) -> None:
+        super().__init__(model, block)
+        self.hooks = NetworkHooks(model, block, self)
+        # By adapter; the lists are those of the configs.
+        self.tasks: dict[str, list[str]] = {}
+        self._taken: Any = None
+        if block.index == 0:
+            self._taken = model.register_forward_pre_hook(self._before_model, with_kwargs=True)
+
+    def _before_model(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Take `task_ids` where no `PeftModel` did, and see to it that checkpointed blocks know their rows again."""
+        rows = task_rows(model)
+        if model.training:
+            rows.repeat_in([m.base_layer for m in model.modules() if isinstance(m, NetworkTunerLayer)])
+        return rows.take(args, kwargs)
+
+    def update_layer(self, adapter_name: str, config: Any, shared: nn.Module | None) -> nn.Module | None:
+        self.tasks[adapter_name] = config.tasks
+        return super().update_layer(adapter_name, config, shared)
+
+    def complete(self, unit: TaskUnit, config: Any) -> None:
+        """Give a fresh unit its copies of pretrained weights, and install its hooks."""
+        model, block = self._model[0], self._block[0]
+        made: Any = unit
+        if config.train_base:
+            check_trainable(model)
+            added = task_parameter_ids(model)
+            inner = {} if block.index in config.freeze_layers else block_slots(block, added)
+            fill(made.base, inner)
+            if block.last and config.top_block_init == "scratch":
+                scratch(made.base, inner, None)
+            outer: Slots = {}
+            if block.last:
+                headless = getattr(model, "base_model", model)
+                blocks = find_blocks(model, config.sites)
+                kinds = (False,) if config.freeze_embeddings else (False, True)
+                for embeddings in kinds:
+                    outer |= outer_slots(
+                        headless, blocks, added, left_out=config.modules_to_save or (), embeddings=embeddings
+                    )
+                fill(made.outer, outer)
+            made.slots = (inner, outer)
+        self.hooks.require(made)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        for unit in self.units.values():
+            unit.mark_frozen()  # type: ignore[operator]
+
+    def forget(self, adapter_name: str) -> None:
+        self.tasks.pop(adapter_name, None)
+        super().forget(adapter_name)
+
+    def detach(self) -> None:
+        self.hooks.remove()
+        if self._taken is not None:
+            self._taken.remove()
+        super().detach()
+
+    # The runner of `NetworkHooks`
+
+    def _active(self) -> str | None:
+        if self.disable_adapters:
+            return None
+        names = [name for name in self.active_adapters if name in self.units]
+        if len(names) > 1:
+            raise UnsupportedError(
+                f"{' and '.join(map(repr, names))} are active together, but each {self.method.name} adapter steers "
+                "the whole model: activate one of them."
+            )
+        return names[0] if names else None
+
+    def network(self) -> Any:
+        name = self._active()
+        return None if name is None else self.units[name]
+
+    def batch_tasks(self, batch: int, device: torch.device) -> BatchTasks:
+        name = self._active()
+        assert name is not None
+        return task_rows(self._model[0]).of(self.tasks[name], batch, device)
+
+
+class NetworkTuner(TaskTuner):
+    """Base of the tuners of such methods."""
+
+    forward_arguments = (ARGUMENT, CARRIED)
+
+    @staticmethod
+    def _on_task_ids(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """In front of `PeftModelFor*.forward`, which would drop `task_ids`: let them pass under another name."""
+        if ARGUMENT in kwargs:
+            kwargs = {**kwargs, CARRIED: kwargs[ARGUMENT]}
+            del kwargs[ARGUMENT]
+        return args, kwargs
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise UnsupportedError(
+                f"adapter_names is not supported for {self.method.name}: one adapter serves all tasks, pass task_ids."
+            )
+        ids = kwargs.pop(ARGUMENT, None)
+        carried = kwargs.pop(CARRIED, None)
+        with task_rows(self.model).in_force(carried if ids is None else ids, repeated=generates(self.model, kwargs)):
+            yield
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, which may repeat the rows of a batch."""
+        task_rows(self.model).allow_repeated()
+        return self.model.generate(*args, **kwargs)

@@ -1,0 +1,84 @@
+"""PEFT adapters as they were saved, or as they are on a model: config and tensors, and what LoRA does with its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from typing import cast
+
+import peft
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import LoraConfig, PeftConfig, PeftType, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from pal_adapters.hosts.method import Method
+
+
+def read_adapter(
+    model: nn.Module, path: str, *, subfolder: str | None = None, revision: str | None = None
+) -> tuple[PeftConfig, dict[str, torch.Tensor], str | None]:
+    """Config and tensors of a saved adapter, and the commit if it is on the hub; names of tensors as in the file.
+
+    Args:
+        model: the base model, whose own renaming of old checkpoints applies.
+        path: a folder or a hub repository.
+        subfolder: in either.
+        revision: of the repository.
+    """
+    commit = None
+    if not os.path.isdir(path):
+        # The host's own download looks for a subfolder inside itself where there is no network.
+        file = hf_hub_download(path, "adapter_config.json", subfolder=subfolder, revision=revision)
+        commit = file.rpartition("/snapshots/")[2].partition("/")[0]
+        try:
+            hf_hub_download(path, "adapter_model.safetensors", subfolder=subfolder, revision=commit)
+        except EntryNotFoundError:
+            hf_hub_download(path, "adapter_model.bin", subfolder=subfolder, revision=commit)
+        path, subfolder = os.path.dirname(file), None
+    folder = path if subfolder is None else os.path.join(path, subfolder)
+    mapping = getattr(model, "_checkpoint_conversion_mapping", {})
+    return PeftConfig.from_pretrained(folder), load_peft_weights(folder, device="cpu", key_mapping=mapping), commit
+
+
+def adapter_on(model: nn.Module, adapter_name: str) -> tuple[PeftConfig, dict[str, torch.Tensor]] | None:
+    """Config and tensors of an adapter that is on a model, as if they had been saved; None if there is none."""
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if config is None:
+        return None
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    return config, {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
+def method_of(config: PeftConfig) -> Method | None:
+    """The method that an adapter belongs to, if it is one of ours."""
+    tuner = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(cast("PeftType", config.peft_type))
+    return getattr(tuner, "method", None)
+
+
+def lora_scaling(config: LoraConfig, module: str, rank: int) -> float:
+    """What LoRA multiplies `B A x` with at a module."""
+    patterns = config.alpha_pattern or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), module), config.lora_alpha)
+    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+
+def lora_extras(config: LoraConfig) -> list[str]:
+    """Settings with which an adapter is not `scaling * B A x` on a base that stays as it is."""
+    found = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.metadata.get("is_lora_variant") and getattr(config, field.name)
+    ]
+    others = ("target_parameters", "layer_replication", "trainable_token_indices")
+    found += [name for name in others if getattr(config, name, None)]
+    if config.bias != "none":
+        found.append("bias")
+    init = config.init_lora_weights
+    if isinstance(init, str) and init not in ("gaussian", "orthogonal", "eva"):
+        found.append("init_lora_weights")  # these take their start out of the base weights
+    return [f"{name}={getattr(config, name)!r}" for name in dict.fromkeys(found)]

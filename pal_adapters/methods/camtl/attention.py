@@ -1,0 +1,91 @@
+"""The conditional block-diagonal term in the attention scores. Plain torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pal_adapters.errors import UnsupportedError
+
+from .film import Condition, FiLM
+
+
+def block_layout(size: int, max_length: int) -> tuple[int, int]:
+    """How many diagonal blocks the term has, and how many columns each.
+
+    `N = max(1, d // n_max)` and `c = ceil(n_max / N)`. Where `n_max` divides `d` this is the released layout; the
+    released code refuses other lengths. As there, the last block is what is left of `n_max`, so that there may be
+    fewer than `N` of them.
+
+    Args:
+        size: `d`.
+        max_length: `n_max`.
+
+    Returns:
+        The number of blocks that there are, and `c`.
+    """
+    columns = math.ceil(max_length / max(1, size // max_length))
+    return math.ceil(max_length / columns), columns
+
+
+class ConditionalAttentionBias(nn.Module):
+    r"""A block-diagonal matrix that is added to the attention scores of all heads.
+
+    $$A' = (1 + \gamma(z')) \odot A + \beta(z'), \qquad M(z') = \mathrm{blockdiag}(\text{row chunks of } A')$$
+
+    with `A` `[n_max, c]` and blocks of `c` rows (see `block_layout`). Outside the blocks `M` is zero, not minus
+    infinity: tokens of different blocks still see each other.
+
+    Source: Pilault et al., ICLR 2021. Differs from the released code in: `max_length` need not divide the width, and
+    shorter sequences take the leading part of `M`.
+
+    Args:
+        size: `d`.
+        max_length: `n_max`.
+        modulation: `"columns"`, `gamma` and `beta` of `c` numbers each, the same for every row (the code), or
+            `"matrix"`, of `c x c`, the same for every block (as the paper's notation reads).
+    """
+
+    def __init__(self, size: int, max_length: int, *, modulation: Literal["columns", "matrix"] = "columns") -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.columns = block_layout(size, max_length)[1]
+        self.modulation = modulation
+        self.matrix = nn.Parameter(torch.empty(max_length, self.columns))
+        self.film = FiLM(size, self.columns if modulation == "columns" else self.columns**2)
+
+    def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
+        """`A = 0`; FiLM as everywhere."""
+        with torch.no_grad():
+            self.matrix.zero_()
+        self.film.reset_parameters(identity=identity, generator=generator)
+
+    def forward(self, condition: Condition, queries: int, keys: int) -> Tensor:
+        """The part of `M` that belongs to the last `queries` of `keys` tokens.
+
+        Returns:
+            `[c, queries, keys]`, one matrix for each condition.
+
+        Raises:
+            UnsupportedError: for more than `max_length` tokens.
+        """
+        if keys > self.max_length:
+            raise UnsupportedError(
+                f"the sequence has {keys} tokens, but max_length={self.max_length}: the conditional attention has no "
+                "entries for more. Shorten the sequences, or make the adapter with a larger max_length."
+            )
+        width = self.columns
+        gamma, beta = self.film.coefficients(condition.table)
+        positions = torch.arange(keys, device=gamma.device)
+        rows = positions[keys - queries :]
+        if self.modulation == "matrix":
+            gamma, beta = (v.unflatten(-1, (width, width)).index_select(1, rows % width) for v in (gamma, beta))
+        else:
+            gamma, beta = gamma.unsqueeze(1), beta.unsqueeze(1)
+        blocks = (1 + gamma) * self.matrix[keys - queries : keys] + beta  # [c, queries, width]
+        same = (rows // width)[:, None] == (positions // width)[None]
+        # Column k of a row is entry k mod c of its row of A', where k lies in the row's own block.
+        return blocks.index_select(-1, positions % width) * same.to(blocks.dtype)

@@ -1,0 +1,140 @@
+"""What CA-MTL adds to one transformer block. Plain torch; where it acts is up to the host binding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pal_adapters.nn.unit import BatchTasks, TaskUnit, UnitInputs, Weights
+
+from .attention import ConditionalAttentionBias
+from .bottleneck import ConditionalBottleneck, side_stream
+from .film import Condition
+from .norm import ConditionalLayerNorm, ConditionalNorm
+from .task import align, transformed
+
+
+class ConditionalBlock(TaskUnit):
+    """The conditional modules of one block; what all blocks share comes from a `TaskConditions` (see `share`).
+
+    Args:
+        size: `d`.
+        max_length: `n_max` of the attention term; None for a block without it.
+        attention_modulation: see `ConditionalAttentionBias`.
+        freeze_attention_film: leave the attention term's FiLM as it starts, as the released code does by accident.
+        norms: names of the block's norms that become conditional.
+        modulate_bias: see `ConditionalNorm`.
+        bottlenecks: how many bottlenecks this block holds: one at the top, as many as blocks at the end of a side
+            stream (in the last block), none elsewhere.
+        bottleneck_size: see `ConditionalBottleneck`.
+        closing_norm: the norm behind a bottleneck at the top: one of its own (`"own"`), the host's final norm made
+            conditional (`"final"`), or none.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        max_length: int | None = None,
+        attention_modulation: Literal["columns", "matrix"] = "columns",
+        freeze_attention_film: bool = False,
+        norms: Iterable[str] = (),
+        modulate_bias: bool = False,
+        bottlenecks: int = 0,
+        bottleneck_size: int | None = None,
+        closing_norm: Literal["own", "final", "none"] = "none",
+    ) -> None:
+        super().__init__()
+        norms = tuple(norms)
+        self.attention: ConditionalAttentionBias | None = None
+        if max_length is not None:
+            self.attention = ConditionalAttentionBias(size, max_length, modulation=attention_modulation)
+        self.freeze_attention_film = freeze_attention_film
+        self.norms = nn.ModuleDict(
+            {key_of(path): ConditionalNorm(size, modulate_bias=modulate_bias) for path in norms}
+        )
+        self.bottlenecks = nn.ModuleList(ConditionalBottleneck(size, bottleneck_size) for _ in range(bottlenecks))
+        self.closing_norm: ConditionalNorm | None = None
+        if closing_norm != "none":
+            kind = ConditionalLayerNorm if closing_norm == "own" else ConditionalNorm
+            self.closing_norm = kind(size, modulate_bias=modulate_bias)
+        self.norm_paths = norms
+        self.acts_at_top = bottlenecks == 1 and closing_norm != "none"
+        self.acts_in_stream = bottlenecks > 0 and closing_norm == "none"
+        # The adapter's own copies of pretrained weights that it trains, in this block and outside of all blocks, and
+        # where the originals are: the host binding fills them.
+        self.base = nn.ParameterDict()
+        self.outer = nn.ParameterDict()
+        self.slots: tuple[Any, Any] = ({}, {})
+
+    def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
+        """Each module's own; `identity` leaves the host unchanged, but for a bottleneck, which has no such state."""
+        modules = [self.attention, *self.norms.values(), *self.bottlenecks, self.closing_norm]
+        for module in modules:
+            if module is not None:
+                module.reset_parameters(identity=identity, generator=generator)
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether a term is added to the attention scores."""
+        return self.attention is not None
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether the host's final norm becomes conditional."""
+        return self.closing_norm is not None and not isinstance(self.closing_norm, ConditionalLayerNorm)
+
+    def mark_frozen(self) -> None:
+        """Take `requires_grad` from what does not train although its adapter does."""
+        if self.freeze_attention_film and self.attention is not None:
+            self.attention.film.requires_grad_(False)
+
+    def condition(self, batch: BatchTasks) -> Condition:
+        """`z'` of a batch."""
+        return transformed(self.shared_weights(), batch)
+
+    def align(self, x: Tensor, batch: BatchTasks) -> Tensor:
+        """The input `[b, n, d]` of the first block, aligned."""
+        return align(self.shared_weights(), x, batch)
+
+    def attention_bias(self, batch: BatchTasks, queries: int, keys: int) -> Tensor:
+        """What is added to the attention scores, `[b, 1, queries, keys]`, or `[1, ...]` with one task."""
+        assert self.attention is not None
+        condition = self.condition(batch)
+        return condition.rows(self.attention(condition, queries, keys)).unsqueeze(1)
+
+    def norm(
+        self, path: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, batch: BatchTasks, *, rms: bool
+    ) -> Tensor:
+        """The conditional form of the block's norm `path` for its input `x`."""
+        return self.norms[key_of(path)](x, weight, bias, eps, self.condition(batch), rms=rms)
+
+    def top(self, y: Tensor, h: Tensor, eps: float, batch: BatchTasks) -> Tensor:
+        """`CB(z', y) + h` behind the top block's output `y`, and its own norm where it has one."""
+        condition = self.condition(batch)
+        value = self.bottlenecks[0](y, condition) + h
+        if isinstance(self.closing_norm, ConditionalLayerNorm):
+            value = self.closing_norm(value, self.closing_norm.weight, self.closing_norm.bias, eps, condition)
+        return value
+
+    def final_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, batch: BatchTasks, *, rms: bool
+    ) -> Tensor:
+        """The host's final norm in its conditional form."""
+        assert self.closing_norm is not None
+        return self.closing_norm(x, weight, bias, eps, self.condition(batch), rms=rms)
+
+    def stream(self, outputs: list[Tensor], batch: BatchTasks) -> Tensor:
+        """The end of the side stream over the outputs of all blocks."""
+        return side_stream(list(self.bottlenecks), outputs, self.condition(batch))  # type: ignore[arg-type]
+
+    def forward(self, site: str, value: Tensor, inputs: UnitInputs, weights: Weights) -> Tensor:
+        raise NotImplementedError("a conditional block acts at more places than a task module; see its methods.")
+
+
+def key_of(path: str) -> str:
+    """A module path or parameter name as one part of a name: `attention.output.LayerNorm` with `__` for dots."""
+    return path.replace(".", "__")

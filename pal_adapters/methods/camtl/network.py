@@ -1,0 +1,149 @@
+"""What one does with a CA-MTL network on a model, in either host: add a task, count parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pal_adapters.errors import ConfigError, UnknownAdapterError
+
+from .layer import ConditionalBlock
+from .task import draw_rows
+
+
+@dataclass(frozen=True)
+class NetworkSize:
+    """Parameters of a CA-MTL network and of the model without its head.
+
+    Attributes:
+        added: conditional modules and task embeddings.
+        base: the pretrained model.
+        trained_base: pretrained parameters that the network trains, as copies of its own.
+        per_task: what one more task costs, without its head.
+    """
+
+    added: int
+    base: int
+    trained_base: int
+    per_task: int
+
+    @property
+    def frozen_share(self) -> float:
+        """How much of the pretrained model stays as it is."""
+        return 1 - self.trained_base / self.base
+
+    def __str__(self) -> str:
+        return (
+            f"{self.added:,} parameters added ({1 + self.added / self.base:.4f} x the base of {self.base:,}); "
+            f"{self.trained_base:,} of the base train, {self.frozen_share:.1%} are frozen; {self.per_task:,} more for "
+            "each further task"
+        )
+
+
+def _units(model: nn.Module, adapter_name: str) -> Iterator[tuple[nn.Module, ConditionalBlock]]:
+    """The blocks' units of an adapter with the layer that holds them."""
+    for layer in model.modules():
+        containers = [getattr(layer, "ca_mtl_units", None), getattr(layer, "pal_adapters", None)]
+        for container in containers:
+            if isinstance(container, nn.ModuleDict) and adapter_name in container:
+                held = container[adapter_name]
+                members = held.values() if isinstance(held, nn.ModuleDict) else [held]
+                for unit in members:
+                    if isinstance(unit, ConditionalBlock):
+                        yield layer, unit
+
+
+def _found(model: nn.Module, adapter_name: str) -> list[tuple[nn.Module, ConditionalBlock]]:
+    units = list(_units(model, adapter_name))
+    if not units:
+        raise UnknownAdapterError(f"adapter_name={adapter_name!r} is not the name of a ca_mtl adapter on this model.")
+    return units
+
+
+def _config(model: Any, adapter_name: str) -> Any:
+    """The network's config: what PEFT keeps, or the one inside the config of `adapters`."""
+    if hasattr(model, "peft_config"):
+        return model.peft_config[adapter_name]
+    from pal_adapters.hosts.adapters.config import task_configs
+
+    whole = model.adapters_config.get(adapter_name)
+    return next(config for config in task_configs(whole) if config.method.network)
+
+
+def network_size(model: nn.Module, adapter_name: str = "default") -> NetworkSize:
+    """How large a network is and how much of the base trains with it.
+
+    Args:
+        model: a `PeftModel` or a model of `adapters`.
+        adapter_name: the network's name.
+
+    Raises:
+        UnknownAdapterError: if there is no such network.
+
+    Example:
+        ```python
+        print(network_size(model, "all"))
+        ```
+    """
+    units = [unit for _, unit in _found(model, adapter_name)]
+    copies = {id(p) for unit in units for part in (unit.base, unit.outer) for p in part.values()}
+    own = {id(p): p.numel() for unit in units for p in unit.parameters() if id(p) not in copies}
+    shared = units[0].shared_weights()
+    own |= {id(p): p.numel() for p in shared.values()}
+    trained = sum(p.numel() for unit in units for part in (unit.base, unit.outer) for p in part.values())
+    return NetworkSize(sum(own.values()), _base_size(model), trained, shared["task_embedding"].shape[1])
+
+
+def _base_size(model: Any) -> int:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = getattr(inner, "base_model", inner)
+    if hasattr(model, "adapters_config"):
+        from pal_adapters.hosts.adapters.layer import base_parameters
+
+        return sum(p.numel() for p in base_parameters(inner).values())
+    from pal_adapters.hosts.peft.joint import task_parameter_ids
+
+    added = task_parameter_ids(inner)
+    return sum(p.numel() for p in inner.parameters() if id(p) not in added)
+
+
+def add_task(model: nn.Module, task: str, adapter_name: str = "default") -> int:
+    """Add a task to a trained network: one row of task embeddings, `N(0, 0.02^2)`; nothing else changes.
+
+    The table is a new parameter afterwards: make the optimizer after this. The head of the task is the caller's.
+
+    Args:
+        model: a `PeftModel` or a model of `adapters`.
+        task: the name of the new task.
+        adapter_name: the network's name.
+
+    Returns:
+        The number of the new task.
+
+    Raises:
+        UnknownAdapterError: if there is no such network.
+        ConfigError: if the network has a task of that name.
+    """
+    units = _found(model, adapter_name)
+    config = _config(model, adapter_name)
+    tasks: list[str] = config.tasks
+    if not isinstance(task, str) or not task or task in tasks:
+        raise ConfigError(f"task={task!r} is not allowed: use a name other than {', '.join(map(repr, tasks))}.")
+    table = units[0][1].shared_weights()["task_embedding"]
+    row = torch.empty(1, table.shape[1])
+    draw_rows(row)
+    new = nn.Parameter(torch.cat([table.detach(), row.to(table)]), requires_grad=table.requires_grad)
+    _replace(model, table, new)
+    tasks.append(task)  # the list that is saved with the adapter
+    return len(tasks) - 1
+
+
+def _replace(model: nn.Module, old: Tensor, new: nn.Parameter) -> None:
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is old:
+                module._parameters[name] = new

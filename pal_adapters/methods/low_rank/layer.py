@@ -1,0 +1,80 @@
+"""Low-rank layers, plain torch.
+
+Source: Stickland and Murray, ICML 2019, and its code (AsaCooperStickland/Bert-n-Pals, `BERTLowRank`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pal_adapters.nn.functional import linear, scale
+from pal_adapters.nn.unit import TaskUnit, UnitInputs, Weights, init_linear
+
+
+def bottleneck(x: Tensor, weights: Weights, prefix: str = "", activation_site: str = "middle") -> Tensor:
+    """`V^D g(V^E x)` `[b, n, d]` with the exact GELU; `activation_site` may move it behind `V^D` or drop it."""
+    inner = linear(x, weights[f"{prefix}encoder.weight"], weights.get(f"{prefix}encoder.bias"))
+    if activation_site == "middle":
+        inner = F.gelu(inner)
+    outer = linear(inner, weights[f"{prefix}decoder.weight"], weights.get(f"{prefix}decoder.bias"))
+    return F.gelu(outer) if activation_site == "output" else outer
+
+
+class LowRank(TaskUnit):
+    r"""The low-rank layer of one task in one block.
+
+    $$TS(x) = V^D g(V^E x), \qquad y = LN_2(h_1 + o_2 + TS(x))$$
+
+    `x` `[b, n, d]` is the block's input, `V^E [r, d]`, `V^D [d, r]`, own ones in every block, `g` the exact GELU.
+
+    Args:
+        width: `d`.
+        hidden_size: `r`.
+        activation_site: `"middle"`, `"output"` or `"none"`.
+        bias: biases in both.
+        lhuc: whether a vector `rho [d]` scales the term, `TS := 2 sigmoid(rho) * TS`.
+        reads: `"x"`, the block's input (pre-LN: normalised), or `"raw"`, that input as it is.
+    """
+
+    sites = ("residual",)
+
+    def __init__(
+        self,
+        width: int,
+        hidden_size: int,
+        *,
+        activation_site: Literal["output", "middle", "none"] = "middle",
+        bias: bool = True,
+        lhuc: bool = False,
+        reads: Literal["x", "raw"] = "x",
+    ) -> None:
+        super().__init__()
+        self.reads = reads
+        self.activation_site = activation_site
+        self.encoder = nn.Linear(width, hidden_size, bias=bias)
+        self.decoder = nn.Linear(hidden_size, width, bias=bias)
+        self.rho = nn.Parameter(torch.zeros(width)) if lhuc else None
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.reads,)
+
+    def signature(self) -> tuple[object, ...]:
+        return (type(self), self.encoder.weight.shape, self.activation_site, self.encoder.bias is None,
+                self.rho is None, self.reads)  # fmt: skip
+
+    def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
+        init_linear(self.encoder, generator=generator)
+        init_linear(self.decoder, zero=identity, generator=generator)
+        if self.rho is not None:
+            nn.init.zeros_(self.rho)
+
+    def forward(self, site: str, value: Tensor, inputs: UnitInputs, weights: Weights) -> Tensor:
+        term = bottleneck(inputs.read(self.reads), weights, activation_site=self.activation_site)
+        if "rho" in weights:
+            term = scale(term, 2 * torch.sigmoid(weights["rho"]))
+        return value + term.to(value.dtype)

@@ -1,0 +1,167 @@
+"""Task modules on top of the last block, plain torch.
+
+Source: Stickland and Murray, ICML 2019, and its code (AsaCooperStickland/Bert-n-Pals, config keys `top` and
+`bert_lay_top`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pal_adapters.nn.functional import layer_norm, linear
+from pal_adapters.nn.unit import INIT_STD, TaskUnit, UnitInputs, Weights, init_linear, self_attention
+
+
+def _init_norm(norm: nn.LayerNorm, *, legacy: bool, generator: torch.Generator | None) -> None:
+    with torch.no_grad():
+        if not legacy:
+            norm.weight.fill_(1.0)
+            norm.bias.zero_()
+            return
+        for parameter in (norm.weight, norm.bias):
+            if parameter.device.type == "meta":
+                continue
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, INIT_STD, generator=generator))
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.dense = nn.Linear(width, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=eps)
+
+    def reset_parameters(self, *, legacy_ln_init: bool, generator: torch.Generator | None) -> None:
+        for layer in (self.query, self.key, self.value, self.dense):
+            init_linear(layer, generator=generator)
+        _init_norm(self.LayerNorm, legacy=legacy_ln_init, generator=generator)
+
+
+class TopAttention(TaskUnit):
+    r"""Attention of a small width on top of the last block, of one task.
+
+    $$u_0 = E y_L, \qquad u_{i+1} = LN(u_i + Drop(W \, SA(u_i))), \qquad y_L := D u_k$$
+
+    `y_L` `[b, n, d]` is the output of the stack (behind a pre-LN host's final norm), `E [r, d]`, `D [d, r]`; `k`
+    post-LN
+    attention layers of width `r` without a feed-forward part. No residual from `y_L` and no activation.
+
+    Differs from the code in: layer norms start at 1 and 0; the authors' initialisation draws both from
+    `N(0, 0.02^2)` (`legacy_ln_init=True`). There is no identity initialisation: the module replaces `y_L`.
+
+    Args:
+        width: `d`.
+        hidden_size: `r`; `num_heads` must divide it.
+        num_layers: `k`, 6 in the code.
+        num_heads: 12 in the code.
+        dropout: on the attention probabilities and on each layer's output.
+        eps: of the layer norms.
+        legacy_ln_init: the authors' layer norm initialisation.
+    """
+
+    sites = ("stack_output",)
+    needs = ("mask",)
+
+    def __init__(
+        self,
+        width: int,
+        hidden_size: int,
+        *,
+        num_layers: int = 6,
+        num_heads: int = 12,
+        dropout: float = 0.1,
+        eps: float = 1e-12,
+        legacy_ln_init: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.eps = eps
+        self.legacy_ln_init = legacy_ln_init
+        self.encoder = nn.Linear(width, hidden_size)
+        self.decoder = nn.Linear(hidden_size, width)
+        self.layers = nn.ModuleList(_Attention(hidden_size, eps) for _ in range(num_layers))
+
+    def signature(self) -> tuple[object, ...]:
+        return (type(self), self.encoder.weight.shape, len(self.layers), self.num_heads, self.dropout, self.eps)
+
+    def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
+        init_linear(self.encoder, generator=generator)
+        init_linear(self.decoder, generator=generator)
+        for layer in self.layers:
+            assert isinstance(layer, _Attention)
+            layer.reset_parameters(legacy_ln_init=self.legacy_ln_init, generator=generator)
+
+    def forward(self, site: str, value: Tensor, inputs: UnitInputs, weights: Weights) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        u = linear(value, weights["encoder.weight"], weights["encoder.bias"])
+        for i in range(len(self.layers)):
+            w = f"layers.{i}."
+            mixed = self_attention(u, weights, w, num_heads=self.num_heads, dropout=dropout, inputs=inputs, slot=i)
+            mixed = F.dropout(linear(mixed, weights[w + "dense.weight"], weights[w + "dense.bias"]), dropout)
+            u = layer_norm(u + mixed, weights[w + "LayerNorm.weight"], weights[w + "LayerNorm.bias"], self.eps)
+        return linear(u, weights["decoder.weight"], weights["decoder.bias"]).to(value.dtype)
+
+
+class TopBertLayer(TaskUnit):
+    r"""One whole BERT block on top of the last block, of one task.
+
+    $$h = LN(y_L + Drop(W \, SA(y_L))), \qquad y_L := LN(h + Drop(W_2 g(W_1 h)))$$
+
+    Differs from the code in: layer norms start at 1 and 0, see `TopAttention`.
+
+    Args:
+        width: `d`; `num_heads` must divide it.
+        intermediate_size: width of the feed-forward part.
+        num_heads: heads of the attention.
+        dropout: on the attention probabilities and on both branches.
+        eps: of the layer norms.
+        legacy_ln_init: the authors' layer norm initialisation.
+    """
+
+    sites = ("stack_output",)
+    needs = ("mask",)
+
+    def __init__(
+        self,
+        width: int,
+        intermediate_size: int,
+        *,
+        num_heads: int = 12,
+        dropout: float = 0.1,
+        eps: float = 1e-12,
+        legacy_ln_init: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.eps = eps
+        self.legacy_ln_init = legacy_ln_init
+        self.attention = _Attention(width, eps)
+        self.intermediate = nn.Linear(width, intermediate_size)
+        self.dense = nn.Linear(intermediate_size, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=eps)
+
+    def signature(self) -> tuple[object, ...]:
+        return (type(self), self.intermediate.weight.shape, self.num_heads, self.dropout, self.eps)
+
+    def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
+        self.attention.reset_parameters(legacy_ln_init=self.legacy_ln_init, generator=generator)
+        init_linear(self.intermediate, generator=generator)
+        init_linear(self.dense, generator=generator)
+        _init_norm(self.LayerNorm, legacy=self.legacy_ln_init, generator=generator)
+
+    def forward(self, site: str, value: Tensor, inputs: UnitInputs, weights: Weights) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        w = "attention."
+        mixed = self_attention(value, weights, w, num_heads=self.num_heads, dropout=dropout, inputs=inputs)
+        mixed = F.dropout(linear(mixed, weights[w + "dense.weight"], weights[w + "dense.bias"]), dropout)
+        h = layer_norm(value.to(mixed.dtype) + mixed, weights[w + "LayerNorm.weight"], weights[w + "LayerNorm.bias"],
+                       self.eps)  # fmt: skip
+        inner = F.gelu(linear(h, weights["intermediate.weight"], weights["intermediate.bias"]))
+        outer = F.dropout(linear(inner, weights["dense.weight"], weights["dense.bias"]), dropout)
+        return layer_norm(h + outer, weights["LayerNorm.weight"], weights["LayerNorm.bias"], self.eps).to(value.dtype)

@@ -1,0 +1,154 @@
+"""Processes that share one run: what can be run, and parameters of which each process holds a part."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pal_adapters.errors import ConfigError
+from pal_adapters.multitask.model.routing import host_of
+from pal_adapters.nn.unit import TaskUnit
+
+if TYPE_CHECKING:
+    from pal_adapters.multitask.model.task_heads import TaskHeads
+
+    from .arguments import MultiTaskTrainingArguments
+
+
+def check_processes(args: MultiTaskTrainingArguments, model: TaskHeads, *, mixed: bool) -> None:
+    """Raises `ConfigError` unless the processes can train the model, and save and restore it by name.
+
+    Args:
+        args: The arguments of the run.
+        model: The model.
+        mixed: Whether a batch may have several tasks, so that processes differ in the tasks of a step.
+    """
+    if args.n_gpu > 1:
+        raise ConfigError(f"{args.n_gpu} GPUs in one process are not supported: start one process each, by torchrun.")
+    fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    deepspeed: Any = getattr(args, "deepspeed_plugin", None)
+    if fsdp:
+        _check_fsdp(args, model)
+    if deepspeed is not None and int(deepspeed.zero_stage or 0) >= 3:
+        raise ConfigError(
+            "deepspeed with zero_optimization.stage=3 is not supported: each process has only parts of the tensors, "
+            "but adapters and heads are saved by name, whole. Use stage 1 or 2, or FSDP 2."
+        )
+    if mixed and args.world_size > 1 and (fsdp or deepspeed is not None):
+        raise ConfigError(
+            f"mixed batches are not possible with {'FSDP' if fsdp else 'DeepSpeed'}, where all processes need the "
+            "gradients of the same parameters in a step: draw one task a batch, or use DDP (torchrun)."
+        )
+
+
+def _check_fsdp(args: MultiTaskTrainingArguments, model: TaskHeads) -> None:
+    from accelerate.utils import DistributedType
+
+    state = args.distributed_state
+    kind = None if state is None else state.distributed_type
+    if args.device.type == "cpu" and kind in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise ConfigError(
+            "fsdp has no effect on CPU, where accelerate trains with DDP instead and does not say so: leave it out."
+        )
+    # transformers 4 leaves all of it to the environment.
+    chosen = {name.removeprefix("FSDP_").lower(): v for name, v in os.environ.items() if name.startswith("FSDP_")}
+    chosen |= {name.removeprefix("fsdp_"): v for name, v in (getattr(args, "fsdp_plugin_args", None) or {}).items()}
+    if int(chosen.get("version", 1)) != 2:
+        raise ConfigError(
+            "FSDP 1 is not supported: it makes one flat tensor of many, but adapters and heads are saved by name. Use "
+            "version 2: `accelerate launch --fsdp_version 2`, or FSDP_VERSION=2 in the environment; with transformers "
+            "5 also fsdp_config={'version': 2}."
+        )
+    layers = chosen.get("transformer_cls_to_wrap") or chosen.get("transformer_cls_names_to_wrap")
+    shared = [m for m in model.modules() if isinstance(m, TaskUnit) and m.shares]
+    if shared and host_of(model.backbone) == "peft" and (layers or int(chosen.get("min_num_params", 0)) > 0):
+        raise ConfigError(
+            "FSDP cannot shard block by block here: in PEFT the first block holds weights that all blocks of an "
+            "adapter share. Leave out transformer_layer_cls_to_wrap and min_num_params, or use adapters."
+        )
+
+
+@contextmanager
+def whole_parameters(model: nn.Module) -> Iterator[None]:
+    """In the context all parameters are whole tensors in each process. To be entered by all processes at once."""
+    rest(model)
+    whole: dict[int, nn.Parameter] = {}
+    parts: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and is_part(parameter):
+                parts.append((module, name, parameter))
+                if id(parameter) not in whole:  # shared ones stay shared
+                    whole[id(parameter)] = nn.Parameter(gather(parameter), requires_grad=parameter.requires_grad)
+    try:
+        for module, name, parameter in parts:
+            module._parameters[name] = whole[id(parameter)]
+        yield
+    finally:
+        for module, name, parameter in parts:
+            module._parameters[name] = parameter
+
+
+def rest(model: nn.Module) -> None:
+    """Makes each process drop the parts of others, which FSDP may have kept since the last forward pass."""
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether the process has only a part of the tensor."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The whole tensor, if the process has only a part. All processes have to call it."""
+    if not is_part(tensor):
+        return tensor
+    there: Any = tensor
+    return there.full_tensor().detach()
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """The process's part of a whole value, if it has only a part of `like`. All processes have to call it."""
+    if not is_part(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    there: Any = like
+    return distribute_tensor(value.to(like.device), there.device_mesh, there.placements)
+
+
+def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimiser with whole tensors. torch's own way refuses parameters that had no gradient yet."""
+    state = optimizer.state_dict()
+    whole = {
+        number: {name: gather(value).cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": whole}
+
+
+def load_whole_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Gives an optimiser what `whole_state` took."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parts: dict[int, dict[str, Any]] = {}
+    for number, values in state["state"].items():
+        like = parameters[number]
+        parts[number] = {
+            name: part_of(value, like) if isinstance(value, Tensor) and value.shape == like.shape else value
+            for name, value in values.items()
+        }
+    optimizer.load_state_dict({**state, "state": parts})
