@@ -14,7 +14,7 @@ Every touch of `transformers.Trainer` that is not public, for 4.57 and 5:
 |                                         | names that it knows, none of them ours                                   |
 | `Trainer.push_in_progress`              | read: says whether the host uploads now, so that no file changes under it |
 
-`test_upstream_of_checkpoints` in `tests/multitask/test_trainer_features.py` fails when one of them moves.
+`test_upstream_of_checkpoints` in `tests/multitask/training/test_trainer_features.py` fails when one of them moves.
 """
 
 from __future__ import annotations

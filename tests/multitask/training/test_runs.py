@@ -16,8 +16,8 @@ from job import run
 
 from pal_adapters.multitask import TaskHeads
 
-JOB = str(Path(__file__).with_name("job.py"))
-ROOT = str(Path(__file__).resolve().parents[2])
+JOB = str(Path(__file__).resolve().parents[1] / "job.py")
+ROOT = str(Path(__file__).resolve().parents[3])
 
 
 @pytest.fixture
