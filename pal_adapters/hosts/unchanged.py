@@ -1,0 +1,123 @@
+"""All-or-nothing changes of a torch model, whichever host it belongs to.
+
+A change runs inside `all_or_nothing(model)`. If it raises, the model is put back: its modules, parameters (by identity),
+buffers, hooks, training modes, `requires_grad` and plain attributes, and whatever else the caller names. Tensors are
+not copied up front, as that would double the memory of every call: code that overwrites tensors in place first passes
+them to `keep_values`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LEAVES = (Tensor, nn.Module, type, FunctionType, MethodType, ModuleType, str, bytes, int, float, type(None))
+
+
+class _Snapshot:
+    """What a model and the objects beside it were at the start of a change."""
+
+    def __init__(self, model: nn.Module, beside: Iterable[Any]) -> None:
+        self._seen: set[int] = set()
+        self._containers: list[tuple[Any, Any]] = []
+        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._requires_grad: list[tuple[Tensor, bool]] = []
+        self._values: dict[int, tuple[Tensor, Tensor]] = {}
+        for module in model.modules():
+            self._take_attributes(module)
+            for value in module.__dict__.values():
+                self._take_container(value, deep=False)
+        for tensor in [*model.parameters(), *model.buffers()]:
+            self._requires_grad.append((tensor, tensor.requires_grad))
+        for thing in beside:
+            self._take(thing)
+
+    def _take(self, thing: Any) -> None:
+        """Save an object with everything it holds, down to modules and tensors."""
+        if isinstance(thing, _LEAVES) or id(thing) in self._seen:
+            return
+        if self._take_container(thing, deep=True):
+            return
+        self._seen.add(id(thing))
+        if isinstance(thing, tuple):
+            for item in thing:
+                self._take(item)
+        if isinstance(getattr(thing, "__dict__", None), dict):
+            self._take_attributes(thing)
+            for value in list(vars(thing).values()):
+                self._take(value)
+
+    def _take_attributes(self, thing: Any) -> None:
+        self._attributes.append((vars(thing), dict(vars(thing))))
+
+    def _take_container(self, thing: Any, *, deep: bool) -> bool:
+        """Save the contents of a mapping, list or set; `deep` also saves the objects inside."""
+        if isinstance(thing, nn.Module) or not isinstance(thing, (dict, list, set)):
+            return False
+        if id(thing) not in self._seen:
+            self._seen.add(id(thing))
+            self._containers.append((thing, thing.copy()))
+            for item in thing.values() if isinstance(thing, dict) else thing:
+                if deep:
+                    self._take(item)
+                else:
+                    self._take_container(item, deep=False)
+        return True
+
+    def keep(self, tensor: Tensor) -> None:
+        if id(tensor) not in self._values:
+            self._values[id(tensor)] = (tensor, tensor.detach().clone())
+
+    def restore(self) -> None:
+        for attributes, saved in self._attributes:
+            attributes.clear()
+            attributes.update(saved)
+        for container, saved in self._containers:
+            container.clear()
+            container.extend(saved) if isinstance(container, list) else container.update(saved)
+        for tensor, flag in self._requires_grad:
+            if tensor.requires_grad is not flag:
+                tensor.requires_grad_(flag)
+        with torch.no_grad():
+            for tensor, value in self._values.values():
+                if tensor.shape == value.shape and tensor.dtype == value.dtype and tensor.device == value.device:
+                    tensor.copy_(value)
+                else:
+                    tensor.data = value
+
+
+_OPEN: ContextVar[tuple[_Snapshot, ...]] = ContextVar("pal_adapters_open_snapshots", default=())
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module, *beside: Any) -> Iterator[None]:
+    """Put a model back to what it was if the body raises anything, `KeyboardInterrupt` included. May be nested.
+
+    Args:
+        model: the model; of its modules the attributes are saved, and the lists, sets and dicts among them.
+        beside: objects outside the module tree that change with it, such as the host's configuration or the objects
+            that own hooks; they are saved with everything they hold, down to modules and tensors.
+    """
+    snapshot = _Snapshot(model, beside)
+    token = _OPEN.set((*_OPEN.get(), snapshot))
+    try:
+        yield
+    except BaseException:
+        snapshot.restore()
+        raise
+    finally:
+        _OPEN.reset(token)
+
+
+def keep_values(tensors: Iterable[Tensor]) -> None:
+    """Copy tensors that are about to be overwritten in place, for every running `all_or_nothing` to restore."""
+    open_snapshots = _OPEN.get()
+    for tensor in tensors:
+        for snapshot in open_snapshots:
+            snapshot.keep(tensor)
