@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from .blocks.sites import BlockSites, register_block
 from .errors import ConfigError, MissingHostError, PalAdaptersError, SiteError, UnknownAdapterError, UnsupportedError
-from .fusion.folding import Folded, fold
-from .fusion.report import TransferTable, plot_transfer, transfer_report
-from .hosts.which import fusion_regularization
+from .fusion.folding import fold
+from .fusion.penalty import fusion_regularization
+from .fusion.report import plot_transfer, transfer_report
+from .fusion.types import Folded, TransferTable
 from .methods.camtl.network import NetworkSize, add_task, network_size
 
 if TYPE_CHECKING:

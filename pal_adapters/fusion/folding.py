@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
+from pal_adapters.errors import UnsupportedError
 from pal_adapters.hosts.which import host_of
 
-
-@dataclass(frozen=True)
-class Folded:
-    """What `fold` made.
-
-    Attributes:
-        name: the adapter.
-        widths: its width at each place, such as `{"0.output_adapter": 384}`.
-        errors: at each place that was truncated, the error of what the adapter adds, relative to its size (root mean
-            squares over tokens and channels). Empty for an exact fold.
-    """
-
-    name: str
-    widths: Mapping[str, int]
-    errors: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def error(self) -> float:
-        """The largest of `errors`, 0 for an exact fold."""
-        return max(self.errors.values(), default=0.0)
+from .penalty import no_adapters
 
 
 def fold(model: Any, fusion: Any = None, *, name: str | None = None, **options: Any) -> Any:
@@ -62,10 +42,13 @@ def fold(model: Any, fusion: Any = None, *, name: str | None = None, **options: 
         ConfigError: for a name that is taken, or options that have no effect.
         UnknownAdapterError: for a fusion that is not on the model.
     """
-    if host_of(model) == "adapters":
-        from pal_adapters.fusion.adapters.folding import fold_adapters
+    host = host_of(model)
+    if host == "adapters":
+        from pal_adapters.fusion.adapters.folding import fold_adapters  # the host may be missing
 
         return fold_adapters(model, fusion, name, **options)
-    from .peft import folding as peft_folding
+    if host == "peft":
+        from pal_adapters.fusion.peft.folding import fold as fold_peft  # the host may be missing
 
-    return peft_folding.fold(model, fusion, name=name, **options)
+        return fold_peft(model, fusion, name=name, **options)
+    raise UnsupportedError(no_adapters(model))

@@ -3,60 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pal_adapters.errors import ConfigError
+from pal_adapters.errors import ConfigError, UnsupportedError
 from pal_adapters.hosts.which import host_of
 
-
-@dataclass(frozen=True)
-class TransferTable:
-    """How much each source counts in each place.
-
-    Attributes:
-        sources: names, the columns.
-        places: names of the rows, from the first block to the last; `"all"` where blocks share their coefficients.
-        values: one row a place, one number a source.
-        measure: what the numbers are, such as `"mean |coefficient|"`.
-    """
-
-    sources: Sequence[str]
-    places: Sequence[str]
-    values: Sequence[Sequence[float]]
-    measure: str = "mean |coefficient|"
-
-    def __post_init__(self) -> None:
-        if len(self.values) != len(self.places) or any(len(row) != len(self.sources) for row in self.values):
-            raise ConfigError(
-                f"values of {[len(row) for row in self.values]} columns are not allowed: give {len(self.places)} rows "
-                f"of {len(self.sources)} numbers."
-            )
-
-    def totals(self) -> dict[str, float]:
-        """The mean of each source over the places."""
-        return {s: sum(row[i] for row in self.values) / len(self.values) for i, s in enumerate(self.sources)}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, for a JSON file."""
-        return {
-            "measure": self.measure,
-            "sources": list(self.sources),
-            "places": list(self.places),
-            "values": [list(row) for row in self.values],
-        }
-
-    def __str__(self) -> str:
-        left = max(len(place) for place in ("mean", *self.places))
-        widths = [max(len(source), 6) for source in self.sources]
-        rows = [*zip(self.places, self.values, strict=True), ("mean", list(self.totals().values()))]
-        lines = [" ".join([" " * left, *(s.rjust(w) for s, w in zip(self.sources, widths, strict=True))])]
-        for place, values in rows:
-            numbers = (f"{v:.3f}".rjust(w) for v, w in zip(values, widths, strict=True))
-            lines.append(" ".join([place.rjust(left), *numbers]))
-        return "\n".join([self.measure, *lines])
+from .penalty import no_adapters
+from .types import TransferTable
 
 
 def transfer_report(
@@ -79,11 +34,14 @@ def transfer_report(
         UnknownAdapterError: for a fusion that is not on the model.
         UnsupportedError: for a model without adapters, or without a single active fusion.
     """
-    if host_of(model) == "adapters":
-        from pal_adapters.fusion.adapters.report import report_adapters
+    host = host_of(model)
+    if host == "adapters":
+        from pal_adapters.fusion.adapters.report import report_adapters  # the host may be missing
 
         return report_adapters(model, fusion, data)
-    from pal_adapters.fusion.peft.report import transfer_rows
+    if host is None:
+        raise UnsupportedError(no_adapters(model))
+    from pal_adapters.fusion.peft.report import transfer_rows  # the host may be missing
 
     rows = transfer_rows(model, fusion, data=data)
     return table_of_rows(rows, "mean |coefficient|" if data is None else "mean attention")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pal_adapters.errors import ConfigError
-from pal_adapters.multitask.model.routing import host_of
+from pal_adapters.hosts.which import host_of, is_peft_model
 
 HOSTS = ("adapters", "peft")
 
@@ -43,13 +43,13 @@ def add_adapter(model: Any, name: str, config: Any) -> Any:
     if hasattr(config, "peft_type"):
         import peft
 
-        if host_of(model) != "peft":
+        if not is_peft_model(model):
             return peft.get_peft_model(model, config, adapter_name=name)
         model.add_adapter(name, config)
         return model
     import adapters
 
-    if host_of(model) == "none":
+    if host_of(model) is None:
         adapters.init(model)
     model.add_adapter(name, config=config)
     return model

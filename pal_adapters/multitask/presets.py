@@ -11,8 +11,9 @@ from typing import Any
 import transformers
 
 from pal_adapters.errors import ConfigError, require_one_of
+from pal_adapters.hosts.which import host_of
 from pal_adapters.multitask.model.heads import POOLINGS, Pooling
-from pal_adapters.multitask.model.routing import adapter_config, adapter_names, host_of
+from pal_adapters.multitask.model.routing import adapter_config, adapter_names
 from pal_adapters.multitask.model.task_heads import TaskHeads
 from pal_adapters.multitask.tasks.task import Task, check_tasks
 from pal_adapters.multitask.training.arguments import MultiTaskTrainingArguments
@@ -83,7 +84,7 @@ class Preset:
         if pooling is not None:
             require_one_of("pooling", pooling, POOLINGS)
         combines = self.adapters == "combination"
-        if host_of(base) != "none" and not combines:
+        if host_of(base) is not None and not combines:
             raise ConfigError(f"base has adapters already: pass a plain model to build the preset {self.name!r}.")
         if combines is not bool(sources):
             raise ConfigError(
@@ -136,15 +137,15 @@ class Preset:
     ) -> tuple[Any, dict[str, Any]]:
         """The model with a combination of the sources for each task, and what each task has as its adapter."""
         there = host_of(base)
-        if there != "none" and host not in (None, there):
+        if there is not None and host not in (None, there):
             raise ConfigError(f"host={host!r} is not allowed: the base has adapters of {there!r}.")
-        host = there if there != "none" else host or default_host()
+        host = there or host or default_host()
         require_one_of("host", host, HOSTS)
         name, options = self.config[host]
         config = _config_maker(name)
         routes: dict[str, Any] = {}
         if host == "peft":
-            if not isinstance(sources, Mapping) or there != "none":
+            if not isinstance(sources, Mapping) or there is not None:
                 raise ConfigError(
                     f"sources={sources!r} on a {type(base).__name__} is not allowed: PEFT has one kind of adapter on "
                     "a model, so pass a plain base and the folders of the sources, {name: folder}."
@@ -157,7 +158,7 @@ class Preset:
         import adapters
         from adapters.composition import Fuse
 
-        if there == "none":
+        if there is None:
             adapters.init(base)
         for source, folder in sources.items() if isinstance(sources, Mapping) else ():
             base.load_adapter(folder, load_as=source, use_safetensors=True)

@@ -14,8 +14,8 @@ from adapters.methods.modeling import Adapter, PHMLayer
 from torch import Tensor, nn
 
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
-from pal_adapters.fusion.folding import Folded
 from pal_adapters.fusion.truncation import cut_to_width, moments, noise
+from pal_adapters.fusion.types import Folded
 from pal_adapters.hosts.adapters.config import task_configs
 from pal_adapters.hosts.adapters.fusion import Combination, combination_config, place_names, places
 from pal_adapters.hosts.adapters.sources import down_of, scaling_of, unlike

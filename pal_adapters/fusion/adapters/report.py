@@ -11,7 +11,7 @@ from adapters.methods.bottleneck import BottleneckLayer
 from torch import Tensor
 
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
-from pal_adapters.fusion.report import TransferTable
+from pal_adapters.fusion.types import TransferTable
 from pal_adapters.hosts.adapters.fusion import combination_config, place_names, places
 from pal_adapters.hosts.adapters.penalty import fusions_in
 

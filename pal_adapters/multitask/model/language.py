@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from pal_adapters.errors import UnsupportedError
+from pal_adapters.hosts.which import host_of
 
-from .routing import Router, host_of
+from .routing import Router
 
 
 def output_layer(backbone: Any) -> nn.Module | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,16 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
+from pal_adapters.fusion.penalty import penalty_of
 from pal_adapters.hooks.penalty import penalty_by_caller
-from pal_adapters.hosts.which import penalty_of
-
-
-def host_of(backbone: nn.Module) -> str:
-    """`"adapters"`, `"peft"` or, for a plain model of transformers, `"none"`."""
-    peft = sys.modules.get("peft")
-    if peft is not None and isinstance(backbone, peft.PeftModel):
-        return "peft"
-    return "adapters" if hasattr(backbone, "adapters_config") else "none"
+from pal_adapters.hosts.which import host_of
 
 
 def bare_model(backbone: Any) -> nn.Module:
@@ -134,7 +126,7 @@ class Router:
                 return self._apart(backbone, inputs, adapters, tasks)
             if any(_norms_first(backbone, adapter) for adapter in known.values()):
                 return self._sorted(backbone, inputs, adapters)
-        if host != "none":
+        if host is not None:
             route = self._through_adapters if host == "adapters" else self._through_peft
             more = route(backbone, known, adapters, tasks)
         return self.run(backbone, inputs, more)

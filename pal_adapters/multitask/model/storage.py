@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pal_adapters.errors import ConfigError, PalAdaptersError
+from pal_adapters.hosts.which import host_of
 from pal_adapters.multitask.training.distributed import part_of
 
-from .routing import adapter_names, bare_model, host_of
+from .routing import adapter_names, bare_model
 
 # No adapter can have this name, for no module can.
 BASE_FOLDER = "base.model"

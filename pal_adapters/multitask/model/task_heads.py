@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError, require_one_of
+from pal_adapters.hosts.which import host_of, is_peft_model
 from pal_adapters.multitask.tasks.names import require_task_name
 
 from . import storage
 from .heads import Head, HeadConfig, Loss, pool
 from .language import check_language_model, output_tensors, word_logits
-from .routing import Route, Router, adapter_config, adapter_names, adapters_in, host_of, is_fuse, route_key
+from .routing import Route, Router, adapter_config, adapter_names, adapters_in, is_fuse, route_key
 from .saved import SavedHeads
 
 
@@ -73,6 +74,11 @@ class TaskHeads(SavedHeads):
     def __init__(self, backbone: nn.Module, *, balance: Literal["task", "row"] = "task") -> None:
         super().__init__()
         require_one_of("balance", balance, ("task", "row"))
+        if host_of(backbone) == "peft" and not is_peft_model(backbone):
+            raise UnsupportedError(
+                "the backbone has an adapter from transformers' own add_adapter, which TaskHeads cannot route or "
+                "save: pass get_peft_model(model, config, adapter_name=...)."
+            )
         config = getattr(backbone, "config", None)
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedError("the backbone has an encoder and a decoder: pass a model with one of them.")

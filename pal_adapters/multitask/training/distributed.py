@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pal_adapters.errors import ConfigError
-from pal_adapters.multitask.model.routing import host_of
+from pal_adapters.hosts.which import host_of
 from pal_adapters.nn.unit import TaskUnit
 
 if TYPE_CHECKING:

@@ -1,0 +1,77 @@
+"""What folding and reporting return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pal_adapters.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What `fold` made.
+
+    Attributes:
+        name: the adapter.
+        widths: its width at each place, such as `{"0.output_adapter": 384}`.
+        errors: at each place that was truncated, the error of what the adapter adds, relative to its size (root mean
+            squares over tokens and channels). Empty for an exact fold.
+    """
+
+    name: str
+    widths: Mapping[str, int]
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def error(self) -> float:
+        """The largest of `errors`, 0 for an exact fold."""
+        return max(self.errors.values(), default=0.0)
+
+
+@dataclass(frozen=True)
+class TransferTable:
+    """How much each source counts in each place.
+
+    Attributes:
+        sources: names, the columns.
+        places: names of the rows, from the first block to the last; `"all"` where blocks share their coefficients.
+        values: one row a place, one number a source.
+        measure: what the numbers are, such as `"mean |coefficient|"`.
+    """
+
+    sources: Sequence[str]
+    places: Sequence[str]
+    values: Sequence[Sequence[float]]
+    measure: str = "mean |coefficient|"
+
+    def __post_init__(self) -> None:
+        if len(self.values) != len(self.places) or any(len(row) != len(self.sources) for row in self.values):
+            raise ConfigError(
+                f"values of {[len(row) for row in self.values]} columns are not allowed: give {len(self.places)} rows "
+                f"of {len(self.sources)} numbers."
+            )
+
+    def totals(self) -> dict[str, float]:
+        """The mean of each source over the places."""
+        return {s: sum(row[i] for row in self.values) / len(self.values) for i, s in enumerate(self.sources)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, for a JSON file."""
+        return {
+            "measure": self.measure,
+            "sources": list(self.sources),
+            "places": list(self.places),
+            "values": [list(row) for row in self.values],
+        }
+
+    def __str__(self) -> str:
+        left = max(len(place) for place in ("mean", *self.places))
+        widths = [max(len(source), 6) for source in self.sources]
+        rows = [*zip(self.places, self.values, strict=True), ("mean", list(self.totals().values()))]
+        lines = [" ".join([" " * left, *(s.rjust(w) for s, w in zip(self.sources, widths, strict=True))])]
+        for place, values in rows:
+            numbers = (f"{v:.3f}".rjust(w) for v, w in zip(values, widths, strict=True))
+            lines.append(" ".join([place.rjust(left), *numbers]))
+        return "\n".join([self.measure, *lines])
