@@ -10,7 +10,8 @@ from typing import Any
 
 import transformers
 
-from pal_adapters.errors import ConfigError, require_one_of
+from pal_adapters.checks import require_one_of
+from pal_adapters.errors import ConfigError
 from pal_adapters.hosts.which import host_of
 from pal_adapters.multitask.model.heads import POOLINGS, Pooling
 from pal_adapters.multitask.model.routing import adapter_config, adapter_names

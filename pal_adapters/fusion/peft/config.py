@@ -11,7 +11,8 @@ from peft import PeftConfig, PeftType
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pal_adapters.errors import ConfigError, require_bool, require_one_of, require_probability
+from pal_adapters.checks import require_bool, require_one_of, require_probability
+from pal_adapters.errors import ConfigError
 from pal_adapters.fusion.config import validate_scalearn
 from pal_adapters.hosts.method import Method
 

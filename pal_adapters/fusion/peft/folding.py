@@ -17,7 +17,8 @@ from peft import (
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
-from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError, require_int
+from pal_adapters.checks import require_int
+from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
 from pal_adapters.fusion.layer import SourceAttention
 from pal_adapters.fusion.units import Combination, WideSources
 

@@ -16,7 +16,8 @@ from adapters.configuration import (
 )
 
 from pal_adapters.blocks.sites import parse_sites
-from pal_adapters.errors import ConfigError, require_bool, require_int, require_one_of
+from pal_adapters.checks import require_bool, require_int, require_one_of
+from pal_adapters.errors import ConfigError
 from pal_adapters.hosts.method import Method
 
 # The config class of each method by its architecture; `adapters.register` fills it.

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from peft import PeftConfig, PeftType
 
 from pal_adapters.blocks.sites import Block, parse_sites
-from pal_adapters.errors import ConfigError, require_bool
+from pal_adapters.checks import require_bool
+from pal_adapters.errors import ConfigError
 from pal_adapters.hosts.method import Method
 
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from pal_adapters.blocks.norms import full_norms
 from pal_adapters.blocks.sites import Block
-from pal_adapters.errors import ConfigError, UnsupportedError, require_bool, require_int, require_one_of
+from pal_adapters.checks import require_bool, require_int, require_one_of
+from pal_adapters.errors import ConfigError, UnsupportedError
 from pal_adapters.hosts.method import Method
 
 from .layer import ConditionalBlock

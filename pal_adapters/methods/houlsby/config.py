@@ -7,15 +7,8 @@ from typing import Any
 from torch import nn
 
 from pal_adapters.blocks.sites import Block
-from pal_adapters.errors import (
-    ConfigError,
-    UnsupportedError,
-    require_bool,
-    require_heads,
-    require_int,
-    require_one_of,
-    require_probability,
-)
+from pal_adapters.checks import require_bool, require_int, require_multiple, require_one_of, require_probability
+from pal_adapters.errors import ConfigError, UnsupportedError
 from pal_adapters.hosts.method import Method
 from pal_adapters.methods.pal.config import with_hidden_size
 from pal_adapters.methods.pal.layer import Projections
@@ -55,7 +48,7 @@ def validate_houlsby_pal(config: Any) -> None:
     require_int("bottleneck_size", config.bottleneck_size, minimum=1)
     if config.hidden_size is not None:
         require_int("hidden_size", config.hidden_size, minimum=1)
-        require_heads(config.hidden_size, config.num_heads)
+        require_multiple("hidden_size", config.hidden_size, "num_heads", config.num_heads)
     require_probability("dropout", config.dropout)
     require_bool("lhuc", config.lhuc)
     _forbid_lhuc(config)

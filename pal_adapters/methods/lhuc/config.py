@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pal_adapters.blocks.sites import Block
-from pal_adapters.errors import require_one_of
+from pal_adapters.checks import require_one_of
 from pal_adapters.hosts.method import Method
 
 from .layer import LHUC

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pal_adapters.blocks.sites import Block
-from pal_adapters.errors import require_bool, require_int, require_one_of
+from pal_adapters.checks import require_bool, require_int, require_one_of
 from pal_adapters.hosts.method import Method
 from pal_adapters.methods.pal.config import check_input
 

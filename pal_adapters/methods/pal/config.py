@@ -7,14 +7,8 @@ from typing import Any
 from torch import nn
 
 from pal_adapters.blocks.sites import Block
-from pal_adapters.errors import (
-    ConfigError,
-    require_bool,
-    require_heads,
-    require_int,
-    require_one_of,
-    require_probability,
-)
+from pal_adapters.checks import require_bool, require_int, require_multiple, require_one_of, require_probability
+from pal_adapters.errors import ConfigError
 from pal_adapters.hosts.method import Method
 
 from .layer import PAL, Projections, default_hidden_size
@@ -29,7 +23,7 @@ def validate(config: Any) -> None:
     require_int("num_heads", config.num_heads, minimum=1)
     if config.hidden_size is not None:
         require_int("hidden_size", config.hidden_size, minimum=1)
-        require_heads(config.hidden_size, config.num_heads)
+        require_multiple("hidden_size", config.hidden_size, "num_heads", config.num_heads)
     require_probability("dropout", config.dropout)
     require_one_of("activation_site", config.activation_site, ("output", "middle", "none"))
     require_one_of("pal_input", config.pal_input, ("norm", "raw"))

@@ -5,14 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pal_adapters.blocks.sites import Block
-from pal_adapters.errors import (
-    ConfigError,
-    UnsupportedError,
-    require_bool,
-    require_heads,
-    require_int,
-    require_probability,
-)
+from pal_adapters.checks import require_bool, require_int, require_multiple, require_probability
+from pal_adapters.errors import ConfigError, UnsupportedError
 from pal_adapters.hosts.method import Method
 from pal_adapters.methods.pal.config import replace_field
 
@@ -27,7 +21,7 @@ def validate_attention(config: Any) -> None:
     """
     for name in ("hidden_size", "num_layers", "num_heads"):
         require_int(name, getattr(config, name), minimum=1)
-    require_heads(config.hidden_size, config.num_heads)
+    require_multiple("hidden_size", config.hidden_size, "num_heads", config.num_heads)
     require_probability("dropout", config.dropout)
     require_bool("legacy_ln_init", config.legacy_ln_init)
 
@@ -109,7 +103,7 @@ def _prepare_bert_layer(config: Any, blocks: list[Block], base_parameters: int) 
         heads = width // 64 if width % 64 == 0 else next(n for n in range(12, 0, -1) if width % n == 0)
         config = replace_field(config, "num_heads", heads)
     for block in blocks:
-        require_heads(block.width, config.num_heads)
+        require_multiple("hidden_size", block.width, "num_heads", config.num_heads)
     if config.intermediate_size is None:
         config = replace_field(config, "intermediate_size", 4 * blocks[0].width)
     return config

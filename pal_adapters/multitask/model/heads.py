@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pal_adapters.errors import ConfigError, require_int, require_one_of, require_probability
+from pal_adapters.checks import require_int, require_one_of, require_probability
+from pal_adapters.errors import ConfigError
 
 Kind = Literal[
     "single_label",

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError, require_one_of
+from pal_adapters.checks import require_one_of
+from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
 from pal_adapters.hosts.which import host_of, is_peft_model
 from pal_adapters.multitask.tasks.names import require_task_name
 

@@ -8,7 +8,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from pal_adapters.errors import ConfigError, require_one_of
+from pal_adapters.checks import require_one_of
+from pal_adapters.errors import ConfigError
 from pal_adapters.multitask.model.heads import Kind
 from pal_adapters.multitask.tasks.collate import Batch
 from pal_adapters.multitask.tasks.task import Task

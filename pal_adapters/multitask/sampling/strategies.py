@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import Sampler
 
-from pal_adapters.errors import ConfigError, require_bool, require_int, require_one_of
+from pal_adapters.checks import require_bool, require_int, require_one_of
+from pal_adapters.errors import ConfigError
 
 
 class Strategy(Protocol):

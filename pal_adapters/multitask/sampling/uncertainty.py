@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pal_adapters.errors import ConfigError, require_int, require_one_of
+from pal_adapters.checks import require_int, require_one_of
+from pal_adapters.errors import ConfigError
 
 Score = Literal["code", "paper"]
 Regression = Mapping[str, "str | float"]

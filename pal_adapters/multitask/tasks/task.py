@@ -10,7 +10,8 @@ from typing import Any
 
 import datasets
 
-from pal_adapters.errors import ConfigError, require_one_of
+from pal_adapters.checks import require_one_of
+from pal_adapters.errors import ConfigError
 from pal_adapters.multitask.metrics.custom import Metric, flat_metrics, metric_name, own_metric_problem
 from pal_adapters.multitask.metrics.scores import default_metrics, metric_problem
 from pal_adapters.multitask.model.heads import KINDS, HeadConfig, Kind, Loss, Pooling

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from pal_adapters.errors import ConfigError, require_one_of
+from pal_adapters.checks import require_one_of
+from pal_adapters.errors import ConfigError
 from pal_adapters.multitask.metrics.scores import lower_is_better
 from pal_adapters.multitask.sampling.strategies import STRATEGIES
 

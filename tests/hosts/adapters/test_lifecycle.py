@@ -455,7 +455,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("pal", {"hidden_size": 12.0}, "hidden_size=12.0.*integer"),
     ("pal", {"hidden_size": True}, "hidden_size=True.*integer"),
     ("pal", {"num_heads": 0}, "num_heads=0.*at least 1"),
-    ("pal", {"dropout": 1.0}, "dropout=1.0.*0 <= dropout < 1"),
+    ("pal", {"dropout": 1.0}, "dropout=1.0.*0 <= p < 1"),
     ("pal", {"dropout": "0.1"}, "dropout='0.1'.*probability"),
     ("pal", {"activation_site": "end"}, "activation_site='end'.*'output', 'middle', 'none'"),
     ("pal", {"pal_input": "both"}, "pal_input='both'.*'norm', 'raw'"),

@@ -95,7 +95,7 @@ def test_registration_is_idempotent_and_owns_no_other_name() -> None:
 WRONG: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("pal", {"num_heads": 0}, ("num_heads=0", "at least 1")),
     ("pal", {"hidden_size": 13}, ("hidden_size=13", "num_heads=3", "12 or 15")),
-    ("pal", {"dropout": 1.0}, ("dropout=1.0", "0 <= dropout < 1")),
+    ("pal", {"dropout": 1.0}, ("dropout=1.0", "0 <= p < 1")),
     ("pal", {"activation_site": "start"}, ("activation_site='start'", "'output', 'middle', 'none'")),
     ("pal", {"pal_input": "h"}, ("pal_input='h'", "'norm', 'raw'")),
     ("pal", {"tie_projections": 1}, ("tie_projections=1", "True or False")),
