@@ -23,7 +23,7 @@ from pal_adapters.errors import SiteError, UnsupportedError
 from pal_adapters.nn.unit import UnitInputs
 
 from .kv_cache import TaskCache, task_cache
-from .masks import BlockMask
+from .masks import CallMask
 
 # In the order in which a block comes to them.
 _ORDER = ("attention", "ffn", "residual", "output", "stack_output")
@@ -260,7 +260,7 @@ class Attachment:
             self._cache, self.block.name, self._index, self.block.depth, self._position
         )
         causal = self._causal if self._is_causal is None else bool(self._is_causal)
-        mask = BlockMask(self._mask, self._extra_mask, causal, value.device, window=self._window if causal else None)
+        mask = CallMask(self._mask, self._extra_mask, causal, value.device, window=self._window if causal else None)
         return UnitInputs(x=x, raw=raw, h=h, mask=mask, cache=cache, batch=value.shape[0])
 
     def _check(self, x: Tensor, value: Tensor) -> None:

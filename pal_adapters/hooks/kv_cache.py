@@ -1,16 +1,19 @@
-"""Keys and values of task modules, kept inside the host's own generation cache.
+"""What task modules keep of earlier tokens, inside the host's own generation cache.
 
 A PAL attends, so generating with a cache needs its keys and values of earlier tokens. They are appended to
-`Cache.layers` as further layers: beam reordering, cropping and repeating, which transformers does layer by layer,
-then reach them without a hook of ours (transformers 4.57 and 5). Each is of the kind of the host's own layer (growing,
-sliding or static), so it holds the same tokens and the host's mask fits it.
+`Cache.layers` as additional layers: beam reordering, cropping and repeating, which transformers does layer by layer,
+then reach them without a hook of ours (transformers 4.57 and 5). Keys and values are kept in the same kind of layer
+as the host's own (growing, sliding or static), so they cover the same tokens and the host's mask fits them. Tokens for
+a convolution or a state (`extend`) are kept without a window wherever the host's cache grows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import (
     CacheLayerMixin,
@@ -26,15 +29,35 @@ _SLOTS = "_pal_adapters_slots"
 
 
 class _Slot:
-    """What our layers have beside the host's kinds of layer.
+    """What our layers add to the host's kinds of layer.
 
     Attributes:
-        tokens: how many tokens it has seen since it was empty.
-        started: whether it has seen any; does not change from token to token, so that compiled code may test it.
+        tokens: how many tokens it has seen since it was empty, where the host does not say.
+        started: whether it has seen any; does not change from token to token, so compiled code may test it.
     """
 
     tokens = 0
     started = False
+
+    def earlier(self, position: Tensor | None) -> int | Tensor:
+        """How many tokens it has seen; `position` are those of this call, where the host says them."""
+        if not self.started:
+            return 0
+        layer: Any = self
+        count = layer.cumulative_length if hasattr(layer, "cumulative_length") else None
+        count = getattr(layer, "cumulative_length_int", count)  # transformers 5, static and sliding
+        if count is None and isinstance(layer, StaticLayer):  # transformers 4.57
+            return self.tokens if position is None else position[0]
+        if count is None:
+            return layer.get_seq_length()
+        return count.clone() if isinstance(count, Tensor) else count
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows; the host skips a layer whose first row is zero, which another adapter may serve."""
+        layer: Any = self
+        if layer.is_initialized:
+            layer.keys = layer.keys.index_select(0, beam_idx.to(layer.keys.device))
+            layer.values = layer.values.index_select(0, beam_idx.to(layer.values.device))
 
     def reset(self) -> None:
         self.tokens, self.started = 0, False
@@ -63,13 +86,16 @@ class _StaticSliding(_Slot, StaticSlidingWindowLayer):
 
 
 def _layer_like(host: Any) -> Any:
-    if isinstance(host, StaticSlidingWindowLayer):
-        return _StaticSliding(max_cache_len=host.max_cache_len, sliding_window=host.max_cache_len)
-    if isinstance(host, StaticLayer):
-        return _Static(max_cache_len=host.max_cache_len)
     if isinstance(host, DynamicSlidingWindowLayer):
         return _Sliding(sliding_window=host.sliding_window)
-    return _Growing()
+    return _layer_of_all(host)
+
+
+def _layer_of_all(host: Any) -> Any:
+    """A layer without a window, where the host's does not fix one: a static window hides how long texts may get."""
+    if isinstance(host, StaticSlidingWindowLayer):
+        return _StaticSliding(max_cache_len=host.max_cache_len, sliding_window=host.max_cache_len)
+    return _Static(max_cache_len=host.max_cache_len) if isinstance(host, StaticLayer) else _Growing()
 
 
 class TaskCache:
@@ -104,17 +130,50 @@ class TaskCache:
             UnsupportedError: if the cache holds tokens that this slot has not seen.
         """
         host = self._host_layer()
-        length = keys.shape[2]
-        seen = host.get_seq_length() if isinstance(host, CacheLayerMixin) else None
-        if isinstance(seen, int) and seen == 0:
-            return keys, values  # the host does not cache: activation checkpointing takes the cache from its attention
-        layer = self._own_layer((self._owner, slot, keys.shape[1], keys.shape[3]), host)
-        fresh = not layer.started
-        self._check(slot, layer, length, seen)
+        if self._host_is_empty(host):
+            return keys, values
+        layer = self._own_layer((self._owner, slot, keys.shape[1], keys.shape[3]), host, _layer_like)
+        all_keys, all_values, _ = self._append(slot, layer, host, keys, values, rows, batch)
+        return all_keys, all_values
+
+    def extend(
+        self, slot: object, tokens: Tensor, *, rows: Tensor | None, batch: int, last: int | None = None
+    ) -> tuple[Tensor, int | Tensor]:
+        """Append `tokens` `[b, n, r]` to `slot` and return them behind the earlier ones.
+
+        Args:
+            slot: names the adapter (and the layer in it).
+            rows: as in `update`.
+            batch: as in `update`.
+            last: how many of the earlier tokens are needed, None for all.
+
+        Returns:
+            `[b, m, r]`, or `[b, last + n, r]` with zeros in front, and how many tokens came before this call.
+
+        Raises:
+            UnsupportedError: see `KeyValueCache.extend`.
+        """
+        host, length = self._host_layer(), tokens.shape[1]
+        if self._host_is_empty(host):
+            return _recent(tokens, 0, length, last), 0
+        layer = self._own_layer((self._owner, slot, tokens.shape[2]), host, _layer_of_all)
+        wide = tokens.unsqueeze(1)
+        held, _, earlier = self._append(slot, layer, host, wide, wide, rows, batch)
+        if isinstance(earlier, Tensor) and not torch.compiler.is_compiling():
+            earlier = int(earlier)
+        return _recent(held.squeeze(1), earlier, length, last), earlier
+
+    def _append(
+        self, slot: object, layer: Any, host: Any, keys: Tensor, values: Tensor, rows: Tensor | None, batch: int
+    ) -> tuple[Tensor, Tensor, int | Tensor]:
+        """All keys and values for these rows, and how many tokens came before."""
+        length, fresh = keys.shape[2], not layer.started
+        self._check(slot, layer, length, _seen(host))
         if hasattr(host, "record_past"):  # transformers 5, assisted decoding
             layer.record_past = host.record_past
         position = self._position
         counts = isinstance(getattr(host, "cumulative_length", None), Tensor)  # transformers 5
+        earlier = layer.earlier(position)
         if position is None and isinstance(host, StaticLayer) and not counts:
             position = torch.arange(layer.tokens, layer.tokens + length, device=keys.device)
             layer.tokens += length
@@ -127,7 +186,12 @@ class TaskCache:
             all_keys, all_values = layer.update(full[0], full[1], {"cache_position": position})
             all_keys, all_values = all_keys[rows], all_values[rows]
         # Where the host passes no mask, the places of a static cache that no token has filled yet must not count.
-        return (keys, values) if fresh else (all_keys, all_values)
+        return (keys, values, 0) if fresh else (all_keys, all_values, earlier)
+
+    def _host_is_empty(self, host: Any) -> bool:
+        """Whether the host does not cache: activation checkpointing takes the cache from its attention."""
+        seen = _seen(host)
+        return isinstance(seen, int) and seen == 0
 
     def _host_layer(self) -> Any:
         # Caches that grow on demand would hand a slot of ours to the next block: create the host's layers first.
@@ -136,14 +200,14 @@ class TaskCache:
             self._cache.layers.append(replicate())
         return self._cache.layers[self._index]
 
-    def _own_layer(self, key: object, host: Any) -> Any:
+    def _own_layer(self, key: object, host: Any, make: Callable[[Any], Any]) -> Any:
         slots = getattr(self._cache, _SLOTS, None)
         if slots is None:
             slots = {}
             setattr(self._cache, _SLOTS, slots)
         if key not in slots:
             slots[key] = len(self._cache.layers)
-            self._cache.layers.append(_layer_like(host))
+            self._cache.layers.append(make(host))
         return self._cache.layers[slots[key]]
 
     def _check(self, slot: object, layer: Any, length: int, seen: Any) -> None:
@@ -157,6 +221,39 @@ class TaskCache:
                 f"({slot[0] if isinstance(slot, tuple) else slot!r}) has seen {own}: keep the same adapter active "
                 "from the first token on, start with an empty cache, or pass use_cache=False."
             )
+
+
+def _seen(host: Any) -> Any:
+    """How many tokens the host's layer holds: an integer, a tensor (static caches), or None for an unknown kind."""
+    return host.get_seq_length() if isinstance(host, CacheLayerMixin) else None
+
+
+def _recent(held: Tensor, earlier: int | Tensor, length: int, last: int | None) -> Tensor:
+    """The `last` earlier tokens and this call's `length` of what a slot returned, with zeros in front where needed.
+
+    Args:
+        held: `[b, places, r]`; a static cache has empty places behind the tokens.
+        earlier: how many tokens came before this call.
+        length: of this call.
+        last: how many of the earlier ones are needed, None for all.
+    """
+    if isinstance(earlier, Tensor):  # a compiled graph: every shape has to be known
+        if last is None:
+            raise UnsupportedError(
+                "all earlier tokens of a static cache have no fixed number, which a compiled graph needs: pass last=, "
+                "or generate without compiling (disable_compile=True)."
+            )
+        place = torch.arange(last + length, device=held.device) + earlier - last
+        return held.index_select(1, place.clamp(min=0)).masked_fill((place < 0)[:, None], 0.0)
+    needed = earlier if last is None else min(last, earlier)
+    held = held[:, : earlier + length]
+    if held.shape[1] < needed + length:
+        raise UnsupportedError(
+            f"a static cache with a sliding window keeps {held.shape[1] - length} earlier tokens, but {needed} are "
+            "needed: generate with a cache that grows."
+        )
+    held = held[:, held.shape[1] - needed - length :]
+    return held if last is None else F.pad(held, (0, 0, last - needed, 0))
 
 
 def task_cache(cache: Any, owner: object, index: int, depth: int, position: Tensor | None = None) -> TaskCache | None:

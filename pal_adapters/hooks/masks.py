@@ -10,6 +10,9 @@ from torch import Tensor
 
 from pal_adapters.errors import UnsupportedError
 
+# A score lowered by this much counts for nothing: additive masks hold -10000, -inf or the minimum of a dtype.
+_HIDDEN = -1000.0
+
 
 def _dense_block_mask(mask: object, q_len: int, kv_len: int, device: torch.device) -> Tensor:
     from torch.nn.attention.flex_attention import BlockMask, create_mask
@@ -101,7 +104,7 @@ def normalise_mask(
 
 
 @dataclass(frozen=True)
-class BlockMask:
+class CallMask:
     """The mask of one call of a block, brought to the form of `functional.attend` when asked."""
 
     mask: Any
@@ -112,16 +115,24 @@ class BlockMask:
     tokens: tuple[int, int, int] | None = None
     window: int | None = None
 
-    def select(self, rows: Tensor) -> BlockMask:
+    def select(self, rows: Tensor) -> CallMask:
         """The mask of these rows (counted over a batch that may be a repetition of the mask's)."""
         return replace(self, rows=rows)
 
-    def slice_tokens(self, start: int, end: int, length: int) -> BlockMask:
+    def slice_tokens(self, start: int, end: int, length: int) -> CallMask:
         """The mask among the tokens `start:end` of `length`."""
         if self.tokens is not None:  # a part of a part
             offset, _, length = self.tokens
             start, end = start + offset, end + offset
         return replace(self, tokens=(start, end, length))
+
+    def visible(self, q_len: int, kv_len: int) -> Tensor | None:
+        """`[b or 1, q_len, kv_len]`, whether a query sees a key, or None if each sees all."""
+        mask, is_causal = self(q_len, kv_len)
+        if mask is None:
+            return _causal(q_len, kv_len, None, self.device)[0] if is_causal else None
+        keep = mask if mask.dtype == torch.bool else mask > _HIDDEN
+        return keep[:, 0].expand(-1, q_len, -1)
 
     def __call__(self, q_len: int, kv_len: int) -> tuple[Tensor | None, bool]:
         if self.tokens is None:

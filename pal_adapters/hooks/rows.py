@@ -10,8 +10,6 @@ from torch import Tensor
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.nn.unit import TaskUnit, UnitInputs, stack_weights
 
-from .masks import BlockMask
-
 
 class RowPlan:
     """Which adapter each row of a batch goes through, during one forward pass.
@@ -57,8 +55,7 @@ def run_unit(unit: TaskUnit, site: str, value: Tensor, inputs: UnitInputs) -> Te
 def select_rows(inputs: UnitInputs, rows: Tensor) -> UnitInputs:
     """The inputs of some rows of these inputs, which may be rows of a larger batch themselves."""
     whole = rows if inputs.rows is None else inputs.rows[rows]
-    mask = inputs.mask.select(whole) if isinstance(inputs.mask, BlockMask) else inputs.mask
-    return inputs.map(lambda t: t.index_select(0, rows))._replace(mask=mask, rows=whole)
+    return inputs.map(lambda t: t.index_select(0, rows))._replace(mask=inputs.mask.select(whole), rows=whole)
 
 
 def run_rows(units: Mapping[str, TaskUnit], plan: RowPlan, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:

@@ -17,97 +17,23 @@ Legend: b batch rows, n tokens, d model width, r inner width, h heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from pal_adapters.errors import UnsupportedError
+
 from .functional import attend, linear, merge_heads, split_heads
+from .inputs import BatchTasks as BatchTasks
+from .inputs import UnitInputs as UnitInputs
+from .inputs import batch_tasks as batch_tasks
+from .inputs import no_mask as no_mask
 
 INIT_STD = 0.02
 
 Weights = Mapping[str, Tensor]
-
-
-class KeyValueCache(Protocol):
-    """Keeps keys and values of earlier tokens during generation."""
-
-    def update(
-        self, slot: object, keys: Tensor, values: Tensor, *, rows: Tensor | None, batch: int
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-class MaskFunction(Protocol):
-    """Gives `(mask, is_causal)` for a call with `q_len` queries and `kv_len` keys, see `functional.attend`."""
-
-    def __call__(self, q_len: int, kv_len: int, /) -> tuple[Tensor | None, bool]: ...
-
-
-def no_mask(q_len: int, kv_len: int) -> tuple[Tensor | None, bool]:
-    """Every token sees every token."""
-    return None, False
-
-
-class BatchTasks(NamedTuple):
-    """The tasks that the rows of a batch belong to, for modules that serve many tasks.
-
-    Attributes:
-        tasks: `[c]`, the tasks that are in the batch, each once; None for all that there are.
-        member: `[b]`, the position in `tasks` of each row's task.
-    """
-
-    tasks: Tensor | None
-    member: Tensor
-
-    def to(self, device: torch.device) -> BatchTasks:
-        return BatchTasks(None if self.tasks is None else self.tasks.to(device), self.member.to(device))
-
-
-def batch_tasks(numbers: Tensor) -> BatchTasks:
-    """Of `[b]`, the number of the task of each row.
-
-    What a module makes of a task then neither costs nor rounds differently for the tasks that are absent. A compiled
-    graph cannot have a size that depends on values: there, all tasks count as present.
-    """
-    if torch.compiler.is_compiling():
-        return BatchTasks(None, numbers)
-    return BatchTasks(*numbers.unique(return_inverse=True))
-
-
-class UnitInputs(NamedTuple):
-    """What a unit may read beside the value that it changes.
-
-    Attributes:
-        x: `[b, n, d]` what self-attention reads: the block's input, normalised in pre-LN blocks.
-        raw: `[b, n, d]` the block's input as it is.
-        h: `[b, n, d]` feed-forward input. All three are None where no unit needs them.
-        mask: the host's attention mask for this call.
-        cache: keys and values of earlier tokens, or None outside generation.
-        rows: batch rows that `x` holds, or None for all of them.
-        batch: rows of the whole batch.
-        slot: names this unit in `cache`.
-    """
-
-    x: Tensor | None = None
-    raw: Tensor | None = None
-    h: Tensor | None = None
-    mask: MaskFunction = no_mask
-    cache: KeyValueCache | None = None
-    rows: Tensor | None = None
-    batch: int = 0
-    slot: tuple[object, ...] = ()
-
-    def read(self, name: str) -> Tensor:
-        """`x`, `raw` or `h`."""
-        tensor = getattr(self, name)
-        assert tensor is not None, f"{name} was not captured"
-        return tensor
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> UnitInputs:
-        """`function` applied to `x`, `raw` and `h`."""
-        x, raw, h = (None if t is None else function(t) for t in (self.x, self.raw, self.h))
-        return self._replace(x=x, raw=raw, h=h)
 
 
 class TaskUnit(nn.Module):
@@ -155,7 +81,12 @@ class TaskUnit(nn.Module):
         return {**self.own_weights(), **self.shared_weights()} if self._shared else self.own_weights()
 
     def signature(self) -> tuple[object, ...]:
-        """Units with equal signatures can run as one batch, with one set of weights a row."""
+        """What has to be equal for units to run as one batch, with one set of weights a row.
+
+        All that `forward` reads from the unit itself: sizes, options, which weights there are. `stack_weights`
+        compares the names and shapes of the weights, own and shared, and raises where they differ; options that
+        change no weight are the unit's to list.
+        """
         return (type(self),)
 
     def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
@@ -222,24 +153,42 @@ def stack_weights(
 
     Returns:
         Each weight as `[b, *shape]`; a single unit's weights stay as they are.
+
+    Raises:
+        UnsupportedError: if the weights of the units differ in names or shapes, although their signatures are equal.
     """
     if len(units) == 1:
         return units[0].weights()
-    weights = _gather([unit.own_weights() for unit in units], index)
-    if units[0].shares:
+    weights = _gather([unit.own_weights() for unit in units], index, units)
+    if any(unit.shares for unit in units):
         key = tuple(unit.shared_key() for unit in units)
         shared = None if kept is None else kept.get(key)
         if shared is None:
-            shared = _gather([unit.shared_weights() for unit in units], index)
+            shared = _gather([unit.shared_weights() for unit in units], index, units)
             if kept is not None:
                 kept[key] = shared
         weights.update(shared)
     return weights
 
 
-def _gather(tables: Sequence[Mapping[str, Tensor]], index: Tensor | None) -> dict[str, Tensor]:
-    gathered = {}
-    for name in tables[0]:
+def _gather(
+    tables: Sequence[Mapping[str, Tensor]], index: Tensor | None, units: Sequence[TaskUnit]
+) -> dict[str, Tensor]:
+    gathered, first = {}, tables[0]
+    for table in tables[1:]:
+        if table.keys() != first.keys() or any(table[name].shape != first[name].shape for name in first):
+            raise UnsupportedError(_difference(first, table, units[0]))
+    for name in first:
         together = torch.stack([table[name] for table in tables])
         gathered[name] = together if index is None else together.index_select(0, index)
     return gathered
+
+
+def _difference(first: Mapping[str, Tensor], other: Mapping[str, Tensor], unit: TaskUnit) -> str:
+    shapes = [{name: list(weight.shape) for name, weight in table.items()} for table in (first, other)]
+    name = next(name for name in (*first, *other) if shapes[0].get(name) != shapes[1].get(name))
+    found = " and ".join(str(table[name]) if name in table else "none" for table in shapes)
+    return (
+        f"two {type(unit).__name__} modules have equal signatures, but their weights {name!r} differ in shape: "
+        f"{found}. signature() has to tell them apart."
+    )

@@ -14,6 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, Mistral
 
 from pal_adapters import UnsupportedError
 from pal_adapters.hooks.kv_cache import TaskCache, task_cache
+from pal_adapters.nn.unit import UnitInputs
 from tests import zoo
 
 DEPTH = 2
@@ -165,6 +166,105 @@ def test_a_host_that_does_not_cache() -> None:
         assert ours is keys
         assert torch.equal(values, -keys)
     assert len(cache.layers) == DEPTH
+
+
+class Tokens:
+    """Feeds a host's cache and a slot for tokens; `seen` are all tokens so far, kept here."""
+
+    def __init__(self, cache: Any, batch: int = 3) -> None:
+        self.cache, self.seen = cache, torch.zeros(batch, 0, 5)
+
+    def step(self, tokens: Tensor, last: int | None, rows: Tensor | None = None) -> tuple[Tensor, Any]:
+        start, keys = self.seen.shape[1], draw(tokens.shape[1], tokens.shape[0])
+        position = torch.arange(start, start + tokens.shape[1])
+        self.cache.update(keys, keys, 0, {"cache_position": position})
+        self.seen = torch.cat([self.seen, tokens], 1)
+        task = task_cache(self.cache, "block", 0, DEPTH, None if zoo.V5 else position)
+        assert task is not None
+        part = tokens if rows is None else tokens[rows]
+        return task.extend("conv", part, rows=rows, batch=tokens.shape[0], last=last)
+
+    def expected(self, length: int, last: int | None) -> Tensor:
+        if last is None:
+            return self.seen
+        return torch.cat([torch.zeros(self.seen.shape[0], last, 5), self.seen], 1)[:, -(last + length) :]
+
+
+@caches
+@given(
+    lengths=st.lists(st.integers(1, 5), min_size=1, max_size=6).filter(lambda x: sum(x) <= 16),
+    last=st.one_of(st.none(), st.integers(0, 6)),
+)
+@settings(max_examples=25, deadline=None)
+def test_earlier_tokens(kind: str, lengths: list[int], last: int | None) -> None:
+    """All of them, or the last ones, whatever the host's own layer keeps of its keys."""
+    feed, start = Tokens(CACHES[kind]()), 0
+    for length in lengths:
+        tokens = torch.randn(3, length, 5).relu()  # some are all zero, which transformers 4.57 does not count
+        tokens[:, 0] = 0
+        if kind == "static sliding" and start >= 4 and (last is None or last > 3):  # the window is 4
+            with pytest.raises(UnsupportedError, match="keeps 3 earlier tokens"):
+                feed.step(tokens, last)
+            return
+        held, earlier = feed.step(tokens, last)
+        assert earlier == start
+        assert torch.equal(held, feed.expected(length, last))
+        start += length
+
+
+@caches
+def test_earlier_tokens_of_some_rows_follow_the_beams(kind: str) -> None:
+    cache = CACHES[kind]()
+    feed, rows = Tokens(cache), torch.tensor([2, 1])  # the first row stays zero
+    feed.step(torch.randn(3, 3, 5), 2, rows)
+    order = torch.tensor([0, 2, 2])
+    cache.reorder_cache(order)
+    feed.seen = feed.seen[order]
+    held, earlier = feed.step(torch.randn(3, 1, 5), 2, rows)
+    assert earlier == 3
+    assert torch.equal(held, feed.expected(1, 2)[rows])
+
+
+@pytest.mark.parametrize("kind", ["growing", *(["static"] if zoo.V5 else [])])
+def test_earlier_tokens_are_cropped(kind: str) -> None:
+    cache = CACHES[kind]()
+    feed = Tokens(cache)
+    feed.step(torch.randn(3, 6, 5), None)
+    cache.crop(-2 if zoo.V5 else 4)
+    feed.seen = feed.seen[:, :4]
+    held, earlier = feed.step(torch.randn(3, 1, 5), None)
+    assert earlier == 4
+    assert torch.equal(held, feed.seen)
+
+
+@caches
+def test_earlier_tokens_in_a_compiled_graph(kind: str) -> None:
+    torch._dynamo.reset()
+    cache = CACHES[kind]()
+    feed = Tokens(cache)
+    feed.step(torch.randn(3, 2, 5), 2)
+
+    def step(tokens: Tensor, position: Tensor) -> Tensor:
+        keys = tokens[:, None].repeat(1, 2, 1, 1)[..., :4]
+        cache.update(keys, keys, 0, {"cache_position": position})
+        task = task_cache(cache, "block", 0, DEPTH, None if zoo.V5 else position)
+        assert task is not None
+        return task.extend("conv", tokens, rows=None, batch=3, last=2)[0]
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    for number in range(3):
+        tokens = torch.randn(3, 1, 5)
+        feed.seen = torch.cat([feed.seen, tokens], 1)
+        assert torch.equal(compiled(tokens, torch.arange(2 + number, 3 + number)), feed.expected(1, 2))
+
+
+def test_earlier_tokens_without_a_cache() -> None:
+    tokens = torch.randn(2, 3, 5)
+    padded, earlier = UnitInputs().extend(tokens, last=2)
+    assert earlier == 0
+    assert torch.equal(padded[:, 2:], tokens)
+    assert not padded[:, :2].any()
+    assert torch.equal(UnitInputs().extend(tokens)[0], tokens)
 
 
 def test_gradients_flow_through_a_fresh_slot() -> None:

@@ -17,7 +17,7 @@ from peft import get_peft_model
 from torch.nn.attention.flex_attention import create_block_mask
 
 from pal_adapters import PALPeftConfig, UnsupportedError
-from pal_adapters.hooks.masks import BlockMask, normalise_mask
+from pal_adapters.hooks.masks import CallMask, normalise_mask
 from pal_adapters.nn.functional import attend
 from tests import zoo
 from tests.zoo import BY_NAME
@@ -86,6 +86,39 @@ def test_two_dimensions(form: str, q_len: int, causal: bool) -> None:
         "negative float": additive(padding.bool(), torch.float32, -10000.0), "float all real": padding.float(),
     }[form]  # fmt: skip
     check(mask, table(q_len, 5, causal=causal, padding=padding), causal=causal, q_len=q_len, k_len=5)
+
+
+@given(
+    q=st.integers(1, 5), more=st.integers(0, 4), causal=st.booleans(), window=st.one_of(st.none(), st.integers(1, 6)),
+    form=st.sampled_from(["none", "keys", "keys, float", "bool", "fp32", "bf16", "-inf", "-10000", "heads", "flex"]),
+)  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_who_sees_whom(q: int, more: int, causal: bool, window: int | None, form: str) -> None:
+    """`visible` of every form of mask is the table itself."""
+    k = q + more
+    padding = torch.rand(3, k) > 0.3
+    padding[:, -1] = True
+    only_keys = form in ("none", "keys", "keys, float")
+    window = window if causal and only_keys else None
+    keep = table(q, k, causal=causal, padding=None if form == "none" else padding, window=window)
+    whole = keep[:, None]
+    mask: Any = {
+        "none": None, "keys": padding, "keys, float": padding.float(), "bool": whole,
+        "fp32": additive(whole, torch.float32, MIN), "bf16": additive(whole, torch.bfloat16, MIN),
+        "-inf": additive(whole, torch.float32, -torch.inf), "-10000": additive(whole, torch.bfloat16, -10000.0),
+        "heads": (-3 * torch.rand(1, 4, q, k)).masked_fill(~whole, MIN),
+    }.get(form)  # fmt: skip
+    if form == "flex":
+        mask = create_block_mask(lambda b, h, i, j: whole[b, 0, i, j], 3, 1, q, k, device="cpu")
+    call = CallMask(mask, None, causal, CPU, window=window)
+    found = call.visible(q, k)
+    everything = torch.ones(1, q, k, dtype=torch.bool) if found is None else found
+    assert everything.dtype == torch.bool
+    assert torch.equal(everything.expand(3, q, k), keep.expand(3, q, k))
+    rows = torch.tensor([2, 0, 2])
+    chosen = call.select(rows).visible(q, k)
+    if chosen is not None:
+        assert torch.equal(chosen.expand(3, q, k), keep.expand(3, q, k)[rows])
 
 
 @pytest.mark.parametrize("dimensions", [3, 4])
@@ -200,10 +233,10 @@ def test_a_row_that_sees_nothing_is_not_nan(dtype: torch.dtype, tolerance: float
     assert (actual.double() - expected).abs().amax((1, 3))[some].max() < tolerance * 10
 
 
-# `BlockMask`
+# `CallMask`
 
 
-def keeps(mask: BlockMask, q_len: int, k_len: int, rows: int) -> Tensor:
+def keeps(mask: CallMask, q_len: int, k_len: int, rows: int) -> Tensor:
     ready, is_causal = mask(q_len, k_len)
     if ready is None:
         return table(q_len, k_len, causal=is_causal).expand(rows, -1, -1)
@@ -216,19 +249,19 @@ def test_two_masks_of_clip() -> None:
     keep, triangle = table(5, 5, causal=True, padding=PADDING), additive(table(5, 5, causal=True), torch.float32, MIN)
     padding = PADDING.bool()[:, None, None, :].expand(3, 1, 5, 5)
     for first in (padding, additive(padding, torch.float32, MIN), PADDING):
-        assert torch.equal(keeps(BlockMask(first, triangle[:, None], False, CPU), 5, 5, 3), keep)
-    alone = BlockMask(None, triangle[:, None], False, CPU)
+        assert torch.equal(keeps(CallMask(first, triangle[:, None], False, CPU), 5, 5, 3), keep)
+    alone = CallMask(None, triangle[:, None], False, CPU)
     assert torch.equal(keeps(alone, 5, 5, 1), table(5, 5, causal=True))
 
 
 def test_rows_of_a_mask() -> None:
-    mask = BlockMask(PADDING, None, True, CPU)
+    mask = CallMask(PADDING, None, True, CPU)
     keep = table(5, 5, causal=True, padding=PADDING)
     for rows in ([2, 0], [1], [0, 1, 2, 2, 1]):
         assert torch.equal(keeps(mask.select(torch.tensor(rows)), 5, 5, len(rows)), keep[rows])
     # A host that repeats the batch as a whole (`Parallel`) repeats its rows.
     assert torch.equal(keeps(mask.select(torch.arange(6)), 5, 5, 6), keep.repeat(2, 1, 1))
-    shared = BlockMask(table(5, 5, causal=True)[:, None], None, True, CPU).select(torch.tensor([2, 1]))
+    shared = CallMask(table(5, 5, causal=True)[:, None], None, True, CPU).select(torch.tensor([2, 1]))
     assert torch.equal(keeps(shared, 5, 5, 2), table(5, 5, causal=True).expand(2, -1, -1))
 
 
@@ -237,7 +270,7 @@ def test_rows_of_a_mask() -> None:
 )
 def test_tokens_of_a_mask(mask: Tensor | None) -> None:
     keep = table(5, 5, causal=True, padding=None if mask is None else PADDING).expand(3, -1, -1)
-    whole = BlockMask(mask, None, True, CPU)
+    whole = CallMask(mask, None, True, CPU)
     assert torch.equal(keeps(whole.slice_tokens(1, 4, 5), 3, 3, 3), keep[:, 1:4, 1:4])
     part = whole.slice_tokens(1, 5, 5).slice_tokens(1, 3, 4)  # a part of a part
     assert torch.equal(keeps(part, 2, 2, 3), keep[:, 2:4, 2:4])

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pal_adapters.hooks.masks import BlockMask
+from pal_adapters import UnsupportedError
+from pal_adapters.hooks.masks import CallMask
 from pal_adapters.hooks.rows import RowPlan, run_rows, run_unit, select_rows
 from pal_adapters.methods.houlsby.layer import Bottleneck, HoulsbyPAL, ParallelHoulsby
 from pal_adapters.methods.lhuc.layer import LHUC
@@ -83,7 +84,7 @@ def inputs_of(b: int, n: int) -> UnitInputs:
     x, raw, h = (torch.randn(b, n, D, generator=generator).requires_grad_() for _ in range(3))
     padding = torch.rand(b, n, generator=generator) > 0.3
     padding[:, 0] = True
-    return UnitInputs(x=x, raw=raw, h=h, mask=BlockMask(padding, None, False, torch.device("cpu")), batch=b)
+    return UnitInputs(x=x, raw=raw, h=h, mask=CallMask(padding, None, False, torch.device("cpu")), batch=b)
 
 
 def tensors(units: dict[str, TaskUnit], inputs: UnitInputs, value: Tensor) -> list[Tensor]:
@@ -248,6 +249,42 @@ def test_stacked_weights() -> None:
         assert torch.equal(table, torch.stack([units[i].weights()[name] for i in index.tolist()]))
     again = stack_weights(units, index, kept)  # another block: what is shared is the same tensor
     assert all((again[k] is gathered[k]) == (k.split(".")[0] in ("encoder", "decoder")) for k in gathered)
+
+
+class Loose(TaskUnit):
+    """A unit whose signature says nothing about its weights."""
+
+    sites = ("residual",)
+
+    def __init__(self, own: dict[str, tuple[int, ...]], shared: dict[str, tuple[int, ...]] | None = None) -> None:
+        super().__init__()
+        for name, shape in own.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        if shared is not None:
+            self.share({name: torch.zeros(shape) for name, shape in shared.items()})
+
+    def forward(self, site: str, value: Tensor, inputs: UnitInputs, weights: Any) -> Tensor:
+        return value
+
+
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [
+        ([Loose({"a": (2,)}), Loose({"a": (2,), "b": (3,)})], r"'b' differ in shape: none and \[3\]"),
+        ([Loose({"a": (2,), "b": (3,)}), Loose({"a": (2,)})], r"'b' differ in shape: \[3\] and none"),
+        ([Loose({"a": (2,)}), Loose({"a": (2,)}), Loose({"a": (2, 1)})], r"'a' differ in shape: \[2\] and \[2, 1\]"),
+        ([Loose({}, {"a": (2,)}), Loose({}, {"a": (3,)})], r"'a' differ in shape"),
+        ([Loose({}), Loose({}, {"a": (3,)})], r"'a' differ in shape"),
+        ([Loose({}, {"a": (3,)}), Loose({})], r"'a' differ in shape"),
+        ([Loose({"a": (2,)}), Loose({}, {"a": (2,)})], r"'a' differ in shape"),
+    ],
+)  # fmt: skip
+def test_equal_signatures_with_other_weights(units: list[TaskUnit], message: str) -> None:
+    """An error, not weights of one unit that are left out of the batch."""
+    value, named = torch.randn(len(units), 2, D), {str(number): unit for number, unit in enumerate(units)}
+    with pytest.raises(UnsupportedError, match=message) as error:
+        run_rows(named, RowPlan(list(named), keep=True), "residual", value, UnitInputs())
+    assert "signature() has to tell them apart" in str(error.value)
 
 
 def test_init_linear() -> None:

@@ -12,7 +12,6 @@ from adapters.methods.adapter_layer_base import ComposableAdapterLayerBase
 from torch import Tensor
 
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
-from pal_adapters.hooks.masks import BlockMask
 from pal_adapters.nn.unit import UnitInputs
 
 COMPOSITIONS = [Stack, Fuse, Split, Parallel, BatchSplit, Average, MultiTask]
@@ -52,7 +51,7 @@ class ValueComposition(ComposableAdapterLayerBase):
 
     def repeat(self, state: State, channels: int) -> State:
         stream = None if state.stream is None else state.stream.repeat(channels, 1, 1)
-        inputs = grow(state.inputs, state.value.shape[0] * channels)
+        inputs = grow(state.inputs, state.value.shape[0] * channels, state.value.device)
         return state._replace(value=state.value.repeat(channels, 1, 1), inputs=inputs, stream=stream, term=None)
 
     def pad_and_concat(self, states: list[State]) -> State:
@@ -107,7 +106,7 @@ class ValueComposition(ComposableAdapterLayerBase):
 
     def compose_parallel(self, adapter_setup: Parallel, state: State, lvl: int = 0) -> State:
         result = super().compose_parallel(adapter_setup, state, lvl=lvl)
-        return result._replace(inputs=grow(state.inputs, result.value.shape[0]))
+        return result._replace(inputs=grow(state.inputs, result.value.shape[0], result.value.device))
 
     def compose_multi_task(self, adapter_setup: MultiTask, state: State, lvl: int = 0) -> State:
         rows_of: dict[int, list[int]] = {}
@@ -176,29 +175,24 @@ def _is_integer(task: Any) -> bool:
 
 def with_rows(inputs: UnitInputs, rows: Tensor) -> UnitInputs:
     """`inputs`, whose tensors hold these rows of the whole batch."""
-    mask = inputs.mask.select(rows) if isinstance(inputs.mask, BlockMask) else inputs.mask
-    return inputs._replace(mask=mask, rows=rows)
+    return inputs._replace(mask=inputs.mask.select(rows), rows=rows)
 
 
-def grow(inputs: UnitInputs, batch: int) -> UnitInputs:
+def grow(inputs: UnitInputs, batch: int, device: torch.device) -> UnitInputs:
     """The inputs of a batch that the host repeated as a whole (`Parallel`)."""
 
     def tile(t: Tensor) -> Tensor:
         return t if t.shape[0] == batch else t.repeat(batch // t.shape[0], 1, 1)
 
-    mask = inputs.mask
-    if isinstance(mask, BlockMask):
-        mask = mask.select(torch.arange(batch, device=mask.device))
-    return inputs.map(tile)._replace(mask=mask, batch=batch)
+    rows = torch.arange(batch, device=device)
+    return inputs.map(tile)._replace(mask=inputs.mask.select(rows), batch=batch)
 
 
 def _tokens(state: State, start: int, end: int) -> State:
     inputs = state.inputs
     if inputs.cache is not None:
         raise UnsupportedError("Split cannot be used while generating with a cache: pass use_cache=False.")
-    mask = inputs.mask
-    if isinstance(mask, BlockMask):
-        mask = mask.slice_tokens(start, end, state.value.shape[1])
+    mask = inputs.mask.slice_tokens(start, end, state.value.shape[1])
     stream = None if state.stream is None else state.stream[:, start:end]
     inputs = inputs.map(lambda t: t[:, start:end])._replace(mask=mask)
     return state._replace(value=state.value[:, start:end], inputs=inputs, stream=stream, term=None)

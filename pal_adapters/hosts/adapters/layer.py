@@ -291,7 +291,8 @@ class TaskLayer(ValueComposition, nn.Module):
     def run(self, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
         setup = self.get_active_setup()
         assert setup is not None
-        state: State = self.compose(setup, State(value, grow(inputs, value.shape[0]), site))  # type: ignore[operator]
+        inputs = grow(inputs, value.shape[0], value.device)
+        state: State = self.compose(setup, State(value, inputs, site))  # type: ignore[operator]
         return state.value
 
 

@@ -58,7 +58,7 @@ class Mixture(ValueComposition):
         if self._site == "residual":
             inputs = self._task_layer.attachment.take_inputs(value)
         self._layer_norm = layer_norm
-        state = self.compose(setup, State(value, grow(inputs, value.shape[0]), self._site or "", stream))
+        state = self.compose(setup, State(value, grow(inputs, value.shape[0], value.device), self._site or "", stream))
         return state.value if self._bottleneck.is_layer_hooked else self._close(state).value
 
     def _close(self, state: State) -> State:

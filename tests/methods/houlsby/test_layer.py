@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pal_adapters.hooks.masks import BlockMask
+from pal_adapters.hooks.masks import CallMask
 from pal_adapters.methods.houlsby.layer import ACTIVATIONS, Bottleneck, HoulsbyPAL, ParallelHoulsby
 from pal_adapters.methods.pal.layer import Projections
 from pal_adapters.nn.unit import UnitInputs
@@ -76,7 +76,7 @@ def test_houlsby_pal() -> None:
     w, o1, o2, h = unit.weights(), *(torch.randn(2, 3, D) for _ in range(3))
     keep = torch.rand(2, 1, 3, 3) > 0.3
     keep[..., 0] = True
-    inputs = UnitInputs(h=h, mask=BlockMask(keep, None, False, torch.device("cpu")), batch=2)
+    inputs = UnitInputs(h=h, mask=CallMask(keep, None, False, torch.device("cpu")), batch=2)
     assert zoo.difference(unit("attention", o1, inputs, w), o1 + zoo.low_rank(o1, w, "attention.")) < 1e-5
     own = {k.removeprefix("pal."): v for k, v in w.items() if not k.startswith("attention.")}
     assert zoo.difference(unit("residual", o2, inputs, w), o2 + zoo.pal(h, own, keep)) < 1e-5

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pal_adapters.hooks.masks import BlockMask
+from pal_adapters.hooks.masks import CallMask
 from pal_adapters.methods.pal.layer import PAL, Projections, added_parameters, default_hidden_size
 from pal_adapters.nn.unit import UnitInputs
 from tests import zoo
@@ -56,7 +56,7 @@ def build(**more: Any) -> PAL:
 
 
 def run(unit: PAL, x: Tensor, keep: Tensor | None = None, value: Tensor | None = None) -> Tensor:
-    mask = BlockMask(None if keep is None else keep[:, None], None, False, torch.device("cpu"))
+    mask = CallMask(None if keep is None else keep[:, None], None, False, torch.device("cpu"))
     value = torch.zeros_like(x) if value is None else value
     return unit("residual", value, UnitInputs(x=x, raw=x, h=x, mask=mask, batch=x.shape[0]), unit.weights())
 

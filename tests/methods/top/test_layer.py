@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pal_adapters.hooks.masks import BlockMask
+from pal_adapters.hooks.masks import CallMask
 from pal_adapters.methods.top.layer import TopAttention, TopBertLayer
 from pal_adapters.nn.unit import TaskUnit, UnitInputs
 from tests import zoo
@@ -15,7 +15,7 @@ D, R = 12, 8
 
 
 def run(unit: TaskUnit, y: Tensor, keep: Tensor | None = None) -> Tensor:
-    mask = BlockMask(keep, None, False, torch.device("cpu"))
+    mask = CallMask(keep, None, False, torch.device("cpu"))
     return unit("stack_output", y, UnitInputs(mask=mask, batch=y.shape[0]), unit.weights())
 
 

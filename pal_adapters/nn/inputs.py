@@ -1,0 +1,190 @@
+"""What a unit reads beside the value that it changes: the block's values, the attention mask, earlier tokens.
+
+Plain torch. The protocols say what a unit may ask for; `hooks/` implements them for the models of transformers.
+
+Legend: b batch rows, n tokens of this call, m tokens so far, d model width, r inner width, h heads, k width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class KeyValueCache(Protocol):
+    """What a unit keeps of earlier tokens during generation.
+
+    The cache reorders, repeats and crops it along with the host's own keys and values. Units do not call it: see
+    `self_attention` and `UnitInputs.extend`.
+    """
+
+    def update(
+        self, slot: object, keys: Tensor, values: Tensor, *, rows: Tensor | None, batch: int
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values `[b, h, n, k]` to a slot and return all that attention is to see.
+
+        The length of what is returned is the `kv_len` to ask the mask for. A sliding window returns fewer tokens
+        than there were, a static cache may return empty places behind them, which the mask hides.
+
+        Args:
+            slot: names the unit and the place in it.
+            keys, values: those of this call's tokens.
+            rows: the batch rows that they belong to, or None for all.
+            batch: rows of the whole batch.
+        """
+
+    def extend(
+        self, slot: object, tokens: Tensor, *, rows: Tensor | None, batch: int, last: int | None = None
+    ) -> tuple[Tensor, int | Tensor]:
+        """Append one vector a token, `[b, n, r]`, to a slot and return them behind the earlier ones.
+
+        Unlike `update` it knows no window: where the host attends to a sliding window, a convolution or a state still
+        gets the tokens in front of it.
+
+        Args:
+            slot: names the unit and the place in it.
+            tokens: the vectors of this call's tokens.
+            rows: the batch rows that they belong to, or None for all.
+            batch: rows of the whole batch.
+            last: how many of the earlier tokens are needed, None for all.
+
+        Returns:
+            The tokens, oldest first, and how many came before this call: the position of this call's first token. The
+            tokens are `[b, m, r]` with `last=None`, and `[b, last + n, r]` otherwise, with zeros in front where there
+            were fewer. The number is an integer, and a tensor without dimensions where a graph is compiled over a
+            static cache.
+
+        Raises:
+            UnsupportedError: if the cache holds tokens that this slot has not seen; if a static cache keeps a window
+                with fewer than the tokens asked for; for `last=None` where a graph is compiled over a static cache.
+        """
+
+
+class MaskFunction(Protocol):
+    """Who sees whom in one call of a block, in the two forms that units use."""
+
+    def __call__(self, q_len: int, kv_len: int, /) -> tuple[Tensor | None, bool]:
+        """`(mask, is_causal)` for `functional.attend` with `q_len` queries and `kv_len` keys.
+
+        The mask is boolean (True is kept) or added to the scores, and broadcasts to `[b, h, q_len, kv_len]`; None
+        hides nothing but what `is_causal` hides.
+        """
+
+    def visible(self, q_len: int, kv_len: int, /) -> Tensor | None:
+        """The same as one boolean tensor, `[b or 1, q_len, kv_len]`: query `i` sees key `j`. None: each sees all.
+
+        Keys are counted so that the last one is this call's last token. What a mask adds to scores without hiding a
+        key (position biases) is left out.
+        """
+
+    def select(self, rows: Tensor, /) -> MaskFunction:
+        """The mask of these rows, counted over the batch that the mask is for, or a repetition of it."""
+
+    def slice_tokens(self, start: int, end: int, length: int, /) -> MaskFunction:
+        """The mask among the tokens `start:end` of `length`."""
+
+
+class _NoMask:
+    """Every token sees every token."""
+
+    def __call__(self, q_len: int, kv_len: int) -> tuple[Tensor | None, bool]:
+        return None, False
+
+    def visible(self, q_len: int, kv_len: int) -> Tensor | None:
+        return None
+
+    def select(self, rows: Tensor) -> _NoMask:
+        return self
+
+    def slice_tokens(self, start: int, end: int, length: int) -> _NoMask:
+        return self
+
+
+no_mask = _NoMask()
+
+
+class UnitInputs(NamedTuple):
+    """What a unit may read beside the value that it changes.
+
+    Attributes:
+        x: `[b, n, d]` what self-attention reads: the block's input, normalised in pre-LN blocks.
+        raw: `[b, n, d]` the block's input as it is.
+        h: `[b, n, d]` feed-forward input. All three are None where no unit needs them.
+        mask: the host's attention mask for this call.
+        cache: earlier tokens, or None outside generation.
+        rows: batch rows that `x` holds, or None for all of them.
+        batch: rows of the whole batch.
+        slot: names this unit in `cache`.
+    """
+
+    x: Tensor | None = None
+    raw: Tensor | None = None
+    h: Tensor | None = None
+    mask: MaskFunction = no_mask
+    cache: KeyValueCache | None = None
+    rows: Tensor | None = None
+    batch: int = 0
+    slot: tuple[object, ...] = ()
+
+    def read(self, name: str) -> Tensor:
+        """`x`, `raw` or `h`."""
+        tensor = getattr(self, name)
+        assert tensor is not None, f"{name} was not captured"
+        return tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> UnitInputs:
+        """`function` applied to `x`, `raw` and `h`."""
+        x, raw, h = (None if t is None else function(t) for t in (self.x, self.raw, self.h))
+        return self._replace(x=x, raw=raw, h=h)
+
+    def extend(self, tokens: Tensor, *, last: int | None = None, slot: object = "") -> tuple[Tensor, int | Tensor]:
+        """This call's vectors behind those of earlier tokens, see `KeyValueCache.extend`; also without a cache.
+
+        Args:
+            tokens: `[b, n, r]`, what the unit computes from each token alone.
+            last: how many of the earlier tokens are needed, None for all.
+            slot: tells apart several places in one unit.
+
+        Returns:
+            The tokens, `[b, m, r]` or `[b, last + n, r]`, and how many came before this call.
+
+        Example:
+            ```python
+            window, _ = inputs.extend(tokens, last=kernel - 1)  # a causal depthwise convolution, weight [r, 1, kernel]
+            y = F.conv1d(window.transpose(1, 2), weight, groups=weight.shape[0]).transpose(1, 2)
+            ```
+        """
+        if self.cache is None:
+            return F.pad(tokens, (0, 0, last or 0, 0)), 0
+        return self.cache.extend((*self.slot, slot), tokens, rows=self.rows, batch=self.batch, last=last)
+
+
+class BatchTasks(NamedTuple):
+    """The tasks that the rows of a batch belong to, for modules that serve many tasks.
+
+    Attributes:
+        tasks: `[c]`, the tasks in the batch, each once; None for all there are.
+        member: `[b]`, the position in `tasks` of each row's task.
+    """
+
+    tasks: Tensor | None
+    member: Tensor
+
+    def to(self, device: torch.device) -> BatchTasks:
+        """The same on a device."""
+        return BatchTasks(None if self.tasks is None else self.tasks.to(device), self.member.to(device))
+
+
+def batch_tasks(numbers: Tensor) -> BatchTasks:
+    """`BatchTasks` from `[b]`, the number of each row's task.
+
+    Absent tasks then cost nothing and do not change the rounding of the others. A compiled graph cannot have a size
+    that depends on values: there, every task counts as present.
+    """
+    if torch.compiler.is_compiling():
+        return BatchTasks(None, numbers)
+    return BatchTasks(*numbers.unique(return_inverse=True))
