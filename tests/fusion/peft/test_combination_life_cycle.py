@@ -71,7 +71,7 @@ import json, sys, torch
 import pal_adapters
 from peft import PeftModel
 from tests.hosts.peft import cases
-from tests.hosts.peft.test_combination_life_cycle import logits
+from tests.fusion.peft.test_combination_life_cycle import logits
 out = {}
 for name, folder in json.loads(sys.argv[1]).items():
     model = PeftModel.from_pretrained(cases.bert(), folder).eval()
