@@ -1,9 +1,9 @@
 """All-or-nothing changes of a torch model, whichever host it belongs to.
 
-A change runs inside `all_or_nothing(model)`. If it raises, the model is put back: its modules, parameters (by identity),
-buffers, hooks, training modes, `requires_grad` and plain attributes, and whatever else the caller names. Tensors are
-not copied up front, as that would double the memory of every call: code that overwrites tensors in place first passes
-them to `keep_values`.
+A change runs inside `all_or_nothing(model)`. If it raises, the model is put back: its modules, parameters (by
+identity), buffers, hooks, training modes, `requires_grad` and plain attributes, and whatever else the caller names.
+Tensors are not copied up front, as that would double the memory of every call: code that overwrites tensors in place
+first passes them to `keep_values`.
 """
 
 from __future__ import annotations
