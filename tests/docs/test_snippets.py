@@ -1,0 +1,226 @@
+"""The Python snippets of README.md and docs/ run in their order, on a tiny random model instead of the named one.
+
+A page that gets a new snippet fails here until `PAGES` says what the snippet starts from.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pal_adapters.multitask import load_toy_task
+from tests.multitask.tiny_encoder import save_tiny_encoder
+
+ROOT = Path(__file__).resolve().parents[2]
+Names = dict[str, Any]  # what a page has defined
+Prepare = Callable[[Names], None]
+SOURCES = ("mnli", "qqp", "sst2")
+TEXTS = ("sentence1", "sentence2")
+
+
+def snippets(page: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [textwrap.dedent(found[2]) for found in re.finditer(r"^( *)```python\n(.*?)^\1```$", text, re.M | re.S)]
+
+
+def toy(_: str, task: str) -> Any:
+    """Stands for `datasets.load_dataset("nyu-mll/glue", task)`."""
+    spec, splits = load_toy_task("similarity" if task == "stsb" else "entailment", train_size=16, test_size=8)
+    return {
+        split: rows.rename_columns(dict(zip(spec.text_columns, TEXTS, strict=True))) for split, rows in splits.items()
+    }
+
+
+def nothing(names: Names) -> None:
+    """The snippet starts from what those above it left, or from nothing."""
+
+
+def again(number: int) -> Prepare:
+    """The snippet starts from what another one of its page makes."""
+    return lambda names: names["run"](number)
+
+
+def plain(names: Names) -> None:
+    from transformers import AutoModel
+
+    names["base"] = names["model"] = AutoModel.from_pretrained(names["folder"])
+
+
+def classifier(names: Names) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    names["base"] = names["model"] = AutoModelForSequenceClassification.from_pretrained(names["folder"])
+
+
+def in_adapters(*adapters_: str) -> Prepare:
+    """A model of `adapters` with bottlenecks of these names."""
+
+    def prepare(names: Names) -> None:
+        from adapters import AutoAdapterModel, SeqBnConfig
+
+        names["base"] = names["model"] = AutoAdapterModel.from_pretrained(names["folder"])
+        for name in adapters_:
+            names["model"].add_adapter(name, config=SeqBnConfig(reduction_factor=1))
+
+    return prepare
+
+
+def sources_in_files(names: Names) -> None:
+    in_adapters(*SOURCES)(names)
+    Path("adapters").mkdir()  # the host makes no more than the last folder
+    for name in SOURCES:
+        names["model"].save_adapter(f"adapters/{name}", name, use_safetensors=True)
+
+
+def fused(names: Names) -> None:
+    """A combination that was not folded yet."""
+    in_adapters(*SOURCES)(names)
+    names["model"].add_adapter_fusion(names["sources"], config="scalearn")
+
+
+def lora_in_files(*folders: str) -> Prepare:
+    def prepare(names: Names) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        for folder in folders:
+            classifier(names)
+            config = LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+            get_peft_model(names["base"], config).save_pretrained(folder)
+        classifier(names)
+
+    return prepare
+
+
+def two_in_peft(names: Names) -> None:
+    from peft import get_peft_model
+
+    from pal_adapters import PALPeftConfig
+
+    plain(names)
+    names["base"] = get_peft_model(names["base"], PALPeftConfig(), adapter_name="rte")
+    names["base"].add_adapter("stsb", PALPeftConfig())
+
+
+def tasks_of(*tasks: str) -> Prepare:
+    """A base and tasks for it."""
+
+    def prepare(names: Names) -> None:
+        from transformers import AutoTokenizer
+
+        from pal_adapters.multitask import Task
+
+        plain(names)
+        names["tokenizer"] = AutoTokenizer.from_pretrained(names["folder"])
+        names["tasks"] = [Task(name, toy("", name), text_columns=TEXTS, num_labels=2) for name in tasks]
+
+    return prepare
+
+
+def heads_on_a_plain_base(names: Names) -> None:
+    from pal_adapters.multitask import MultiTaskTrainer, MultiTaskTrainingArguments, TaskHeads
+
+    tasks_of("rte", "mrpc", "cola")(names)
+    names["model"] = TaskHeads(names["base"])
+    for task in names["tasks"]:
+        names["model"].add(task.name, task.head_config())
+    names |= {"args": MultiTaskTrainingArguments("out"), "MultiTaskTrainer": MultiTaskTrainer}
+    names["MultiTaskTrainingArguments"] = MultiTaskTrainingArguments
+
+
+# For each page, for each of its snippets in order: the host that it needs, and what it starts from.
+PAGES: dict[str, list[tuple[str, Prepare]]] = {
+    "README.md": [
+        ("adapters", nothing),
+        ("peft", nothing),
+        ("peft", two_in_peft),
+        ("adapters", in_adapters(*SOURCES)),
+        ("peft", lora_in_files("adapters/mnli", "somebody/bert-qqp-lora")),
+        ("adapters", in_adapters()),
+    ],
+    "docs/adapters.md": [
+        ("adapters", nothing),
+        ("adapters", in_adapters()),
+        ("adapters", again(0)),
+        ("adapters", nothing),
+        ("adapters", nothing),
+        ("adapters", nothing),
+    ],
+    "docs/ca_mtl.md": [
+        ("adapters", plain),
+        ("peft", plain),
+        ("peft", nothing),
+        ("peft", heads_on_a_plain_base),
+        ("peft", tasks_of("rte", "mrpc", "cola")),
+    ],
+    "docs/fusion_peft.md": [
+        ("peft", lora_in_files("adapters/mnli", "somebody/bert-qqp-lora")),
+        ("peft", nothing),
+        ("peft", nothing),
+        ("peft", nothing),
+        ("peft", again(2)),
+    ],
+    "docs/houlsby.md": [("peft", classifier)],
+    "docs/index.md": [("adapters", plain), ("peft", classifier)],
+    "docs/multitask.md": [
+        ("adapters", nothing),
+        ("adapters", nothing),
+        ("adapters", in_adapters("mnli", "ner", *SOURCES[1:])),
+        ("adapters", nothing),
+        ("adapters", nothing),
+        ("adapters", again(0)),
+    ],
+    "docs/pals.md": [("adapters", in_adapters()), ("peft", classifier)],
+    "docs/peft.md": [
+        ("peft", nothing),
+        ("peft", nothing),
+        ("peft", nothing),
+        ("peft", nothing),
+        ("peft", nothing),
+        ("bitsandbytes", nothing),
+    ],
+    "docs/sampling.md": [("peft", heads_on_a_plain_base), ("peft", nothing), ("peft", heads_on_a_plain_base)],
+    "docs/transfer.md": [
+        ("adapters", sources_in_files),
+        ("adapters", nothing),
+        ("adapters", nothing),
+        ("adapters", fused),
+        ("adapters", nothing),
+        ("adapters", nothing),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_encoder(tmp_path_factory.mktemp("tiny_encoder"))
+
+
+def test_every_page_is_here() -> None:
+    pages = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))]
+    assert {page: len(found) for page in pages if (found := snippets(page))} == {p: len(s) for p, s in PAGES.items()}
+
+
+@pytest.mark.parametrize(("page", "host"), [(p, h) for p, s in PAGES.items() for h in sorted({host for host, _ in s})])
+def test_snippets_run(page: str, host: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(host)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", toy)
+    code = snippets(page)
+    ids = torch.arange(5, 33).view(4, 7)
+
+    def run(number: int) -> None:
+        names["batch"] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        exec(compile(code[number].replace("bert-base-uncased", folder), f"{page}[{number}]", "exec"), names)
+
+    names: Names = {"folder": folder, "run": run, "ids": ids[:2], "mask": torch.ones(2, 7).long()}
+    names |= {"labels": torch.zeros(4).long(), "batches": [{"input_ids": ids}]}
+    for number, (needs, prepare) in enumerate(PAGES[page]):
+        if needs == host:
+            prepare(names)
+            run(number)
