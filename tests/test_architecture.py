@@ -24,7 +24,6 @@ KNOWN: dict[str, set[str]] = {
     },
     "in a circle": {
         "hosts.adapters.layer hosts.adapters.network",
-        "multitask.model.saved multitask.model.storage multitask.model.task_heads multitask.training.distributed",
         "multitask.tasks.folder multitask.tasks.labels multitask.tasks.record multitask.tasks.task",
         "multitask.training.callbacks multitask.training.model_card multitask.training.trainer",
     },

@@ -4,9 +4,9 @@ Needs the packages of the extra `train`.
 """
 
 from pal_adapters.multitask.metrics.glue import TaskMetric
+from pal_adapters.multitask.model.files import StorageError
 from pal_adapters.multitask.model.heads import HeadConfig
-from pal_adapters.multitask.model.routing import Route
-from pal_adapters.multitask.model.storage import StorageError
+from pal_adapters.multitask.model.routes import Route
 from pal_adapters.multitask.model.task_heads import TaskHeads, TaskHeadsOutput
 from pal_adapters.multitask.sampling.selectors import BatchSelector, Candidates, UncertaintySelector
 from pal_adapters.multitask.sampling.strategies import (

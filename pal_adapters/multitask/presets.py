@@ -14,7 +14,7 @@ from pal_adapters.checks import require_one_of
 from pal_adapters.errors import ConfigError
 from pal_adapters.hosts.which import host_of
 from pal_adapters.multitask.model.heads import POOLINGS, Pooling
-from pal_adapters.multitask.model.routing import adapter_config, adapter_names
+from pal_adapters.multitask.model.routes import adapter_config, adapter_names
 from pal_adapters.multitask.model.task_heads import TaskHeads
 from pal_adapters.multitask.tasks.task import Task, check_tasks
 from pal_adapters.multitask.training.arguments import MultiTaskTrainingArguments
@@ -205,7 +205,7 @@ class Preset:
         """
         if arguments is not None:
             self._warn_of_needs({name: getattr(arguments, name) for name in self.needs})
-        base = [t for t in model._base_tensors().values() if t.is_floating_point()]
+        base = [t for t in model.base_tensors().values() if t.is_floating_point()]
         trains = any(tensor.requires_grad for tensor in base)
         if trains is not (self.base == "trained"):
             warnings.warn(

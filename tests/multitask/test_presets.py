@@ -23,6 +23,7 @@ from pal_adapters.multitask import (
     TaskHeads,
     get_preset,
 )
+from pal_adapters.multitask.model.routing import run_batch
 from pal_adapters.multitask.training.optim import UncorrectedAdamW, pals_schedule
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -69,11 +70,11 @@ def test_every_recipe_trains(tiny_encoder: str, tmp_path: Path, name: str, host:
         trainer = MultiTaskTrainer(
             model, args, tasks, processing_class=AutoTokenizer.from_pretrained(tiny_encoder), preset=preset
         )
-    base = {n: t.clone() for n, t in model._base_tensors().items()}
+    base = {n: t.clone() for n, t in model.base_tensors().items()}
     before = {n: p.clone() for n, p in model.named_parameters()}
     trainer.train()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert any(not torch.equal(t, base[n]) for n, t in model._base_tensors().items()) is (preset.base == "trained")
+    assert any(not torch.equal(t, base[n]) for n, t in model.base_tensors().items()) is (preset.base == "trained")
     assert {n for n in moved if n.startswith("heads.")}
     added = {n for n in moved if n.startswith("backbone.")}
     assert bool(added) is (preset.base == "trained" or preset.adapters != "none")
@@ -155,7 +156,7 @@ def test_one_network_on_a_mixed_batch_equals_one_batch_a_task(tiny_encoder: str,
         alone = model(task_ids=task, **{n: t[at] for n, t in batch.items()}).logits[task]
         torch.testing.assert_close(mixed[task], alone, atol=1e-5, rtol=1e-4)
         other = "rte" if task != "rte" else "stsb"
-        states = [model._router(model.backbone, dict(batch), ["tasks"] * 5, [t] * 5)[0] for t in (task, other)]
+        states = [run_batch(model.backbone, dict(batch), ["tasks"] * 5, [t] * 5)[0] for t in (task, other)]
         assert not torch.allclose(*states, atol=1e-4)  # so that rows of another task would show
 
 

@@ -1,4 +1,4 @@
-"""A head for each kind of task: what it makes of the hidden states, and its loss."""
+"""A head for each kind of task: from hidden states to logits and a loss."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ Pooling = Literal["mean", "first", "last", "pooler"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""A loss of one's own: the mean over a batch of logits and labels of one task."""
+"""A custom loss: the mean over a batch, from the logits and labels of one task."""
 
 IGNORED = -100
-"""Label of tokens that do not count."""
+"""Label of tokens that do not count in the loss."""
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What a head is. Shapes are of `b` rows with `n` tokens.
+    """The configuration of a head. Shapes are for `b` examples of `n` tokens.
 
     | `kind` | logits | labels | loss |
     |---|---|---|---|
     | `single_label` | `[b, c]` | class `[b]` | cross-entropy |
     | `multi_label` | `[b, c]` | 0 or 1 `[b, c]` | binary cross-entropy, mean over classes |
-    | `regression` | `[b]`, or `[b, c]` for `c > 1` | number, as the logits | squared error |
+    | `regression` | `[b]`, or `[b, c]` for `c > 1` | float, of the same shape | squared error |
     | `token_tagging` | `[b, n, c]` | class `[b, n]`, -100 does not count | cross-entropy of the tokens |
-    | `span_qa` | `[b, n, 2]` | first and last token `[b, 2]` | mean cross-entropy of the two |
-    | `multiple_choice` | `[b, choices]` | number of the choice `[b]` | cross-entropy |
-    | `language_modeling` | `[b, n, vocabulary]` | token `[b, n]`, or -100 | cross-entropy of the next token |
+    | `span_qa` | `[b, n, 2]` | first and last token `[b, 2]` | mean of the two cross-entropies |
+    | `multiple_choice` | `[b, choices]` | index of the choice `[b]` | cross-entropy |
+    | `language_modeling` | `[b, n, v]` | token `[b, n]`, -100 does not count | cross-entropy of the next token |
 
     Args:
         kind: One of the above.
-        num_labels: `c`; not for the last three kinds.
-        num_choices: Encoder inputs of one row of `multiple_choice`, which lie next to each other in the batch.
-        pooling: What a head for whole rows reads: the mean over the tokens, the first token, the last one that is not
-            padding (for decoders), or the base model's own pooler.
-        dropout: Dropout in front of the head.
+        num_labels: `c`; not allowed for the last three kinds.
+        num_choices: Encoder inputs per example of `multiple_choice`. They are next to each other in the batch.
+        pooling: What a head reads that needs one vector per example: the mean over the tokens, the first token, the
+            last token that is not padding (for decoders), or the output of the base model's own pooler.
+        dropout: Dropout probability in front of the linear layer.
         label_names: Names of the classes, for model cards and predictions.
     """
 
@@ -71,10 +71,12 @@ class HeadConfig:
         require_probability("dropout", self.dropout)
         object.__setattr__(self, "label_names", tuple(self.label_names))
         if not all(isinstance(name, str) for name in self.label_names):
-            raise ConfigError(f"label_names={self.label_names!r} is not allowed: use texts, in quotes in YAML.")
+            raise ConfigError(
+                f"label_names={self.label_names!r} is not allowed: use strings; in YAML, put them in quotes."
+            )
         twice = [name for number, name in enumerate(self.label_names) if name in self.label_names[:number]]
         if twice:
-            raise ConfigError(f"label_names has {twice[0]!r} twice: give each class a name of its own.")
+            raise ConfigError(f"label_names has {twice[0]!r} twice: give each class its own name.")
         if self.kind in ("span_qa", "multiple_choice", "language_modeling"):
             if self.num_labels is not None:
                 raise ConfigError(f"num_labels={self.num_labels} has no effect for kind={self.kind!r}: leave it out.")
@@ -93,25 +95,25 @@ class HeadConfig:
 
     @property
     def outputs(self) -> int:
-        """Outputs of the linear layer; 0 for a language model, which uses the output layer of the base."""
+        """Outputs of the linear layer; 0 for a language model, which uses the base model's output layer."""
         return {"span_qa": 2, "multiple_choice": 1, "language_modeling": 0}.get(self.kind, self.num_labels or 0)
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether the head reads every token, rather than one vector a row."""
+        """Whether the head reads every token, rather than one vector per example."""
         return self.kind in ("token_tagging", "span_qa", "language_modeling")
 
 
 class Head(nn.Module):
     r"""Dropout and one linear layer, $W\,\mathrm{drop}(h) + b$ with `W: [outputs, d]`; see `HeadConfig`.
 
-    The head of a language model has no weights of its own: it uses the output layer of the base or, for a base without
-    one, its input embeddings.
+    The head of a language model has no weights of its own: it uses the base model's output layer or, if there is none,
+    its input embeddings.
 
     Args:
-        config: What the head is.
-        width: `d` of the base.
-        loss: A loss of one's own instead of the one of the kind; for the mean over a batch. It is not saved.
+        config: Its configuration.
+        width: `d` of the base model.
+        loss: A custom loss instead of the one of the kind, see `Loss`. It is not saved.
     """
 
     def __init__(self, config: HeadConfig, width: int, *, loss: Loss | None = None) -> None:
@@ -125,17 +127,17 @@ class Head(nn.Module):
             nn.init.normal_(self.linear.weight, std=0.02)
             nn.init.zeros_(self.linear.bias)
 
-    def forward(self, hidden: Tensor, words: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, vocabulary: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Logits, see `HeadConfig`.
 
         Args:
-            hidden: `[r, d]` or, for heads that read every token, `[r, n, d]`; `r` is `b` times the choices.
-            words: Logits of words `[r, n, v]` of hidden states, for a language model.
+            hidden: `[r, d]` or, for heads that read every token, `[r, n, d]`; `r` is `b` times the number of choices.
+            vocabulary: For a language model, maps hidden states to logits over the vocabulary `[r, n, v]`.
         """
         hidden = self.dropout(hidden)
         if self.linear is None:
-            assert words is not None
-            return words(hidden)
+            assert vocabulary is not None
+            return vocabulary(hidden)
         logits = self.linear(hidden)
         if self.config.kind == "multiple_choice":
             return logits.view(-1, self.config.num_choices)
@@ -144,7 +146,7 @@ class Head(nn.Module):
         return logits
 
     def loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the losses of what counts, and how much counts: two numbers, in float32 or wider."""
+        """The summed loss and the number of items in it, see `count_items`: two scalars, in float32 or wider."""
         count = count_items(self.config.kind, labels)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
@@ -168,7 +170,7 @@ class Head(nn.Module):
 
 
 def count_items(kind: str, labels: Tensor) -> Tensor:
-    """Over how many items the loss of a kind is a mean: rows, or the tokens that count. A float32 number."""
+    """The number of items that the loss of a kind is a mean over: examples, or tokens that count. A float32 scalar."""
     if kind == "token_tagging":
         return (labels != IGNORED).sum().float()
     if kind == "language_modeling":
@@ -177,13 +179,13 @@ def count_items(kind: str, labels: Tensor) -> Tensor:
 
 
 def pool(hidden: Tensor, mask: Tensor | None, pooling: str, pooled: Tensor | None = None) -> Tensor:
-    """One vector a row `[r, d]` of the last hidden states `[r, n, d]`.
+    """One vector per row, `[r, d]`, from the last hidden states `[r, n, d]`.
 
     Args:
         hidden: Last hidden states.
         mask: 1 for tokens, 0 for padding `[r, n]`; `None` is all ones.
         pooling: See `HeadConfig`.
-        pooled: What the pooler of the base gave.
+        pooled: Output of the base model's pooler `[r, d]`.
     """
     if pooling == "pooler":
         if pooled is None:

@@ -1,250 +1,142 @@
-"""How the rows of a batch reach the adapters of their tasks, in each host. Uses public names of the hosts only."""
+"""How the examples of a batch reach the adapters of their tasks, in each host. Uses public names of the hosts only."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
 from pal_adapters.fusion.penalty import penalty_of
 from pal_adapters.hooks.penalty import penalty_by_caller
-from pal_adapters.hosts.which import host_of
+from pal_adapters.hosts.method import Method
+
+from .routes import (
+    adapter_config,
+    adapter_host,
+    adapter_names,
+    adapter_tasks,
+    adapters_in,
+    bare_model,
+    is_fuse,
+    route_key,
+)
+from .setups import active_in_peft, adapter_setup, pass_under
+
+Hidden = tuple[Tensor, Tensor | None]
+"""Last hidden states `[r, n, d]`, and the output of the base model's pooler `[r, d]`, if it has one."""
 
 
-def bare_model(backbone: Any) -> nn.Module:
-    """The model of transformers that makes the hidden states: without a wrapper of the host, and without a head."""
-    if host_of(backbone) == "peft":
-        backbone = backbone.get_base_model()
-    return getattr(backbone, "base_model", backbone)
+def fusion_penalty(backbone: Any, adapter: Any) -> Tensor | None:
+    """The penalty on the coefficients of a fusion, to be added to the loss; `None` for other adapters."""
+    host = adapter_host(backbone)
+    if host == "adapters" and is_fuse(adapter):
+        return penalty_of(backbone, adapter.name)
+    if host == "peft" and isinstance(adapter, str) and _is_combination(adapter_config(backbone, adapter)):
+        return penalty_of(backbone, adapter)
+    return None
 
 
-def adapter_names(backbone: Any) -> tuple[str, ...]:
-    """Names of the adapters on a model, in their order."""
-    host = host_of(backbone)
-    if host == "peft":
-        return tuple(backbone.peft_config)
-    return tuple(backbone.adapters_config.adapters) if host == "adapters" else ()
+def run_batch(backbone: Any, inputs: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]) -> Hidden:
+    """Runs the backbone, each example through the adapter of its task.
 
+    * `adapters`: an `AdapterSetup` for one adapter, `MultiTask` with `task_ids` for several. Examples of a `Fuse` go
+      in a batch of their own. What the host cannot mix takes one pass per adapter.
+    * PEFT: `adapter_names` for methods of this package. Of PEFT's own methods, only LoRA takes it, and not in
+      training: for all others a batch must have one task.
+    * One adapter that serves several tasks (CA-MTL), in either host: `task_ids`.
+    * No host, or no adapter for a task: the base model alone.
 
-def adapter_config(backbone: Any, name: str) -> Any:
-    """The configuration of an adapter."""
-    return backbone.peft_config[name] if host_of(backbone) == "peft" else backbone.adapters_config.get(name)
-
-
-@dataclass
-class Route:
-    """Where a task goes.
+    The host is looked up in each call, as a model may get adapters at any time.
 
     Args:
-        head: Name of its head.
-        adapter: Its adapter: a name, a `Stack` or a `Fuse` of `adapters`, or `None` for the base alone.
-        weight: Weight of its loss.
+        backbone: The model.
+        inputs: Arguments of its forward, each tensor `[r, ...]`.
+        adapters: The adapter of each example: a name, a composition of `adapters`, or `None`.
+        tasks: The task of each example.
     """
+    host = adapter_host(backbone)
+    known: dict[str, Any] = {route_key(adapter): adapter for adapter in adapters}
+    if host == "adapters":
+        return _run_adapters(backbone, inputs, known, adapters, tasks)
+    if host == "peft":
+        return _run_peft(backbone, inputs, known, adapters, tasks)
+    return run_active(backbone, inputs, {})
 
-    head: str
-    adapter: Any = None
-    weight: float = 1.0
 
+def run_active(backbone: Any, inputs: dict[str, Any], more: dict[str, Any], *, prompt_at: int = 0) -> Hidden:
+    """Runs the backbone with whatever is active on it.
 
-class Router:
-    """Runs a base model with the adapter of each row.
-
-    * `adapters`: the composition `MultiTask`, with `task_ids`; a batch of one task activates its adapter alone. Rows
-      of a `Fuse` go in a batch of their own. What the host cannot mix takes a pass for each adapter.
-    * PEFT: `adapter_names`. Of PEFT's own methods LoRA alone takes it, and not in training: for all else a batch must
-      have one task.
-    * One adapter with several tasks in it (CA-MTL), in either host: `task_ids`.
-    * No host, or no adapter for a task: nothing but the base.
-
-    The host is looked up at each call: a model may get adapters at any time.
+    Args:
+        backbone: The model.
+        inputs: Arguments of its forward.
+        more: Arguments for the host.
+        prompt_at: Where the virtual tokens of a prompt stand in the hidden states; they are removed.
     """
+    # A model of `adapters` with heads would run one of them.
+    model = backbone if adapter_host(backbone) == "peft" else bare_model(backbone)
+    with penalty_by_caller():  # it is added to the loss of the tasks, see `fusion_penalty`
+        outputs = model(**inputs, **more, return_dict=True)
+        hidden = getattr(outputs, "last_hidden_state", None)
+        if hidden is None:  # a PeftModel around a model with a head
+            outputs = model(**inputs, **more, return_dict=True, output_hidden_states=True)
+            hidden = outputs.hidden_states[-1]
+    given = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if given is not None and (virtual := hidden.shape[1] - given.shape[1]) > 0:
+        hidden = torch.cat([hidden[:, :prompt_at], hidden[:, prompt_at + virtual :]], dim=1)
+    return hidden, getattr(outputs, "pooler_output", None)
 
-    def check(self, backbone: nn.Module, adapter: Any) -> None:
-        """Raises an error unless the model has the adapters of a task, and rows can be sent through them.
 
-        Raises:
-            UnknownAdapterError: for an adapter that is not on the model.
-            UnsupportedError: for a composition other than `Stack` and a `Fuse` of names: it has weights or sizes of
-                its own, which neither tell two routes apart nor are stored with them.
-        """
-        fuse = is_fuse(adapter)
-        if not fuse or not all(isinstance(child, str) for child in adapter.children):
-            _require_stacks(adapter)
-        known = adapter_names(backbone)
-        for name in adapters_in(adapter):
-            if name not in known:
-                there = ", ".join(map(repr, known)) or "none"
-                raise UnknownAdapterError(f"adapter={name!r} is not on the model, which has: {there}.")
-        if fuse:
-            self._check_fusion(backbone, adapter)
+# adapters
 
-    @staticmethod
-    def _check_fusion(backbone: Any, fuse: Any) -> None:
-        fusions = backbone.adapters_config.fusions
-        if fuse.name not in fusions:
-            there = ", ".join(map(repr, fusions)) or "none"
-            raise UnknownAdapterError(
-                f"the fusion {fuse.name!r} is not on the model, which has: {there}. Add it with "
-                "add_adapter_fusion(Fuse(...))."
-            )
-        _, sources = backbone.adapters_config.get_fusion(fuse.name)
-        if list(sources) != list(fuse.children):
-            raise UnknownAdapterError(
-                f"the fusion {fuse.name!r} has the sources {list(sources)}, not {list(fuse.children)}: name them in "
-                "that order."
-            )
 
-    def penalty(self, backbone: Any, adapter: Any) -> Tensor | None:
-        """What the coefficients of a fusion or a combination of sources add to the loss, if it is to be added."""
-        if host_of(backbone) == "adapters" and is_fuse(adapter):
-            return penalty_of(backbone, adapter.name)
-        if host_of(backbone) == "peft" and hasattr(adapter_config(backbone, adapter), "regularization"):
-            return penalty_of(backbone, adapter)
-        return None
-
-    def __call__(
-        self, backbone: Any, inputs: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Last hidden states `[r, n, d]`, and what the base's pooler gave `[r, d]`.
-
-        Args:
-            backbone: The model.
-            inputs: Arguments of its forward, each tensor `[r, ...]`.
-            adapters: For each row the adapter: a name, a composition of `adapters`, or `None`.
-            tasks: For each row the name of its task.
-        """
-        known: dict[str, Any] = {route_key(adapter): adapter for adapter in adapters}
-        more: dict[str, Any] = {}
-        host = host_of(backbone)
-        if host == "adapters" and len(known) > 1:
-            self._refuse_mixtures(known)
-            if not _runs_together(backbone, known.values()):
-                return self._apart(backbone, inputs, adapters, tasks)
-            if any(_norms_first(backbone, adapter) for adapter in known.values()):
-                return self._sorted(backbone, inputs, adapters)
-        if host is not None:
-            route = self._through_adapters if host == "adapters" else self._through_peft
-            more = route(backbone, known, adapters, tasks)
-        return self.run(backbone, inputs, more)
-
-    def run(self, backbone: Any, inputs: dict[str, Any], more: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """The same with the adapter that is active, with `more` arguments for the host."""
-        host = host_of(backbone)
-        # A model of `adapters` with heads would run one of them.
-        model = backbone if host == "peft" else bare_model(backbone)
-        with penalty_by_caller():  # `penalty` goes to the loss of the tasks
-            outputs = model(**inputs, **more, return_dict=True)
-            hidden = getattr(outputs, "last_hidden_state", None)
-            if hidden is None:  # a PeftModel around a model with a head
-                outputs = model(**inputs, **more, return_dict=True, output_hidden_states=True)
-                hidden = outputs.hidden_states[-1]
-        given = inputs.get("input_ids", inputs.get("inputs_embeds"))
-        if given is not None and hidden.shape[1] > given.shape[1]:
-            hidden = _without_prompt(backbone, hidden, given.shape[1])
-        return hidden, getattr(outputs, "pooler_output", None)
-
-    def _sorted(self, backbone: Any, inputs: dict[str, Any], adapters: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
-        """Rows side by side by adapter, in a `BatchSplit`.
-
-        `MultiTask` of adapters 1.3 applies the layer norm in front of a bottleneck of `SeqBnConfig`'s kind twice.
-        """
+def _run_adapters(
+    backbone: Any, inputs: dict[str, Any], known: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
+) -> Hidden:
+    if len(known) == 1:
+        return _pass_of_adapters(backbone, inputs, adapters[0], _numbers(backbone, adapters[0], tasks))
+    _reject_mixtures(known)
+    places = _places(adapters)
+    order = [row for rows in places for row in rows]
+    if not _runs_together(backbone, known.values()):
+        found = []
+        for rows in places:
+            more = _numbers(backbone, adapters[rows[0]], [tasks[row] for row in rows])
+            part = _rows(inputs, rows, len(adapters))
+            found.append(_pass_of_adapters(backbone, part, adapters[rows[0]], more))
+        return _put_back(order, found)
+    if any(_norms_first(backbone, adapter) for adapter in known.values()):
+        # MultiTask of adapters 1.3 applies the layer norm in front of a bottleneck of SeqBnConfig's kind twice.
         from adapters.composition import BatchSplit
 
-        places = _places(adapters)
-        sizes = [len(rows) for rows in places]
-        backbone.set_active_adapters(BatchSplit(*(adapters[rows[0]] for rows in places), batch_sizes=sizes))
-        order = [row for rows in places for row in rows]
-        return _put_back(order, [self.run(backbone, _rows(inputs, order, len(adapters)), {})])
+        split = BatchSplit(*(adapters[rows[0]] for rows in places), batch_sizes=[len(rows) for rows in places])
+        return _put_back(order, [_pass_of_adapters(backbone, _rows(inputs, order, len(adapters)), split, {})])
+    from adapters.composition import MultiTask
 
-    def _apart(
-        self, backbone: Any, inputs: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
-    ) -> tuple[Tensor, Tensor | None]:
-        """A pass for each adapter, for what the host does not mix in a batch; see `_runs_together`."""
-        if backbone.training and getattr(bare_model(backbone), "is_gradient_checkpointing", False):
-            raise UnsupportedError(
-                "a batch mixes adapters that the host cannot run in one pass, and with gradient checkpointing several "
-                "passes would be computed again with the adapter of the last: use batches of one task "
-                "(mixed_batches=False)."
-            )
-        places, found = _places(adapters), []
-        for rows in places:
-            self._activate(backbone, adapters[rows[0]])
-            more = self._numbers(backbone, adapters[rows[0]], [tasks[row] for row in rows])
-            found.append(self.run(backbone, _rows(inputs, rows, len(adapters)), more))
-        return _put_back([row for rows in places for row in rows], found)
+    numbers = {name: number for number, name in enumerate(known)}
+    more = {"task_ids": torch.tensor([numbers[route_key(adapter)] for adapter in adapters])}
+    return _pass_of_adapters(backbone, inputs, MultiTask(*known.values()), more)
 
-    def _through_adapters(
-        self, backbone: Any, known: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
-    ) -> dict[str, Any]:
-        from adapters.composition import MultiTask
 
-        if len(known) == 1:
-            (setup,) = known.values()
-            self._activate(backbone, setup)
-            return self._numbers(backbone, setup, tasks)
-        self._activate(backbone, MultiTask(*known.values()))
-        order = {name: number for number, name in enumerate(known)}
-        return {"task_ids": torch.tensor([order[route_key(adapter)] for adapter in adapters])}
+def _pass_of_adapters(backbone: Any, inputs: dict[str, Any], setup: Any, more: dict[str, Any]) -> Hidden:
+    names = adapters_in(setup)
+    behind = names and any(getattr(part, "combine", "") == "prefix_after_bos" for part in _parts(backbone, names[0]))
+    with pass_under(backbone, partial(adapter_setup, setup)):
+        return run_active(backbone, inputs, more, prompt_at=int(bool(behind)))
 
-    @staticmethod
-    def _refuse_mixtures(known: dict[str, Any]) -> None:
-        if "None" in known:
-            raise UnsupportedError("a batch mixes rows with and without an adapter: give every task one, or none.")
-        fused = [key for key, adapter in known.items() if is_fuse(adapter)]
-        if fused:  # the host splits no batch among fusions
-            raise UnsupportedError(
-                f"a batch mixes rows for {fused[0]} with rows for other adapters: use batches of one task "
-                "(mixed_batches=False)."
-            )
 
-    def _through_peft(
-        self, backbone: Any, known: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
-    ) -> dict[str, Any]:
-        if len(known) == 1 and "None" not in known:
-            (name,) = known.values()
-            self._activate(backbone, name)
-            return self._numbers(backbone, name, tasks)
-        for name in filter(None, known.values()):
-            config = adapter_config(backbone, name)
-            method = type(config)
-            if method.__module__.startswith("pal_adapters."):
-                continue
-            # Others than LoRA take the names without a word and run the active adapter for all rows.
-            if backbone.training or config.peft_type != "LORA":
-                which = "trains its own methods" if backbone.training else "runs its methods other than LoRA"
-                raise UnsupportedError(
-                    f"adapter {name!r} is a {method.__name__}; PEFT {which} on one adapter at a time: use batches of "
-                    "one task (mixed_batches=False), or a method of pal_adapters."
-                )
-        return {"adapter_names": ["__base__" if adapter is None else adapter for adapter in adapters]}
-
-    def _numbers(self, backbone: Any, adapter: Any, tasks: Sequence[str]) -> dict[str, Any]:
-        """`task_ids`, for an adapter that serves several tasks."""
-        served = getattr(adapter_config(backbone, adapter), "tasks", None) if isinstance(adapter, str) else None
-        if not served:
-            return {}
-        unknown = sorted(set(tasks) - set(served))
-        if unknown:
-            raise UnknownAdapterError(
-                f"adapter {adapter!r} has the tasks {list(served)}, and none called {unknown[0]!r}."
-            )
-        return {"task_ids": torch.tensor([served.index(task) for task in tasks])}
-
-    def _activate(self, backbone: Any, setup: Any) -> None:
-        if host_of(backbone) == "adapters":
-            if route_key(setup) != route_key(backbone.active_adapters):
-                backbone.set_active_adapters(setup)
-        elif list(backbone.active_adapters) != [setup]:
-            # PEFT freezes the adapters that it deactivates; what is trained is for the user to say.
-            trained = [(parameter, parameter.requires_grad) for parameter in backbone.parameters()]
-            backbone.set_adapter(setup)
-            for parameter, trains in trained:
-                if parameter.requires_grad is not trains:
-                    parameter.requires_grad_(trains)
+def _reject_mixtures(known: dict[str, Any]) -> None:
+    if "None" in known:
+        raise UnsupportedError("a batch mixes examples with and without an adapter: give every task one, or none.")
+    fused = [key for key, adapter in known.items() if is_fuse(adapter)]
+    if fused:  # the host splits no batch among fusions
+        raise UnsupportedError(
+            f"a batch mixes examples for {fused[0]} with examples for other adapters: use batches of one task "
+            "(mixed_batches=False)."
+        )
 
 
 def _parts(backbone: Any, name: str) -> list[Any]:
@@ -254,20 +146,20 @@ def _parts(backbone: Any, name: str) -> list[Any]:
 
 
 def _norms_first(backbone: Any, adapter: Any) -> bool:
-    """Whether an adapter has bottlenecks behind the layer norm of the base, as `SeqBnConfig` has."""
+    """Whether an adapter has bottlenecks behind the base model's layer norm, as `SeqBnConfig` has."""
     parts = [part for name in adapters_in(adapter) for part in _parts(backbone, name)]
     return any(getattr(part, "original_ln_before", False) for part in parts)
 
 
 def _runs_together(backbone: Any, adapters: Iterable[Any]) -> bool:
-    """Whether adapters 1.3 gives each row of a batch its own of these adapters.
+    """Whether adapters 1.3 computes each example of a batch with its own of these adapters.
 
-    It does for our methods. For its own it takes the place of an adapter in the block, or whether there is one, from
-    the first adapter, so all have to be alike; and of some methods it runs one for all rows.
+    It does for methods of this package. For its own methods it takes the place of an adapter in the block, or whether
+    there is one, from the first adapter, so all must be configured alike; and some methods run one adapter for all.
     """
     names = list(dict.fromkeys(name for adapter in adapters for name in adapters_in(adapter)))
     parts = [_parts(backbone, name) for name in names]
-    if all(type(part).__module__.startswith("pal_adapters.") for one in parts for part in one):
+    if all(_is_ours(part) for one in parts for part in one):
         return True
     alike = all([part.to_dict() for part in one] == [part.to_dict() for part in parts[0]] for one in parts)
     alike = alike and all(isinstance(adapter, str) for adapter in adapters)
@@ -279,8 +171,71 @@ def _runs_together(backbone: Any, adapters: Iterable[Any]) -> bool:
     )
 
 
+# PEFT
+
+
+def _run_peft(
+    backbone: Any, inputs: dict[str, Any], known: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
+) -> Hidden:
+    names = [name for name in known.values() if name is not None]
+    present = adapter_names(backbone)
+    ours = all(_is_ours(adapter_config(backbone, name)) for name in present)
+    networks = any(adapter_tasks(backbone, name) for name in present)
+    if len(known) == 1:
+        more = _numbers(backbone, adapters[0], tasks)
+        if ours and names and len(present) == 1 and list(backbone.active_adapters) == names:
+            return run_active(backbone, inputs, more)  # nothing else can become active
+        if not ours or networks:
+            with pass_under(backbone, partial(active_in_peft, backbone, adapters[0])):
+                return run_active(backbone, inputs, more)
+    if ours:
+        return run_active(backbone, inputs, _by_name(adapters))
+    for name in names:
+        config = adapter_config(backbone, name)
+        # Methods other than LoRA take the names silently and run the active adapter for all examples.
+        if backbone.training or config.peft_type != "LORA":
+            which = "trains its own methods" if backbone.training else "runs its methods other than LoRA"
+            raise UnsupportedError(
+                f"adapter {name!r} is a {type(config).__name__}; PEFT {which} on one adapter at a time: use batches "
+                "of one task (mixed_batches=False), or a method of pal_adapters."
+            )
+    # PEFT puts hooks for these names on the model for the time of the call, so no other pass may run beside it.
+    with pass_under(backbone, partial(active_in_peft, backbone, names[0], key=object())):
+        return run_active(backbone, inputs, _by_name(adapters))
+
+
+def _by_name(adapters: Sequence[Any]) -> dict[str, Any]:
+    return {"adapter_names": ["__base__" if adapter is None else adapter for adapter in adapters]}
+
+
+def _numbers(backbone: Any, adapter: Any, tasks: Sequence[str]) -> dict[str, Any]:
+    """`task_ids`, for an adapter that serves several tasks."""
+    served = adapter_tasks(backbone, adapter)
+    if not served:
+        return {}
+    unknown = sorted(set(tasks) - set(served))
+    if unknown:
+        raise UnknownAdapterError(f"adapter {adapter!r} has the tasks {served}, and none called {unknown[0]!r}.")
+    return {"task_ids": torch.tensor([served.index(task) for task in tasks])}
+
+
+def _is_ours(config: Any) -> bool:
+    """Whether an adapter's configuration is of a method of this package."""
+    return isinstance(getattr(config, "method", None), Method)
+
+
+def _is_combination(config: Any) -> bool:
+    """Whether an adapter of PEFT combines source adapters."""
+    from pal_adapters.fusion.peft.config import CombinationPeftConfig  # only here: other hosts do without PEFT
+
+    return isinstance(config, CombinationPeftConfig)
+
+
+# Rows of a batch
+
+
 def _places(adapters: Sequence[Any]) -> list[list[int]]:
-    """The rows of each adapter, in the order in which they first occur."""
+    """The rows of each adapter, in the order in which the adapters first occur."""
     found: dict[str, list[int]] = {}
     for row, adapter in enumerate(adapters):
         found.setdefault(route_key(adapter), []).append(row)
@@ -288,7 +243,7 @@ def _places(adapters: Sequence[Any]) -> list[list[int]]:
 
 
 def _rows(inputs: dict[str, Any], rows: Sequence[int], total: int) -> dict[str, Any]:
-    """Some of the rows of a batch. What has no dimension of `total` rows in front, such as `[1, n]`, is for all."""
+    """Some rows of a batch. A value without a first dimension of `total`, such as `[1, n]`, is shared by all rows."""
     at = torch.tensor(rows)
     return {
         name: value.index_select(0, at.to(value.device))
@@ -298,50 +253,9 @@ def _rows(inputs: dict[str, Any], rows: Sequence[int], total: int) -> dict[str, 
     }
 
 
-def _put_back(order: Sequence[int], found: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """Hidden states and pooled ones of rows that were taken in this order, in the order of the batch."""
+def _put_back(order: Sequence[int], found: Sequence[Hidden]) -> Hidden:
+    """Hidden states and pooled outputs of rows that were taken in this order, in the order of the batch."""
     back = torch.tensor(order).argsort().to(found[0][0].device)
     hidden = torch.cat([states for states, _ in found]).index_select(0, back)
     pooled = [one for _, one in found if one is not None]
     return hidden, torch.cat(pooled).index_select(0, back) if pooled else None
-
-
-def _without_prompt(backbone: Any, hidden: Tensor, length: int) -> Tensor:
-    """Hidden states without those of a prompt's virtual tokens, which stand in front or behind the first token."""
-    first = 0
-    if host_of(backbone) == "adapters" and backbone.active_adapters is not None:
-        parts = _parts(backbone, backbone.active_adapters.first())
-        first = int(any(getattr(part, "combine", "") == "prefix_after_bos" for part in parts))
-    return torch.cat([hidden[:, :first], hidden[:, first + hidden.shape[1] - length :]], dim=1)
-
-
-def is_fuse(adapter: Any) -> bool:
-    """Whether the adapter of a task is a fusion of `adapters`."""
-    return type(adapter).__name__ == "Fuse"
-
-
-def route_key(adapter: Any) -> str:
-    """What tells the adapters of tasks apart: two fusions of the same sources differ in their names alone."""
-    if adapter is None or isinstance(adapter, str):
-        return str(adapter)
-    name = f"{adapter.name}: " if is_fuse(adapter) else ""
-    return f"{type(adapter).__name__}[{name}{', '.join(map(route_key, adapter.children))}]"
-
-
-def _require_stacks(adapter: Any) -> None:
-    if adapter is None or isinstance(adapter, str):
-        return
-    if type(adapter).__name__ != "Stack":
-        raise UnsupportedError(
-            f"adapter={adapter} is not allowed for a task: use a name, a Stack of names or a Fuse of names. Make "
-            "one adapter of an average with average_adapter, and name that."
-        )
-    for child in adapter.children:
-        _require_stacks(child)
-
-
-def adapters_in(adapter: Any) -> list[str]:
-    """Names of the adapters that the adapter of a task is made of."""
-    if adapter is None:
-        return []
-    return [adapter] if isinstance(adapter, str) else list(adapter.flatten())

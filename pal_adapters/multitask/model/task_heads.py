@@ -1,11 +1,12 @@
-"""Many heads on one base model, each row of a batch through the adapter and the head of its task."""
+"""Many heads on one backbone, with each example of a batch sent through the adapter and the head of its task."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,25 +14,30 @@ from transformers.utils.generic import ModelOutput
 
 from pal_adapters.checks import require_one_of
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
-from pal_adapters.hosts.which import host_of, is_peft_model
 from pal_adapters.multitask.tasks.names import require_task_name
 
-from . import storage
+from . import saved
+from .base import base_tensors
 from .heads import Head, HeadConfig, Loss, pool
-from .language import check_language_model, output_tensors, word_logits
-from .routing import Route, Router, adapter_config, adapter_names, adapters_in, is_fuse, route_key
-from .saved import SavedHeads
+from .language import check_language_model, output_tensors, vocabulary_logits
+from .parts import reshard
+from .routes import Route, adapter_host, adapter_names, check_adapter, route_key
+from .routing import fusion_penalty, run_batch
+from .trainable import check_base, train_adapters, train_base
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in `typing` from Python 3.11 on
 
 
 @dataclass
 class TaskHeadsOutput(ModelOutput):
-    """What `TaskHeads` gives.
+    """The output of `TaskHeads`.
 
     Args:
-        loss: The loss of the batch, if there were labels.
-        logits: For each task of the batch its logits, in the order of its rows; see `HeadConfig`.
-        task_losses: Sum of the losses of each task `[t]`, 0 for a task that is absent.
-        task_counts: Over how much each sum goes `[t]`: rows, or tokens that count.
+        loss: The loss of the batch, if labels were passed.
+        logits: For each task in the batch, the logits of its examples in their order; see `HeadConfig`.
+        task_losses: Summed loss of each task `[t]`, 0 for a task that is absent.
+        task_counts: Number of items in each sum `[t]`: examples, or tokens that count.
     """
 
     loss: Tensor | None = None
@@ -40,22 +46,32 @@ class TaskHeadsOutput(ModelOutput):
     task_counts: Tensor | None = None
 
 
-class TaskHeads(SavedHeads):
-    r"""A base model that many tasks share, with a head for each, and the adapters that it has.
+class TaskHeads(nn.Module):
+    r"""A backbone that many tasks share, with a head for each task and the adapters that are on the backbone.
 
-    The loss of a batch is the weighted mean of the mean losses of the tasks in it,
+    The loss of a batch is the weighted mean of the mean losses of its tasks,
 
     $$L = \sum_t \frac{v_t}{\sum_s v_s} \frac{1}{n_t} \sum_{i \in t} L_i$$
 
-    with `n_t` the rows of task `t` in the batch (tokens for heads that read tokens) and `v_t` its weight, or with
-    `balance="row"` its weight times `n_t`, which is the plain mean over rows. The first is the rule of CA-MTL. In
-    training the penalty on the coefficients of a fusion or combination that tasks of the batch use is added, once: a
-    batch that is a part of a step adds the part of it that its rows are of the step's rows for that fusion.
+    with `n_t` the number of examples of task `t` in the batch (tokens, for heads that read tokens) and `v_t` its
+    weight, or, with `balance="row"`, its weight times `n_t`, which is the plain mean over examples. The first is the
+    rule of CA-MTL. In training, the penalty on the coefficients of a fusion or combination that tasks of the batch use
+    is added once. If the batch is a part of a step, so is its penalty: in proportion to the step's examples for that
+    fusion.
+
+    Calls from several threads do not affect each other: the adapter of a task belongs to the call. Only PEFT's own
+    methods (LoRA, IA3 and the like) keep the active adapter in the model, so calls with different adapters wait for
+    each other, and the last one used stays active.
 
     Args:
-        backbone: A model of `transformers` or `adapters`, or a `PeftModel`. It is used as it is: which parameters
-            train is up to the user, or see `prepare_training`.
+        backbone: A model of `transformers` or `adapters`, or a `PeftModel`. Which parameters train is left as it is;
+            see `prepare_training`.
         balance: `"task"` or `"row"`, see above.
+
+    Raises:
+        ConfigError: If `backbone` is not a model.
+        UnsupportedError: For a model with an encoder and a decoder, or with an adapter that transformers' own
+            `add_adapter` added.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -72,27 +88,41 @@ class TaskHeads(SavedHeads):
     # The loss is normalised over a whole step where `num_items_in_batch` is given.
     accepts_loss_kwargs = True
 
-    def __init__(self, backbone: nn.Module, *, balance: Literal["task", "row"] = "task") -> None:
+    def __init__(self, backbone: Any, *, balance: str = "task") -> None:
         super().__init__()
         require_one_of("balance", balance, ("task", "row"))
-        if host_of(backbone) == "peft" and not is_peft_model(backbone):
-            raise UnsupportedError(
-                "the backbone has an adapter from transformers' own add_adapter, which TaskHeads cannot route or "
-                "save: pass get_peft_model(model, config, adapter_name=...)."
-            )
+        if not isinstance(backbone, nn.Module):
+            named = isinstance(backbone, (str, Path))
+            fix = f"AutoModel.from_pretrained({str(backbone)!r})" if named else "a model"
+            raise ConfigError(f"backbone={backbone!r:.80} is not a model: pass TaskHeads({fix}).")
+        adapter_host(backbone)
         config = getattr(backbone, "config", None)
         if getattr(config, "is_encoder_decoder", False):
-            raise UnsupportedError("the backbone has an encoder and a decoder: pass a model with one of them.")
+            raise UnsupportedError(
+                "the backbone has an encoder and a decoder: pass a model that has only one of them."
+            )
         self.backbone: Any = backbone
         self.balance = balance
         self.heads = nn.ModuleDict()
         self.routes: dict[str, Route] = {}
-        self.width = int(
-            getattr(config, "hidden_size", 0) or cast("Any", backbone).get_input_embeddings().weight.shape[1]
-        )
-        self._router = Router()
+        self.width = saved.width_of(backbone)
         self._base_trained = self._output_trained = False
         self._base: tuple[Tensor, dict[str, Tensor]] | None = None
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the base model."""
+        return self.backbone.config
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the backbone."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def base_trained(self) -> bool:
+        """Whether the base model has been trained, so that folders hold it."""
+        return self._base_trained
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -108,21 +138,22 @@ class TaskHeads(SavedHeads):
         weight: float = 1.0,
         loss: Loss | None = None,
     ) -> None:
-        """Adds a task, with a head of its own or with the head of another task.
+        """Adds a task, with a new head or with the head of another task.
 
         Args:
             task: Name of the task, see `Task`.
-            head: What its head is, or the name of a head that is there, to use that one.
-            adapter: Name of its adapter, a `Stack` or `Fuse` of names in `adapters`, or `None` for the base alone.
-                `"auto"` is the adapter with the name of the task, or the only one; none if there are none. With
-                several of other names it is an error.
-                A fusion is added to the model before, with `add_adapter_fusion`.
-            weight: What its loss is multiplied with.
-            loss: A loss of one's own for a new head, see `heads.Loss`.
+            head: Configuration of its head, or the name of an existing head to share.
+            adapter: Name of its adapter, a `Stack` or `Fuse` of names in `adapters`, or `None` for the base model
+                alone. `"auto"` is the adapter with the name of the task, or else the only adapter; without any
+                adapters it is `None`. With several adapters of other names, it is an error. A fusion must have been
+                added to the model with `add_adapter_fusion`.
+            weight: Factor of its loss.
+            loss: A custom loss for a new head, see `heads.Loss`.
 
         Raises:
-            ConfigError: If no task can have that name, there is a task or a head of it, or no head of the given name.
-            UnknownAdapterError: If the adapter or the fusion is not on the model.
+            ConfigError: If no task can have that name, the task or a head of its name exists, or there is no head of
+                the given name.
+            UnknownAdapterError: If the adapter or the fusion is not on the model, or is one network for other tasks.
             UnsupportedError: For another composition.
         """
         require_task_name("task", task)
@@ -135,31 +166,28 @@ class TaskHeads(SavedHeads):
                 raise ConfigError(f"head={head!r} is not there: {', '.join(self.heads) or 'there is none'}.")
             if loss is not None:
                 raise ConfigError(f"loss has no effect for the head {head!r}, which is there already: leave it out.")
-        elif task in self.heads:  # of a task that was removed, used by another
+        elif not isinstance(head, HeadConfig):
+            raise ConfigError(f"head={head!r:.80} is not allowed: pass HeadConfig(...) or the name of a head.")
+        elif task in self.heads:  # of a task that was removed, but whose head another one uses
             raise ConfigError(f"a head {task!r} is there already: pass head={task!r} to use it.")
         if isinstance(adapter, str) and adapter == "auto":
             names = adapter_names(self.backbone)
             if len(names) > 1 and task not in names:
                 raise ConfigError(
                     f"task {task!r} has no adapter of its name among {', '.join(map(repr, names))}: pass adapter=, "
-                    "one of them, or None for the base alone."
+                    "one of them, or None for the base model alone."
                 )
             adapter = task if task in names else names[0] if names else None
-        self._router.check(self.backbone, adapter)
+        check_adapter(self.backbone, adapter, task)
         if isinstance(head, HeadConfig) and head.kind == "language_modeling":
             check_language_model(self.backbone)
-        if isinstance(head, str):
-            name = head
-        else:
-            name = task
-            reference = next(self.backbone.parameters())
-            made = Head(head, self.width, loss=loss)
-            # A base in half precision may have heads in full precision; a base on another device may not.
-            self.heads[task] = made.to(reference.device)
-        self.routes[task] = Route(name, adapter, float(weight))
+        if isinstance(head, HeadConfig):
+            # Heads may be in full precision on a backbone in half precision, but not on another device.
+            self.heads[task] = Head(head, self.width, loss=loss).to(self.device)
+        self.routes[task] = Route(head if isinstance(head, str) else task, adapter, float(weight))
 
     def remove(self, task: str) -> None:
-        """Removes a task, and its head unless another task uses it. The numbers of the tasks behind it move up."""
+        """Removes a task, and its head unless another task uses it. Later tasks move up by one in `task_ids`."""
         self._route(task)
         head = self.routes.pop(task).head
         if all(route.head != head for route in self.routes.values()):
@@ -183,25 +211,25 @@ class TaskHeads(SavedHeads):
         num_items_in_batch: Tensor | None = None,
         **inputs: Any,
     ) -> TaskHeadsOutput:
-        """Logits of a batch, and its loss if there are labels.
+        """Logits of a batch, and its loss if labels are passed.
 
         Args:
-            task_ids: For each of the `r` encoder inputs its task: a name, or a number in the order of `tasks`. One
-                name stands for all. A list spares a wait for the device that a tensor there costs.
-            labels: For each task of the batch the labels of its rows, in their order. For one task the labels alone.
-            num_items_in_batch: What to divide the sum of losses of each task by, `[t]`; 0 for tasks that are absent.
-                By default the counts of this batch; `MultiTaskTrainer` gives those of the whole step.
-            **inputs: Arguments of the base model, such as `input_ids` and `attention_mask`, each `[r, n]`.
+            task_ids: The task of each of the `r` encoder inputs: a name, or its index in `tasks`. One name stands for
+                all. A list is faster than a tensor on an accelerator, which has to be waited for.
+            labels: By task, the labels of its examples in their order. For a batch of one task, the labels alone.
+            num_items_in_batch: What to divide the summed loss of each task by, `[t]`; 0 for absent tasks. By default
+                the counts of this batch; `MultiTaskTrainer` passes those of the whole step.
+            **inputs: Arguments of the backbone, such as `input_ids` and `attention_mask`, each `[r, n]`.
         """
         given = inputs.get("input_ids", inputs.get("inputs_embeds"))
         rows = len(given) if given is not None else len(next(iter(inputs.values())))
         names = self._names(task_ids, rows)
         if self.training and not self._base_trained:
-            self._base_trained = any(tensor.requires_grad for tensor in self._base_tensors().values())
+            self._base_trained = any(tensor.requires_grad for tensor in self.base_tensors().values())
         if self.training and not self._output_trained:
             self._output_trained = any(tensor.requires_grad for tensor in output_tensors(self.backbone).values())
         adapters = [self.routes[name].adapter for name in names]
-        hidden, pooled = self._router(self.backbone, inputs, adapters, names)
+        hidden, pooled = run_batch(self.backbone, inputs, adapters, names)
         present = [task for task in self.routes if task in set(names)]
         logits: dict[str, Tensor] = {}
         pools: dict[str, Tensor] = {}
@@ -219,9 +247,9 @@ class TaskHeads(SavedHeads):
                 source = source.index_select(0, at.to(source.device, non_blocking=True))
             if not torch.is_autocast_enabled(source.device.type) and head.linear is not None:
                 source = source.to(head.linear.weight.dtype)
-            logits[task] = head(source, partial(word_logits, self.backbone) if head.linear is None else None)
+            logits[task] = head(source, partial(vocabulary_logits, self.backbone) if head.linear is None else None)
             if head.config.kind == "span_qa" and inputs.get("attention_mask") is not None:
-                # A span may not be in the padding, of which other rows of the batch decide how much there is.
+                # No span may reach into the padding, whose length depends on the other examples of the batch.
                 padding = inputs["attention_mask"] == 0
                 if len(present) > 1:
                     padding = padding.index_select(0, at.to(padding.device, non_blocking=True))
@@ -235,14 +263,14 @@ class TaskHeads(SavedHeads):
     def _loss(
         self, logits: dict[str, Tensor], labels: Mapping[str, Tensor] | Tensor, num_items: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, and for each task the sum of its losses and over how much it goes `[t]`."""
+        """The loss, and for each task its summed loss and the number of items in it `[t]`."""
         if isinstance(labels, Tensor):
             if len(logits) > 1:
                 raise ConfigError(f"labels is one tensor, but the batch has {len(logits)} tasks: pass a dict by task.")
             labels = dict.fromkeys(logits, labels)
         if set(labels) != set(logits):
-            raise ConfigError(f"labels are of {sorted(labels)}, but the rows are of {sorted(logits)}.")
-        zero = torch.zeros((), device=hidden_device(logits))
+            raise ConfigError(f"labels are for {sorted(labels)}, but the examples are of {sorted(logits)}.")
+        zero = torch.zeros((), device=next(iter(logits.values())).device)
         sums, counts = dict.fromkeys(self.routes, zero), dict.fromkeys(self.routes, zero)
         for task, rows in logits.items():
             sums[task], counts[task] = self.head(task).loss(rows, labels[task].to(rows.device))
@@ -250,7 +278,7 @@ class TaskHeads(SavedHeads):
         whole = own if num_items is None else num_items.to(own.device, own.dtype)
         weights = torch.tensor([route.weight for route in self.routes.values()]).to(own.device, non_blocking=True)
         shares = whole if self.balance == "row" else (whole > 0).to(own.dtype)
-        # The weights are not in the sum below, or the weight of a task that is alone in a step would have no effect.
+        # Normalising by the weights as well would cancel the weight of a task that is alone in a step.
         shares = weights * shares / shares.sum().clamp(min=1)
         loss = (shares * losses / whole.clamp(min=1)).sum()
         if self.training and torch.is_grad_enabled():
@@ -258,11 +286,11 @@ class TaskHeads(SavedHeads):
         return loss, losses.detach(), own.detach()
 
     def _penalty(self, present: Iterable[str], own: Tensor, whole: Tensor) -> Tensor:
-        """Penalties of the fusions of a batch; over the batches of a step each counts once."""
+        """Penalties of the fusions in a batch; over the batches of a step, each counts once."""
         total = own.new_zeros(())
         keys = [route_key(route.adapter) for route in self.routes.values()]
         for key, adapter in {route_key(a): a for a in (self.routes[task].adapter for task in present)}.items():
-            penalty = self._router.penalty(self.backbone, adapter)
+            penalty = fusion_penalty(self.backbone, adapter)
             if penalty is not None:
                 at = torch.tensor([key == other for other in keys]).to(own.device, non_blocking=True)
                 total = total + penalty.to(own.device) * (own * at).sum() / (whole * at).sum().clamp(min=1)
@@ -273,7 +301,7 @@ class TaskHeads(SavedHeads):
             task_ids = [task_ids] * rows
         values = task_ids.flatten().tolist() if isinstance(task_ids, Tensor) else list(task_ids)
         if len(values) != rows:
-            raise ConfigError(f"task_ids has {len(values)} entries for {rows} rows: pass one a row.")
+            raise ConfigError(f"task_ids has {len(values)} entries for {rows} examples: pass one for each.")
         tasks = self.tasks
         names = []
         for value in values:
@@ -282,88 +310,144 @@ class TaskHeads(SavedHeads):
                 names.append(value)
             elif isinstance(value, bool) or not 0 <= value < len(tasks) or value != int(value):
                 raise UnknownAdapterError(
-                    f"task {value!r} is not there: use a name or a number from 0 to {len(tasks) - 1}."
+                    f"task {value!r} is not there: use a name or an index from 0 to {len(tasks) - 1}."
                 )
             else:
                 names.append(tasks[int(value)])
         return names
 
     def prepare_training(self, tasks: Iterable[str] | None = None, *, base: bool = False) -> list[str]:
-        """Makes the adapters and heads of tasks trainable and nothing else, except the base if asked for.
+        """Makes the adapters and heads of tasks trainable and freezes everything else, except the base if asked for.
 
-        Of a task with a `Fuse` the fusion trains and its sources rest, unless another of the tasks has one of them.
+        For a task with a `Fuse`, the fusion trains and its sources stay frozen, unless another of the tasks has one of
+        them as its own adapter.
 
         Args:
             tasks: The tasks; by default all.
-            base: Whether the base trains too, with its output layer for a language model. An unused pooler rests.
+            base: Whether the base model trains too, with its output layer for a language model. A pooler that no head
+                reads stays frozen.
 
         Returns:
-            Names of the parameters that train.
+            Names of the trainable parameters.
 
         Raises:
-            ConfigError: For `base=False` with an adapter that trains the base.
+            ConfigError: For `base=False` with an adapter that trains the base model.
         """
+        adapter_host(self.backbone)
         tasks = self.tasks if tasks is None else tuple(tasks)
         routes = [self._route(task) for task in tasks]
-        fusions = {route.adapter.name: route.adapter for route in routes if is_fuse(route.adapter)}
-        names = {name for route in routes if not is_fuse(route.adapter) for name in adapters_in(route.adapter)}
-        configs = {name: adapter_config(self.backbone, name) for name in sorted(names)}
-        # A network that serves several tasks (CA-MTL) trains copies of its own and leaves the base as it is.
-        joint = [n for n, c in configs.items() if getattr(c, "train_base", False) and not getattr(c, "tasks", None)]
-        if joint and not base:
-            raise ConfigError(
-                f"base=False is not allowed with adapter {joint[0]!r}, whose config has train_base=True: pass "
-                "base=True."
-            )
+        check_base(self.backbone, routes, base=base)
         self.requires_grad_(False)
-        if host_of(self.backbone) == "peft":
-            for name in sorted(names):
-                if configs[name].is_prompt_learning:  # which PEFT keeps apart from its layers
-                    self.backbone.prompt_encoder[name].requires_grad_(True)
-                else:
-                    self.backbone.set_requires_grad(name)
-        elif names or fusions:
-            self._train_in_adapters(sorted(names), list(fusions.values()))
+        train_adapters(self, self.backbone, routes)
         for route in routes:
             self.heads[route.head].requires_grad_(True)
         if base:
-            poolers = any(self.head(task).config.pooling == "pooler" for task in tasks)
-            for name, tensor in self._base_tensors().items():
-                if tensor.is_floating_point() and isinstance(tensor, nn.Parameter):
-                    tensor.requires_grad_(poolers or not name.startswith("pooler."))
-            if any(self.head(task).config.kind == "language_modeling" for task in tasks):
-                for tensor in output_tensors(self.backbone).values():
-                    tensor.requires_grad_(True)
+            train_base(self.backbone, self.base_tensors(), map(self.head, tasks))
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
 
-    def _train_in_adapters(self, names: Sequence[str], fusions: Sequence[Any]) -> None:
-        from adapters.composition import Parallel
+    def base_tensors(self) -> dict[str, Tensor]:
+        """Weights and persistent buffers of the base model, under the names they have without adapters."""
+        # An adapter that is added wraps modules but keeps the tensors of the base model. FSDP replaces them.
+        first = next(self.backbone.parameters())
+        if self._base is None or self._base[0] is not first:
+            self._base = first, base_tensors(self.backbone)
+        return self._base[1]
 
-        training, chosen = self.training, []
-        if names:
-            self.backbone.train_adapter(Parallel(*names) if len(names) > 1 else names[0])
-            chosen += [p for p in self.backbone.parameters() if p.requires_grad]
-        for fuse in fusions:  # each call freezes what the ones before it have chosen
-            self.backbone.train_adapter_fusion(fuse)
-            chosen += [p for p in self.backbone.parameters() if p.requires_grad]
-        for parameter in chosen:
-            parameter.requires_grad_(True)
-        self.train(training)
+    def added_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of adapters, fusions and heads that the host added to the base model; shared ones once."""
+        return self._contents().added()
 
     def count_parameters(self) -> dict[str, int]:
-        """Parameters of the base, of the adapters, of the heads, and how many of all train. Shared ones count once."""
-        base = [*self._base_tensors().values(), *output_tensors(self.backbone).values()]
-        kept = {id(t): t.numel() for t in base if isinstance(t, nn.Parameter)}
-        added = storage.added_parameters(self.backbone, base)
+        """Parameters of the base model, the adapters and the heads, and how many train. Shared ones count once."""
+        base = [*self.base_tensors().values(), *output_tensors(self.backbone).values()]
+        counted = {id(tensor): tensor.numel() for tensor in base if isinstance(tensor, nn.Parameter)}
+        added = (parameter.numel() for parameter in self.added_parameters().values() if id(parameter) not in counted)
         return {
-            "base": sum(kept.values()),
-            "adapters": sum(parameter.numel() for parameter in added.values()),
+            "base": sum(counted.values()),
+            "adapters": sum(added),
             "heads": sum(parameter.numel() for parameter in self.heads.parameters()),
             "trainable": sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad),
         }
 
+    def save_pretrained(self, directory: str | Path, *, checkpoint: bool = False) -> None:
+        """Writes adapters, heads and, if it was trained, the base model to a folder that `from_pretrained` reads.
+
+        Adapters and fusions are in the format of their host, each in `directory/<name>`, so the host can load them
+        alone. A trained base model is an ordinary checkpoint in `directory/base.model`, without a head; the output
+        layer of a language model is in a file beside it. Input embeddings that were resized are saved, too, with a
+        frozen base model.
+
+        All files are written first and then moved into place: after an error, the folder is as it was.
+
+        Args:
+            directory: The folder; it is created.
+            checkpoint: Whether `restore` can read it, too, for which the adapters are written once more.
+
+        Raises:
+            StorageError: If each process holds only parts of the parameters.
+        """
+        saved.save(self._contents(), Path(directory), checkpoint=checkpoint)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        backbone: nn.Module | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> Self:
+        """Reads what `save_pretrained` wrote, in evaluation mode. Custom losses have to be set again.
+
+        No code of the folder is run and no file outside it is read. A backbone that was passed in is left as it was
+        if the folder is rejected.
+
+        Args:
+            directory: The folder, or a Hub repo ID, `"owner/name"`.
+            backbone: The base model, if it cannot be loaded from where it came from. It is changed. Adapters that it
+                already has are not loaded.
+            revision: Branch, tag or commit of a repository.
+            token: Token for the Hub; by default the one of the login.
+
+        Raises:
+            StorageError: If there is neither a folder nor a repository of that name, or it is incomplete, damaged, or
+                does not fit the model.
+            ConfigError: If `revision` or `token` is given for a folder.
+        """
+        contents = saved.load(saved.fetch(directory, revision=revision, token=token), backbone)
+        model = cls(contents.backbone, balance=contents.balance)
+        model.heads, model.routes = contents.heads, contents.routes
+        model._base_trained, model._output_trained = contents.base_trained, contents.output_trained
+        return model.eval()
+
+    def restore(self, directory: str | Path) -> None:
+        """Goes back to the weights of a folder written with `checkpoint=True`; all tensors stay the same objects.
+
+        Raises:
+            StorageError: If the folder is incomplete, damaged, or of another model; then nothing has changed.
+        """
+        reshard(self)
+        description = saved.restore(self._contents(), Path(directory))
+        self._base_trained |= description.base_trained
+        self._output_trained |= description.output_layer
+
+    def _contents(self) -> saved.Contents:
+        return saved.Contents(
+            self.backbone,
+            self.heads,
+            self.routes,
+            self.balance,
+            self.base_tensors(),
+            self._base_trained,
+            self._output_trained,
+        )
+
+    def _apply(self, function: Any, recurse: bool = True) -> Self:
+        self._base = None  # moving a model may replace its tensors
+        return super()._apply(function, recurse)
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Turns activation checkpointing on in the base; without re-entrance unless asked for."""
+        """Turns activation checkpointing on in the backbone, by default with `use_reentrant=False`."""
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         if options["use_reentrant"]:
@@ -372,15 +456,10 @@ class TaskHeads(SavedHeads):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """The same under the name that transformers 5 has for it."""
+        """The same, under the name that transformers 5 gives it."""
         options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         self.backbone.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Turns it off again."""
+        """Turns it off."""
         self.backbone.gradient_checkpointing_disable()
-
-
-def hidden_device(logits: Mapping[str, Tensor]) -> torch.device:
-    """Where the logits lie."""
-    return next(iter(logits.values())).device

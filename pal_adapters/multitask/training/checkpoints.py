@@ -1,18 +1,18 @@
-"""Checkpoints of `MultiTaskTrainer`: written whole or not at all, restored in place, and uploaded as they are.
+"""Checkpoints of `MultiTaskTrainer`: complete or not there at all, restored in place, and uploaded as they are.
 
 Every touch of `transformers.Trainer` that is not public, for 4.57 and 5:
 
 | upstream symbol                         | what and why                                                             |
 |-----------------------------------------|--------------------------------------------------------------------------|
 | `Trainer._save`                         | overridden: the folder is that of `TaskHeads`                            |
-| `Trainer._save_checkpoint`              | extended: half a checkpoint is removed                                   |
+| `Trainer._save_checkpoint`              | extended: an incomplete checkpoint is removed                            |
 | `Trainer._save_optimizer_and_scheduler` | overridden for FSDP                                                      |
-| `Trainer._load_optimizer_and_scheduler` | the same                                                                 |
+| `Trainer._load_optimizer_and_scheduler` | overridden for FSDP                                                      |
 | `Trainer._load_from_checkpoint`         | overridden: values are copied in place                                   |
-| `Trainer._load_best_model`              | the same                                                                 |
-| `Trainer._push_from_checkpoint`         | extended: the host uploads `output_dir`, to which it copies files of     |
-|                                         | names that it knows, none of them ours                                   |
-| `Trainer.push_in_progress`              | read: says whether the host uploads now, so that no file changes under it |
+| `Trainer._load_best_model`              | overridden: values are copied in place                                   |
+| `Trainer._push_from_checkpoint`         | extended: the host uploads `output_dir`, to which it copies files with   |
+|                                         | names it knows, and ours have other names                                |
+| `Trainer.push_in_progress`              | read: no file may change while the host uploads                          |
 
 `test_upstream_of_checkpoints` in `tests/multitask/training/test_trainer_features.py` fails when one of them moves.
 """
@@ -26,31 +26,37 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 
 from pal_adapters.errors import ConfigError, PalAdaptersError
+from pal_adapters.multitask.model.files import StorageError, cause_of
+from pal_adapters.multitask.model.parts import whole_parameters
 from pal_adapters.multitask.model.saved import copy_saved
-from pal_adapters.multitask.model.storage import StorageError
 from pal_adapters.multitask.model.task_heads import TaskHeads
 
-from .distributed import load_whole_state, whole_parameters, whole_state
+from .distributed import load_whole_state, whole_state
+
+
+class _UploadError(PalAdaptersError):
+    """A checkpoint was written but could not be uploaded."""
 
 
 class Checkpoints(Trainer):
     """A Trainer whose checkpoints are those of `TaskHeads`."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains. `resume_from_checkpoint=True` takes the last checkpoint that is whole."""
+        """Trains. `resume_from_checkpoint=True` resumes from the last complete checkpoint."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(cast("str", self.args.output_dir))
             if resume_from_checkpoint is None:
-                raise ConfigError(f"{self.args.output_dir} has no whole checkpoint to resume from: start without one.")
+                raise ConfigError(
+                    f"{self.args.output_dir} has no complete checkpoint to resume from: start without one."
+                )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the model to a folder. With FSDP all processes have to call it."""
+        """Writes the model to a folder. With FSDP, all processes must call it."""
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
@@ -70,15 +76,30 @@ class Checkpoints(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any, **kwargs: Any) -> None:
         directory = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        last = last_checkpoint(directory.parent)
+        earlier = directory.with_name(f".{directory.name}.earlier")  # of another run in the same folder
+        writes = self.args.should_save
+        if writes and directory.is_dir():
+            shutil.rmtree(earlier, ignore_errors=True)
+            os.replace(directory, earlier)
         try:
             super()._save_checkpoint(model, trial, **kwargs)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(directory, ignore_errors=True)  # half a checkpoint is worse than none
-            last = last_checkpoint(str(directory.parent))
+        except _UploadError:  # the checkpoint is complete
+            raise
+        except BaseException as error:  # writers of files raise errors without a common base; also Ctrl-C
+            if writes:
+                shutil.rmtree(directory, ignore_errors=True)
+                if earlier.is_dir():
+                    os.replace(earlier, directory)
+            if not isinstance(error, Exception):
+                raise
             raise StorageError(
-                f"{directory} cannot be written ({' '.join(str(error).split())[:200]}). The last whole checkpoint is "
+                f"{directory} cannot be written ({cause_of(error)}). The last complete checkpoint is "
                 f"{last or 'none'}; make room and resume from it."
             ) from error
+        finally:
+            if writes:
+                shutil.rmtree(earlier, ignore_errors=True)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         push = cast("Any", self.push_in_progress)
@@ -88,10 +109,9 @@ class Checkpoints(Trainer):
             if uploads and self.is_world_process_zero():
                 copy_saved(Path(checkpoint_folder), Path(cast("str", self.args.output_dir)))
             super()._push_from_checkpoint(checkpoint_folder)
-        except (OSError, RuntimeError) as error:  # otherwise taken for one of the checkpoint, which is whole
-            raise PalAdaptersError(
-                f"{checkpoint_folder} cannot be uploaded ({' '.join(str(error).split())[:200]}). It is whole: resume "
-                "from it."
+        except Exception as error:  # of the network, the Hub or the disk; the checkpoint itself is complete
+            raise _UploadError(
+                f"{checkpoint_folder} cannot be uploaded ({cause_of(error)}). It is complete: resume from it."
             ) from error
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -121,14 +141,14 @@ class Checkpoints(Trainer):
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint of a folder that was written to its end, or `None`: what to resume from after a crash."""
+    """The newest complete checkpoint in a folder, or `None`: where to resume from after a crash."""
     folder = Path(output_dir)
     if not folder.is_dir() or get_last_checkpoint(str(folder)) is None:
         return None
     found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
     for path in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
         try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # is written last
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # it is written last
         except (OSError, ValueError):
             continue
         return str(path)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pal_adapters.errors import ConfigError
 from pal_adapters.hosts.which import host_of
+from pal_adapters.multitask.model.parts import gather, part_of
+from pal_adapters.multitask.model.task_heads import TaskHeads
 from pal_adapters.nn.unit import TaskUnit
 
-if TYPE_CHECKING:
-    from pal_adapters.multitask.model.task_heads import TaskHeads
-
-    from .arguments import MultiTaskTrainingArguments
+from .arguments import MultiTaskTrainingArguments
 
 
 def check_processes(args: MultiTaskTrainingArguments, model: TaskHeads, *, mixed: bool) -> None:
@@ -71,64 +68,6 @@ def _check_fsdp(args: MultiTaskTrainingArguments, model: TaskHeads) -> None:
             "FSDP cannot shard block by block here: in PEFT the first block holds weights that all blocks of an "
             "adapter share. Leave out transformer_layer_cls_to_wrap and min_num_params, or use adapters."
         )
-
-
-@contextmanager
-def whole_parameters(model: nn.Module) -> Iterator[None]:
-    """In the context all parameters are whole tensors in each process. To be entered by all processes at once."""
-    rest(model)
-    whole: dict[int, nn.Parameter] = {}
-    parts: list[tuple[nn.Module, str, nn.Parameter]] = []
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and is_part(parameter):
-                parts.append((module, name, parameter))
-                if id(parameter) not in whole:  # shared ones stay shared
-                    whole[id(parameter)] = nn.Parameter(gather(parameter), requires_grad=parameter.requires_grad)
-    try:
-        for module, name, parameter in parts:
-            module._parameters[name] = whole[id(parameter)]
-        yield
-    finally:
-        for module, name, parameter in parts:
-            module._parameters[name] = parameter
-
-
-def rest(model: nn.Module) -> None:
-    """Makes each process drop the parts of others, which FSDP may have kept since the last forward pass."""
-    if torch.distributed.is_available():
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-
-
-def is_part(tensor: Tensor) -> bool:
-    """Whether the process has only a part of the tensor."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
-
-
-def gather(tensor: Tensor) -> Tensor:
-    """The whole tensor, if the process has only a part. All processes have to call it."""
-    if not is_part(tensor):
-        return tensor
-    there: Any = tensor
-    return there.full_tensor().detach()
-
-
-def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """The process's part of a whole value, if it has only a part of `like`. All processes have to call it."""
-    if not is_part(like):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    there: Any = like
-    return distribute_tensor(value.to(like.device), there.device_mesh, there.placements)
 
 
 def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pal_adapters.multitask.model.routing import adapter_config, adapters_in
+from pal_adapters.multitask.model.routes import adapter_config, adapters_in
 
 if TYPE_CHECKING:
     from .trainer import MultiTaskTrainer
@@ -72,7 +72,7 @@ def write_model_card(trainer: MultiTaskTrainer, given: dict[str, Any]) -> None:
         "",
         "## Training",
         "",
-        f"- method: {', '.join(methods) or 'no adapters'}; base {'trained' if model._base_trained else 'frozen'}",
+        f"- method: {', '.join(methods) or 'no adapters'}; base {'trained' if model.base_trained else 'frozen'}",
         f"- sampling: {strategy}, {'mixed batches' if args.mixed_batches else 'one task a batch'}",
         f"- parameters: {counts['base']:,} of the base, {counts['adapters']:,} of adapters, "
         f"{counts['heads']:,} of heads; {counts['trainable']:,} trained",

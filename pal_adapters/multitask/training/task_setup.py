@@ -11,8 +11,7 @@ import torch
 
 from pal_adapters.errors import ConfigError
 from pal_adapters.multitask.model.heads import Head, HeadConfig
-from pal_adapters.multitask.model.routing import adapters_in, is_fuse
-from pal_adapters.multitask.model.storage import added_parameters
+from pal_adapters.multitask.model.routes import adapters_in, is_fuse
 from pal_adapters.multitask.model.task_heads import TaskHeads
 from pal_adapters.multitask.tasks.encoding import EncodedTask
 from pal_adapters.multitask.tasks.task import Task
@@ -77,7 +76,7 @@ def _take_over(model: TaskHeads, task: Task) -> None:
 
 def warn_of_resting_adapters(model: TaskHeads, tasks: Iterable[str]) -> None:
     """Warns of tasks whose adapter rests as a whole: PEFT trains the first of several unless told otherwise."""
-    added = added_parameters(model.backbone, model._base_tensors().values())
+    added = model.added_parameters()
     for task in tasks:
         adapter = model.routes[task].adapter
         names = {adapter.name} if is_fuse(adapter) else set(adapters_in(adapter))

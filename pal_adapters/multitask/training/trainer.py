@@ -13,7 +13,6 @@ from transformers.trainer_callback import ProgressCallback
 
 from pal_adapters.errors import ConfigError, PalAdaptersError
 from pal_adapters.multitask.model.heads import count_items
-from pal_adapters.multitask.model.storage import added_parameters
 from pal_adapters.multitask.model.task_heads import TaskHeads
 from pal_adapters.multitask.sampling.selectors import BatchSelector, Candidates, UncertaintySelector
 from pal_adapters.multitask.sampling.strategies import MultiTaskBatchSampler, Strategy, get_strategy, uncertainty
@@ -278,7 +277,7 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
         rate = self.args.attention_learning_rate
         if created and rate is not None:
             model = cast("TaskHeads", self.accelerator.unwrap_model(self.model))
-            added = added_parameters(model.backbone, model._base_tensors().values())
+            added = model.added_parameters()
             fast = {id(p) for n, p in added.items() if {"query", "key", "value"} & set(n.split("."))}
             if not fast:
                 raise ConfigError("attention_learning_rate has no effect: no task module has an attention.")

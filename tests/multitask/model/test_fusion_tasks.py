@@ -86,7 +86,7 @@ def test_a_fuse_is_the_adapter_of_a_task(tiny_encoder: str, kind: str) -> None:
 def test_a_batch_of_fusions_and_other_adapters_is_refused(tiny_encoder: str) -> None:
     model = fused(tiny_encoder, {"one": "dynamic", "two": "dynamic"})
     for names in (["two", "one"], ["plain", "one"]):
-        with pytest.raises(UnsupportedError, match=r"rows for Fuse\[to_.*: use batches of one task"):
+        with pytest.raises(UnsupportedError, match=r"examples for Fuse\[to_.*: use batches of one task"):
             model(task_ids=names, **rows(2))
     # Two tasks of one fusion are one batch.
     model.add("again", HeadConfig("regression"), adapter=model.routes["one"].adapter)

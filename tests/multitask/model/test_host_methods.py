@@ -71,6 +71,25 @@ def in_adapters(*methods: str) -> TaskHeads:
     return TaskHeads(base)
 
 
+def in_peft(method: str) -> TaskHeads:
+    import peft
+
+    import pal_adapters
+
+    options: dict[str, Any] = {"task_type": "FEATURE_EXTRACTION"}
+    if method == "PALPeftConfig":
+        make: Any = pal_adapters.PALPeftConfig
+        options["hidden_size"] = 12
+    else:
+        make = getattr(peft, method)
+        options["target_modules"] = ["query", "value"]
+        options |= {"feedforward_modules": []} if method == "IA3Config" else {"r": 4}
+    base: Any = peft.get_peft_model(bert(), make(**options), adapter_name=TASKS[0])
+    for task in TASKS[1:]:
+        base.add_adapter(task, make(**options))
+    return TaskHeads(base)
+
+
 def check_mixed(model: TaskHeads, rows: list[str]) -> None:
     """A batch of many tasks has the values and the gradients of its rows task by task."""
     inputs = {name: value[: len(rows)] for name, value in batch().items()}
@@ -139,14 +158,38 @@ def test_pooled_rows_of_bottlenecks_behind_norms() -> None:
         torch.testing.assert_close(mixed[task], alone[[row == task for row in ROWS]], atol=1e-5, rtol=1e-5)
 
 
-@needs_adapters
-def test_passes_that_checkpointing_would_confuse() -> None:
-    model = add(in_adapters("dora", "dora", "dora"))
-    model.gradient_checkpointing_enable()
-    with pytest.raises(UnsupportedError, match="with gradient checkpointing several passes would be computed again"):
-        model.train()(task_ids=ROWS, **batch())
-    model.train()(task_ids="fr", **batch())
-    model.eval()(task_ids=ROWS, **batch())
+METHODS_IN_PASSES = [("adapters", method) for method in ("dora", "seq_bn", "lora", "pal[hidden_size=12]")]
+METHODS_IN_PASSES += [("peft", method) for method in ("PALPeftConfig", "LoraConfig", "IA3Config", "VeraConfig")]
+
+
+def in_host(host: str, method: str) -> TaskHeads:
+    return in_adapters(method, method, method) if host == "adapters" else in_peft(method)
+
+
+@pytest.mark.parametrize(
+    ("host", "method"), [case for case in METHODS_IN_PASSES if case[0] in HOSTS], ids=lambda name: name
+)
+def test_passes_of_several_tasks_before_one_backward_pass(host: str, method: str) -> None:
+    """With activation checkpointing, each block runs again with the adapter of its own pass."""
+    found = []
+    for checkpointing in (False, True):
+        model = add(in_host(host, method))
+        randomise(model)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        losses = [
+            model(task_ids=task, labels=torch.zeros(len(ROWS), 6 if task == "it" else 1).long().squeeze(1), **batch())
+            for task in ("fr", "de", "it", "de")
+        ]
+        found.append(gradients(model, sum(output.loss for output in losses)))  # type: ignore[arg-type]
+    assert found[0].keys() == found[1].keys()
+    assert any("de" in name.split(".") and value.any() for name, value in found[0].items() if "heads" not in name)
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
 @needs_adapters
@@ -193,6 +236,7 @@ def test_prompts_are_not_read_by_heads(host: str, place: str) -> None:
     inputs = batch()
     for task in TASKS:
         logits = model(task_ids=task, **inputs).logits[task]
+        (base.set_active_adapters if host == "adapters" else base.set_adapter)(task)
         if task == "it":
             assert logits.shape == (len(ROWS), 6, 3)
         whole = base(**inputs).last_hidden_state
@@ -209,14 +253,7 @@ def test_prompts_are_not_read_by_heads(host: str, place: str) -> None:
 @pytest.mark.skipif("peft" not in HOSTS, reason="needs PEFT")
 @pytest.mark.parametrize("method", ["LoraConfig", "IA3Config", "VeraConfig"])
 def test_mixed_batches_of_methods_of_peft(method: str) -> None:
-    import peft
-
-    options: dict[str, Any] = {"task_type": "FEATURE_EXTRACTION", "target_modules": ["query", "value"]}
-    options |= {"feedforward_modules": []} if method == "IA3Config" else {"r": 4}
-    base: Any = peft.get_peft_model(bert(), getattr(peft, method)(**options), adapter_name=TASKS[0])
-    for task in TASKS[1:]:
-        base.add_adapter(task, getattr(peft, method)(**options))
-    model = add(TaskHeads(base))
+    model = add(in_peft(method))
     randomise(model)
     alone = {task: model(task_ids=task, **batch()).logits[task] for task in TASKS}
     if method != "LoraConfig":

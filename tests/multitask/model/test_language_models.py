@@ -141,7 +141,7 @@ def test_bases_that_are_no_language_models(tmp_path: Path, tiny_encoder: str) ->
     with pytest.warns(UserWarning, match="LlamaModel has no output layer.*Pass the model with its head"):
         bare.add("text", TEXT)
     encoder = TaskHeads(backbone(tiny_encoder, "none"))
-    with pytest.warns(UserWarning, match="the tokens of BertModel see those behind them.*Pass a decoder"):
+    with pytest.warns(UserWarning, match="the tokens of BertModel see the tokens after them.*Pass a decoder"):
         encoder.add("text", TEXT)
     tied = TaskHeads(LlamaModel(LlamaConfig(**{**bare.config.to_dict(), "tie_word_embeddings": True})))
     tied.add("text", TEXT)

@@ -18,6 +18,7 @@ from transformers import AutoModel
 
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
 from pal_adapters.multitask import HeadConfig, StorageError, TaskHeads
+from pal_adapters.multitask.model import saved as saving
 from pal_adapters.multitask.model.heads import pool
 from pal_adapters.multitask.model.saved import copy_saved
 
@@ -207,22 +208,43 @@ def test_a_pooler_that_the_checkpoint_lacks_is_kept(
     torch.testing.assert_close(other(task_ids="topics", **batch).logits["topics"], expected)
 
 
-def test_a_folder_that_was_written_over_in_part_is_refused(
+def test_a_folder_is_written_whole_or_stays_as_it_was(
     tiny_encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pal_adapters.multitask.model import storage
+    model = heads(tiny_encoder, HOSTS[-1])
+    model.save_pretrained(tmp_path / "saved")
+    before = {path: path.read_bytes() for path in (tmp_path / "saved").rglob("*") if path.is_file()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+
+    def full(*_: Any) -> None:
+        raise RuntimeError("no space left on device")
+
+    monkeypatch.setattr(saving, "write_json", full)
+    for place in ("saved", "new/folder"):
+        with pytest.raises(StorageError, match=r"cannot be written \(no space left on device\)"):
+            model.save_pretrained(tmp_path / place)
+    assert {path: path.read_bytes() for path in (tmp_path / "saved").rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_process_that_is_killed_while_files_are_moved(
+    tiny_encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pal_adapters.multitask.model import files
 
     model = heads(tiny_encoder, "none")
     model.save_pretrained(tmp_path)
     assert TaskHeads.from_pretrained(tmp_path).tasks == model.tasks
 
-    def full(*_: Any) -> None:
-        raise OSError("no space left on device")
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(storage, "write", full)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(files.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(tmp_path)
-    with pytest.raises(StorageError, match="not to the end"):
+    with pytest.raises(StorageError, match="or not completely"):
         TaskHeads.from_pretrained(tmp_path)
 
 
@@ -345,9 +367,9 @@ def test_batches_that_do_not_fit(tiny_encoder: str, batch: dict[str, Tensor], la
         model(task_ids=["nli"] * 12, **batch)
     with pytest.raises(UnknownAdapterError, match="task 6 is not there"):
         model(task_ids=[6] * 12, **batch)
-    with pytest.raises(ConfigError, match="task_ids has 3 entries for 12 rows"):
+    with pytest.raises(ConfigError, match="task_ids has 3 entries for 12 examples"):
         model(task_ids=ROWS[:3], **batch)
-    with pytest.raises(ConfigError, match="labels are of"):
+    with pytest.raises(ConfigError, match="labels are for"):
         model(task_ids=ROWS, labels={"rte": labels["rte"]}, **batch)
     with pytest.raises(ConfigError, match="labels is one tensor"):
         model(task_ids=ROWS, labels=labels["rte"], **batch)
@@ -475,7 +497,9 @@ def test_read_from_the_hub(tiny_encoder: str, batch: dict[str, Tensor], tmp_path
     expected, found = (made(task_ids=ROWS, **batch).logits for made in (model, read))
     assert all(torch.equal(found[task], expected[task]) for task in TASKS)
     for name in ("me/another", Path("me/another")):
-        with pytest.raises(StorageError, match=r"me/another is no folder, and no repository .*\(cannot be reached\)"):
+        with pytest.raises(
+            StorageError, match=r"me/another is neither a folder nor a repository .*\(cannot be reached\)"
+        ):
             TaskHeads.from_pretrained(name)
     assert asked == [("me/many-tasks", "v1", "secret"), *[("me/another", None, None)] * 2]
     TaskHeads.from_pretrained("saved")
@@ -486,7 +510,7 @@ def test_read_from_the_hub(tiny_encoder: str, batch: dict[str, Tensor], tmp_path
 
 
 def test_a_name_that_no_repository_can_have(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="is no folder, and no repository"):
+    with pytest.raises(StorageError, match="is neither a folder nor a repository"):
         TaskHeads.from_pretrained(tmp_path / "nothing")
 
 

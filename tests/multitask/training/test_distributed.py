@@ -16,12 +16,8 @@ from torch import distributed
 
 from pal_adapters.errors import ConfigError
 from pal_adapters.multitask import HeadConfig, StorageError, TaskHeads
-from pal_adapters.multitask.training.distributed import (
-    check_processes,
-    load_whole_state,
-    whole_parameters,
-    whole_state,
-)
+from pal_adapters.multitask.model.parts import whole_parameters
+from pal_adapters.multitask.training.distributed import check_processes, load_whole_state, whole_state
 
 
 class Processes(SimpleNamespace):
@@ -89,7 +85,7 @@ def test_parts_are_saved_whole_and_restored_in_place(tiny_encoder: str, tmp_path
     fully_shard(model)
     parts = list(model.parameters())
     assert all(isinstance(part, DTensor) for part in parts)
-    with pytest.raises(StorageError, match="each process has only parts of the parameters"):
+    with pytest.raises(StorageError, match="each process holds only parts of the parameters"):
         model.save_pretrained(tmp_path / "parts")
     assert not (tmp_path / "parts").exists()
 

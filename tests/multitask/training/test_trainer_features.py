@@ -199,7 +199,7 @@ def test_an_upload_that_fails_or_still_runs(tiny_encoder: str, tmp_path: Path, m
     given: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "push_to_hub": True}
     hub.error = ConnectionError("no route")
     made = make_trainer(tiny_encoder, tmp_path / "many", **given)
-    with pytest.raises(PalAdaptersError, match=r"checkpoint-2 cannot be uploaded \(no route\). It is whole"):
+    with pytest.raises(PalAdaptersError, match=r"checkpoint-2 cannot be uploaded \(no route\). It is complete"):
         made.train()
     checkpoint = str(tmp_path / "many" / "checkpoint-2")
     assert last_checkpoint(tmp_path / "many") == checkpoint

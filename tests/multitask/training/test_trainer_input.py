@@ -196,19 +196,18 @@ def test_fsdp_on_cpu_would_be_ddp(tiny_encoder: str, tmp_path: Path, monkeypatch
 
 
 def test_checkpoint_that_cannot_be_written(tiny_encoder: str, tmp_path: Path, monkeypatch: Any) -> None:
-    from pal_adapters.multitask.model import task_heads
+    from pal_adapters.multitask.model import saved
 
     made = make_trainer(tiny_encoder, tmp_path, save_strategy="steps", save_steps=2)
-    write, calls = task_heads.storage.write, []
+    write = saved.write_tensors
 
-    def full(tensors: Any, path: Path) -> None:
-        calls.append(path)
-        if "checkpoint-4" in str(path):
-            path.write_bytes(b"half")
+    def full(tensors: Any, directory: Path, stem: str) -> None:
+        if "checkpoint-4" in str(directory):
+            (directory / f"{stem}.safetensors").write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        write(tensors, path)
+        write(tensors, directory, stem)
 
-    monkeypatch.setattr(task_heads.storage, "write", full)
+    monkeypatch.setattr(saved, "write_tensors", full)
     with pytest.raises(StorageError, match=r"checkpoint-4 cannot be written .*No space left.*checkpoint-2; make room"):
         made.train()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2"]
@@ -221,7 +220,7 @@ def test_checkpoint_that_cannot_be_written(tiny_encoder: str, tmp_path: Path, mo
 def test_half_a_checkpoint_is_passed_over(tiny_encoder: str, tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path / "nothing") is None
     made = make_trainer(tiny_encoder, tmp_path, save_strategy="steps", save_steps=2)
-    with pytest.raises(ConfigError, match="has no whole checkpoint to resume from"):
+    with pytest.raises(ConfigError, match="has no complete checkpoint to resume from"):
         made.train(resume_from_checkpoint=True)
     made.train()
     (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()

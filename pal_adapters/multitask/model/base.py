@@ -1,0 +1,87 @@
+"""The base model inside a backbone: which tensors are its own and which were added to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+
+from .routes import bare_model
+
+
+def base_tensors(backbone: nn.Module) -> dict[str, Tensor]:
+    """Weights and persistent buffers of the base model, under the names they have without adapters."""
+    bare = bare_model(backbone)
+    with torch.device("meta"):
+        names = list(model_class(bare)(cast("Any", bare).config).state_dict())
+    present = {
+        **dict(bare.named_parameters(remove_duplicate=False)),
+        **dict(bare.named_buffers(remove_duplicate=False)),
+    }
+    # A module that a host has wrapped lies one level deeper, in its wrapper.
+    unwrapped = {name.replace(".base_layer.", "."): tensor for name, tensor in present.items()}
+    unwrapped |= {name: present[name] for name in names if name in present}
+    return {name: unwrapped[name] for name in names if name in unwrapped}
+
+
+def added_parameters(backbone: nn.Module, base: Iterable[Tensor]) -> dict[str, nn.Parameter]:
+    """Parameters of adapters, fusions and heads of the host, not the base model's; shared ones appear once."""
+    known = {id(tensor) for tensor in base}
+    return {name: parameter for name, parameter in backbone.named_parameters() if id(parameter) not in known}
+
+
+def model_class(model: nn.Module) -> type[nn.Module]:
+    """The class of transformers or adapters that a model is an instance of.
+
+    `adapters.init` puts a class of its own, made on the spot, in front of it, and a user may have derived from it.
+    """
+    for candidate in type(model).__mro__:
+        home = candidate.__module__.partition(".")[0]
+        if home in ("transformers", "adapters") and not candidate.__name__.endswith(("Mixin", "PreTrainedModel")):
+            return candidate
+    return type(model)
+
+
+def original_layer(layer: Any) -> Any:
+    """A layer as it was before PEFT wrapped it."""
+    while (inner := getattr(layer, "base_layer", None) or getattr(layer, "original_module", None)) is not None:
+        layer = inner
+    return layer
+
+
+def embedding_tensors(backbone: Any, base: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The input embeddings among the base model's tensors."""
+    own = {id(parameter) for parameter in original_layer(backbone.get_input_embeddings()).parameters()}
+    return {name: tensor for name, tensor in base.items() if id(tensor) in own}
+
+
+def has_resized_embeddings(backbone: Any) -> bool:
+    """Whether the vocabulary is not the size it has in the checkpoint that the base model was loaded from.
+
+    False where that checkpoint cannot be read. The base model of such a backbone is passed in again when the folder is
+    loaded, so nothing of it is expected there.
+    """
+    source = source_of(backbone)
+    if not source:
+        return False
+    try:
+        stored = type(backbone.config).from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+    size = getattr(stored.get_text_config(), "vocab_size", None)
+    embeddings = original_layer(backbone.get_input_embeddings())
+    return isinstance(size, int) and isinstance(embeddings, nn.Embedding) and embeddings.num_embeddings != size
+
+
+def source_of(backbone: Any) -> str:
+    """The folder or Hub repo ID that the base model was loaded from, or an empty string."""
+    model = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+    return getattr(model.config, "_name_or_path", "") or getattr(model, "name_or_path", "")
+
+
+def is_saved_class(found: Any) -> bool:
+    """Whether an attribute of transformers or adapters is a model class that a folder may name."""
+    return isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel

@@ -1,0 +1,213 @@
+"""Files of tensors and JSON: written whole or not at all, and checked before they are used."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import load_state_dict_from_file, save_torch_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pal_adapters.errors import PalAdaptersError
+
+from .parts import part_of
+
+SHARD_SIZE = "5GB"
+
+
+class StorageError(PalAdaptersError, OSError):
+    """A file cannot be written, is missing or damaged, or does not fit the model. The message names it."""
+
+
+def cause_of(error: BaseException) -> str:
+    """An error's message on one line, short enough to be part of another message."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@contextmanager
+def staged(directory: Path, last: str, stems: Iterable[str] = ()) -> Iterator[Path]:
+    """A folder to write to, whose files replace those of `directory` once all of them are written.
+
+    If the body raises, `directory` is as it was. Files of `directory` that are not written again stay.
+
+    Args:
+        directory: The folder; it is created.
+        last: The file whose presence says that the folder is complete. It is removed first and moved last, so a
+            process that is killed in between leaves a folder that is recognisably incomplete.
+        stems: What `write_tensors` may have written to `directory` before and is not to stay, as paths in it.
+    """
+    created = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=".writing-", dir=directory))
+    try:
+        yield stage
+        created = []
+        (directory / last).unlink(missing_ok=True)
+        for stem in stems:
+            remove_tensors(directory / Path(stem).parent, Path(stem).name)
+        written = sorted((path for path in stage.rglob("*") if path.is_file()), key=lambda path: path.name == last)
+        for path in written:
+            target = directory / path.relative_to(stage)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        with suppress(OSError):
+            for path in created:
+                path.rmdir()
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The path of a file or folder in `directory`.
+
+    Raises:
+        StorageError: If it is a link that leads out of the folder.
+    """
+    path, root = directory / name, directory.resolve()
+    target = path.resolve()
+    homes = [root]
+    if root.parent.name == "snapshots":  # the cache of the Hub links from a snapshot to the files beside it
+        homes.append(root.parents[1] / "blobs")
+    if not any(target == home or home in target.parents for home in homes):
+        raise StorageError(f"{path} leads out of its folder, to {target}: copy the file into the folder.")
+    return path
+
+
+def write_tensors(tensors: Mapping[str, Tensor], directory: Path, stem: str) -> None:
+    """Writes `<stem>.safetensors`, or several shards and an index where one file would be too large."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if not tensors:  # for which the library writes no file
+        save_file({}, directory / f"{stem}.safetensors", metadata={"format": "pt"})
+        return
+    plain, first, again = {}, dict[int, str](), []
+    for name, tensor in tensors.items():
+        if id(tensor) in first:
+            again.append(name)  # tied weights are written once
+        first.setdefault(id(tensor), name)
+        value = tensor.detach()
+        # A view would be taken for tied to whatever else lies in its storage.
+        plain[name] = value.clone() if value.nbytes != value.untyped_storage().nbytes() else value
+    save_torch_state_dict(
+        plain,
+        directory,
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
+        max_shard_size=SHARD_SIZE,
+        shared_tensors_to_discard=again,
+    )
+
+
+def remove_tensors(directory: Path, stem: str) -> None:
+    """Removes what `write_tensors` wrote."""
+    pattern = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
+    for path in directory.glob(f"{stem}*"):
+        if pattern.fullmatch(path.name):
+            path.unlink()
+
+
+def tensor_files(directory: Path, stem: str) -> list[Path]:
+    """The file that `write_tensors` wrote, or its shards.
+
+    Raises:
+        StorageError: If there is none, or the index names a file that cannot be a shard.
+    """
+    path = inside(directory, f"{stem}.safetensors")
+    index = inside(directory, f"{stem}.safetensors.index.json")
+    if path.is_file() or not index.is_file():
+        return [path]
+    shards = read_json(index).get("weight_map")
+    names = list(shards.values()) if isinstance(shards, dict) else [None]
+    if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+        raise StorageError(f"{index} is damaged: weight_map does not map names of tensors to files.")
+    return [inside(directory, name) for name in sorted(map(str, set(names)))]
+
+
+def read_tensors(directory: Path, stem: str) -> dict[str, Tensor]:
+    """The tensors that `write_tensors` wrote.
+
+    Raises:
+        StorageError: If a file is missing or damaged, or a value is not finite.
+    """
+    found: dict[str, Tensor] = {}
+    for path in tensor_files(directory, stem):
+        found |= read_tensor_file(path)
+    return found
+
+
+def read_tensor_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file of safetensors, checked."""
+    if not path.is_file():
+        raise StorageError(f"{path} is not there.")
+    try:
+        tensors = load_state_dict_from_file(path)
+    except Exception as error:  # readers of damaged files raise errors without a common base
+        raise StorageError(f"{path} is damaged ({cause_of(error)}): get or write it again.") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise StorageError(f"{path} is damaged: {name} has values that are not finite.")
+    return tensors
+
+
+def check_fit(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], where: Path) -> None:
+    """Raises `StorageError` unless the stored values have the names, kinds and shapes of the tensors."""
+    tied = {id(tensors[name]) for name in stored if name in tensors}
+    missing = sorted(name for name in set(tensors) - set(stored) if id(tensors[name]) not in tied)
+    extra = sorted(set(stored) - set(tensors))
+    if missing or extra:
+        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the model lacks"
+        raise StorageError(f"{where} {what} ({len(missing)} missing, {len(extra)} too many): it is of another model.")
+    for name, value in stored.items():
+        tensor = tensors[name]
+        if tensor.shape != value.shape or tensor.is_floating_point() is not value.is_floating_point():
+            raise StorageError(
+                f"{where}: {name} is {value.dtype} of shape {list(value.shape)}, not {tensor.dtype} of shape "
+                f"{list(tensor.shape)}: it is of another model."
+            )
+
+
+def copy_into(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    """Copies stored values, which `check_fit` has accepted, into tensors, which stay the same objects."""
+    with torch.no_grad():
+        for name, value in stored.items():
+            tensors[name].copy_(part_of(value, tensors[name]))
+
+
+def write_json(value: Mapping[str, Any], path: Path) -> None:
+    """Writes a JSON file that people can read."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        StorageError: If the file is missing, damaged, or holds something else.
+    """
+    if not path.is_file():
+        raise StorageError(f"{path} is not there.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise StorageError(f"{path} is damaged ({cause_of(error)}): get or write it again.") from error
+    if not isinstance(value, dict):
+        raise StorageError(f"{path} is damaged: it holds a {type(value).__name__}, not an object.")
+    return value
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a text file in one step: a reader, or a process that is killed, finds the old text or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,26 @@
+"""Changes of a backbone by a host, undone as a whole after an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pal_adapters.hosts.unchanged import all_or_nothing
+from pal_adapters.hosts.which import host_of
+
+
+@contextmanager
+def put_back(backbone: Any) -> Iterator[None]:
+    """If the body raises, the backbone is as it was before, and `adapters.init` on it is undone."""
+    classes = [(module, type(module)) for module in backbone.modules()]
+    beside = [getattr(backbone, "config", None), getattr(backbone, "generation_config", None)]
+    beside += [backbone.adapters_config] if host_of(backbone) == "adapters" else []
+    try:
+        with all_or_nothing(backbone, *beside):
+            yield
+    except BaseException:
+        for module, kind in classes:
+            if type(module) is not kind:
+                module.__class__ = kind
+        raise

@@ -1,0 +1,136 @@
+"""Which adapter a pass through the backbone uses, without a trace on the model wherever the host can do without.
+
+* `adapters`: the host's own `AdapterSetup`, which is local to the thread.
+* PEFT, methods of this package: `adapter_names`, an argument of the call.
+* PEFT, everything else: the host keeps the active adapter in its layers. Passes with the same adapter run at the same
+  time; one with another adapter waits until they are through.
+
+With activation checkpointing a block runs again in the backward pass, possibly in another thread and after passes of
+other tasks. It runs under the setup of its own pass then.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+Enter = Callable[[], AbstractContextManager[None]]
+
+_CURRENT: ContextVar[Enter | None] = ContextVar("pal_adapters_pass", default=None)
+
+
+@contextmanager
+def pass_under(backbone: nn.Module, enter: Enter) -> Iterator[None]:
+    """One pass through the backbone under a setup, which blocks that are computed again later enter anew."""
+    if backbone.training:
+        _remember_setups(backbone)
+    token = _CURRENT.set(enter)
+    try:
+        with enter():
+            yield
+    finally:
+        _CURRENT.reset(token)
+
+
+class _Remembering:
+    """A model's checkpoint function, whose second run of a block is under the setup of the first."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        enter = _CURRENT.get()
+        if enter is None:
+            return self.function(block, *args, **kwargs)
+
+        def run(*inner: Any, **inner_kwargs: Any) -> Any:
+            with enter():
+                return block(*inner, **inner_kwargs)
+
+        return self.function(run, *args, **kwargs)
+
+
+def _remember_setups(backbone: nn.Module) -> None:
+    for module in backbone.modules():
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if function is not None and not isinstance(function, _Remembering):
+            module._gradient_checkpointing_func = _Remembering(function)  # type: ignore[assignment]
+
+
+def adapter_setup(setup: Any) -> AbstractContextManager[Any]:
+    """A pass of `adapters` through a composition, or through the base model alone for `None`."""
+    from adapters.context import AdapterSetup  # only here: other hosts do without `adapters`
+
+    return AdapterSetup(setup)
+
+
+class _Turns:
+    """Who may use a model whose host keeps the active adapter in its layers."""
+
+    def __init__(self) -> None:
+        self.condition = threading.Condition()
+        self.key: object = None
+        self.users = 0
+        self.disabled = ExitStack()
+
+
+_TURNS: WeakKeyDictionary[nn.Module, _Turns] = WeakKeyDictionary()
+_TURNS_LOCK = threading.Lock()
+
+
+@contextmanager
+def active_in_peft(backbone: Any, adapter: str | None, key: object = None) -> Iterator[None]:
+    """The adapter is active in PEFT's layers, or none is for `None`; it stays active until another one is needed.
+
+    What trains does not change.
+
+    Args:
+        backbone: A `PeftModel`.
+        adapter: Name of the adapter.
+        key: Passes with equal keys may run at the same time; by default those with the same adapter.
+    """
+    with _TURNS_LOCK:
+        turns = _TURNS.setdefault(backbone, _Turns())
+    key = key or (adapter,)
+    with turns.condition:
+        turns.condition.wait_for(lambda: not turns.users or turns.key == key)
+        if not turns.users:
+            _switch(backbone, adapter, turns)
+            turns.key = key
+        turns.users += 1
+    try:
+        yield
+    finally:
+        with turns.condition:
+            turns.users -= 1
+            if not turns.users:
+                with _what_trains(backbone) if adapter is None else nullcontext():
+                    turns.disabled.close()
+                turns.condition.notify_all()
+
+
+def _switch(backbone: Any, adapter: str | None, turns: _Turns) -> None:
+    if adapter is None:
+        with _what_trains(backbone):
+            turns.disabled.enter_context(backbone.disable_adapter())
+    elif list(backbone.active_adapters) != [adapter]:
+        with _what_trains(backbone):
+            backbone.set_adapter(adapter)
+
+
+@contextmanager
+def _what_trains(backbone: nn.Module) -> Iterator[None]:
+    """PEFT freezes the adapters that it deactivates and unfreezes the others; that is for the user to say."""
+    before = [(parameter, parameter.requires_grad) for parameter in backbone.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, trains in before:
+            if parameter.requires_grad is not trains:
+                parameter.requires_grad_(trains)

@@ -1,0 +1,75 @@
+"""Which parameters of a backbone and its heads train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from pal_adapters.errors import ConfigError
+
+from .heads import Head
+from .language import output_tensors
+from .routes import Route, adapter_config, adapter_host, adapters_in, is_fuse
+
+
+def check_base(backbone: Any, routes: Iterable[Route], *, base: bool) -> None:
+    """Raises `ConfigError` if an adapter of the routes trains the base model, but `base` says that it stays frozen."""
+    if base:
+        return
+    names = sorted({name for route in routes if not is_fuse(route.adapter) for name in adapters_in(route.adapter)})
+    for name in names:
+        config = adapter_config(backbone, name)
+        # A network for several tasks (CA-MTL) trains copies of its own and leaves the base model as it is.
+        if getattr(config, "train_base", False) and not getattr(config, "tasks", None):
+            raise ConfigError(
+                f"base=False is not allowed with adapter {name!r}, whose config has train_base=True: pass base=True."
+            )
+
+
+def train_adapters(model: nn.Module, backbone: Any, routes: Sequence[Route]) -> None:
+    """Makes the adapters of the routes trainable; of a route with a `Fuse`, the fusion instead of its sources."""
+    fusions = {route.adapter.name: route.adapter for route in routes if is_fuse(route.adapter)}
+    names = sorted({name for route in routes if not is_fuse(route.adapter) for name in adapters_in(route.adapter)})
+    if adapter_host(backbone) == "peft":
+        for name in names:
+            if backbone.peft_config[name].is_prompt_learning:  # which PEFT keeps apart from its layers
+                backbone.prompt_encoder[name].requires_grad_(True)
+            else:
+                backbone.set_requires_grad(name)
+    elif names or fusions:
+        _train_in_adapters(model, backbone, names, list(fusions.values()))
+
+
+def _train_in_adapters(model: nn.Module, backbone: Any, names: Sequence[str], fusions: Sequence[Any]) -> None:
+    from adapters.composition import Parallel  # only here: PEFT and plain models do without `adapters`
+
+    modes = {module: module.training for module in model.modules()}
+    setup, chosen = backbone.active_adapters, []
+    if names:
+        backbone.train_adapter(Parallel(*names) if len(names) > 1 else names[0])
+        chosen += [p for p in backbone.parameters() if p.requires_grad]
+    for fuse in fusions:  # each call freezes what the ones before it have chosen
+        backbone.train_adapter_fusion(fuse)
+        chosen += [p for p in backbone.parameters() if p.requires_grad]
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    backbone.set_active_adapters(setup)
+    for module, mode in modes.items():
+        module.training = mode
+
+
+def train_base(backbone: Any, base: Mapping[str, Tensor], heads: Iterable[Head]) -> None:
+    """Makes the base model trainable, with its output layer if one of the heads is a language model.
+
+    A pooler that no head reads stays frozen: it would get no gradient.
+    """
+    configs = [head.config for head in heads]
+    pooler = any(config.pooling == "pooler" for config in configs)
+    for name, tensor in base.items():
+        if tensor.is_floating_point() and isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(pooler or not name.startswith("pooler."))
+    if any(config.kind == "language_modeling" for config in configs):
+        for tensor in output_tensors(backbone).values():
+            tensor.requires_grad_(True)
