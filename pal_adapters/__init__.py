@@ -1,7 +1,7 @@
 """Multi-task task modules for Hugging Face models, inside the APIs of `adapters` and `peft`.
 
-Importing the package registers its methods with every host that is installed. A host that is missing costs nothing;
-using one of its names then says what to install.
+Importing the package registers its methods with each host that is installed. If a host is missing, using one of its
+names raises an error that says what to install.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .fusion.folding import fold
 from .fusion.penalty import fusion_regularization
 from .fusion.report import plot_transfer, transfer_report
 from .fusion.types import Folded, TransferTable
+from .methods import load, register_method
 from .methods.camtl.network import NetworkSize, add_task, network_size
 
 if TYPE_CHECKING:
@@ -26,8 +27,7 @@ if TYPE_CHECKING:
     from .methods.camtl.adapters import CAMTLConfig
     from .methods.camtl.peft import CAMTLPeftConfig
     from .methods.houlsby.adapters import HoulsbyPALConfig, ParallelHoulsbyConfig
-    from .methods.houlsby.peft import HoulsbyPeftConfig
-    from .methods.houlsby.variants_peft import HoulsbyPALPeftConfig, ParallelHoulsbyPeftConfig
+    from .methods.houlsby.peft import HoulsbyPALPeftConfig, HoulsbyPeftConfig, ParallelHoulsbyPeftConfig
     from .methods.lhuc.adapters import LHUCConfig
     from .methods.lhuc.peft import LHUCPeftConfig
     from .methods.low_rank.adapters import LowRankConfig
@@ -77,32 +77,12 @@ __all__ = [
     "network_size",
     "plot_transfer",
     "register_block",
+    "register_method",
     "transfer_report",
 ]
 
-_MODULES = {
-    "adapters": (
-        "methods.pal.adapters",
-        "methods.low_rank.adapters",
-        "methods.top.adapters",
-        "methods.lhuc.adapters",
-        "methods.houlsby.adapters",
-        "fusion.adapters.config",
-        "methods.camtl.adapters",
-    ),
-    "peft": (
-        "methods.pal.peft",
-        "methods.low_rank.peft",
-        "methods.top.peft",
-        "methods.lhuc.peft",
-        "methods.houlsby.peft",
-        "methods.houlsby.variants_peft",
-        "fusion.peft.tuner",
-        "fusion.peft.config",
-        "methods.camtl.peft",
-    ),
-}
-_HOSTED = tuple(__all__)
+_PUBLIC = tuple(__all__)
+_FUSION = {"adapters": ("config",), "peft": ("tuner", "config")}
 _missing: dict[str, str] = {}
 
 
@@ -112,34 +92,32 @@ def _load(host: str) -> None:
         return
     try:
         importlib.import_module(host)
-        modules = [importlib.import_module(f"{__name__}.{module}") for module in _MODULES[host]]
-    except ImportError as error:  # also a version that is not supported
+        globals().update(load(host))
+        for name in _FUSION[host]:
+            module = importlib.import_module(f"{__name__}.fusion.{host}.{name}")
+            globals().update({key: value for key, value in vars(module).items() if key in _PUBLIC})
+    except ImportError as error:  # the host, or a version of it that is not supported
+        if (error.name or "").partition(".")[0] == __name__:
+            raise
         _missing[host] = f"{host} could not be used ({error})"
         warnings.warn(f"pal_adapters works without {host}: {_missing[host]}.", stacklevel=3)
-        return
-    for module in modules:
-        for name in _HOSTED:
-            value = getattr(module, name, None)
-            if value is not None and getattr(value, "__module__", None) == module.__name__:
-                globals()[name] = value
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOSTED:
-        host = "peft" if "Peft" in name else "adapters"
+    host = "peft" if "Peft" in name else "adapters"
+    if name in _PUBLIC and host in _missing:
         raise MissingHostError(
-            f"pal_adapters.{name} needs {host}, but {_missing.get(host, 'it was not loaded')}: "
-            f"pip install 'pal-adapters[{host}]'."
+            f"pal_adapters.{name} needs {host}, but {_missing[host]}: pip install 'pal-adapters[{host}]'."
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOSTED})
+    return sorted({*globals(), *_PUBLIC})
 
 
-for _host in _MODULES:
+for _host in _FUSION:
     _load(_host)
 
 # So that `from pal_adapters import *` works with one host.
-__all__ = [name for name in _HOSTED if name in globals()]
+__all__ = [name for name in _PUBLIC if name in globals()]

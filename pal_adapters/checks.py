@@ -95,23 +95,26 @@ def one_of(*allowed: object) -> Check:
     )
 
 
-def text() -> Check:
-    """A string that is not empty."""
-    return Check("a string", lambda value: isinstance(value, str) and bool(value))
+def string(*, empty: bool = True) -> Check:
+    """A string; `empty` says whether `""` is one."""
+    return Check("a string", lambda value: isinstance(value, str) and (empty or bool(value)))
 
 
-def list_of(item: Check, noun: str, *, different: bool = False, maximum: int = LARGEST) -> Check:
+def list_of(item: Check, noun: str, *, different: bool = False, minimum: int = 0, maximum: int = LARGEST) -> Check:
     """A list or tuple of allowed items.
 
     Args:
         item: what each item accepts.
         noun: what the items are, as in "a list of <noun>".
         different: whether an item may occur only once.
+        minimum: the shortest list.
         maximum: the longest list.
     """
 
     def accepts(value: Any) -> bool:
-        if not isinstance(value, (list, tuple)) or len(value) > maximum or not all(map(item.accepts, value)):
+        if not isinstance(value, (list, tuple)) or not minimum <= len(value) <= maximum:
+            return False
+        if not all(map(item.accepts, value)):
             return False
         return not different or len(set(value)) == len(value)
 

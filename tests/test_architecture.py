@@ -14,14 +14,7 @@ ORDER = ["nn", "blocks", "hooks", "hosts", "methods", "fusion", "multitask"]
 
 KNOWN: dict[str, set[str]] = {
     "upward": set(),
-    "between methods": {
-        "methods.houlsby.config -> methods.pal.config",
-        "methods.houlsby.config -> methods.pal.layer",
-        "methods.houlsby.layer -> methods.low_rank.layer",
-        "methods.houlsby.layer -> methods.pal.layer",
-        "methods.low_rank.config -> methods.pal.config",
-        "methods.top.config -> methods.pal.config",
-    },
+    "between methods": set(),
     "in a circle": {
         "hosts.adapters.layer hosts.adapters.network",
         "multitask.tasks.folder multitask.tasks.labels multitask.tasks.record multitask.tasks.task",
@@ -83,8 +76,13 @@ def _upward() -> set[str]:
 
 
 def _between_methods() -> set[str]:
-    inside = [(a, b) for a, b in EDGES if _folder(a) == _folder(b) == "methods"]
-    return {f"{_short(a)} -> {_short(b)}" for a, b in inside if a.split(".")[2] != b.split(".")[2]}
+    """A method imports no other; `methods/shared.py` and `methods/released.py` hold what several use."""
+    inside = [(a.split("."), b.split(".")) for a, b in EDGES if _folder(a) == _folder(b) == "methods"]
+    return {
+        f"{'.'.join(a[1:])} -> {'.'.join(b[1:])}"
+        for a, b in inside
+        if len(b) < 3 or (a[2:3] != b[2:3] and b[2] not in ("shared", "released"))
+    }
 
 
 def _circles() -> set[str]:

@@ -2,52 +2,118 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from pal_adapters.blocks.sites import Block
+from pal_adapters.blocks.sites import Block, parse_sites
+from pal_adapters.checks import check_fields, shown
+from pal_adapters.errors import ConfigError
 from pal_adapters.nn.unit import TaskUnit
 
 
-class MethodConfig(Protocol):
-    """The fields that the bindings themselves read."""
+def _nothing_shared(options: Any, block: Block) -> nn.Module | None:
+    return None
 
-    @property
-    def sites(self) -> Mapping[str, str] | None: ...
 
-    @property
-    def train_base(self) -> bool: ...
+def _nothing_chosen(options: Any, blocks: list[Block], base_parameters: int) -> Mapping[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method.
+    """One method, as the host bindings see it.
+
+    The functions take the method's options (`Options`), whichever host they came from.
 
     Attributes:
-        name: its string, such as `"pal"`; also the `architecture` in adapters and, in capitals, the PEFT type.
-        build: makes the unit of one block, without initialising it, or None where the method has none.
-        build_shared: makes the module that the blocks of one stack share, or None.
-        prepare: the config with values that depend on the model filled in.
-        unmergeable: why the method cannot be merged into the base weights.
-        network: whether an adapter is one network for many tasks, whose units act as `network.NetworkUnit` says.
+        name: in lower case, such as `"pal"`: the `architecture` in adapters and, in capitals, the PEFT type. Names of
+            saved tensors contain it.
+        build: `build(options, block)` makes the unit of one block without initialising it, or returns None for a block
+            that gets none.
+        unmergeable: why the method cannot be merged into the base weights, as a sentence that follows a colon.
+        build_shared: `build_shared(options, block)` makes the module that all blocks of one stack share, or returns
+            None. The binding registers it once, initialises it by its own `reset_parameters` and hands its weights to
+            each unit (`TaskUnit.share`).
+        prepare: `prepare(options, blocks, base_parameters)` is called once for each adapter, before anything is
+            built, with the chosen blocks and the number of pretrained parameters (embeddings and blocks). It raises
+            `ConfigError` or `UnsupportedError` where the options do not fit the model, and returns values for the
+            fields that the user left to the model, such as `{"hidden_size": 204}`; `build` then sees these values.
+            It must not change the options.
+        identity: whether the method has an initialisation that leaves the model as it is.
+        network: whether an adapter is one network for many tasks, whose units act as `hooks.network_unit` says.
+        copies_base: whether `train_base` trains copies of the base weights that belong to the adapter, and leaves the
+            model's own alone.
+        fusable: whether the unit only adds a term behind the feed-forward part, which a coefficient can weigh.
     """
 
     name: str
     build: Callable[[Any, Block], TaskUnit | None]
     unmergeable: str
-    build_shared: Callable[[Any, Block], nn.Module | None] = lambda config, block: None
-    prepare: Callable[[Any, list[Block], int], Any] = lambda config, blocks, base_parameters: config
+    build_shared: Callable[[Any, Block], nn.Module | None] = _nothing_shared
+    prepare: Callable[[Any, list[Block], int], Mapping[str, Any]] = _nothing_chosen
+    identity: bool = True
     network: bool = False
+    copies_base: bool = False
+    fusable: bool = False
+
+
+class Options:
+    """Base of a method's options: the dataclass that its configs of both hosts inherit.
+
+    A subclass is a dataclass (`eq=False`, as each host has its own idea of equality) whose fields carry their checks:
+    `field(default=6, metadata=option("Attention heads.", integer(1)))`.
+    """
+
+    method: ClassVar[Method]
+    host: ClassVar[str]
+    """The host of a config, `"adapters"` or `"peft"`."""
+
+    def validate(self) -> None:
+        """Check what no single field shows, after the fields' own checks.
+
+        Raises:
+            ConfigError: names the fields, their values and what is allowed.
+        """
+
+
+def check_options(config: Any) -> None:
+    """The checks that configs of both hosts start with: each field, and the names of a block's modules.
+
+    Raises:
+        ConfigError: names the field, its value and what is allowed.
+    """
+    check_fields(config)
+    if config.sites is not None:
+        try:
+            parse_sites(config.sites)
+        except ConfigError as error:
+            if str(error).startswith("sites="):
+                raise
+            raise ConfigError(f"sites={shown(config.sites)} is not allowed: {error}") from None
+
+
+def filled(config: Any, values: Mapping[str, Any]) -> Any:
+    """A copy of a config in which `values` stand in the fields of these names."""
+    result = copy.copy(config)
+    result.__dict__.update(values)
+    return result
+
+
+# The config classes of each host, by method
+REGISTERED: dict[str, dict[str, type[Options]]] = {"adapters": {}, "peft": {}}
 
 
 def parameters_of(model: nn.Module, blocks: list[Block], task_parameters: Iterable[nn.Parameter]) -> int:
     """Parameters of the embeddings and the blocks: the part of a model that neither head nor pooler changes.
 
     Args:
+        model: the model.
+        blocks: its blocks.
         task_parameters: what task modules added, which does not count.
     """
     seen: set[int] = {id(p) for p in task_parameters}
@@ -63,7 +129,7 @@ def parameters_of(model: nn.Module, blocks: list[Block], task_parameters: Iterab
 
 
 def generator_for(seed: int | None, block: Block) -> torch.Generator | None:
-    """A generator that gives two adapters with one seed equal weights and two blocks different ones."""
+    """A generator that gives two adapters with one seed equal weights, and two blocks different ones."""
     if seed is None:
         return None
     return torch.Generator().manual_seed(seed * 1_000_003 + block.stack * 10_007 + block.index)

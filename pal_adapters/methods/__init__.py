@@ -1,0 +1,89 @@
+"""The methods, each in a folder of its own that imports no other method.
+
+A folder holds the maths (`layer.py`, plain torch), the options (`config.py`) and a binding for each host
+(`adapters.py`, `peft.py`), which ends with a call of that host's `register`. Folders are discovered: a new one needs
+no entry anywhere. `shared.py` holds what several methods use, `released.py` what only repeats faults of released code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from pal_adapters.errors import ConfigError, PalAdaptersError
+from pal_adapters.hosts.method import REGISTERED, Options
+
+
+def folders() -> list[str]:
+    """The names of the methods' folders."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.ispkg)
+
+
+def load(host: str) -> dict[str, type[Options]]:
+    """Import the bindings of all methods for a host.
+
+    Returns:
+        The config classes that they register, by name.
+
+    Raises:
+        PalAdaptersError: if a binding does not register what it defines.
+    """
+    public: dict[str, type[Options]] = {}
+    for folder in folders():
+        package = importlib.import_module(f"{__name__}.{folder}")
+        if host in {module.name for module in pkgutil.iter_modules(package.__path__)}:
+            public |= registered_in(importlib.import_module(f"{package.__name__}.{host}"), host)
+    return public
+
+
+def registered_in(binding: ModuleType, host: str) -> dict[str, type[Options]]:
+    """The config classes that a binding has registered, by name.
+
+    Raises:
+        PalAdaptersError: if it has not registered all that it defines, or defines none.
+    """
+    defined = {
+        name: value
+        for name, value in vars(binding).items()
+        if isinstance(value, type) and issubclass(value, Options) and value.__module__ == binding.__name__
+    }
+    missing = [name for name, value in defined.items() if value not in REGISTERED[host].values()]
+    if missing or not defined:
+        fault = f"defines {missing[0]} but does not register it" if missing else "defines no config"
+        raise PalAdaptersError(
+            f"{binding.__file__} {fault}: end it with register({missing[0] if missing else '<its config>'}), from "
+            f"pal_adapters.hosts.{host}.registration."
+        )
+    return defined
+
+
+def register_method(*config_classes: type[Options]) -> None:
+    """Register a method of another package with the hosts.
+
+    Afterwards its configs work as those of this package do: in `add_adapter` and `get_peft_model`, by string
+    (`"<name>[hidden_size=12]"`, in adapters), and when a saved adapter is loaded. Call it where the package is
+    imported. Registering a class twice does nothing.
+
+    Args:
+        config_classes: the method's config for adapters, which derives from
+            `pal_adapters.hosts.adapters.config.TaskAdapterConfig`, the one for PEFT, which derives from
+            `pal_adapters.hosts.peft.config.TaskPeftConfig`, or both.
+
+    Raises:
+        ConfigError: for a class that is neither, or a name that is taken.
+
+    Example:
+        ```python
+        pal_adapters.register_method(NeighboursConfig, NeighboursPeftConfig)
+        ```
+    """
+    for config_class in config_classes:
+        host = getattr(config_class, "host", None)
+        if host not in REGISTERED:
+            raise ConfigError(
+                f"config_class={config_class!r} is not allowed: pass a dataclass that derives from TaskAdapterConfig "
+                "or TaskPeftConfig."
+            )
+        # Only the hosts that are installed can be imported.
+        importlib.import_module(f"pal_adapters.hosts.{host}.registration").register(config_class)

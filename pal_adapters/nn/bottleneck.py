@@ -1,16 +1,60 @@
-"""Several bottlenecks as a wide one, in plain torch.
+"""Bottlenecks in plain torch: a pair of projections with a non-linearity, and several bottlenecks as a wide one.
 
-Legend: S sources, d model width, r_s width of source s, R their sum.
+Legend: b batch size, n tokens, d model width, r inner width, S sources, r_s width of source s, R their sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from .functional import linear
+from .unit import Weights, init_linear
+
+ActivationSite = Literal["output", "middle", "none"]
+
+
+class Projections(nn.Module):
+    """`V^E: d -> r` and `V^D: r -> d`.
+
+    Args:
+        width: `d`.
+        hidden_size: `r`.
+        bias: whether both have a bias.
+    """
+
+    def __init__(self, width: int, hidden_size: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(width, hidden_size, bias=bias)
+        self.decoder = nn.Linear(hidden_size, width, bias=bias)
+
+    def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
+        """`N(0, 0.02^2)` and zero biases; `identity=True` zeroes `V^D`, so that the pair adds nothing."""
+        init_linear(self.encoder, generator=generator)
+        init_linear(self.decoder, zero=identity, generator=generator)
+
+
+def project(x: Tensor, weights: Weights, prefix: str = "", activation_site: ActivationSite = "middle") -> Tensor:
+    """`V^D g(V^E x)` of `x` `[b, n, d]` with the exact GELU.
+
+    Args:
+        x: `[b, n, d]`.
+        weights: holds the weights of `Projections` under `prefix`, one set for all or one for each example.
+        prefix: such as `"attention."`.
+        activation_site: where `g` stands: between the projections, behind both, or nowhere.
+
+    Returns:
+        `[b, n, d]`.
+    """
+    inner = linear(x, weights[f"{prefix}encoder.weight"], weights.get(f"{prefix}encoder.bias"))
+    if activation_site == "middle":
+        inner = F.gelu(inner)
+    outer = linear(inner, weights[f"{prefix}decoder.weight"], weights.get(f"{prefix}decoder.bias"))
+    return F.gelu(outer) if activation_site == "output" else outer
 
 
 class Bottleneck(NamedTuple):

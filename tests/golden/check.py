@@ -22,11 +22,15 @@ from safetensors.torch import load_file
 from transformers import BertModel
 
 import pal_adapters
+from pal_adapters.methods.houlsby.config import ParallelHoulsbyOptions
 from pal_adapters.methods.houlsby.layer import HoulsbyPAL, ParallelHoulsby
 from pal_adapters.methods.lhuc.layer import LHUC
 from pal_adapters.methods.low_rank.layer import LowRank
-from pal_adapters.methods.pal.layer import PAL, Projections
+from pal_adapters.methods.pal.config import PALOptions
+from pal_adapters.methods.pal.layer import PAL
+from pal_adapters.methods.top.config import TopAttentionOptions
 from pal_adapters.methods.top.layer import TopAttention, TopBertLayer
+from pal_adapters.nn.bottleneck import Projections
 from pal_adapters.nn.unit import TaskUnit, UnitInputs
 
 if __package__:
@@ -351,11 +355,11 @@ def compare_limits(case: Case) -> tuple[float, float]:
         size = int(name.split("=")[1]) if "=" in name else 24
         try:
             if name.startswith("BERTPals"):
-                pal_adapters.methods.pal.config.validate(_Namespace(hidden_size=size))
+                PALOptions(hidden_size=size).validate()
             elif name.startswith("top"):
-                pal_adapters.methods.top.config.validate_attention(_Namespace(hidden_size=size, num_heads=12))
+                TopAttentionOptions(hidden_size=size, num_heads=12).validate()
             else:  # computed wrongly by the reference
-                pal_adapters.methods.houlsby.config.validate_parallel(_Namespace(hidden_size=size, lhuc=True))
+                ParallelHoulsbyOptions(hidden_size=size, lhuc=True).validate()
             refused = False
         except ValueError:
             refused = True
@@ -377,16 +381,6 @@ def compare_sampling(case: Case) -> tuple[float, float]:
         stored = torch.tensor(row["probabilities"], dtype=torch.float64)
         worst = max(worst, abs(alpha - row["alpha"]), difference(stored, computed))
     return worst, 0.0
-
-
-class _Namespace:
-    num_heads, num_layers, dropout = 6, 6, 0.0
-    activation_site, pal_input = "output", "norm"
-    tie_projections = use_bias = True
-    lhuc = legacy_ln_init = False
-
-    def __init__(self, **values: Any) -> None:
-        self.__dict__.update(values)
 
 
 def compare(case: Case, host: str) -> tuple[float, float] | None:

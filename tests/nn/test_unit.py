@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from pal_adapters import UnsupportedError
 from pal_adapters.hooks.masks import CallMask
 from pal_adapters.hooks.rows import RowPlan, run_rows, run_unit, select_rows
-from pal_adapters.methods.houlsby.layer import Bottleneck, HoulsbyPAL, ParallelHoulsby
+from pal_adapters.methods.houlsby.layer import HoulsbyBottleneck, HoulsbyPAL, ParallelHoulsby
 from pal_adapters.methods.lhuc.layer import LHUC
 from pal_adapters.methods.low_rank.layer import LowRank
-from pal_adapters.methods.pal.layer import PAL, Projections
+from pal_adapters.methods.pal.layer import PAL
 from pal_adapters.methods.top.layer import TopAttention, TopBertLayer
+from pal_adapters.nn.bottleneck import Projections
 from pal_adapters.nn.unit import TaskUnit, UnitInputs, init_linear, no_mask, stack_weights
 from tests import zoo
 
@@ -47,7 +48,9 @@ def houlsby_pal() -> HoulsbyPAL:
 # Every unit class; those in one tuple can be mixed in a batch.
 KINDS: dict[str, tuple[Callable[[], TaskUnit], ...]] = {
     "pal": (pal, pal, lambda: pal(4), lambda: pal(lhuc=True), lambda: pal(activation_site="middle")),
-    "pal, own projections": (lambda: pal(tied=False), lambda: pal(tied=False), lambda: pal(tied=False, reads="h")),
+    "pal, own projections": (
+        lambda: pal(tied=False), lambda: pal(tied=False), lambda: pal(tied=False, reads="raw"),
+    ),
     "pal, no biases": (lambda: pal(bias=False), lambda: pal(bias=False), pal),
     "low_rank": (lambda: LowRank(D, 3), lambda: LowRank(D, 3), lambda: LowRank(D, 5),
                  lambda: LowRank(D, 3, lhuc=True)),
@@ -58,7 +61,10 @@ KINDS: dict[str, tuple[Callable[[], TaskUnit], ...]] = {
     "lhuc": (lambda: LHUC(D, site="ffn"), lambda: LHUC(D, site="ffn"), lambda: LHUC(D, site="ffn")),
     "parallel_houlsby": (lambda: ParallelHoulsby(D, 3), lambda: ParallelHoulsby(D, 3), lambda: ParallelHoulsby(D, 4)),
     "houlsby_pal": (houlsby_pal, houlsby_pal, lambda: ParallelHoulsby(D, 4)),
-    "bottleneck": (lambda: Bottleneck(D, 3), lambda: Bottleneck(D, 3), lambda: Bottleneck(D, 3, activation="relu")),
+    "bottleneck": (
+        lambda: HoulsbyBottleneck(D, 3), lambda: HoulsbyBottleneck(D, 3),
+        lambda: HoulsbyBottleneck(D, 3, activation="relu"),
+    ),
     "top_attention": (
         lambda: TopAttention(D, 8, num_layers=2, num_heads=2), lambda: TopAttention(D, 8, num_layers=2, num_heads=2),
         lambda: TopAttention(D, 4, num_layers=1, num_heads=2),

@@ -15,7 +15,7 @@ from torch import nn
 
 from pal_adapters.blocks.sites import Block, find_blocks, resolve
 from pal_adapters.errors import ConfigError, PalAdaptersError, SiteError, UnsupportedError
-from pal_adapters.hosts.method import parameters_of
+from pal_adapters.hosts.method import filled, parameters_of
 
 from .composition import architectures
 from .config import TaskAdapterConfig, is_ours, task_configs
@@ -111,7 +111,7 @@ def _plan(model: ModelAdaptersMixin, whole: AdapterConfig) -> Plan:
     blocks = _find(base, [layer for _, layer in layers], configs)
     _check_leave_out(configs, sorted({i for i, _ in layers}))
     parameters = parameters_of(base, blocks, task_parameters(base))
-    prepared = {id(c): c.method.prepare(c, blocks, parameters) for c in configs}
+    prepared = {id(c): filled(c, c.method.prepare(c, blocks, parameters)) for c in configs}
     return Plan(layers, blocks, prepared, _shares(whole, list(prepared.values()), blocks))
 
 

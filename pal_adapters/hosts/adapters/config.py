@@ -15,13 +15,12 @@ from adapters.configuration import (
     PromptTuningConfig,
 )
 
-from pal_adapters.blocks.sites import parse_sites
-from pal_adapters.checks import require_bool, require_int, require_one_of
+from pal_adapters.checks import boolean, integer, list_of, mapping_of, option, optional, require_one_of, string
 from pal_adapters.errors import ConfigError
-from pal_adapters.hosts.method import Method
+from pal_adapters.hosts.method import REGISTERED, Options, check_options
 
-# The config class of each method by its architecture; `adapters.register` fills it.
-CONFIGS: dict[str, type[TaskAdapterConfig]] = {}
+# The config class of each method by its architecture; `registration.register` fills it.
+CONFIGS: dict[str, type[Options]] = REGISTERED["adapters"]
 
 
 _HOSTS = (BnConfig, LoRAConfig, PrefixTuningConfig, PromptTuningConfig)
@@ -29,7 +28,7 @@ _OTHERS = {name for config in _HOSTS for name in config.__dataclass_fields__}
 
 
 @dataclass(eq=False)
-class TaskAdapterConfig(AdapterConfig):
+class TaskAdapterConfig(Options, AdapterConfig):
     """Base of our configs in `adapters`.
 
     Args:
@@ -42,35 +41,32 @@ class TaskAdapterConfig(AdapterConfig):
             `BlockSites` plus `"block"`, the class name.
     """
 
-    method: ClassVar[Method]
+    host: ClassVar[str] = "adapters"
     init_choices: ClassVar[tuple[str, ...]] = ("zero_decoder", "bert")
-    # What the host asks for to put adapters into one Fuse; only methods that add a term behind the feed-forward part.
-    fusable: ClassVar[bool] = True
-    # Whether `train_base` trains copies that belong to the adapter, and leaves the model's own weights alone.
-    copies_base: ClassVar[bool] = False
 
-    leave_out: list[int] = field(default_factory=list)
-    init_weights: str = "zero_decoder"
-    init_weights_seed: int | None = None
-    train_base: bool = False
-    sites: dict[str, str] | None = None
+    leave_out: list[int] = field(
+        default_factory=list,
+        metadata=option("Blocks that get no module.", list_of(integer(0), "block indices from 0")),
+    )
+    init_weights: str = field(default="zero_decoder", metadata=option("How new weights are drawn.", string()))
+    init_weights_seed: int | None = field(
+        default=None, metadata=option("Seed of the initialisation.", optional(integer(0, 2**32 - 1)))
+    )
+    train_base: bool = field(default=False, metadata=option("Train the pretrained weights too.", boolean()))
+    sites: dict[str, str] | None = field(
+        default=None,
+        metadata=option(
+            "Names of the modules inside a block.", optional(mapping_of(optional(string()), "module names"))
+        ),
+    )
+    architecture: str | None = field(default=None, metadata=option("The method.", optional(string())))
 
     def __post_init__(self) -> None:
         if self.architecture != self.method.name:
             raise ConfigError(f"architecture={self.architecture!r} is not allowed here: use {self.method.name!r}.")
+        check_options(self)
         require_one_of("init_weights", self.init_weights, self.init_choices)
-        require_bool("train_base", self.train_base)
-        if self.init_weights_seed is not None:
-            require_int("init_weights_seed", self.init_weights_seed, minimum=0)
-        if not isinstance(self.leave_out, (list, tuple)):
-            raise ConfigError(f"leave_out={self.leave_out!r} is not allowed: use a list of block indices from 0.")
-        for index in self.leave_out:
-            if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-                raise ConfigError(f"leave_out={self.leave_out!r} is not allowed: use a list of block indices from 0.")
-        if self.sites is not None:
-            if not isinstance(self.sites, Mapping):
-                raise ConfigError(f"sites={self.sites!r} is not allowed: use a dict of module names, with 'block'.")
-            parse_sites(self.sites)
+        self.validate()
 
     def __setattr__(self, name: str, value: Any) -> None:
         # The host lets a config take attributes of any name, so that another method's argument would be ignored.
@@ -94,7 +90,11 @@ class TaskAdapterConfig(AdapterConfig):
 
     def __getitem__(self, key: str) -> Any:
         # Read by the host when it fuses adapters, though these are no options here.
-        if self.fusable and key in ("output_adapter", "mh_adapter", "cross_adapter") and key not in self.__dict__:
+        if (
+            self.method.fusable
+            and key in ("output_adapter", "mh_adapter", "cross_adapter")
+            and key not in self.__dict__
+        ):
             return key == "output_adapter"
         return super().__getitem__(key)
 

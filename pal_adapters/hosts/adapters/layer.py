@@ -331,7 +331,7 @@ def trains_base(adapters_config: Any, setup: AdapterCompositionBlock | None) -> 
 
 def trains_originals(config: TaskAdapterConfig) -> bool:
     """Whether an adapter trains the model's own pretrained weights, not copies of them."""
-    return config.train_base and not config.copies_base
+    return config.train_base and not config.method.copies_base
 
 
 def unfusable(names: Collection[str], layer: TaskLayer) -> str | None:
@@ -339,7 +339,7 @@ def unfusable(names: Collection[str], layer: TaskLayer) -> str | None:
     listed = f"Fuse({', '.join(names)}) cannot be used: "
     for name in names:
         for config in task_configs(layer.adapters_config.get(name)):
-            if not config.fusable:
+            if not config.method.fusable:
                 return (
                     f"{listed}a fusion weighs terms that are added behind the feed-forward part, and {name!r} "
                     f"({config.architecture}) acts elsewhere. Fuse adapters of type pal, low_rank or a bottleneck."

@@ -3,20 +3,51 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftType, TaskType
 
-from pal_adapters.blocks.sites import Block, parse_sites
-from pal_adapters.checks import require_bool
+from pal_adapters.blocks.sites import Block
+from pal_adapters.checks import (
+    Check,
+    boolean,
+    either,
+    integer,
+    list_of,
+    mapping_of,
+    one_of,
+    option,
+    optional,
+    string,
+)
 from pal_adapters.errors import ConfigError
-from pal_adapters.hosts.method import Method
+from pal_adapters.hosts.method import Options, check_options
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value)
+
+
+_NAMES = Check("a list of names", _are_names)
+_NAMES_OR_PATTERN = Check(
+    "a list of names, a regular expression or None",
+    lambda value: value is None or _are_names(value) or (isinstance(value, str) and _is_pattern(value)),
+)
+_INDICES = list_of(integer(0), "block indices from 0")
 
 
 @dataclass
-class TaskPeftConfig(PeftConfig):
+class TaskPeftConfig(Options, PeftConfig):
     """Base of our configs in PEFT.
 
     Args:
@@ -34,34 +65,52 @@ class TaskPeftConfig(PeftConfig):
             `BlockSites` plus `"block"`, the class name.
     """
 
-    method: ClassVar[Method]
-    # Whether `train_base` trains copies that belong to the adapter, and leaves the model's own weights alone.
-    copies_base: ClassVar[bool] = False
+    host: ClassVar[str] = "peft"
+    inherited_checks: ClassVar[Mapping[str, Check]] = {
+        "task_type": optional(one_of(*(task.value for task in TaskType))),
+        "peft_type": optional(string()),
+        "auto_mapping": optional(mapping_of(optional(string()), "class names")),
+        "peft_version": optional(string()),
+        "base_model_name_or_path": optional(string()),
+        "revision": optional(string()),
+        "inference_mode": boolean(),
+    }
 
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Blocks to adapt; all by default."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Blocks to leave out."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of blocks to adapt."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
-    init_weights: bool = field(default=True, metadata={"help": "Whether the fresh adapter changes nothing."})
-    train_base: bool = field(default=False, metadata={"help": "Train, save and load the pretrained weights too."})
-    sites: dict[str, str] | None = field(default=None, metadata={"help": "Names of the modules inside a block."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata=option("Blocks to adapt; all by default.", _NAMES_OR_PATTERN)
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata=option("Blocks to leave out.", _NAMES_OR_PATTERN)
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata=option("Indices of blocks to adapt.", optional(either(integer(0), _INDICES)))
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata=option("Name of the list of blocks.", optional(either(string(), _NAMES)))
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata=option("Other modules to train and save.", optional(_NAMES))
+    )
+    init_weights: bool = field(default=True, metadata=option("Whether a new adapter changes nothing.", boolean()))
+    train_base: bool = field(default=False, metadata=option("Train, save and load the pretrained weights.", boolean()))
+    sites: dict[str, str] | None = field(
+        default=None,
+        metadata=option(
+            "Names of the modules inside a block.", optional(mapping_of(optional(string()), "module names"))
+        ),
+    )
 
     def __post_init__(self) -> None:
+        check_options(self)
         super().__post_init__()
-        self.peft_type = PeftType(self.method.name.upper())
-        if isinstance(self.target_modules, list):
+        own = PeftType(self.method.name.upper())
+        if self.peft_type not in (None, own):
+            raise ConfigError(f"peft_type={self.peft_type!r} is not allowed here: leave it out.")
+        self.peft_type = own
+        if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
+        if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        require_bool("init_weights", self.init_weights)
-        require_bool("train_base", self.train_base)
-        _require_names("target_modules", self.target_modules)
-        _require_names("exclude_modules", self.exclude_modules)
-        _require_names("layers_pattern", self.layers_pattern)
-        if isinstance(self.modules_to_save, str):
-            raise ConfigError(f"modules_to_save={self.modules_to_save!r} is not allowed: pass a list of module names.")
-        _require_names("modules_to_save", self.modules_to_save)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(
                 f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform: pass both or none."
@@ -71,8 +120,12 @@ class TaskPeftConfig(PeftConfig):
                 f"layers_to_transform={self.layers_to_transform!r} has no effect with target_modules="
                 f"{self.target_modules!r}: a regular expression names the blocks by itself."
             )
-        if self.sites is not None:
-            parse_sites(self.sites)
+        if self.init_weights and not self.method.identity:
+            raise ConfigError(
+                f"init_weights=True is not allowed: {self.method.name} has no initialisation that leaves the model as "
+                "it is. Use init_weights=False."
+            )
+        self.validate()
 
     @property
     def identity_init(self) -> bool:
@@ -81,13 +134,6 @@ class TaskPeftConfig(PeftConfig):
     @property
     def init_weights_seed(self) -> None:
         return None
-
-
-def _require_names(argument: str, value: Any) -> None:
-    if value is None or isinstance(value, str):
-        return
-    if not isinstance(value, (list, tuple, set)) or not all(isinstance(name, str) for name in value):
-        raise ConfigError(f"{argument}={value!r} is not allowed: use a list of names, a regular expression or None.")
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from pal_adapters.errors import UnsupportedError
 
+from .config import TaskPeftConfig
+
 _PREFIX = "base_model.model."
 
 
@@ -61,7 +63,7 @@ def name_alone(model: nn.Module, name: str, adapter_name: str) -> str:
 
 def is_joint(config: Any) -> bool:
     """Whether the model's own pretrained weights belong to an adapter (not copies of them)."""
-    return getattr(config, "train_base", False) is True and not getattr(config, "copies_base", False)
+    return isinstance(config, TaskPeftConfig) and config.train_base and not config.method.copies_base
 
 
 def mark_base(model: nn.Module, active: Iterable[str], configs: Mapping[str, Any] | None = None) -> None:

@@ -119,6 +119,7 @@ class NetworkTunerLayer(TaskTunerLayer):
 class NetworkTuner(TaskTuner):
     """Base of the tuners of such methods."""
 
+    tuner_layer_cls = NetworkTunerLayer
     forward_arguments = (ARGUMENT, CARRIED)
 
     @staticmethod

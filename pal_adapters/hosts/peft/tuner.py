@@ -164,7 +164,7 @@ class TaskTuner(BaseTuner):
 
     method: Method
     prefix: str
-    tuner_layer_cls: type[BaseTunerLayer]
+    tuner_layer_cls: type[BaseTunerLayer] = TaskTunerLayer
     target_module_mapping: dict[str, list[str]] = {}
     # A hook in front of `PeftModel.forward`; tuners that are steered by tasks replace it.
     _on_task_ids = staticmethod(_refuse_task_ids)
@@ -191,7 +191,9 @@ class TaskTuner(BaseTuner):
         chosen, self._excluded = choose_blocks(peft_config, blocks)
         ids = task_parameter_ids(self.model)
         added = [p for p in self.model.parameters() if id(p) in ids]
-        self.method.prepare(peft_config, chosen, parameters_of(self.model, blocks, added))
+        values = self.method.prepare(peft_config, chosen, parameters_of(self.model, blocks, added))
+        for name, value in values.items():
+            setattr(peft_config, name, value)
         self._chosen: dict[str, Block] = {block.name: block for block in chosen}
         self._shared: dict[int, nn.Module | None] = {}
         return peft_config

@@ -1,16 +1,29 @@
-"""What both hosts' CA-MTL configs have in common: presets, checks, and how the modules of a block are chosen."""
+"""The options of CA-MTL and its presets, and how the host bindings choose the modules of a block."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from pal_adapters.blocks.norms import full_norms
 from pal_adapters.blocks.sites import Block
-from pal_adapters.checks import require_bool, require_int, require_one_of
+from pal_adapters.checks import (
+    boolean,
+    either,
+    integer,
+    list_of,
+    one_of,
+    option,
+    optional,
+    require_one_of,
+    string,
+)
 from pal_adapters.errors import ConfigError, UnsupportedError
-from pal_adapters.hosts.method import Method
+from pal_adapters.hosts.method import Method, Options
+from pal_adapters.methods.released import CAMTL_PRESETS, freezes_attention_film
 
 from .layer import ConditionalBlock
 from .task import TaskConditions
@@ -18,10 +31,13 @@ from .task import TaskConditions
 PRESETS: dict[str, dict[str, Any]] = {
     "ca_mtl_base": {"bottleneck": "top"},
     "ca_mtl_large": {"bottleneck": "stream"},
-    "ca_mtl_base_code": {"bottleneck": "top", "freeze_rule": "code", "top_block_init": "scratch"},
-    "ca_mtl_large_code": {"bottleneck": "stream", "freeze_rule": "code"},
+    **CAMTL_PRESETS,
 }
-"""The two released networks with the recommended switches, and as released (then with the authors' initialisation)."""
+"""The two networks with the recommended switches, and as released (`_code`, with the authors' initialisation)."""
+
+MOST_TASKS = 10_000
+
+_blocks = optional(list_of(integer(0), "block indices from 0", maximum=10_000))
 
 
 def preset_values(name: str, init: tuple[str, Any]) -> dict[str, Any]:
@@ -32,86 +48,53 @@ def preset_values(name: str, init: tuple[str, Any]) -> dict[str, Any]:
         init: the host's field and value for the authors' initialisation.
     """
     require_one_of("name", name, PRESETS)
-    values = dict(PRESETS[name])
-    if name.endswith("_code"):
-        values[init[0]] = init[1]
-    return values
+    return {**PRESETS[name], **({init[0]: init[1]} if name in CAMTL_PRESETS else {})}
 
 
 def task_list(tasks: Any) -> list[str] | None:
     """`tasks` as names: a number stands for `"0"`, `"1"` and so on."""
-    if tasks is None:
-        return None
-    if isinstance(tasks, int) and not isinstance(tasks, bool) and tasks > 0:
+    if isinstance(tasks, int):
         return [str(number) for number in range(tasks)]
-    fine = isinstance(tasks, (list, tuple)) and tasks and all(isinstance(t, str) and t for t in tasks)
-    if not fine or len(set(tasks)) != len(tasks):
-        raise ConfigError(f"tasks={tasks!r} is not allowed: pass a list of different names, or how many there are.")
-    return list(tasks)
+    return None if tasks is None else list(tasks)
 
 
-def _require_blocks(argument: str, value: Any) -> None:
-    fine = value is None or (
-        isinstance(value, (list, tuple))
-        and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value)
+def _build(options: CAMTLOptions, block: Block) -> ConditionalBlock:
+    assert options.norm_layers is not None
+    assert options.attention_layers is not None
+    norms = tuple(full_norms(block)) if block.index in options.norm_layers else ()
+    bottlenecks = 0
+    closing: Literal["own", "final", "none"] = "none"
+    if block.last and options.bottleneck == "top":
+        bottlenecks, closing = 1, "own" if block.sites.norm == "post" else "final"
+    elif block.last and options.bottleneck == "stream":
+        bottlenecks = block.depth
+    return ConditionalBlock(
+        block.width,
+        max_length=options.max_length if block.index in options.attention_layers else None,
+        attention_modulation=options.attention_modulation,  # type: ignore[arg-type]
+        freeze_attention_film=freezes_attention_film(
+            options.freeze_rule, block.index in (options.freeze_layers or ())
+        ),
+        norms=norms,
+        modulate_bias=options.norm_modulate_bias,
+        bottlenecks=bottlenecks,
+        bottleneck_size=options.bottleneck_size,
+        closing_norm=closing,
     )
-    if not fine:
-        raise ConfigError(f"{argument}={value!r} is not allowed: use a list of block indices from 0, or None.")
 
 
-def validate(config: Any) -> None:
-    """Check the fields of a CA-MTL config.
-
-    Raises:
-        ConfigError: names the argument, the value and what is allowed.
-    """
-    require_int("max_length", config.max_length, minimum=1)
-    require_one_of("attention_modulation", config.attention_modulation, ("columns", "matrix"))
-    require_one_of("bottleneck", config.bottleneck, ("top", "stream", "none"))
-    require_one_of("freeze_rule", config.freeze_rule, ("intended", "code"))
-    require_one_of("top_block_init", config.top_block_init, ("pretrained", "scratch"))
-    for name in ("alignment", "norm_modulate_bias", "train_base", "freeze_embeddings"):
-        require_bool(name, getattr(config, name))
-    for name in ("attention_layers", "norm_layers", "freeze_layers"):
-        _require_blocks(name, getattr(config, name))
-    if config.bottleneck_size is not None:
-        require_int("bottleneck_size", config.bottleneck_size, minimum=1)
-        if config.bottleneck == "none":
-            _no_effect("bottleneck_size", config.bottleneck_size, "bottleneck='none'")
-    if config.norm_modulate_bias and config.norm_layers is not None and not config.norm_layers:
-        _no_effect("norm_modulate_bias", True, "norm_layers=[]")
-    if (
-        config.attention_layers is not None
-        and not config.attention_layers
-        and config.attention_modulation != "columns"
-    ):
-        _no_effect("attention_modulation", config.attention_modulation, "attention_layers=[]")
-    if not config.train_base:
-        if config.freeze_layers is not None:
-            _no_effect("freeze_layers", config.freeze_layers, "train_base=False")
-        if config.freeze_rule == "code":
-            _no_effect("freeze_rule", "code", "train_base=False")
-        if config.top_block_init == "scratch":
-            _no_effect("top_block_init", "scratch", "train_base=False")
-        if not config.freeze_embeddings:
-            _no_effect("freeze_embeddings", False, "train_base=False")
+def _build_shared(options: CAMTLOptions, block: Block) -> nn.Module:
+    # On the meta device a host asks whether there is anything shared before `tasks` is checked.
+    return TaskConditions(block.width, len(task_list(options.tasks) or [""]), alignment=options.alignment)
 
 
-def _no_effect(argument: str, value: Any, other: str) -> None:
-    raise ConfigError(f"{argument}={value!r} has no effect with {other}: leave it out.")
+def frozen_by_default(options: CAMTLOptions, depth: int) -> list[int]:
+    """The recommended freezing: blocks 0 to 4 of 12 with a bottleneck at the top, 0 to 11 of 24 with a side stream."""
+    return list(range(depth // 2 if options.bottleneck == "stream" else max(0, depth // 2 - 1)))
 
 
-def frozen_by_default(config: Any, depth: int) -> list[int]:
-    """The advised freezing: blocks 0 to 4 of 12 with a bottleneck at the top, 0 to 11 of 24 with a side stream."""
-    return list(range(depth // 2 if config.bottleneck == "stream" else max(0, depth // 2 - 1)))
-
-
-def _upper_half(depth: int) -> list[int]:
-    return list(range(depth - depth // 2, depth))
-
-
-def _prepare(config: Any, blocks: list[Block], base_parameters: int) -> Any:
-    if config.tasks is None:
+def _check_model(options: CAMTLOptions, blocks: list[Block]) -> None:
+    if options.tasks is None:
         raise ConfigError(
             "tasks=None is not allowed: pass tasks=[...], the names of the tasks, or how many there are."
         )
@@ -127,61 +110,30 @@ def _prepare(config: Any, blocks: list[Block], base_parameters: int) -> Any:
             "which module by attention_layers and norm_layers."
         )
     if any("Albert" in cls.__name__ for cls in type(first.module).__mro__):
-        raise UnsupportedError("ca_mtl cannot steer ALBERT: its blocks stand at several depths at once.")
+        raise UnsupportedError("ca_mtl cannot steer ALBERT: each of its blocks stands at several depths at once.")
     depth = first.depth
     for name in ("attention_layers", "norm_layers", "freeze_layers"):
-        value = getattr(config, name)
+        value = getattr(options, name)
         if value is not None and any(i >= depth for i in value):
             raise ConfigError(f"{name}={list(value)} is not allowed: the blocks are 0 to {depth - 1}.")
-    if config.top_block_init == "scratch" and config.freeze_layers is not None and depth - 1 in config.freeze_layers:
+    if options.top_block_init == "scratch" and depth - 1 in (options.freeze_layers or ()):
         raise ConfigError(
-            f"top_block_init='scratch' is not allowed with freeze_layers={config.freeze_layers}: the top block is "
+            f"top_block_init='scratch' is not allowed with freeze_layers={options.freeze_layers}: the top block is "
             "frozen."
         )
-    changes: dict[str, Any] = {}
-    if config.train_base and config.freeze_layers is None:
-        changes["freeze_layers"] = frozen_by_default(config, depth)
-    if config.norm_layers is None:
-        changes["norm_layers"] = _upper_half(depth)
-    if config.attention_layers is None:
-        changes["attention_layers"] = list(range(depth))
-    return replace_fields(config, changes)
 
 
-def replace_fields(config: Any, changes: dict[str, Any]) -> Any:
-    """Replace fields as each host does with its own configs: a new one in adapters, written to in PEFT."""
-    if hasattr(config, "replace"):
-        return config.replace(**changes)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return config
-
-
-def _build(config: Any, block: Block) -> ConditionalBlock:
-    norms = tuple(full_norms(block)) if block.index in config.norm_layers else ()
-    bottlenecks = 0
-    closing: Literal["own", "final", "none"] = "none"
-    if block.last and config.bottleneck == "top":
-        bottlenecks, closing = 1, "own" if block.sites.norm == "post" else "final"
-    elif block.last and config.bottleneck == "stream":
-        bottlenecks = block.depth
-    frozen = config.freeze_layers or ()
-    return ConditionalBlock(
-        block.width,
-        max_length=config.max_length if block.index in config.attention_layers else None,
-        attention_modulation=config.attention_modulation,
-        freeze_attention_film=config.freeze_rule == "code" and block.index in frozen,
-        norms=norms,
-        modulate_bias=config.norm_modulate_bias,
-        bottlenecks=bottlenecks,
-        bottleneck_size=config.bottleneck_size,
-        closing_norm=closing,
-    )
-
-
-def _build_shared(config: Any, block: Block) -> nn.Module:
-    # On the meta device a host asks whether there is anything shared before `tasks` is checked.
-    return TaskConditions(block.width, len(config.tasks or [""]), alignment=config.alignment)
+def _prepare(options: CAMTLOptions, blocks: list[Block], base_parameters: int) -> Mapping[str, Any]:
+    _check_model(options, blocks)
+    depth = blocks[0].depth
+    chosen: dict[str, Any] = {}
+    if options.train_base and options.freeze_layers is None:
+        chosen["freeze_layers"] = frozen_by_default(options, depth)
+    if options.norm_layers is None:
+        chosen["norm_layers"] = list(range(depth - depth // 2, depth))
+    if options.attention_layers is None:
+        chosen["attention_layers"] = list(range(depth))
+    return chosen
 
 
 METHOD = Method(
@@ -189,6 +141,105 @@ METHOD = Method(
     build=_build,
     build_shared=_build_shared,
     prepare=_prepare,
-    unmergeable="its modules depend on the task of each row, which no weight of the base model does.",
+    unmergeable="its modules depend on the task of each example, which no weight of the base model does.",
     network=True,
+    copies_base=True,
 )
+
+
+@dataclass(eq=False)
+class CAMTLOptions(Options):
+    """The options of `CAMTLConfig` and `CAMTLPeftConfig`.
+
+    A learned vector for each task steers the model by feature-wise linear modulation, see
+    `pal_adapters.methods.camtl.film.FiLM`: the embeddings are aligned, a block-diagonal term is added to the attention
+    scores of every block, the norms of the upper half become conditional, and there is a linear bottleneck on top
+    (`ca_mtl_base`) or one behind every block on a side stream (`ca_mtl_large`). Half of the pretrained weights train
+    too, as copies that belong to the adapter. Pass `task_ids`, names or numbers, to the model's forward to say which
+    task each example belongs to.
+
+    Source: Pilault, El hattami and Pal, "Conditionally Adaptive Multi-Task Learning", ICLR 2021. Differences from the
+    released code: the top block keeps its pretrained weights, all conditional modules train, the lower half and the
+    embeddings are frozen by default, `max_length` need not divide the width, and FiLM starts at zero by default. The
+    presets `"ca_mtl_base_code"` and `"ca_mtl_large_code"` set the switches of the released code.
+
+    Args:
+        tasks: names of the tasks, or how many there are.
+        max_length: the longest sequence in tokens; shorter ones use the leading part of the attention term.
+        alignment: whether the embeddings are aligned.
+        attention_layers: indices of the blocks with the attention term, from 0; None for all.
+        attention_modulation: `"columns"` (as in the released code) or `"matrix"` (the paper's notation), see
+            `pal_adapters.methods.camtl.attention.ConditionalAttentionBias`.
+        norm_layers: indices of the blocks whose norms are conditional; None for the upper half.
+        norm_modulate_bias: modulate the shift of the norms too, as in the paper.
+        bottleneck: `"top"` (base), `"stream"` (large) or `"none"`.
+        bottleneck_size: inner width of the bottlenecks; None for a third of the model's width.
+        train_base: train copies of the pretrained weights that are not frozen.
+        freeze_layers: indices of the blocks whose pretrained weights stay frozen; None for 0 to 4 of 12 with
+            `bottleneck="top"` and 0 to 11 of 24 with `"stream"`.
+        freeze_embeddings: whether the embeddings stay frozen.
+        freeze_rule: `"intended"` trains all conditional modules; for `"code"` see `pal_adapters.methods.released`.
+        top_block_init: `"pretrained"`; for `"scratch"` see `pal_adapters.methods.released`.
+
+    Raises:
+        ConfigError: for a value that is not allowed, or has no effect beside the others.
+    """
+
+    method: ClassVar[Method] = METHOD
+
+    tasks: list[str] | int | None = field(
+        default=None,
+        metadata=option(
+            "Names of the tasks, or how many there are.",
+            optional(either(list_of(string(empty=False), "names", different=True, maximum=MOST_TASKS, minimum=1),
+                            integer(1, MOST_TASKS))),
+        ),
+    )  # fmt: skip
+    max_length: int = field(default=128, metadata=option("The longest sequence in tokens.", integer(1)))
+    alignment: bool = field(default=True, metadata=option("Align the embeddings.", boolean()))
+    attention_layers: list[int] | None = field(
+        default=None, metadata=option("Blocks with the attention term; all by default.", _blocks)
+    )
+    attention_modulation: str = field(
+        default="columns", metadata=option("Shape of the modulation.", one_of("columns", "matrix"))
+    )
+    norm_layers: list[int] | None = field(
+        default=None, metadata=option("Blocks with conditional norms; the upper half by default.", _blocks)
+    )
+    norm_modulate_bias: bool = field(default=False, metadata=option("Modulate the shift of the norms.", boolean()))
+    bottleneck: str = field(
+        default="top", metadata=option("Place of the bottlenecks.", one_of("top", "stream", "none"))
+    )
+    bottleneck_size: int | None = field(
+        default=None, metadata=option("Inner width of the bottlenecks.", optional(integer(1)))
+    )
+    train_base: bool = field(default=True, metadata=option("Train copies of pretrained weights.", boolean()))
+    freeze_layers: list[int] | None = field(
+        default=None, metadata=option("Blocks whose pretrained weights stay frozen.", _blocks)
+    )
+    freeze_embeddings: bool = field(default=True, metadata=option("Freeze the embeddings.", boolean()))
+    freeze_rule: str = field(
+        default="intended", metadata=option("Which conditional modules train.", one_of("intended", "code"))
+    )
+    top_block_init: str = field(
+        default="pretrained", metadata=option("Initial weights of the last block.", one_of("pretrained", "scratch"))
+    )
+
+    def validate(self) -> None:
+        if self.bottleneck == "none" and self.bottleneck_size is not None:
+            _no_effect("bottleneck_size", self.bottleneck_size, "bottleneck='none'")
+        if self.norm_modulate_bias and self.norm_layers is not None and not self.norm_layers:
+            _no_effect("norm_modulate_bias", True, "norm_layers=[]")
+        without_attention = self.attention_layers is not None and not self.attention_layers
+        if without_attention and self.attention_modulation != "columns":
+            _no_effect("attention_modulation", self.attention_modulation, "attention_layers=[]")
+        if not self.train_base:
+            defaults = {"freeze_layers": None, "freeze_rule": "intended", "top_block_init": "pretrained",
+                        "freeze_embeddings": True}  # fmt: skip
+            for name, default in defaults.items():
+                if getattr(self, name) != default:
+                    _no_effect(name, getattr(self, name), "train_base=False")
+
+
+def _no_effect(argument: str, value: Any, other: str) -> None:
+    raise ConfigError(f"{argument}={value!r} has no effect with {other}: leave it out.")

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pal_adapters.methods.low_rank.layer import bottleneck
-from pal_adapters.methods.pal.layer import PAL, Projections
+from pal_adapters.nn.bottleneck import Projections, project
 from pal_adapters.nn.functional import linear
-from pal_adapters.nn.unit import TaskUnit, UnitInputs, Weights
+from pal_adapters.nn.unit import TaskUnit, UnitInputs, Weights, init_linear, self_attention
 
 ACTIVATIONS = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -24,18 +23,18 @@ ACTIVATIONS = {
 }
 
 
-class Bottleneck(TaskUnit):
-    r"""A Houlsby bottleneck: sequential, with its own residual.
+class HoulsbyBottleneck(TaskUnit):
+    r"""A Houlsby bottleneck: sequential, with a residual of its own.
 
     $$A(u) = u + W_2 \, g(W_1 u + b_1) + b_2$$
 
-    `u` `[b, n, d]` is a branch's output before the residual sum, `W_1 [m, d]`, `W_2 [d, m]`.
+    `u` `[b, n, d]` is the output of a branch before the residual sum; `W_1 [m, d]`, `W_2 [d, m]`.
 
     Args:
         width: `d`.
         hidden_size: `m`.
         activation: `"gelu_new"` (the tanh approximation of the reference code) or another name in `ACTIVATIONS`.
-        init_std: standard deviation of the truncated normal; 1e-2 in the paper, 1e-3 is the reference code's default.
+        init_std: standard deviation of the truncated normal, 1e-2 in the paper (the reference code's default is 1e-3).
     """
 
     sites = ("value",)
@@ -51,7 +50,7 @@ class Bottleneck(TaskUnit):
         return (type(self), self.down.weight.shape, self.activation)
 
     def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
-        """Weights from a normal cut at two standard deviations, biases 0; `identity=True` zeroes `W_2`."""
+        """Weights from a normal truncated at two standard deviations, zero biases; `identity=True` zeroes `W_2`."""
         std = self.init_std
         with torch.no_grad():
             for layer in (self.down, self.up):
@@ -74,8 +73,8 @@ class ParallelHoulsby(TaskUnit):
 
     $$o_1' = o_1 + A(o_1), \qquad o_2' = o_2 + A'(h_1), \qquad A(u) = V^D g(V^E u)$$
 
-    The second bottleneck reads the feed-forward *input*, so it is parallel to the feed-forward part. Own weights in
-    every block and at both places; `g` is the exact GELU.
+    The second bottleneck reads the feed-forward *input*, so it is parallel to the feed-forward part. Both places of
+    every block have weights of their own; `g` is the exact GELU.
 
     Args:
         width: `d`.
@@ -99,8 +98,20 @@ class ParallelHoulsby(TaskUnit):
 
     def forward(self, site: str, value: Tensor, inputs: UnitInputs, weights: Weights) -> Tensor:
         if site == "attention":
-            return value + bottleneck(value, weights, "attention.").to(value.dtype)
-        return value + bottleneck(inputs.read("h"), weights, "ffn.").to(value.dtype)
+            return value + project(value, weights, "attention.").to(value.dtype)
+        return value + project(inputs.read("h"), weights, "ffn.").to(value.dtype)
+
+
+class _SmallAttention(nn.Module):
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(hidden_size, hidden_size)
+        self.value = nn.Linear(hidden_size, hidden_size)
+
+    def reset_parameters(self, *, generator: torch.Generator | None) -> None:
+        for layer in (self.query, self.key, self.value):
+            init_linear(layer, generator=generator)
 
 
 class HoulsbyPAL(TaskUnit):
@@ -108,15 +119,15 @@ class HoulsbyPAL(TaskUnit):
 
     $$o_1' = o_1 + V^D g(V^E o_1), \qquad y = LN_2(h_1 + o_2 + PAL(h_1))$$
 
-    The bottleneck of width `m` is the block's own; the PAL of width `r` reads the feed-forward input `h1`, its
-    projections are shared over the blocks.
+    Every block has a bottleneck of its own, of size `m`. The PAL of width `r` reads the feed-forward input `h_1`; its
+    projections are shared across blocks.
 
     Args:
         width: `d`.
         hidden_size: `r`; `num_heads` must divide it.
         bottleneck_size: `m`, the authors' `extra_dim`.
-        num_heads: heads of the PAL.
-        dropout: on the attention probabilities.
+        num_heads: attention heads of the PAL.
+        dropout: dropout probability on the PAL's attention weights.
     """
 
     sites = ("attention", "residual")
@@ -127,17 +138,22 @@ class HoulsbyPAL(TaskUnit):
     ) -> None:
         super().__init__()
         self.attention = Projections(width, bottleneck_size)
-        self.pal = PAL(width, hidden_size, num_heads=num_heads, dropout=dropout, reads="h")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.pal = _SmallAttention(hidden_size)
 
     def signature(self) -> tuple[object, ...]:
-        return (type(self), self.attention.encoder.weight.shape, self.pal.signature())
+        shapes = (self.attention.encoder.weight.shape, self.pal.query.weight.shape)
+        return (type(self), *shapes, self.num_heads, self.dropout)
 
     def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
         self.attention.reset_parameters(identity=identity, generator=generator)
-        self.pal.reset_parameters(identity=identity, generator=generator)
+        self.pal.reset_parameters(generator=generator)
 
     def forward(self, site: str, value: Tensor, inputs: UnitInputs, weights: Weights) -> Tensor:
         if site == "attention":
-            return value + bottleneck(value, weights, "attention.").to(value.dtype)
-        own = {k.removeprefix("pal."): v for k, v in weights.items() if not k.startswith("attention.")}
-        return self.pal(site, value, inputs, own)
+            return value + project(value, weights, "attention.").to(value.dtype)
+        encoded = linear(inputs.read("h"), weights["encoder.weight"], weights["encoder.bias"])
+        dropout = self.dropout if self.training else 0.0
+        mixed = self_attention(encoded, weights, "pal.", num_heads=self.num_heads, dropout=dropout, inputs=inputs)
+        return value + F.gelu(linear(mixed, weights["decoder.weight"], weights["decoder.bias"])).to(value.dtype)

@@ -1,0 +1,1 @@
+"""LHUC: one learned scale for each channel of a block."""

@@ -1,34 +1,48 @@
-"""What both hosts' LHUC configs have in common."""
+"""The options of LHUC, and how the host bindings build it."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from pal_adapters.blocks.sites import Block
-from pal_adapters.checks import require_one_of
-from pal_adapters.hosts.method import Method
+from pal_adapters.checks import one_of, option
+from pal_adapters.hosts.method import Method, Options
 
 from .layer import LHUC
 
 
-def validate(config: Any) -> None:
-    """Check the fields of an LHUC config.
-
-    Raises:
-        ConfigError: names the argument, the value and what is allowed.
-    """
-    require_one_of("lhuc_site", config.lhuc_site, ("auto", "output", "ffn"))
-
-
-def _build(config: Any, block: Block) -> LHUC:
-    site = config.lhuc_site
-    if site == "auto":
-        site = "output" if block.sites.norm == "post" else "ffn"
-    return LHUC(block.width, site=site)
+def _build(options: LHUCOptions, block: Block) -> LHUC:
+    if options.lhuc_site == "auto":
+        return LHUC(block.width, site="output" if block.sites.norm == "post" else "ffn")
+    return LHUC(block.width, site=options.lhuc_site)  # type: ignore[arg-type]
 
 
 METHOD = Method(
     name="lhuc",
     build=_build,
-    unmergeable="its scale belongs to one task, and the norm that would take it up serves the base model too.",
+    unmergeable="its scale belongs to one task, and the norm that could take it up serves the base model too.",
 )
+
+
+@dataclass(eq=False)
+class LHUCOptions(Options):
+    r"""The options of `LHUCConfig` and `LHUCPeftConfig`.
+
+    $$y := 2 \, \mathrm{sigmoid}(\rho) \odot y$$
+
+    with a learned `rho [d]` in each block. See `pal_adapters.methods.lhuc.layer.LHUC`. Source: Swietojanski and
+    Renals, 2014, as used by Stickland and Murray, "BERT and PALs", ICML 2019.
+
+    Args:
+        lhuc_site: what is scaled: the block's output (`"output"`) or the feed-forward output (`"ffn"`). `"auto"` takes
+            the former in post-LN blocks and the latter in pre-LN blocks, where a scale on the residual stream would
+            compound from block to block.
+
+    Raises:
+        ConfigError: for a value that is not allowed.
+    """
+
+    method: ClassVar[Method] = METHOD
+
+    lhuc_site: str = field(default="auto", metadata=option("What is scaled.", one_of("auto", "output", "ffn")))

@@ -15,16 +15,16 @@ from pal_adapters.nn.unit import TaskUnit, UnitInputs, Weights
 
 
 class LHUC(TaskUnit):
-    r"""One scale a channel, of one task in one block.
+    r"""One scale for each channel, of one task in one block.
 
     $$r = 2 \, \mathrm{sigmoid}(\rho), \qquad y := r \odot y$$
 
-    `rho [d]` starts at 0, where `r = 1`. In pre-LN blocks the feed-forward output `o2` is scaled instead of `y`: a
-    scale on the residual stream would compound over the blocks.
+    `rho [d]` starts at 0, where `r = 1`. Pre-LN blocks scale the feed-forward output `o_2` instead of `y`: a scale on
+    the residual stream would compound from block to block.
 
     Args:
         width: `d`.
-        site: `"output"` (`y`) or `"ffn"` (`o2`).
+        site: what is scaled, `"output"` (`y`) or `"ffn"` (`o_2`).
     """
 
     def __init__(self, width: int, *, site: Literal["output", "ffn"] = "output") -> None:

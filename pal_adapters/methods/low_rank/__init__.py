@@ -1,0 +1,1 @@
+"""Low-rank layers: a bottleneck parallel to each block."""

@@ -8,20 +8,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pal_adapters.nn.functional import linear, scale
+from pal_adapters.nn.bottleneck import ActivationSite, project
+from pal_adapters.nn.functional import scale
 from pal_adapters.nn.unit import TaskUnit, UnitInputs, Weights, init_linear
-
-
-def bottleneck(x: Tensor, weights: Weights, prefix: str = "", activation_site: str = "middle") -> Tensor:
-    """`V^D g(V^E x)` `[b, n, d]` with the exact GELU; `activation_site` may move it behind `V^D` or drop it."""
-    inner = linear(x, weights[f"{prefix}encoder.weight"], weights.get(f"{prefix}encoder.bias"))
-    if activation_site == "middle":
-        inner = F.gelu(inner)
-    outer = linear(inner, weights[f"{prefix}decoder.weight"], weights.get(f"{prefix}decoder.bias"))
-    return F.gelu(outer) if activation_site == "output" else outer
 
 
 class LowRank(TaskUnit):
@@ -29,15 +20,16 @@ class LowRank(TaskUnit):
 
     $$TS(x) = V^D g(V^E x), \qquad y = LN_2(h_1 + o_2 + TS(x))$$
 
-    `x` `[b, n, d]` is the block's input, `V^E [r, d]`, `V^D [d, r]`, own ones in every block, `g` the exact GELU.
+    `x` `[b, n, d]` is the block's input; every block has its own `V^E [r, d]` and `V^D [d, r]`; `g` is the exact GELU.
 
     Args:
         width: `d`.
         hidden_size: `r`.
-        activation_site: `"middle"`, `"output"` or `"none"`.
-        bias: biases in both.
-        lhuc: whether a vector `rho [d]` scales the term, `TS := 2 sigmoid(rho) * TS`.
-        reads: `"x"`, the block's input (pre-LN: normalised), or `"raw"`, that input as it is.
+        activation_site: where `g` stands: between the projections (`"middle"`), after `V^D` (`"output"`) or nowhere
+            (`"none"`).
+        bias: whether the projections have biases.
+        lhuc: whether a learned vector `rho [d]` scales the term, `TS := 2 sigmoid(rho) * TS`.
+        reads: `"x"`, the block's input (normalised in pre-LN blocks), or `"raw"`, that input as it is.
     """
 
     sites = ("residual",)
@@ -47,7 +39,7 @@ class LowRank(TaskUnit):
         width: int,
         hidden_size: int,
         *,
-        activation_site: Literal["output", "middle", "none"] = "middle",
+        activation_site: ActivationSite = "middle",
         bias: bool = True,
         lhuc: bool = False,
         reads: Literal["x", "raw"] = "x",
@@ -74,7 +66,7 @@ class LowRank(TaskUnit):
             nn.init.zeros_(self.rho)
 
     def forward(self, site: str, value: Tensor, inputs: UnitInputs, weights: Weights) -> Tensor:
-        term = bottleneck(inputs.read(self.reads), weights, activation_site=self.activation_site)
+        term = project(inputs.read(self.reads), weights, activation_site=self.activation_site)
         if "rho" in weights:
             term = scale(term, 2 * torch.sigmoid(weights["rho"]))
         return value + term.to(value.dtype)

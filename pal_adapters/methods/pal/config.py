@@ -1,84 +1,47 @@
-"""What both hosts' PAL configs have in common."""
+"""The options of PALs, and how the host bindings build them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import nn
 
 from pal_adapters.blocks.sites import Block
-from pal_adapters.checks import require_bool, require_int, require_multiple, require_one_of, require_probability
-from pal_adapters.errors import ConfigError
-from pal_adapters.hosts.method import Method
+from pal_adapters.checks import boolean, integer, one_of, option, optional, probability, require_multiple
+from pal_adapters.hosts.method import Method, Options
+from pal_adapters.methods.shared import MOST_HEADS, check_pal_input, choose_hidden_size
+from pal_adapters.nn.bottleneck import Projections
 
-from .layer import PAL, Projections, default_hidden_size
-
-
-def validate(config: Any) -> None:
-    """Check the fields of a PAL config.
-
-    Raises:
-        ConfigError: names the argument, the value and what is allowed.
-    """
-    require_int("num_heads", config.num_heads, minimum=1)
-    if config.hidden_size is not None:
-        require_int("hidden_size", config.hidden_size, minimum=1)
-        require_multiple("hidden_size", config.hidden_size, "num_heads", config.num_heads)
-    require_probability("dropout", config.dropout)
-    require_one_of("activation_site", config.activation_site, ("output", "middle", "none"))
-    require_one_of("pal_input", config.pal_input, ("norm", "raw"))
-    for name in ("tie_projections", "use_bias", "lhuc"):
-        require_bool(name, getattr(config, name))
+from .layer import PAL
 
 
-def _build(config: Any, block: Block) -> PAL:
+def _build(options: PALOptions, block: Block) -> PAL:
+    assert options.hidden_size is not None
     return PAL(
         block.width,
-        config.hidden_size,
-        num_heads=config.num_heads,
-        dropout=config.dropout,
-        activation_site=config.activation_site,
-        bias=config.use_bias,
-        tied=config.tie_projections,
-        lhuc=config.lhuc,
-        reads="raw" if config.pal_input == "raw" else "x",
+        options.hidden_size,
+        num_heads=options.num_heads,
+        dropout=options.dropout,
+        activation_site=options.activation_site,  # type: ignore[arg-type]
+        bias=options.use_bias,
+        tied=options.tie_projections,
+        lhuc=options.lhuc,
+        reads="raw" if options.pal_input == "raw" else "x",
     )
 
 
-def _build_shared(config: Any, block: Block) -> nn.Module | None:
-    return Projections(block.width, config.hidden_size, bias=config.use_bias) if config.tie_projections else None
+def _build_shared(options: PALOptions, block: Block) -> nn.Module | None:
+    if not options.tie_projections:
+        return None
+    assert options.hidden_size is not None
+    return Projections(block.width, options.hidden_size, bias=options.use_bias)
 
 
-def with_hidden_size(config: Any, blocks: list[Block], base_parameters: int) -> Any:
-    """The config with a number for `hidden_size=None`, see `default_hidden_size`."""
-    if config.hidden_size is not None:
-        return config
-    block = blocks[0]
-    size = default_hidden_size(block.width, block.depth, base_parameters, config.num_heads)
-    return replace_field(config, "hidden_size", size)
-
-
-def replace_field(config: Any, name: str, value: Any) -> Any:
-    """Replace a field as each host does with its own configs: a new one in adapters, written to in PEFT."""
-    if hasattr(config, "replace"):
-        return config.replace(**{name: value})
-    setattr(config, name, value)
-    return config
-
-
-def check_input(config: Any, blocks: list[Block]) -> None:
-    """Raise `ConfigError` for `pal_input="raw"` where no block has a norm in front of attention."""
-    if config.pal_input == "raw" and all(block.sites.norm == "post" for block in blocks):
-        raise ConfigError(
-            "pal_input='raw' has no effect on this model: its blocks are post-LN and their input is what the "
-            "module reads "
-            "anyway. Leave pal_input='norm'."
-        )
-
-
-def _prepare(config: Any, blocks: list[Block], base_parameters: int) -> Any:
-    check_input(config, blocks)
-    return with_hidden_size(config, blocks, base_parameters)
+def _prepare(options: PALOptions, blocks: list[Block], base_parameters: int) -> Mapping[str, Any]:
+    check_pal_input(options.pal_input, blocks)
+    return choose_hidden_size(options, blocks, base_parameters)
 
 
 METHOD = Method(
@@ -87,4 +50,55 @@ METHOD = Method(
     build_shared=_build_shared,
     prepare=_prepare,
     unmergeable="a PAL attends over the tokens, which no weight of the base model does.",
+    fusable=True,
 )
+
+
+@dataclass(eq=False)
+class PALOptions(Options):
+    r"""The options of `PALConfig` and `PALPeftConfig`.
+
+    $$TS(x) = g(V^D \, SA(V^E x)), \qquad y = LN_2(h_1 + o_2 + TS(x))$$
+
+    in parallel with each block, where `SA` is multi-head self-attention of width `r`; pre-LN blocks:
+    `y = h_1 + o_2 + TS(N_1(x))`. See `pal_adapters.methods.pal.layer.PAL`.
+
+    Source: Stickland and Murray, "BERT and PALs", ICML 2019. Differences from the paper: the base model stays frozen
+    unless `train_base=True`, and by default a new PAL adds nothing to the model's output.
+
+    Args:
+        hidden_size: `r`. None chooses 204 at width 768, 264 at width 1024, and elsewhere the smallest multiple of
+            `num_heads` with which eight tasks make the model 1.13 times as large. The chosen width is saved with the
+            adapter.
+        num_heads: attention heads; must divide `hidden_size`.
+        tie_projections: share one `V^E` and one `V^D` across the blocks of a stack, instead of a pair in each block.
+        dropout: dropout probability on the attention weights.
+        activation_site: where the GELU stands: after `V^D` (`"output"`), before it (`"middle"`) or nowhere
+            (`"none"`).
+        use_bias: whether the linear maps have biases.
+        pal_input: what the module reads in pre-LN blocks: the normalised block input (`"norm"`) or the block input
+            itself (`"raw"`).
+        lhuc: scale the term by `2 sigmoid(rho)` with a learned `rho [d]`.
+
+    Raises:
+        ConfigError: for a value that is not allowed.
+    """
+
+    method: ClassVar[Method] = METHOD
+
+    hidden_size: int | None = field(
+        default=None, metadata=option("Inner width; by default chosen to suit the model.", optional(integer(1)))
+    )
+    num_heads: int = field(default=6, metadata=option("Attention heads.", integer(1, MOST_HEADS)))
+    tie_projections: bool = field(default=True, metadata=option("Share the projections across blocks.", boolean()))
+    dropout: float = field(default=0.1, metadata=option("Dropout on the attention weights.", probability()))
+    activation_site: str = field(
+        default="output", metadata=option("Where the GELU stands.", one_of("output", "middle", "none"))
+    )
+    use_bias: bool = field(default=True, metadata=option("Whether the linear maps have biases.", boolean()))
+    pal_input: str = field(default="norm", metadata=option("What is read in pre-LN blocks.", one_of("norm", "raw")))
+    lhuc: bool = field(default=False, metadata=option("Scale the term by 2 sigmoid(rho).", boolean()))
+
+    def validate(self) -> None:
+        if self.hidden_size is not None:
+            require_multiple("hidden_size", self.hidden_size, "num_heads", self.num_heads)

@@ -5,37 +5,15 @@ Source: Stickland and Murray, "BERT and PALs", ICML 2019, and its code (AsaCoope
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pal_adapters.nn.bottleneck import ActivationSite, Projections
 from pal_adapters.nn.functional import linear, scale
 from pal_adapters.nn.unit import TaskUnit, UnitInputs, Weights, init_linear, self_attention
-
-ActivationSite = Literal["output", "middle", "none"]
-
-
-class Projections(nn.Module):
-    """`V^E: d -> r` and `V^D: r -> d` of one task, shared by the blocks of a stack.
-
-    Args:
-        width: `d`.
-        hidden_size: `r`.
-        bias: whether both carry a bias.
-    """
-
-    def __init__(self, width: int, hidden_size: int, *, bias: bool = True) -> None:
-        super().__init__()
-        self.encoder = nn.Linear(width, hidden_size, bias=bias)
-        self.decoder = nn.Linear(hidden_size, width, bias=bias)
-
-    def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
-        """`N(0, 0.02^2)`; `identity=True` zeroes `V^D`, and `gelu(0) = 0` has slope 1/2, so gradients flow."""
-        init_linear(self.encoder, generator=generator)
-        init_linear(self.decoder, zero=identity, generator=generator)
 
 
 class PAL(TaskUnit):
@@ -43,24 +21,24 @@ class PAL(TaskUnit):
 
     $$TS(x) = g(V^D \, SA(V^E x)), \qquad y = LN_2(h_1 + o_2 + TS(x))$$
 
-    `x` `[b, n, d]` is the block's input, `SA` multi-head self-attention of width `r` with biases, scores over
-    `sqrt(r / h)`, the host's mask, dropout on the probabilities and no output projection; `g` is the exact GELU.
-    Weights: `V^E [r, d]`, `V^D [d, r]` (shared over the blocks unless untied), query, key and value `[r, r]` each.
+    `x` `[b, n, d]` is the block's input; `SA` is multi-head self-attention of width `r` with biases, scores divided by
+    `sqrt(r / h)`, the model's own mask, dropout on the attention weights and no output projection; `g` is the exact
+    GELU. Weights: `V^E [r, d]` and `V^D [d, r]` (shared across blocks if tied), and `[r, r]` each for query, key and
+    value.
 
-    Differs from the paper in: the residual is `h1`, as in the authors' code, so that `TS = 0` is the host itself.
-    With `lhuc=True` the term is scaled, `TS := 2 sigmoid(rho) * TS` (the authors' `lhuc` with `mult`).
+    Difference from the paper: the residual is `h_1`, as in the authors' code, so that `TS = 0` leaves the model as it
+    is. With `lhuc=True` the term is scaled, `TS := 2 sigmoid(rho) * TS` (the authors' `lhuc` with `mult`).
 
     Args:
         width: `d`.
         hidden_size: `r`; `num_heads` must divide it.
         num_heads: `h`, 6 in the authors' code.
-        dropout: on the attention probabilities.
-        activation_site: `"output"` (after `V^D`), `"middle"` (before it) or `"none"`.
-        bias: biases in every linear.
-        tied: whether `V^E`, `V^D` come from elsewhere, by `share`.
-        lhuc: whether a vector `rho [d]` scales the term.
-        reads: `"x"`, the block's input (pre-LN: normalised), `"raw"`, that input as it is, or `"h"`, the feed-forward
-            input.
+        dropout: dropout probability on the attention weights.
+        activation_site: where `g` stands: after `V^D` (`"output"`), before it (`"middle"`) or nowhere (`"none"`).
+        bias: whether the linear maps have biases.
+        tied: whether `V^E` and `V^D` are shared and come in through `share`.
+        lhuc: whether a learned vector `rho [d]` scales the term.
+        reads: `"x"`, the block's input (normalised in pre-LN blocks), or `"raw"`, that input as it is.
     """
 
     sites = ("residual",)
@@ -76,12 +54,13 @@ class PAL(TaskUnit):
         bias: bool = True,
         tied: bool = True,
         lhuc: bool = False,
-        reads: Literal["x", "raw", "h"] = "x",
+        reads: Literal["x", "raw"] = "x",
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
         self.activation_site = activation_site
+        self.tied = tied
         self.reads = reads
         self.query = nn.Linear(hidden_size, hidden_size, bias=bias)
         self.key = nn.Linear(hidden_size, hidden_size, bias=bias)
@@ -97,12 +76,12 @@ class PAL(TaskUnit):
 
     def signature(self) -> tuple[object, ...]:
         return (type(self), self.query.weight.shape, self.num_heads, self.dropout, self.activation_site, self.reads,
-                self.query.bias is None, self.rho is None, hasattr(self, "encoder"))  # fmt: skip
+                self.query.bias is None, self.rho is None, self.tied)  # fmt: skip
 
     def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
         for layer in (self.query, self.key, self.value):
             init_linear(layer, generator=generator)
-        if hasattr(self, "encoder"):
+        if not self.tied:
             init_linear(self.encoder, generator=generator)
             init_linear(self.decoder, zero=identity, generator=generator)
         if self.rho is not None:
@@ -124,27 +103,3 @@ class PAL(TaskUnit):
 
     def forward(self, site: str, value: Tensor, inputs: UnitInputs, weights: Weights) -> Tensor:
         return value + self.term(inputs.read(self.reads), inputs, weights).to(value.dtype)
-
-
-def added_parameters(width: int, hidden_size: int, depth: int) -> int:
-    """Parameters that one task's PALs add, `2 d r + r + d + 3 L (r^2 + r)`."""
-    d, r = width, hidden_size
-    return 2 * d * r + r + d + 3 * depth * (r * r + r)
-
-
-def default_hidden_size(width: int, depth: int, base_parameters: int, num_heads: int = 6) -> int:
-    """The PAL width for `hidden_size=None`.
-
-    204 for `d = 768` (the authors') and 264 for `d = 1024`; elsewhere the smallest multiple of `num_heads` with which
-    eight tasks make the model at least 1.13 times as large, the paper's budget.
-
-    Args:
-        base_parameters: parameters of the pretrained model.
-    """
-    fixed = {768: 204, 1024: 264}.get(width)
-    if fixed is not None and fixed % num_heads == 0:
-        return fixed
-    hidden_size = num_heads
-    while 8 * added_parameters(width, hidden_size, depth) < math.ceil(0.13 * base_parameters):
-        hidden_size += num_heads
-    return hidden_size

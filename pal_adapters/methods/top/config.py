@@ -1,117 +1,147 @@
-"""What both hosts' configs of the modules on top have in common."""
+"""The options of the modules on top of the last block, and how the host bindings build them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from pal_adapters.blocks.sites import Block
-from pal_adapters.checks import require_bool, require_int, require_multiple, require_probability
+from pal_adapters.checks import boolean, integer, option, optional, probability, require_multiple
 from pal_adapters.errors import ConfigError, UnsupportedError
-from pal_adapters.hosts.method import Method
-from pal_adapters.methods.pal.config import replace_field
+from pal_adapters.hosts.method import Method, Options
+from pal_adapters.methods.shared import MOST_HEADS
 
 from .layer import TopAttention, TopBertLayer
 
 
-def validate_attention(config: Any) -> None:
-    """Check the fields of a top-attention config.
-
-    Raises:
-        ConfigError: names the argument, the value and what is allowed.
-    """
-    for name in ("hidden_size", "num_layers", "num_heads"):
-        require_int(name, getattr(config, name), minimum=1)
-    require_multiple("hidden_size", config.hidden_size, "num_heads", config.num_heads)
-    require_probability("dropout", config.dropout)
-    require_bool("legacy_ln_init", config.legacy_ln_init)
-
-
-def validate_bert_layer(config: Any) -> None:
-    """Check the fields of a top-BERT-layer config.
-
-    Raises:
-        ConfigError: names the argument, the value and what is allowed.
-    """
-    if config.num_heads is not None:
-        require_int("num_heads", config.num_heads, minimum=1)
-    if config.intermediate_size is not None:
-        require_int("intermediate_size", config.intermediate_size, minimum=1)
-    require_probability("dropout", config.dropout)
-    require_bool("legacy_ln_init", config.legacy_ln_init)
-
-
-def no_identity(config: Any) -> None:
-    """Raise `ConfigError` for an identity initialisation, which a module that replaces its input has not."""
-    if config.init_weights is True:
-        raise ConfigError(
-            "init_weights=True is not allowed: the module replaces the output of the last block and has no "
-            "initialisation that leaves it as it is. Use init_weights=False, N(0, 0.02^2)."
-        )
-
-
-def _refuse_shared_blocks(blocks: list[Block]) -> None:
-    if any(type(b.module).__name__.startswith("Albert") for b in blocks):
-        raise UnsupportedError(
-            "a module on top of the last block cannot be added to ALBERT, which uses one block at every depth."
-        )
-
-
-def _require_last(blocks: list[Block]) -> None:
-    if not any(block.last for block in blocks):
-        raise ConfigError(
-            f"no last block is among the chosen ones ({', '.join(repr(block.name) for block in blocks)}): the module "
-            "stands on top of the last block of a stack, so choose that block or leave the choice out."
-        )
-
-
-def _build_attention(config: Any, block: Block) -> TopAttention | None:
+def _build_attention(options: TopAttentionOptions, block: Block) -> TopAttention | None:
     if not block.last:
         return None
     return TopAttention(
         block.width,
-        config.hidden_size,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        dropout=config.dropout,
-        legacy_ln_init=config.legacy_ln_init,
+        options.hidden_size,
+        num_layers=options.num_layers,
+        num_heads=options.num_heads,
+        dropout=options.dropout,
+        legacy_ln_init=options.legacy_ln_init,
     )
 
 
-def _build_bert_layer(config: Any, block: Block) -> TopBertLayer | None:
+def _build_bert_layer(options: TopBertLayerOptions, block: Block) -> TopBertLayer | None:
     if not block.last:
         return None
+    assert options.intermediate_size is not None
+    assert options.num_heads is not None
     return TopBertLayer(
         block.width,
-        config.intermediate_size,
-        num_heads=config.num_heads,
-        dropout=config.dropout,
-        legacy_ln_init=config.legacy_ln_init,
+        options.intermediate_size,
+        num_heads=options.num_heads,
+        dropout=options.dropout,
+        legacy_ln_init=options.legacy_ln_init,
     )
 
 
-def _prepare_attention(config: Any, blocks: list[Block], base_parameters: int) -> Any:
-    _refuse_shared_blocks(blocks)
-    _require_last(blocks)
-    return config
+def _check_blocks(blocks: list[Block]) -> None:
+    if any(type(b.module).__name__.startswith("Albert") for b in blocks):
+        raise UnsupportedError(
+            "a module on top of the last block cannot be added to ALBERT, which uses one block at every depth."
+        )
+    if not any(block.last for block in blocks):
+        raise ConfigError(
+            f"none of the chosen blocks ({', '.join(repr(block.name) for block in blocks)}) is the last of its stack, "
+            "on top of which the module stands: choose the last block too, or do not choose blocks."
+        )
 
 
-def _prepare_bert_layer(config: Any, blocks: list[Block], base_parameters: int) -> Any:
-    _refuse_shared_blocks(blocks)
-    _require_last(blocks)
-    if config.num_heads is None:
-        width = blocks[0].width
-        heads = width // 64 if width % 64 == 0 else next(n for n in range(12, 0, -1) if width % n == 0)
-        config = replace_field(config, "num_heads", heads)
+def _prepare_attention(options: TopAttentionOptions, blocks: list[Block], base_parameters: int) -> Mapping[str, Any]:
+    _check_blocks(blocks)
+    return {}
+
+
+def _prepare_bert_layer(options: TopBertLayerOptions, blocks: list[Block], base_parameters: int) -> Mapping[str, Any]:
+    _check_blocks(blocks)
+    width = blocks[0].width
+    chosen: dict[str, Any] = {}
+    if options.num_heads is None:
+        chosen["num_heads"] = width // 64 if width % 64 == 0 else next(n for n in range(12, 0, -1) if width % n == 0)
     for block in blocks:
-        require_multiple("hidden_size", block.width, "num_heads", config.num_heads)
-    if config.intermediate_size is None:
-        config = replace_field(config, "intermediate_size", 4 * blocks[0].width)
-    return config
+        require_multiple("hidden_size", block.width, "num_heads", chosen.get("num_heads") or options.num_heads)
+    if options.intermediate_size is None:
+        chosen["intermediate_size"] = 4 * width
+    return chosen
 
 
 _REASON = "it stands behind the last block, where the base model has no weights."
 
-TOP_ATTENTION = Method(name="top_attention", build=_build_attention, prepare=_prepare_attention, unmergeable=_REASON)
-TOP_BERT_LAYER = Method(
-    name="top_bert_layer", build=_build_bert_layer, prepare=_prepare_bert_layer, unmergeable=_REASON
+TOP_ATTENTION = Method(
+    name="top_attention", build=_build_attention, prepare=_prepare_attention, unmergeable=_REASON, identity=False
 )
+TOP_BERT_LAYER = Method(
+    name="top_bert_layer", build=_build_bert_layer, prepare=_prepare_bert_layer, unmergeable=_REASON, identity=False
+)
+
+
+@dataclass(eq=False)
+class TopAttentionOptions(Options):
+    r"""The options of `TopAttentionConfig` and `TopAttentionPeftConfig`.
+
+    $$u_0 = E y_L, \quad u_{i+1} = LN(u_i + W \, SA(u_i)), \quad y_L := D u_k$$
+
+    replaces the output `y_L` of the stack. See `pal_adapters.methods.top.layer.TopAttention`. Source: Stickland and
+    Murray, "BERT and PALs", ICML 2019.
+
+    Args:
+        hidden_size: `r`, 204 in the authors' config; `num_heads` must divide it.
+        num_layers: `k`, the number of attention layers.
+        num_heads: attention heads of each layer.
+        dropout: dropout probability on the attention weights and on the output of each layer.
+        legacy_ln_init: initialise the layer norms as the released code does, see `pal_adapters.methods.released`.
+
+    Raises:
+        ConfigError: for a value that is not allowed.
+    """
+
+    method: ClassVar[Method] = TOP_ATTENTION
+
+    hidden_size: int = field(default=204, metadata=option("Inner width.", integer(1)))
+    num_layers: int = field(default=6, metadata=option("Attention layers.", integer(1, 1000)))
+    num_heads: int = field(default=12, metadata=option("Attention heads.", integer(1, MOST_HEADS)))
+    dropout: float = field(default=0.1, metadata=option("Dropout probability.", probability()))
+    legacy_ln_init: bool = field(default=False, metadata=option("The authors' layer norm initialisation.", boolean()))
+
+    def validate(self) -> None:
+        require_multiple("hidden_size", self.hidden_size, "num_heads", self.num_heads)
+
+
+@dataclass(eq=False)
+class TopBertLayerOptions(Options):
+    r"""The options of `TopBertLayerConfig` and `TopBertLayerPeftConfig`.
+
+    $$h = LN(y_L + W \, SA(y_L)), \quad y_L := LN(h + W_2 g(W_1 h))$$
+
+    replaces the output `y_L` of the stack. See `pal_adapters.methods.top.layer.TopBertLayer`. Source: Stickland and
+    Murray, "BERT and PALs", ICML 2019.
+
+    Args:
+        intermediate_size: width of the feed-forward part; None takes four times the model's width.
+        num_heads: attention heads; must divide the model's width. None takes one head for every 64 channels, as BERT
+            does, or where 64 does not divide the width, the largest number up to 12 that does.
+        dropout: dropout probability on the attention weights and on both branches.
+        legacy_ln_init: initialise the layer norms as the released code does, see `pal_adapters.methods.released`.
+
+    Raises:
+        ConfigError: for a value that is not allowed.
+    """
+
+    method: ClassVar[Method] = TOP_BERT_LAYER
+
+    intermediate_size: int | None = field(
+        default=None, metadata=option("Width of the feed-forward part.", optional(integer(1)))
+    )
+    num_heads: int | None = field(
+        default=None,
+        metadata=option("Attention heads; by default to suit the model.", optional(integer(1, MOST_HEADS))),
+    )
+    dropout: float = field(default=0.1, metadata=option("Dropout probability.", probability()))
+    legacy_ln_init: bool = field(default=False, metadata=option("The authors' layer norm initialisation.", boolean()))

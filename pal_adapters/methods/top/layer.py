@@ -10,20 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pal_adapters.methods.released import draw_layer_norm
 from pal_adapters.nn.functional import layer_norm, linear
-from pal_adapters.nn.unit import INIT_STD, TaskUnit, UnitInputs, Weights, init_linear, self_attention
+from pal_adapters.nn.unit import TaskUnit, UnitInputs, Weights, init_linear, self_attention
 
 
 def _init_norm(norm: nn.LayerNorm, *, legacy: bool, generator: torch.Generator | None) -> None:
-    with torch.no_grad():
-        if not legacy:
-            norm.weight.fill_(1.0)
-            norm.bias.zero_()
-            return
-        for parameter in (norm.weight, norm.bias):
-            if parameter.device.type == "meta":
-                continue
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, INIT_STD, generator=generator))
+    if legacy:
+        draw_layer_norm(norm, generator)
+    else:
+        norm.reset_parameters()
 
 
 class _Attention(nn.Module):
@@ -46,21 +42,20 @@ class TopAttention(TaskUnit):
 
     $$u_0 = E y_L, \qquad u_{i+1} = LN(u_i + Drop(W \, SA(u_i))), \qquad y_L := D u_k$$
 
-    `y_L` `[b, n, d]` is the output of the stack (behind a pre-LN host's final norm), `E [r, d]`, `D [d, r]`; `k`
-    post-LN
-    attention layers of width `r` without a feed-forward part. No residual from `y_L` and no activation.
+    `y_L` `[b, n, d]` is the output of the stack (behind the final norm of a pre-LN model), `E [r, d]`, `D [d, r]`. The
+    `k` attention layers of width `r` are post-LN and have no feed-forward part; there is no residual from `y_L` and no
+    activation. As the module replaces `y_L`, it has no identity initialisation.
 
-    Differs from the code in: layer norms start at 1 and 0; the authors' initialisation draws both from
-    `N(0, 0.02^2)` (`legacy_ln_init=True`). There is no identity initialisation: the module replaces `y_L`.
+    Difference from the released code: layer norms start at 1 and 0 unless `legacy_ln_init=True`.
 
     Args:
         width: `d`.
         hidden_size: `r`; `num_heads` must divide it.
-        num_layers: `k`, 6 in the code.
-        num_heads: 12 in the code.
-        dropout: on the attention probabilities and on each layer's output.
-        eps: of the layer norms.
-        legacy_ln_init: the authors' layer norm initialisation.
+        num_layers: `k`, 6 in the released code.
+        num_heads: 12 in the released code.
+        dropout: dropout probability on the attention weights and on the output of each layer.
+        eps: epsilon of the layer norms.
+        legacy_ln_init: see `pal_adapters.methods.released`.
     """
 
     sites = ("stack_output",)
@@ -108,19 +103,19 @@ class TopAttention(TaskUnit):
 
 
 class TopBertLayer(TaskUnit):
-    r"""One whole BERT block on top of the last block, of one task.
+    r"""One whole BERT layer on top of the last block, of one task.
 
     $$h = LN(y_L + Drop(W \, SA(y_L))), \qquad y_L := LN(h + Drop(W_2 g(W_1 h)))$$
 
-    Differs from the code in: layer norms start at 1 and 0, see `TopAttention`.
+    Difference from the released code: layer norms start at 1 and 0 unless `legacy_ln_init=True`.
 
     Args:
         width: `d`; `num_heads` must divide it.
         intermediate_size: width of the feed-forward part.
-        num_heads: heads of the attention.
-        dropout: on the attention probabilities and on both branches.
-        eps: of the layer norms.
-        legacy_ln_init: the authors' layer norm initialisation.
+        num_heads: attention heads.
+        dropout: dropout probability on the attention weights and on both branches.
+        eps: epsilon of the layer norms.
+        legacy_ln_init: see `pal_adapters.methods.released`.
     """
 
     sites = ("stack_output",)

@@ -12,7 +12,7 @@ from peft import get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 import pal_adapters as pa
-from pal_adapters.methods.houlsby.peft import HoulsbyLayer, HoulsbyNorm
+from pal_adapters.methods.houlsby.peft_layers import HoulsbyLayer, HoulsbyNorm
 
 from . import cases, reference
 

@@ -13,7 +13,7 @@ from peft import get_peft_model, get_peft_model_state_dict, inject_adapter_in_mo
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import pal_adapters as pa
-from pal_adapters.methods.pal.layer import added_parameters
+from pal_adapters.methods.shared import added_parameters
 
 from . import cases
 

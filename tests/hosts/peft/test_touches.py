@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners import tuners_utils
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -26,7 +27,6 @@ import pal_adapters
 from pal_adapters.hosts.peft import saved as peft_saved
 from pal_adapters.hosts.peft import tuner as host
 from pal_adapters.methods.houlsby.peft import HoulsbyModel
-from pal_adapters.methods.lhuc.peft import LHUCModel
 
 from . import cases
 
@@ -284,7 +284,7 @@ def _() -> None:
     handle.remove()
     assert seen == [(holder, "child", child)]
     # A tuner that no model ever holds leaves no hook behind either.
-    tuner = LHUCModel(cases.bert(), {"x": cases.config("lhuc")}, "x")
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING["LHUC"](cases.bert(), {"x": cases.config("lhuc")}, "x")
     assert len(module._global_module_registration_hooks) == 1
     del tuner
     import gc

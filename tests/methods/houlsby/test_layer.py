@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pal_adapters.hooks.masks import CallMask
-from pal_adapters.methods.houlsby.layer import ACTIVATIONS, Bottleneck, HoulsbyPAL, ParallelHoulsby
-from pal_adapters.methods.pal.layer import Projections
+from pal_adapters.methods.houlsby.layer import ACTIVATIONS, HoulsbyBottleneck, HoulsbyPAL, ParallelHoulsby
+from pal_adapters.nn.bottleneck import Projections
 from pal_adapters.nn.unit import UnitInputs
 from tests import zoo
 
@@ -33,7 +33,7 @@ PLAIN = {
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(2, 3), (1, 1)])
 def test_bottleneck(activation: str, shape: tuple[int, int]) -> None:
-    unit = Bottleneck(D, 4, activation=activation)
+    unit = HoulsbyBottleneck(D, 4, activation=activation)
     zoo.randomise(unit)
     u, w = torch.randn(*shape, D), unit.weights()
     expected = u + zoo.linear(PLAIN[activation](zoo.linear(u, w, "down")), w, "up")
@@ -43,7 +43,7 @@ def test_bottleneck(activation: str, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("std", [1e-2, 1e-3])
 def test_bottleneck_initialisation(std: float) -> None:
     """Truncated at two standard deviations, which leaves 0.88 of the deviation."""
-    unit = Bottleneck(300, 200, init_std=std)
+    unit = HoulsbyBottleneck(300, 200, init_std=std)
     unit.reset_parameters(identity=False)
     for layer in (unit.down, unit.up):
         assert layer.weight.abs().max() <= 2 * std
@@ -93,5 +93,5 @@ def test_parameters() -> None:
     assert 24 * count(ParallelHoulsby(1024, 50)) == 4_966_752
     assert 12 * count(HoulsbyPAL(768, 156, 50)) + count(Projections(768, 156)) == 2_053_668
     assert 24 * count(HoulsbyPAL(1024, 156, 50)) + count(Projections(1024, 156)) == 4_567_468
-    assert 2 * 12 * count(Bottleneck(768, 64)) == 2_379_264
-    assert 2 * 24 * count(Bottleneck(1024, 64)) == 6_343_680
+    assert 2 * 12 * count(HoulsbyBottleneck(768, 64)) == 2_379_264
+    assert 2 * 24 * count(HoulsbyBottleneck(1024, 64)) == 6_343_680

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pal_adapters.methods.low_rank.layer import LowRank, bottleneck
+from pal_adapters.methods.low_rank.layer import LowRank
+from pal_adapters.nn.bottleneck import project
 from pal_adapters.nn.unit import UnitInputs
 from tests import zoo
 
@@ -63,7 +64,7 @@ def test_bottleneck_with_a_prefix() -> None:
     zoo.randomise(unit)
     x = torch.randn(1, 2, D)
     renamed = {f"ffn.{k}": v for k, v in unit.weights().items()}
-    assert torch.equal(bottleneck(x, renamed, "ffn."), bottleneck(x, unit.weights()))
+    assert torch.equal(project(x, renamed, "ffn."), project(x, unit.weights()))
 
 
 def test_initialisation() -> None:

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pal_adapters.hooks.masks import CallMask
-from pal_adapters.methods.pal.layer import PAL, Projections, added_parameters, default_hidden_size
+from pal_adapters.methods.pal.layer import PAL
+from pal_adapters.methods.shared import added_parameters, default_hidden_size
+from pal_adapters.nn.bottleneck import Projections
 from pal_adapters.nn.unit import UnitInputs
 from tests import zoo
 

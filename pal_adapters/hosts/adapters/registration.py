@@ -1,0 +1,28 @@
+"""How a method is registered with `adapters`: one call with its config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pal_adapters.errors import ConfigError
+
+from .config import TaskAdapterConfig
+from .patches import register as register_with_host
+
+
+def register(config_class: type[TaskAdapterConfig], presets: Mapping[str, TaskAdapterConfig] | None = None) -> None:
+    """Register a method with `adapters`. Idempotent.
+
+    Args:
+        config_class: the method's config, a dataclass that inherits the method's options and `TaskAdapterConfig`.
+        presets: ready configs by the string that stands for them; None has one, with the name of the method and the
+            default values.
+
+    Raises:
+        ConfigError: for a class that is no such config, or a string that the host or another package uses already.
+    """
+    if not (isinstance(config_class, type) and issubclass(config_class, TaskAdapterConfig)):
+        raise ConfigError(f"config_class={config_class!r} is not allowed: pass a subclass of TaskAdapterConfig.")
+    if presets is None:
+        presets = {config_class.method.name: config_class()}
+    register_with_host(config_class, dict(presets))

@@ -1,0 +1,54 @@
+"""How a method is registered with PEFT: one call with its config."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from pal_adapters.errors import ConfigError
+from pal_adapters.hosts.method import REGISTERED
+
+from .config import TaskPeftConfig
+from .tuner import TaskTuner
+from .tuner import register as register_with_host
+
+
+def register(
+    config_class: type[TaskPeftConfig],
+    tuner_class: type[TaskTuner] | None = None,
+    *,
+    base: type[TaskTuner] = TaskTuner,
+) -> None:
+    """Register a method with PEFT. Idempotent.
+
+    Args:
+        config_class: the method's config, a dataclass that inherits the method's options and `TaskPeftConfig`.
+        tuner_class: the method's tuner; None makes one that puts the method's units into the blocks.
+        base: what such a tuner inherits.
+
+    Raises:
+        ConfigError: for a class that is no such config, or a name that PEFT or another package uses already.
+    """
+    if not (isinstance(config_class, type) and issubclass(config_class, TaskPeftConfig)):
+        raise ConfigError(f"config_class={config_class!r} is not allowed: pass a subclass of TaskPeftConfig.")
+    method = config_class.method
+    if REGISTERED["peft"].get(method.name) is config_class:
+        return
+    register_with_host(method, config_class, tuner_class or _make_tuner(config_class, base))
+    REGISTERED["peft"][method.name] = config_class
+
+
+def _make_tuner(config_class: type[TaskPeftConfig], base: type[TaskTuner]) -> type[TaskTuner]:
+    """The tuner of a method that needs no code of its own, and the layer that it gives each block.
+
+    PEFT tells methods apart by these classes. They belong to the module of the config, where unpickling finds them.
+    """
+    stem = config_class.__name__.removesuffix("PeftConfig")
+    common: dict[str, Any] = {"method": config_class.method, "__module__": config_class.__module__}
+    layer = type(
+        f"{stem}TunerLayer", (base.tuner_layer_cls,), {**common, "__doc__": f"The {stem} modules of one block."}
+    )
+    tuner = type(f"{stem}Model", (base,), {**common, "__doc__": f"The {stem} tuner.", "tuner_layer_cls": layer})
+    for made in (layer, tuner):
+        setattr(sys.modules[config_class.__module__], made.__name__, made)
+    return tuner

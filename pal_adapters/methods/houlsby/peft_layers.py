@@ -1,0 +1,188 @@
+"""The layers of Houlsby bottlenecks in PEFT: a bottleneck behind a module, and copies of a layer norm."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pal_adapters.errors import UnsupportedError
+from pal_adapters.hosts.peft.layer import TunerLayer, entry
+from pal_adapters.nn.unit import UnitInputs
+
+from .config import HOULSBY
+from .layer import HoulsbyBottleneck
+
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+          "_forward_pre_hooks_with_kwargs")  # fmt: skip
+
+
+class HoulsbyTunerLayer(TunerLayer):
+    """Base of the two layers: bottlenecks behind a module, and copies of a norm."""
+
+    method = HOULSBY
+    container: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.adapter_layer_names = (cls.container,)
+
+
+class HoulsbyLayer(HoulsbyTunerLayer):
+    """The bottlenecks behind a module, one for each adapter.
+
+    It is a child of the module, which is not wrapped: in pre-LN models that module is the whole attention, whose
+    linears keep their names and stay open to LoRA.
+
+    Args:
+        model: the base model.
+        target: the module whose output gets a bottleneck.
+        width: `d`, the width of that output.
+        near: the module whose device and dtype a fresh adapter takes.
+    """
+
+    container = "houlsby_units"
+
+    def __init__(self, model: nn.Module, target: nn.Module, width: int, near: nn.Module) -> None:
+        super().__init__(model, width, near)
+        self._target = (target,)
+        # In front of other hooks: transformers 5 records what modules return in hooks of its own.
+        self._handle = target.register_forward_hook(self._behind, prepend=True)
+
+    @property
+    def base_layer(self) -> nn.Module:
+        return self._target[0]
+
+    @property
+    def units(self) -> nn.ModuleDict:
+        units = self.houlsby_units
+        assert isinstance(units, nn.ModuleDict)
+        return units
+
+    def add_unit(self, adapter_name: str, unit: HoulsbyBottleneck, *, inference_mode: bool) -> None:
+        """Add an adapter's bottleneck."""
+        self.units[adapter_name] = unit.train(self.training)
+        self.place(adapter_name, inference_mode=inference_mode)
+
+    def detach(self) -> None:
+        self._handle.remove()
+        delattr(self.base_layer, HOULSBY.name)
+
+    def _behind(self, module: nn.Module, args: Any, output: Any) -> Any:
+        names = self.active_adapters if self.plan is None else self.plan.names
+        if self.disable_adapters or not any(name in self.units for name in names):
+            return None
+        value = output[0] if isinstance(output, tuple) else output
+        value = self.run_active(self.units, "value", value, UnitInputs())
+        return (value, *output[1:]) if isinstance(output, tuple) else value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError("a Houlsby layer is not called: its hook acts when its module is.")
+
+
+class HoulsbyNorm(HoulsbyTunerLayer):
+    """Takes the place of a layer norm and holds a copy of it for each adapter.
+
+    The norm stays reachable as `base_layer`, its attributes on the wrapper.
+
+    Args:
+        model: the base model.
+        base_layer: the norm.
+        parent: the module that holds it.
+        name: its name there.
+    """
+
+    container = "houlsby_norms"
+
+    def __init__(self, model: nn.Module, base_layer: nn.Module, parent: nn.Module, name: str) -> None:
+        super().__init__(model, norm_width(base_layer), base_layer)
+        self.base_layer = base_layer
+        self._place = (parent, name)
+        self._swap_hooks()
+
+    def _swap_hooks(self) -> None:
+        # Hooks on the norm, such as those of a PAL beside, have to act whichever copy runs, and are not to be copied.
+        for name in _HOOKS:
+            mine, theirs = self.__dict__[name], self.base_layer.__dict__[name]
+            self.__dict__[name], self.base_layer.__dict__[name] = theirs, mine
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
+    @property
+    def units(self) -> nn.ModuleDict:
+        norms = self.houlsby_norms
+        assert isinstance(norms, nn.ModuleDict)
+        return norms
+
+    def add_copy(self, adapter_name: str, *, inference_mode: bool) -> None:
+        """Add an adapter's copy of the norm."""
+        self.units[adapter_name] = copy.deepcopy(self.get_base_layer())
+        self.place(adapter_name, inference_mode=inference_mode)
+
+    def detach(self) -> None:
+        parent, name = self._place
+        self._swap_hooks()
+        setattr(parent, name, self.base_layer)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        if self.plan is not None:
+            return self._rows(x, self.plan.for_batch(x.shape[0]).names)
+        active = [name for name in self.active_adapters if name in self.units]
+        if not active:
+            return self.base_layer(x, *args, **kwargs)
+        if len(active) > 1:
+            raise UnsupportedError(
+                f"adapters {active} are active together and each has its own layer norms: activate one, or train them "
+                "with train_layernorm=False."
+            )
+        norm = self.units[active[0]]
+        return norm(x.to(norm.weight.dtype), *args, **kwargs).to(x.dtype)  # type: ignore[arg-type]
+
+    def _rows(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        base = self.get_base_layer()
+        norms = [entry(self.units, name, base) for name in names]
+        if all(norm is base for norm in norms):
+            return base(x)
+        if all(norm is norms[0] for norm in norms):
+            return norms[0](x.to(norms[0].weight.dtype)).to(x.dtype)  # type: ignore[arg-type]
+        # The base norm may have a narrower dtype than the adapters' copies.
+        dtype = next(norm.weight.dtype for norm in norms if norm is not base)
+        weights = {
+            key: torch.stack([getattr(norm, key).to(dtype) for norm in norms])
+            for key, _ in base.named_parameters(recurse=False)
+        }
+        call = torch.func.vmap(lambda w, row: torch.func.functional_call(base, w, (row,)))
+        return call(weights, x.to(dtype)).to(x.dtype)  # type: ignore[arg-type]
+
+
+def is_scaled_norm(module: nn.Module) -> bool:
+    """Whether a module is a layer norm or an RMS norm of any kind with a scale, which an adapter may copy."""
+    weight = getattr(module, "weight", None)
+    named = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+    return named and isinstance(weight, Tensor) and weight.dim() == 1
+
+
+def norm_width(norm: nn.Module) -> int:
+    """The width of such a norm."""
+    weight = norm.weight
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[0])
+
+
+def output_width(module: nn.Module) -> int | None:
+    """The width of a module's output, or None where its kind is not known."""
+    if is_scaled_norm(module):
+        return norm_width(module)
+    widths = (getattr(module, attribute, None) for attribute in ("out_features", "nf", "embedding_dim"))
+    return next((width for width in widths if isinstance(width, int)), None)

@@ -1,0 +1,38 @@
+"""What only reproduces the released code of the papers where that code has a fault. Nothing else belongs here.
+
+| option | the fault |
+|---|---|
+| `legacy_ln_init` of the modules on top | layer norms start at `N(0, 0.02^2)`, scale and shift, instead of 1 and 0 |
+| `freeze_rule="code"` of CA-MTL | the FiLM of the attention term in frozen blocks stays as it starts |
+| `top_block_init="scratch"` of CA-MTL | the last block loses its pretrained weights |
+
+The options keep these runs repeatable; none of them is a default.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pal_adapters.nn.unit import INIT_STD
+
+CAMTL_PRESETS: dict[str, dict[str, Any]] = {
+    "ca_mtl_base_code": {"bottleneck": "top", "freeze_rule": "code", "top_block_init": "scratch"},
+    "ca_mtl_large_code": {"bottleneck": "stream", "freeze_rule": "code"},
+}
+"""The two networks of CA-MTL as released."""
+
+
+def draw_layer_norm(norm: nn.LayerNorm, generator: torch.Generator | None) -> None:
+    """Scale and shift from `N(0, 0.02^2)`."""
+    with torch.no_grad():
+        for parameter in (norm.weight, norm.bias):
+            if parameter.device.type != "meta":
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, INIT_STD, generator=generator))
+
+
+def freezes_attention_film(freeze_rule: str, block_is_frozen: bool) -> bool:
+    """Whether the FiLM of a block's attention term does not train."""
+    return freeze_rule == "code" and block_is_frozen
