@@ -14,7 +14,7 @@ from pal_adapters.errors import UnsupportedError
 from pal_adapters.fusion.units import Combination, NormCopies, SourceGroup
 from pal_adapters.hosts.method import Method
 from pal_adapters.hosts.peft.layer import TaskTunerLayer, TunerLayer, tuner_layers
-from pal_adapters.methods.houlsby.peft import HoulsbyNorm
+from pal_adapters.methods.houlsby.peft_layers import HoulsbyNorm
 from pal_adapters.nn.unit import UnitInputs
 
 from .sources import innermost

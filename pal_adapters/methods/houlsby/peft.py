@@ -192,7 +192,7 @@ class HoulsbyModel(TaskTuner):
                 layer.train(target.training)
             layer.add_copy(adapter_name, inference_mode=peft_config.inference_mode)
         if adapter_name not in self.active_adapters:
-            layer.set_requires_grad(adapter_name, False)  # type: ignore[operator]
+            layer.set_requires_grad(adapter_name, False)
 
 
 register(ParallelHoulsbyPeftConfig)

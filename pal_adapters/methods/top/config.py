@@ -63,10 +63,12 @@ def _prepare_bert_layer(options: TopBertLayerOptions, blocks: list[Block], base_
     _check_blocks(blocks)
     width = blocks[0].width
     chosen: dict[str, Any] = {}
-    if options.num_heads is None:
-        chosen["num_heads"] = width // 64 if width % 64 == 0 else next(n for n in range(12, 0, -1) if width % n == 0)
+    heads = options.num_heads
+    if heads is None:
+        heads = width // 64 if width % 64 == 0 else next(n for n in range(12, 0, -1) if width % n == 0)
+        chosen["num_heads"] = heads
     for block in blocks:
-        require_multiple("hidden_size", block.width, "num_heads", chosen.get("num_heads") or options.num_heads)
+        require_multiple("hidden_size", block.width, "num_heads", heads)
     if options.intermediate_size is None:
         chosen["intermediate_size"] = 4 * width
     return chosen
