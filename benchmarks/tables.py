@@ -1,10 +1,10 @@
-"""Makes the tables of the pages on results from the folders that the scripts in `examples` write.
+"""Makes the tables of the results pages from the output folders of the scripts in `examples`.
 
     python benchmarks/tables.py tasks --json docs/results/ca_mtl.json out/*/
     python benchmarks/tables.py transfer --json docs/results/transfer.json out/*/
     python benchmarks/tables.py glue --json docs/results/many_tasks.json out/*/
 
-Prints tables for the page, and keeps what they were made of in one file: settings, versions, scores, counts, times.
+Prints the tables and stores their data in one file: settings, versions, scores, counts, times.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 Run = dict[str, Any]
-DROPPED = ("output_dir", "source_dir", "data_dir", "compare")  # places on the machine that ran it
+DROPPED = ("output_dir", "source_dir", "data_dir", "compare")  # paths on the machine that ran it
 
 
 def read(folder: Path) -> Run:
@@ -56,7 +56,7 @@ def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def without_repeats(runs: list[Run]) -> None:
-    """Keeps what is known of a source once, as runs share them."""
+    """Keeps the results of each source once, because runs share sources."""
     known: Run = {}
     for run in runs:
         run["sources"] = {name: found for name, found in run.get("sources", {}).items() if known.get(name) != found}
@@ -64,7 +64,7 @@ def without_repeats(runs: list[Run]) -> None:
 
 
 def transfer_tables(runs: list[Run]) -> str:
-    """A row a method, a column a target; and the sources."""
+    """A table with a row per method and a column per target, and a table of the sources."""
     targets = list(dict.fromkeys(run["config"]["target"] for run in runs))
     methods = list(dict.fromkeys(run["config"]["method"] for run in runs))
 
@@ -108,13 +108,13 @@ def glue_run(run: Run) -> Run:
 
 
 def glue_label(config: Run) -> str:
-    """The recipe, and what differs between runs of it but the seed."""
+    """The recipe and the options, other than the seed, in which its runs differ."""
     corrected = {None: "", True: "corrected", False: "not corrected"}[config["adam_bias_correction"]]
     return " ".join(filter(None, (config["preset"], config["sampling"], corrected)))
 
 
 def glue_tables(runs: list[Run]) -> str:
-    """A row a recipe, with the mean and the spread of its seeds, and a column a task; and the rows of each task."""
+    """A table with a row per recipe (mean and spread over seeds) and a column per task, and a table of selections."""
     tasks = list(runs[0]["scores"])
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -150,7 +150,7 @@ def tasks_run(run: Run) -> Run:
 
 
 def tasks_tables(runs: list[Run]) -> str:
-    """A row a run, a column a task; and the rows that networks were trained on."""
+    """A table with a row per run and a column per task, and a table of the examples that networks were trained on."""
     names = list(runs[0]["tasks"])
 
     def score(run: Run, name: str, part: str) -> float:
@@ -192,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--json", type=Path, help="where to keep what the tables were made of")
+    parser.add_argument("--json", type=Path, help="file for the data of the tables")
     options = parser.parse_args()
     reduce, tables = KINDS[options.kind]
     runs = [reduce(read(folder)) for folder in options.folders]

@@ -1,4 +1,4 @@
-"""The two stages of `transfer.py` in each host: a few calls of its public interface for sources and combinations."""
+"""The two stages of `transfer.py` in each host, by calls of its public interface."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from command_line import InputError, first_line
 
 
 class InAdapters:
-    """Bottlenecks of `adapters`, one behind the feed-forward part of each block, and the host's fusions.
+    """Bottlenecks of `adapters`, one after the feed-forward network of each block, and the host's fusions.
 
     A *setup* is what is active: the name of an adapter, or a `Fuse`.
     """
@@ -55,10 +55,10 @@ class InAdapters:
 
 
 class InPeft:
-    """LoRA on the modules that PEFT adapts by default, of rank `width / reduction_factor`, and our combinations.
+    """LoRA of rank `width / reduction_factor` on the modules that PEFT adapts by default, and combinations of it.
 
-    The host does not hold LoRA and a combination in one model: `combine` takes the sources off and reads them, frozen,
-    from where they were saved.
+    PEFT cannot have LoRA and a combination on one model: `combine` unloads the sources and reads them, frozen, from
+    where they were saved.
     """
 
     def __init__(self, base: Any, reduction_factor: float, sources: Path) -> None:
@@ -102,7 +102,7 @@ class InPeft:
         return self.model
 
     def save(self, setup: Any, folder: Path) -> None:
-        # The host makes a folder of the adapter's name by itself.
+        # PEFT creates a folder with the adapter's name.
         self.model.save_pretrained(str(folder.parent), selected_adapters=[setup])
         if setup != folder.name:
             folder.mkdir(exist_ok=True)
@@ -124,7 +124,7 @@ HOSTS = {"adapters": InAdapters, "peft": InPeft}
 
 
 def draw(model: Any, setup: Any, batches: Iterable[Any] | None, path: Path, title: str) -> dict[str, Any]:
-    """Prints how much each source counts, and draws it; attention over sources depends on the inputs of batches."""
+    """Prints and plots the weight of each source; for attention over the sources, this needs batches of inputs."""
     from torch import Tensor
 
     from pal_adapters import plot_transfer, transfer_report
@@ -139,13 +139,13 @@ def draw(model: Any, setup: Any, batches: Iterable[Any] | None, path: Path, titl
 
 
 def read_record(record: Path, made: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a source that was trained, if it was made as given."""
+    """The saved result of a trained source, if it was trained with the given settings."""
     try:
         known = json.loads(record.read_text(encoding="utf-8"))
         result = dict(known.pop("result"))
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{record}: not a readable record of a source ({first_line(error)})") from error
+        raise InputError(f"{record}: cannot be read as the record of a source ({first_line(error)})") from error
     for key, value in made.items():
         if known.get(key) != value:
-            raise InputError(f"{record}: the source was made with {key}={known.get(key)}, not {value}")
+            raise InputError(f"{record}: the source was trained with {key}={known.get(key)}, not {value}")
     return result

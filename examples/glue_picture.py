@@ -1,4 +1,4 @@
-"""The picture of `glue.py`."""
+"""The figure of `glue.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from command_line import InputError, first_line
 
 
 def label(config: dict[str, Any]) -> str:
-    """The recipe, and what differs from it by name."""
+    """The recipe and the options that differ from it."""
     given = [config["sampling"]] if config["sampling"] else []
     if config["adam_bias_correction"] is not None:
         given.append("bias corrected" if config["adam_bias_correction"] else "bias not corrected")
@@ -19,7 +19,7 @@ def label(config: dict[str, Any]) -> str:
 
 
 def picture(results: dict[str, Any], others: Sequence[str], path: Path) -> None:
-    """Average score over trained parameters for each task, of this run and of others."""
+    """Plots the average score against trained parameters per task, for this run and others."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -30,7 +30,7 @@ def picture(results: dict[str, Any], others: Sequence[str], path: Path) -> None:
         try:
             every.append(json.loads((Path(folder) / "results.json").read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            raise InputError(f"--compare {folder}: no results.json that can be read ({first_line(error)})") from error
+            raise InputError(f"--compare {folder}: cannot read its results.json ({first_line(error)})") from error
     points: dict[str, list[tuple[float, float]]] = {}
     for one in every:
         points.setdefault(label(one["config"]), []).append((one["parameters"]["trained_per_task"], one["average"]))
@@ -39,6 +39,6 @@ def picture(results: dict[str, Any], others: Sequence[str], path: Path) -> None:
         axes.plot(*zip(*found, strict=True), "o", label=name)
     axes.set(xscale="log", xlabel="trained parameters per task", ylabel="average score")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right center", fontsize="small")  # where it covers no point
+    figure.legend(loc="outside right center", fontsize="small")  # covers no points there
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""The methods of `train_tasks.py`: a base with what one of them adds, and how many parameters that is."""
+"""The methods of `train_tasks.py`: builds a base with the modules of one method and counts its parameters."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ CONFIGS = {
     "houlsby_pal": "HoulsbyPAL",
 }
 HOULSBY_WIDTH = 64
-NETWORK = "tasks"  # name of the adapter that all tasks share
+NETWORK = "tasks"  # the name of the adapter that all tasks share
 
 
 def make_config(args: argparse.Namespace, names: Sequence[str], base_width: int) -> Any:
-    """The config of one task's adapter, or of the network of all tasks."""
+    """The config of one task's adapter, or of the network for all tasks."""
     import pal_adapters
 
     more: dict[str, Any] = {} if args.hidden_size is None else {"hidden_size": args.hidden_size}
@@ -32,11 +32,11 @@ def make_config(args: argparse.Namespace, names: Sequence[str], base_width: int)
     if args.method in NETWORKS:
         preset = getattr(pal_adapters, f"CAMTL{suffix}").preset
         return preset(args.method, tasks=list(names), max_length=args.max_length, **more)
-    if args.method == "houlsby" and args.host == "adapters":  # the host has this one already
+    if args.method == "houlsby" and args.host == "adapters":  # the host has this method already
         import adapters
 
         width = args.hidden_size or HOULSBY_WIDTH
-        # The host rounds the width down, so half a unit keeps it.
+        # The host rounds the bottleneck size down; half a unit more gives the size that was asked for.
         factor = base_width / width if base_width % width == 0 else base_width / (width + 0.5)
         return adapters.DoubleSeqBnConfig(non_linearity="gelu", reduction_factor=factor)
     if args.joint:
@@ -45,7 +45,7 @@ def make_config(args: argparse.Namespace, names: Sequence[str], base_width: int)
 
 
 def build(args: argparse.Namespace, base: Any, tasks: Sequence[Any]) -> tuple[Any, dict[str, int]]:
-    """The base with an adapter and a head for each task, and the parameters of each task's adapter."""
+    """The base with an adapter and a head per task, and the number of parameters of each task's adapter."""
     import transformers
     from fitting import size
 
@@ -57,14 +57,14 @@ def build(args: argparse.Namespace, base: Any, tasks: Sequence[Any]) -> tuple[An
     if args.host == "adapters":
         import adapters
 
-        adapters.init(base)  # draws random numbers, so before the seed is set
+        adapters.init(base)  # before the seed is set, because it draws random numbers
     transformers.set_seed(args.seed)
     if args.method in NETWORKS:
         base = add_adapter(base, NETWORK, make_config(args, names, width))
         sizes = dict.fromkeys(names, network_size(base, NETWORK).per_task)
     for number, task in enumerate(tasks):
         if args.method not in NETWORKS:
-            # A task's result does not depend on the tasks before it. Together they should not start alike.
+            # The result of a task must not depend on the tasks before it; jointly trained adapters must differ.
             transformers.set_seed(args.seed + (number if args.joint else 0))
             before = size(base)
             if args.method in HOSTED:
@@ -89,7 +89,7 @@ def count(args: argparse.Namespace, model: Any, base: dict[str, Any], sizes: dic
     counts["tasks"] = {}
     for name, adapter in sizes.items():
         head = sum(p.numel() for p in model.head(name).parameters())
-        # Of a fine-tuned copy for each task the base is the task's own.
+        # With a fine-tuned copy per task, the base also belongs to the task.
         own = adapter + head + (trained if args.method == "full" and not args.joint else 0)
         counts["tasks"][name] = {"adapter": adapter, "head": head, "trainable": own, "share_of_base": own / total}
     return counts
@@ -100,5 +100,5 @@ def trains_base(args: argparse.Namespace) -> bool:
 
 
 def saves_base(args: argparse.Namespace) -> bool:
-    """Whether a base that was trained is not part of the files of each adapter."""
+    """Whether the trained base has to be saved separately from the adapters."""
     return args.joint and (args.method == "full" or (args.method, args.host) == ("houlsby", "adapters"))

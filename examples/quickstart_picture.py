@@ -1,4 +1,4 @@
-"""The picture of `quickstart.py`."""
+"""The figure of `quickstart.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TITLES = {
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """The picture: scores before and after, and what four tasks weigh in comparison with four models."""
+    """Plots the scores before and after, and the size of four PALs compared with four fine-tuned models."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -74,7 +74,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         right.set_xlim(0, whole * 1.02)
         right.set_ylim(-0.5, 1.5)
         right.set_xlabel("parameters (millions)")
-        right.set_title("What four tasks weigh", loc="left", fontweight="bold", pad=12)
+        right.set_title("Size of four tasks", loc="left", fontweight="bold", pad=12)
 
         for axes in (left, right):
             axes.spines[["top", "right", "left"]].set_visible(False)

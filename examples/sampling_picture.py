@@ -1,4 +1,4 @@
-"""Draws docs/images/sampling.png: the share of the draws of some GLUE tasks over the epochs, by strategy."""
+"""Draws docs/images/sampling.png: the sampling shares of four GLUE tasks over the epochs, by strategy."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def draw(path: Path, epochs: int = 25) -> None:
             sampler = MultiTaskBatchSampler(SIZES, 32, strategy=strategy, epochs=epochs, steps_per_epoch=1)
             shares = np.array([sampler.probabilities(epoch)[place] for epoch in range(epochs)])
             axis.plot(range(1, epochs + 1), shares, label=name)
-        axis.set(title=f"{task} ({SIZES[task]:,} rows)", xlabel="epoch")
+        axis.set(title=f"{task} ({SIZES[task]:,} examples)", xlabel="epoch")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("share of the draws")
+    axes[0].set_ylabel("share of samples")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -1,22 +1,21 @@
-"""Trains an adapter for each of several GLUE and SuperGLUE tasks on one shared base, and scores them.
+"""Trains an adapter per task on one shared base, for GLUE and SuperGLUE tasks, and scores them.
 
     python examples/train_tasks.py --data_dir DATA --tasks rte mrpc stsb --method pal --output_dir out
 
-`DATA` holds `<task>/train.jsonl[.gz]` and `<task>/validation.jsonl[.gz]`, or folders `glue` and `super_glue` with
-such folders inside; without `--data_dir` the data sets of these names come from the hub. Every task gets an adapter
-and a linear head of its own; the base is frozen. With `--joint` the base is trained as well, with the adapters of all
-tasks at once, as in the paper on PALs. `--method full` trains a copy of the base for every task, and `--method head`
-only a head: the two ends of the scale. `--method ca_mtl_base` trains one network for all tasks on batches that mix
-them, `--sampling mt_uncertainty` on the rows about which it is least certain.
+`DATA` contains `<task>/train.jsonl[.gz]` and `<task>/validation.jsonl[.gz]`, or folders `glue` and `super_glue` with
+such folders inside. Without `--data_dir` the data sets of these names are loaded from the Hub. Each task gets its own
+adapter and linear head; the base is frozen. With `--joint` the base trains too, together with the adapters of all
+tasks, as in the PALs paper. `--method full` fine-tunes a copy of the base per task and `--method head` trains only a
+head: the two extremes. `--method ca_mtl_base` trains one network for all tasks on mixed batches; with
+`--sampling mt_uncertainty`, on the examples it is least certain about.
 
-The best epoch is chosen on a tenth of the training rows. The validation rows are used once, for the scores at the end.
-Writes `results.json` and the folder `adapters`, with one folder for each task.
+A tenth of the training data selects the best epoch. The validation data is used only for the final scores. Writes
+`results.json` and the folder `adapters`, with one folder per task.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import time
@@ -26,18 +25,21 @@ from typing import Any
 
 from command_line import (
     InputError,
+    aligned,
     guarded,
     load_base,
     make_folder,
+    named_once,
     parser,
     positive_float,
     positive_int,
     seed_int,
     versions,
+    write_json,
 )
 from methods import HOSTED, NETWORKS, SIZED, build, count, saves_base, trains_base
 
-# For each method: epochs, learning rate, and the factor on it for the attention of a PAL.
+# For each method: epochs, learning rate, and its factor for the attention in PALs.
 DEFAULTS = {
     "pal": (5, 1e-3, 5.0),
     "low_rank": (5, 1e-3, 1.0),
@@ -57,26 +59,32 @@ POOLINGS = {"mean": "mean", "cls": "first"}
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser(__doc__)
-    options.add_argument("--data_dir", help="folder with the data (the data sets of these names on the hub)")
+    options.add_argument("--data_dir", help="folder with the data (default: from the Hub)")
     options.add_argument("--tasks", nargs="+", required=True, help="names of GLUE and SuperGLUE tasks")
-    options.add_argument("--method", choices=METHODS, required=True, help="what is trained for a task")
+    options.add_argument("--method", choices=METHODS, required=True, help="what is trained for each task")
     options.add_argument("--output_dir", required=True, help="folder for results.json and the adapters")
     options.add_argument(
-        "--host", choices=("adapters", "peft"), help="library that holds the adapters (the first found)"
+        "--host", choices=("adapters", "peft"), help="library for the adapters (the first one installed)"
     )
-    options.add_argument("--model", help="name or folder of the base (a MiniLM encoder that comes with pip)")
-    options.add_argument("--joint", action="store_true", help="train the base too, with all tasks at once")
+    options.add_argument("--model", help="name or folder of the base model (the MiniLM encoder that pip installs)")
+    options.add_argument("--joint", action="store_true", help="train the base too, with all tasks together")
     options.add_argument(
-        "--sampling", choices=("proportional", "mt_uncertainty"), help="rows of a mixed batch of ca_mtl (proportional)"
+        "--sampling",
+        choices=("proportional", "mt_uncertainty"),
+        help="how ca_mtl samples mixed batches (proportional)",
     )
-    options.add_argument("--pooling", choices=("mean", "cls"), default="mean", help="what the heads see of the tokens")
-    options.add_argument("--hidden_size", type=positive_int, help="width of the adapters (the method's own)")
-    options.add_argument("--epochs", type=positive_int, help="passes over the training rows (by method)")
-    options.add_argument("--max_steps", type=positive_int, help="upper bound on the steps of each training run")
+    options.add_argument("--pooling", choices=("mean", "cls"), default="mean", help="how heads pool the tokens")
+    options.add_argument(
+        "--hidden_size", type=positive_int, help="bottleneck size of the adapters (the method's default)"
+    )
+    options.add_argument("--epochs", type=positive_int, help="number of epochs (by method)")
+    options.add_argument("--max_steps", type=positive_int, help="maximum number of steps of each training run")
     options.add_argument("--learning_rate", type=positive_float, help="peak learning rate (by method)")
-    options.add_argument("--batch_size", type=positive_int, default=16, help="rows of a batch")
-    options.add_argument("--max_length", type=positive_int, default=128, help="tokens after which a text is cut")
-    options.add_argument("--seed", type=seed_int, default=42, help="seed of everything random")
+    options.add_argument("--batch_size", type=positive_int, default=16, help="batch size")
+    options.add_argument(
+        "--max_length", type=positive_int, default=128, help="maximum number of tokens; longer texts are truncated"
+    )
+    options.add_argument("--seed", type=seed_int, default=42, help="random seed")
     args = options.parse_args(argv)
     if args.host is not None and args.method not in HOSTED:
         options.error(f"--host has no effect with --method {args.method}, which adds no modules; leave it out")
@@ -106,9 +114,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     tasks = [Task.named(name, args.data_dir, pooling=POOLINGS[args.pooling]) for name in args.tasks]
     names = [task.name for task in tasks]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"--tasks: {twice[0]} is named twice")
+    named_once("--tasks", names)
     if args.host is None and args.method in HOSTED:
         args.host = default_host()
     output = make_folder("--output_dir", args.output_dir)
@@ -118,7 +124,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     data = [fitting.encode(task, tokenizer, args.max_length, seed=args.seed) for task in tasks]
     try:
         model, sizes = build(args, base, tasks)
-    except (ValueError, NotImplementedError) as error:  # such as a width that the method does not allow
+    except (ValueError, NotImplementedError) as error:  # such as a size that the method does not allow
         raise InputError(f"--method {args.method}: {error}") from error
     results: dict[str, Any] = {
         "config": vars(args) | {"tasks": names},
@@ -141,7 +147,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         results["device"] = str(model.device)
         for one in group:
             name = one.task.name
-            # Of a run of several tasks, each is given an equal part of the time.
+            # Tasks that train together share the time equally.
             seconds = round((time.perf_counter() - began) / len(group), 2)
             results["tasks"][name] = found[name] | {"seconds": seconds}
             fitting.save_head(model, name, output / "adapters" / name)
@@ -154,12 +160,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if saves_base(args):
         shutil.copytree(output / "adapters" / "base.model", output / "base", dirs_exist_ok=True)
     results["seconds"] = round(time.perf_counter() - start, 2)
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "results.json", results)
     return results
 
 
 def fit(args: argparse.Namespace, model: Any, group: list[Any], tokenizer: Any, output: Path) -> tuple[Any, Any]:
-    """Trains tasks together; returns the trainer, and what it found of each task."""
+    """Trains tasks together; returns the trainer and the results of each task."""
     import fitting
 
     network = args.method in NETWORKS
@@ -188,7 +194,7 @@ def fit(args: argparse.Namespace, model: Any, group: list[Any], tokenizer: Any, 
 
 
 def sampled(trainer: Any, tasks: dict[str, Any]) -> dict[str, int]:
-    """How many rows the network was trained on, of each task too, and among how many they were chosen."""
+    """How many examples the network was trained on, per task and in total, and from how many candidates."""
     steps, one_pass = trainer.state.global_step, len(trainer.train_dataset)
     log = [entry for entry in trainer.state.log_history if "candidates" in entry]
     drawn = {name: int(sum(e[f"chosen_{name}"] for e in log)) for name in tasks} if log else trainer.draws()
@@ -212,14 +218,7 @@ def table(results: dict[str, Any]) -> str:
                 share, seconds = f"{100 * count['share_of_base']:.2f} %", f"{task['seconds']:.0f}"
                 size = f"{count['trainable']:,}"
                 rows.append((name, split, metric, f"{trivial:.4f}", f"{value:.4f}", size, share, seconds))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        left = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
-        right = [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
-        lines.append("  ".join(left + right))
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
+    return "\n".join(aligned(rows, left=3))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,27 +1,26 @@
-"""Trains adapters for source tasks once, then learns how to combine them for a target task, and folds the result.
+"""Trains adapters for source tasks, learns how to combine them for a target task, and folds the result.
 
     python examples/transfer.py --data_dir DATA --sources rte mrpc cola stsb sst2 qnli --target copa \\
         --method scalearn --output_dir out --source_dir sources
 
-`DATA` holds `<task>/train.jsonl[.gz]` and `<task>/validation.jsonl[.gz]`, or folders `glue` and `super_glue` with
-such folders inside. Stage one trains one adapter a source, on its own, and saves it to `--source_dir`; sources that
-are saved there already are loaded. Stage two freezes the base and the sources and trains a combination and a new head:
+`DATA` contains `<task>/train.jsonl[.gz]` and `<task>/validation.jsonl[.gz]`, or folders `glue` and `super_glue` with
+such folders inside. Stage one trains one adapter per source and saves it to `--source_dir`; sources that are already
+saved there are loaded instead. Stage two freezes the base and the sources and trains a combination and a new head:
 
-* scalearn, scalearn_uniform, scalearn_pp, scalearn_uniform_pp: learned coefficients, from one a channel in every block
-  down to one a source in all;
+* scalearn, scalearn_uniform, scalearn_pp, scalearn_uniform_pp: learned coefficients, from one per channel and source
+  in every block down to one per source;
 * fusion: AdapterFusion, attention over the sources;
-* average: all sources alike, only the head is trained;
-* single: no sources, an adapter of its own for the target.
+* average: equal weights for all sources, only the head is trained;
+* single: no sources, a separate adapter for the target.
 
-The best epoch is chosen on a tenth of the training rows. The validation rows are used once, for the scores at the end.
-Writes `results.json`, a heat map of the sources (`transfer.png`, `.svg`), the target's combination and head, and the
-folded adapter, one plain adapter that gives the same predictions, which is checked.
+A tenth of the training data selects the best epoch. The validation data is used only for the final scores. Writes
+`results.json`, a heat map of the sources (`transfer.png`, `.svg`), the target's combination and head, and the folded
+adapter: one plain adapter, checked to make the same predictions.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -31,14 +30,14 @@ from pathlib import Path
 from typing import Any
 
 from combining import HOSTS, draw, read_record
-from command_line import InputError, first_line, guarded, load_base, make_folder, versions
+from command_line import InputError, first_line, guarded, load_base, make_folder, named_once, versions, write_json
 from transfer_cli import parse, summary
 
 TOLERANCE = 1e-3
 
 
 class Run:
-    """One run of the script: the tasks, the host with the adapters, and what it found."""
+    """One run of the script: the tasks, and the host with the adapters."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         from fitting import size
@@ -50,14 +49,11 @@ class Run:
         self.target = Task.named(args.target, args.data_dir, pooling=pooling)
         names = [] if args.method == "single" else args.sources
         self.sources = [Task.named(name, args.data_dir, pooling=pooling) for name in names]
-        names = [task.name for task in self.sources]
-        for name in names:
-            if names.count(name) > 1:
-                raise InputError(f"--sources: {name} is named twice")
+        named_once("--sources", [task.name for task in self.sources])
         for task in self.sources:
             if task.name == self.target.name and task.benchmark != self.target.benchmark:
                 both = f"--target {full_name(self.target)} and --sources {full_name(task)}"
-                raise InputError(f"{both} have one name; leave one out")
+                raise InputError(f"{both} have the same name; leave one out")
         self.output = make_folder("--output_dir", args.output_dir)
         self.source_dir = make_folder("--source_dir", args.source_dir)
         base, self.tokenizer = load_base(args.model, args.max_length)
@@ -70,12 +66,12 @@ class Run:
         self.device = ""
 
     def fit(self, task: Any, add: Any, *, source: bool) -> tuple[dict[str, Any], Any, Any, Any]:
-        """Trains what `add` adds, with a new head; returns what it found, the trainer, the rows and the setup."""
+        """Trains what `add` adds and a new head; returns the results, the trainer, the data and the setup."""
         import fitting
         import transformers
 
         args, began = self.args, time.perf_counter()
-        # One split for all seeds and for both stages, so that no row to choose with was trained on.
+        # One split for all seeds and both stages, so that no stage trains on examples that select the best epoch.
         data = fitting.encode(task, self.tokenizer, args.max_length, seed=42, limit=args.train_rows)
         seed = args.source_seed if source else args.seed
         transformers.set_seed(seed)
@@ -135,9 +131,9 @@ class Run:
                 results[task.name] = self.load_source(task, record, made) | {"trained_here": False}
                 continue
             result, trainer, _, setup = self.fit(task, lambda task=task: self.host.add(task.name), source=True)
-            # The record comes last: a source that was cut off is trained again.
+            # The record is written last: an interrupted source is trained again.
             self.save(trainer.model, task, setup, self.source_dir)
-            record.write_text(json.dumps(made | {"result": result}, indent=2) + "\n", encoding="utf-8")
+            write_json(record, made | {"result": result})
             results[task.name] = result | {"trained_here": True}
         return results
 
@@ -148,7 +144,7 @@ class Run:
         try:
             setup = self.host.load(task.name, record.parent)
             load_head(self.task_heads(task, setup), task.name, record.parent)
-        except Exception as error:  # hosts raise OSError, ValueError, RuntimeError and more
+        except Exception as error:  # the hosts raise OSError, ValueError, RuntimeError and more
             raise InputError(f"{record.parent}: the source cannot be loaded ({first_line(error)})") from error
         return result
 
@@ -162,7 +158,7 @@ class Run:
         result, trainer, data, setup = self.fit(task, add, source=False)
         self.save(trainer.model, task, setup, self.output / "target")
         if args.method == "single":
-            result["folded"] = {"reason": "single is one plain adapter already"}
+            result["folded"] = {"reason": "single is already one plain adapter"}
         else:
             batches = trainer.get_eval_dataloader(data.dev) if args.method == "fusion" else None
             title = f"{args.method} for {task.name}"
@@ -171,7 +167,7 @@ class Run:
         return result
 
     def fold(self, trainer: Any, data: Any, setup: Any) -> dict[str, Any]:
-        """Folds the combination, saves it, and compares it with what it was made of."""
+        """Folds the combination, saves the folded adapter, and compares the two."""
         import fitting
         import numpy as np
 
@@ -220,7 +216,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "target": target,
         "seconds": round(time.perf_counter() - start, 2),
     }
-    (this.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(this.output / "results.json", results)
     return results
 
 

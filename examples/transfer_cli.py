@@ -1,4 +1,4 @@
-"""The command line of `transfer.py`: its options and recipes, and what it prints."""
+"""The command line of `transfer.py`: options, recipes and printed summary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from command_line import parser, positive_float, positive_int, seed_int
 
 SCALEARN = ("scalearn", "scalearn_uniform", "scalearn_pp", "scalearn_uniform_pp")
 METHODS = (*SCALEARN, "fusion", "single", "average")
-# For each preset and kind of training: epochs, learning rate, epochs without a better one before it stops.
+# For each preset and kind of training: epochs, learning rate, early-stopping patience in epochs.
 # "paper": the scripts of ScaLearn's authors, for RoBERTa-base. "small": minutes on two cores, with MiniLM.
 RECIPES: dict[str, dict[str, tuple[int, float, int | None]]] = {
     "paper": {"source": (30, 3e-4, 5), "fusion": (30, 5e-5, 5), "scalearn": (30, 6e-3, None)},
@@ -24,32 +24,36 @@ def parse(argv: Sequence[str] | None, doc: str | None) -> argparse.Namespace:
     options = parser(doc)
     options.add_argument("--data_dir", required=True, help="folder with the data")
     options.add_argument("--sources", nargs="+", default=[], help="names of the source tasks (not for single)")
-    options.add_argument("--target", required=True, help="name of the target task; it may be a source as well")
+    options.add_argument("--target", required=True, help="name of the target task; it may also be a source")
     options.add_argument("--method", choices=METHODS, required=True, help="how the sources are combined")
     options.add_argument("--output_dir", required=True, help="folder for the results")
-    options.add_argument("--source_dir", help="folder that source adapters are saved to and loaded from (OUT/sources)")
+    options.add_argument("--source_dir", help="folder for saving and loading source adapters (OUT/sources)")
     options.add_argument("--host", choices=("adapters", "peft"), default="adapters", help="library of the adapters")
-    options.add_argument("--model", help="name or folder of the base (a MiniLM encoder that comes with pip)")
-    options.add_argument("--pooling", choices=("mean", "cls"), default="mean", help="what the heads see of the tokens")
+    options.add_argument("--model", help="name or folder of the base model (the MiniLM encoder that pip installs)")
+    options.add_argument("--pooling", choices=("mean", "cls"), default="mean", help="how heads pool the tokens")
     options.add_argument(
         "--preset", choices=tuple(RECIPES), default="paper", help="recipe; the options below change it"
     )
-    options.add_argument("--reduction_factor", type=positive_float, default=16, help="of the sources' bottlenecks")
-    options.add_argument("--source_epochs", type=positive_int, help="passes over a source's rows (by preset)")
-    options.add_argument("--source_learning_rate", type=positive_float, help="of the sources (by preset)")
-    options.add_argument("--epochs", type=positive_int, help="passes over the target's rows (by preset)")
-    options.add_argument("--learning_rate", type=positive_float, help="of the target stage (by preset)")
-    options.add_argument("--train_rows", type=positive_int, help="at most so many training rows a task (by preset)")
-    options.add_argument("--max_steps", type=positive_int, help="upper bound on the steps of each training run")
     options.add_argument(
-        "--select", choices=("loss", "metric"), default="loss", help="what the best epoch is chosen by"
+        "--reduction_factor", type=positive_float, default=16, help="reduction factor of the sources' bottlenecks"
     )
-    options.add_argument("--batch_size", type=positive_int, default=32, help="rows of a batch")
-    options.add_argument("--max_length", type=positive_int, default=128, help="tokens after which a text is cut")
+    options.add_argument("--source_epochs", type=positive_int, help="epochs over a source's data (by preset)")
+    options.add_argument(
+        "--source_learning_rate", type=positive_float, help="learning rate of the sources (by preset)"
+    )
+    options.add_argument("--epochs", type=positive_int, help="epochs over the target's data (by preset)")
+    options.add_argument("--learning_rate", type=positive_float, help="learning rate of the target stage (by preset)")
+    options.add_argument(
+        "--train_rows", type=positive_int, help="maximum number of training examples per task (by preset)"
+    )
+    options.add_argument("--max_steps", type=positive_int, help="maximum number of steps of each training run")
+    options.add_argument("--select", choices=("loss", "metric"), default="loss", help="what selects the best epoch")
+    options.add_argument("--batch_size", type=positive_int, default=32, help="batch size")
+    options.add_argument(
+        "--max_length", type=positive_int, default=128, help="maximum number of tokens; longer texts are truncated"
+    )
     options.add_argument("--seed", type=seed_int, default=0, help="seed of the target stage")
-    options.add_argument(
-        "--source_seed", type=seed_int, default=0, help="seed of the sources, whatever the target's is"
-    )
+    options.add_argument("--source_seed", type=seed_int, default=0, help="seed of the sources, independent of --seed")
     args = options.parse_args(argv)
     if args.method == "single":
         for name in ("source_epochs", "source_learning_rate"):

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Many tasks at once
 #
-# Four data sets, one pretrained encoder. Each task gets a small module (a projected attention layer, PAL) and a head;
-# the encoder is shared and stays as it is. One `Trainer` trains all of them in batches that mix the tasks.
+# Four data sets, one pretrained encoder. Each task gets a small module (a projected attention layer, PAL) and a
+# head; the encoder is shared and frozen. One `Trainer` trains all of them on mixed batches.
 #
-# The data are made up and come with the package, so this runs without a network, in some minutes on two cores. Put
-# your own `datasets.Dataset` in their place.
+# The package generates the data, so this runs offline, in a few minutes on two cores. Replace it by your own
+# `datasets.Dataset`.
 
 # %%
 import logging
@@ -26,7 +26,7 @@ from pal_adapters.multitask import (
     load_toy_task,
 )
 
-MODEL = os.environ.get("MODEL") or default_model()  # a name on the hub, or a folder
+MODEL = os.environ.get("MODEL") or default_model()  # a Hub repo ID or a folder
 STEPS = int(os.environ.get("STEPS", "300"))
 OUTPUT = tempfile.mkdtemp()
 logging.getLogger("adapters").setLevel(logging.ERROR)  # it warns while no adapter is active yet
@@ -34,20 +34,21 @@ logging.getLogger("adapters").setLevel(logging.ERROR)  # it warns while no adapt
 # %% [markdown]
 # ## The tasks
 #
-# A `Task` has data, what is predicted, and how it is scored. Three of these have classes, one has numbers. With your
-# own data: `Task("reviews", {"train": rows, "validation": more}, text_columns=("text",), num_labels=2)`.
+# A `Task` says where the data is, what to predict and how to score it. Three of these tasks are classification, one
+# is regression. For your own data: `Task("reviews", {"train": dataset, "validation": other}, text_columns=("text",),
+# num_labels=2)`.
 
 # %%
 NAMES = ("sentiment", "acceptability", "entailment", "similarity")
 tasks = [Task.from_spec(*load_toy_task(name)) for name in NAMES]
 for task in tasks:
-    print(f"{task.name:14} {task.kind:13} {len(task.dataset['train']):5} rows  {task.metrics[0]}")
+    print(f"{task.name:14} {task.kind:13} {len(task.dataset['train']):5} examples  {task.metrics[0]}")
 
 # %% [markdown]
 # ## The model
 #
-# `adapters` adds the modules, as it adds its own. `TaskHeads` puts a head for each task on top and sends every row of
-# a batch through the module and the head of its task.
+# `adapters` adds the modules like its own. `TaskHeads` puts a head per task on top and routes every example of a
+# batch through the module and the head of its task.
 
 # %%
 torch.manual_seed(0)
@@ -59,7 +60,7 @@ for task in tasks:
 model = TaskHeads(base)
 for task in tasks:
     model.add(task.name, task.head_config())
-model.prepare_training()  # modules and heads; base=True trains the encoder with them
+model.prepare_training()  # trains modules and heads; base=True also trains the encoder
 
 counts = model.count_parameters()
 print(f"encoder {counts['base']:,}, trained {counts['trainable']:,}")
@@ -67,8 +68,8 @@ print(f"encoder {counts['base']:,}, trained {counts['trainable']:,}")
 # %% [markdown]
 # ## Training
 #
-# It is the `Trainer` of `transformers`: checkpoints, resuming, early stopping, several processes. `sampling` says how
-# often a task is drawn; `mixed_batches` lets every row of a batch draw its own.
+# This is a `Trainer` as in `transformers`, with checkpoints, resumption, early stopping and distributed training.
+# `sampling` sets how often each task is drawn; with `mixed_batches`, the task is drawn separately for every example.
 
 # %%
 arguments = MultiTaskTrainingArguments(
@@ -77,7 +78,7 @@ arguments = MultiTaskTrainingArguments(
     mixed_batches=True,
     max_steps=STEPS,
     learning_rate=1e-3,
-    attention_learning_rate=5e-3,  # queries, keys and values of a PAL start small
+    attention_learning_rate=5e-3,  # for the queries, keys and values of PALs, which start small
     warmup_steps=STEPS // 10,
     per_device_train_batch_size=32,
     per_device_eval_batch_size=64,
@@ -94,8 +95,8 @@ trainer.train()
 # %% [markdown]
 # ## Scores
 #
-# Each task has its own metrics; `eval_average` is the mean of the first one of each, and what
-# `load_best_model_at_end=True` would choose by.
+# Each task has its own metrics. `eval_average` is the mean of the first metric of every task, by which
+# `load_best_model_at_end=True` would select the best checkpoint.
 
 # %%
 scores = trainer.evaluate()
@@ -105,7 +106,7 @@ for name, value in scores.items():
 # %% [markdown]
 # ## One batch, several tasks
 #
-# Rows of different tasks go through the model together.
+# Examples of different tasks go through the model together.
 
 # %%
 texts = ["the film was not delightful.", "the nurse wait at the station.", "a superb novel."]
@@ -113,13 +114,14 @@ batch = tokenizer(texts, padding=True, return_tensors="pt")
 model.eval()
 with torch.no_grad():
     logits = model(task_ids=["sentiment", "acceptability", "sentiment"], **batch).logits
-for task, rows in logits.items():
-    print(task, rows.softmax(-1).tolist())
+for task, values in logits.items():
+    print(task, values.softmax(-1).tolist())
 
 # %% [markdown]
 # ## Saving and loading
 #
-# The folder has one small adapter for each task, in the format of `adapters`, which it can load alone, and the heads.
+# The folder contains the heads and one small adapter per task, in the format of `adapters`, which can also load an
+# adapter by itself.
 
 # %%
 model.save_pretrained(f"{OUTPUT}/model")

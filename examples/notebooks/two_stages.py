@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Two stages: combine adapters for a new task
 #
-# Adapters for three tasks exist. A fourth task comes, with few rows. The encoder and the adapters stay as they are;
-# ScaLearn learns how much of each source the new task takes, and what it learned folds into one plain adapter.
+# You have adapters for three tasks, and a fourth task arrives with little data. The encoder and the adapters stay
+# frozen. ScaLearn learns how much of each source the new task needs, and the result folds into one plain adapter.
 #
-# The data are made up and come with the package, so this runs without a network, in some minutes on two cores.
+# The package generates the data, so this runs offline, in a few minutes on two cores.
 
 # %%
 import logging
@@ -27,7 +27,7 @@ from pal_adapters.multitask import (
     load_toy_task,
 )
 
-MODEL = os.environ.get("MODEL") or default_model()  # a name on the hub, or a folder
+MODEL = os.environ.get("MODEL") or default_model()  # a Hub repo ID or a folder
 STEPS = int(os.environ.get("STEPS", "300"))
 OUTPUT = tempfile.mkdtemp()
 logging.getLogger("adapters").setLevel(logging.ERROR)  # it warns while no adapter is active yet
@@ -35,7 +35,7 @@ logging.getLogger("adapters").setLevel(logging.ERROR)  # it warns while no adapt
 # %% [markdown]
 # ## First stage: an adapter for each source
 #
-# Usually they are there already: any bottleneck adapters of the same encoder will do. Here they are trained.
+# Usually these exist already: any bottleneck adapters for the same encoder will do. Here we train them.
 
 # %%
 SOURCES = ("sentiment", "entailment", "similarity")
@@ -60,10 +60,10 @@ trainer.train()
 print({name: round(value, 3) for name, value in trainer.evaluate().items() if "loss" not in name})
 
 # %% [markdown]
-# ## Second stage: what the new task takes of them
+# ## Second stage: combine them for the new task
 #
-# `"scalearn"` learns one number for each channel of each source in each block; `"scalearn_uniform_pp"`, the smallest,
-# one for each source in all. The new task is one of few rows.
+# `"scalearn"` learns one coefficient per channel and source in each block; `"scalearn_uniform_pp"`, the smallest
+# variant, learns one per source. The new task has only 200 examples.
 
 # %%
 target = Task.from_spec(*load_toy_task("acceptability", train_size=200))
@@ -71,7 +71,7 @@ fuse = Fuse(*SOURCES)
 base.add_adapter_fusion(fuse, config="scalearn")
 model.add(target.name, target.head_config(), adapter=fuse)
 trained = model.prepare_training([target.name])
-print(len(trained), "tensors train, all of the fusion or the head:", sorted({name.split(".")[0] for name in trained}))
+print(len(trained), "tensors train, all in the fusion or the head:", sorted({name.split(".")[0] for name in trained}))
 
 arguments = get_preset("scalearn").training_arguments(
     f"{OUTPUT}/target", num_tasks=1, num_train_epochs=max(1, STEPS // 15), save_total_limit=1, **common
@@ -84,7 +84,7 @@ print({name: round(value, 3) for name, value in before.items()})
 # %% [markdown]
 # ## What was learned
 #
-# The mean size of the coefficients of each source in each block.
+# The table has the mean absolute coefficient of each source in each block.
 
 # %%
 report = pal_adapters.transfer_report(base, fuse)
@@ -94,8 +94,8 @@ pal_adapters.plot_transfer(report, f"{OUTPUT}/transfer.png")
 # %% [markdown]
 # ## One plain adapter
 #
-# `fold` makes an ordinary bottleneck of `adapters` of the sources and their coefficients. It gives the same outputs,
-# costs what any adapter costs, and loads where this package is not installed.
+# `fold` turns the sources and their coefficients into one ordinary bottleneck adapter. It computes the same outputs,
+# costs no more than any other adapter, and loads without this package.
 
 # %%
 batch = tokenizer(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pal_adapters.multitask import load_toy_task
+from .data import write, write_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("importable")
@@ -23,22 +23,15 @@ pytestmark = pytest.mark.usefixtures("importable")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
-    names = {"premise": "sentence1", "hypothesis": "sentence2"}
-    for task, toy, columns in (
-        ("rte", "entailment", names),
-        ("cola", "acceptability", {}),
-        ("stsb", "similarity", {}),
-    ):
-        _, splits = load_toy_task(toy, train_size=60, test_size=12)
-        (root / "glue" / task).mkdir(parents=True)
-        for split, rows in splits.items():
-            lines = [json.dumps(row) + "\n" for row in rows.rename_columns(columns).to_list()]
-            (root / "glue" / task / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-    (root / "glue" / "mnli").mkdir()
-    for split, size in (("train", 30), ("validation_matched", 6), ("validation_mismatched", 6)):
-        mnli = [{"premise": f"it is {i}.", "hypothesis": f"it was {i % 4}.", "label": i % 3} for i in range(size)]
-        lines = [json.dumps(row) + "\n" for row in mnli]
-        (root / "glue" / "mnli" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_tasks(root, train_size=60, test_size=12)
+    sizes = {"train": 30, "validation_matched": 6, "validation_mismatched": 6}
+    write(
+        root / "glue" / "mnli",
+        {
+            split: [{"premise": f"it is {i}.", "hypothesis": f"it was {i % 4}.", "label": i % 3} for i in range(size)]
+            for split, size in sizes.items()
+        },
+    )
     return root
 
 
@@ -177,7 +170,7 @@ def test_what_is_refused(
 def test_folder_of_another_run(glue: ModuleType, data: Path, tiny_encoder: str, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"preset": "pals"}))
     assert glue.main(options(data, tiny_encoder, tmp_path, "--preset", "full")) == 1
-    assert "holds a run with" in capsys.readouterr().err
+    assert "contains a run with" in capsys.readouterr().err
 
 
 def test_picture_of_sampling(sampling_picture: ModuleType, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 from safetensors import safe_open
 
 import pal_adapters
-from pal_adapters.multitask import load_toy_task
+
+from .data import write_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif("adapters" not in sys.modules and find_spec("adapters") is None, reason="adapters")
@@ -28,27 +29,9 @@ COMMON = ["--max_steps", "2", "--reduction_factor", "4", "--batch_size", "8"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sentences made by templates, under the names and columns of GLUE and SuperGLUE tasks."""
     root = tmp_path_factory.mktemp("data")
-    for task, toy, columns in (
-        ("glue/rte", "entailment", {"premise": "sentence1", "hypothesis": "sentence2"}),
-        ("glue/cola", "acceptability", {}),
-        ("glue/stsb", "similarity", {}),
-    ):
-        _, splits = load_toy_task(toy, train_size=40, test_size=15)
-        write(root / task, {name: rows.rename_columns(columns).to_list() for name, rows in splits.items()})
-    copa = [
-        {"premise": f"it was {i}.", "choice1": "a.", "choice2": "b c.", "question": "cause", "label": i % 2}
-        for i in range(20)
-    ]
-    write(root / "super_glue" / "copa", {"train": copa, "validation": copa[:9]})
+    write_tasks(root, train_size=40, test_size=15)
     return root
-
-
-def write(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
-    folder.mkdir(parents=True)
-    for split, rows in splits.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def start(script: ModuleType, *options: str) -> int:
@@ -184,7 +167,7 @@ BAD = [
     (["--sources", "rte", "--train_rows", "0"], "--train_rows: got '0'"),
     (["--sources", "rte", "--reduction_factor", "100"], "reduction_factor=100"),
     (["--sources", "rte", "--output_dir", __file__], "cannot be made"),
-    (["--sources", "rte", "--reduction_factor", "8"], "the source was made with reduction_factor=4"),
+    (["--sources", "rte", "--reduction_factor", "8"], "the source was trained with reduction_factor=4"),
 ]
 
 
