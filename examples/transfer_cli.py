@@ -20,7 +20,7 @@ RECIPES: dict[str, dict[str, tuple[int, float, int | None]]] = {
 TRAIN_ROWS = {"paper": None, "small": 4000}
 
 
-def parse(argv: Sequence[str] | None, doc: str | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None, doc: str | None = None) -> argparse.Namespace:
     options = parser(doc)
     options.add_argument("--data_dir", required=True, help="folder with the data")
     options.add_argument("--sources", nargs="+", default=[], help="names of the source tasks (not for single)")

@@ -5,7 +5,10 @@ A page that gets a new snippet fails here until `PAGES` says what the snippet st
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
+import subprocess
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +27,13 @@ SOURCES = ("mnli", "qqp", "sst2")
 TEXTS = ("sentence1", "sentence2")
 
 
-def snippets(page: str) -> list[str]:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return [textwrap.dedent(found[2]) for found in re.finditer(r"^( *)```python\n(.*?)^\1```$", text, re.M | re.S)]
+def snippets(page: str, language: str = "python") -> list[str]:
+    text, block = (ROOT / page).read_text(encoding="utf-8"), rf"^( *)```{language}\n(.*?)^\1```$"
+    return [textwrap.dedent(found[2]) for found in re.finditer(block, text, re.M | re.S)]
+
+
+def pages() -> list[str]:
+    return ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))]
 
 
 def toy(_: str, task: str) -> Any:
@@ -202,8 +209,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_every_page_is_here() -> None:
-    pages = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))]
-    assert {page: len(found) for page in pages if (found := snippets(page))} == {p: len(s) for p, s in PAGES.items()}
+    assert {page: len(found) for page in pages() if (found := snippets(page))} == {p: len(s) for p, s in PAGES.items()}
 
 
 @pytest.mark.parametrize(("page", "host"), [(p, h) for p, s in PAGES.items() for h in sorted({host for host, _ in s})])
@@ -224,3 +230,23 @@ def test_snippets_run(page: str, host: str, folder: str, tmp_path: Path, monkeyp
         if needs == host:
             prepare(names)
             run(number)
+
+
+STUBS = "python() { printf '%q ' \"$@\"; echo; }; pip() { :; }; torchrun() { :; }; accelerate() { :; }"
+PARSERS = {"quickstart": "quickstart", "train_tasks": "train_tasks", "transfer": "transfer_cli", "glue": "glue"}
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if snippets(page, "bash")])
+def test_commands_name_scripts_and_options_that_exist(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bash expands the loops and functions of a page; no script runs."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    for block in snippets(page, "bash"):
+        command = ["bash", "-euc", f"{STUBS}\n{block}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        for line in done.stdout.splitlines():
+            script, *options = shlex.split(line)
+            if script.startswith("examples/"):
+                importlib.import_module(PARSERS[Path(script).stem]).parse(options)
+            assert script == "-m" or (ROOT / script).is_file()
