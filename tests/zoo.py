@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,12 @@ HOST_WARNINGS = [
 ]
 _NAMES = frozenset(dir(transformers))
 V5 = int(transformers.__version__.partition(".")[0]) >= 5
+# What models call their generation cache, as an argument and in their outputs.
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+)
 Hook = Callable[..., Any]
 
 

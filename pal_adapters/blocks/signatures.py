@@ -1,23 +1,47 @@
-"""What the modules of a model are called with and return. Knows no method and neither host."""
+"""What the modules of a model are called with and return. Knows no method and neither host.
+
+Releases of transformers rename arguments, so what a call passes is recognised by what it is: a cache by its class, the
+hidden states by their place in front. Masks have names, and a name that is not known is an error.
+"""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from pal_adapters.errors import UnsupportedError
 
 from .sites import Block
 
 # Names of arguments, in the order in which they are looked for.
-HIDDEN = ("hidden_states", "hidden_state", "query", "x")
 MASK = ("attention_mask", "mask", "attn_mask")
 CAUSAL_MASK = ("causal_attention_mask",)
-CACHE = ("past_key_values", "past_key_value", "layer_past")
+WINDOW_MASK = ("sliding_window_mask",)
 POSITION = ("cache_position",)
+# Masks that say nothing about which tokens a block sees.
+_OTHER_MASKS = frozenset(
+    {"head_mask", "layer_head_mask", "cross_attn_layer_head_mask", "encoder_attention_mask", "encoder_mask",
+     "cross_attention_mask"}
+)  # fmt: skip
+_KNOWN_MASKS = _OTHER_MASKS.union(MASK, CAUSAL_MASK, WINDOW_MASK)
+# Packed sequences: several texts behind each other in one row.
+_PACKED = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens")
 # transformers 4.57 checkpoints the call of a block, hooks and all, 5 only the function that its class calls `forward`.
 CHECKPOINTS_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
+_PLAIN = (Tensor, type(None), bool, int, float, str, tuple, list, Mapping)
+
+
+@runtime_checkable
+class _Updated(Protocol):
+    """What a cache of another kind has: paged caches are no `Cache`."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def positions_of(module: nn.Module) -> dict[str, int]:
@@ -36,6 +60,86 @@ def argument(names: tuple[str, ...], positions: dict[str, int], args: tuple[Any,
     return None
 
 
+def hidden_states(positions: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states of a call: the first argument, else the first tensor."""
+    first = args[0] if args else kwargs.get(next(iter(positions), ""))
+    if isinstance(first, Tensor):
+        return first
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def cache_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
+    """The generation cache that a call passes, whatever its argument is called.
+
+    Raises:
+        UnsupportedError: for a cache that is no `transformers.Cache`, and for packed sequences.
+    """
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Cache):
+            return value
+    for value in (*args, *kwargs.values()):
+        if not isinstance(value, _PLAIN) and isinstance(value, _Updated):
+            raise UnsupportedError(
+                f"a {type(value).__name__} is not supported: modules that attend need a transformers Cache. Use "
+                "generate() instead of generate_batch()."
+            )
+    if any(kwargs.get(name) is not None for name in _PACKED):
+        raise UnsupportedError(
+            "packed sequences are not supported by modules that attend: pass one text a row, with an attention_mask."
+        )
+    return None
+
+
+def check_masks(positions: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise `UnsupportedError` for a mask under a name that is not known."""
+    named = dict(zip(positions, args, strict=False)) | kwargs
+    for name, value in named.items():
+        if "mask" in name and name not in _KNOWN_MASKS and isinstance(value, Tensor):
+            raise UnsupportedError(
+                f"an attention mask named {name!r} is not known: it may hide tokens from a module that attends. The "
+                f"known ones are {', '.join(sorted(_KNOWN_MASKS))}."
+            )
+
+
+def check_whole(name: str, mask: Any, length: int, kwargs: dict[str, Any], *, causal: bool) -> None:
+    """Raise where a call without a cache sees more tokens than it gets: it has a cache that was not recognised.
+
+    Args:
+        name: of the block.
+        mask: its attention mask.
+        length: how many tokens it gets.
+        kwargs: what its self-attention got.
+        causal: whether later positions are hidden.
+
+    Raises:
+        UnsupportedError: if so.
+    """
+    seen = _reach(mask, length)
+    if seen == length == 1 and causal and not torch.compiler.is_compiling():
+        position = kwargs.get("cache_position", kwargs.get("position_ids"))
+        if isinstance(position, Tensor) and position.numel() and not position.is_floating_point():
+            seen = int(position.min()) + 1
+    if seen > length:
+        raise UnsupportedError(
+            f"{name} gets {length} of {seen} tokens, and no generation cache that could hold the others of a module "
+            "that attends: pass a transformers Cache (past_key_values or cache), or the whole text with "
+            "use_cache=False."
+        )
+
+
+def _reach(mask: Any, length: int) -> int:
+    """How many keys a mask is for, without an empty place that some models of transformers 4.57 leave at its end."""
+    if not isinstance(mask, Tensor) or mask.dim() < 2:
+        return length
+    keys = mask.shape[-1]
+    if keys == length + 1 and mask.dim() == 4:
+        if torch.compiler.is_compiling():
+            return length
+        last = mask[:, :, -1, -1]  # the last token sees itself, which is the last key of a call with a cache
+        return keys if bool((last if last.dtype == torch.bool else last == 0).any()) else length
+    return keys
+
+
 def is_causal(attention: nn.Module) -> bool:
     """Whether a self-attention hides later positions by itself."""
     for module in (attention, getattr(attention, "self", None)):
@@ -46,11 +150,21 @@ def is_causal(attention: nn.Module) -> bool:
     return triangle is not None and triangle.dim() == 4 and triangle.shape[-1] == triangle.shape[-2] > 1
 
 
-def window_of(attention: nn.Module) -> int | None:
-    """How many positions a causal self-attention sees, where it says so; flash attention gets no mask that does."""
+def window_of(attention: nn.Module, block: Block) -> int | None:
+    """How many positions a causal self-attention sees, None for all.
+
+    Needed where no mask says so: flash attention gets none, and others get none while the text fits in the window.
+    """
+    if getattr(attention, "is_sliding", True) is False:
+        return None  # EXAONE 4: full attention that holds the window of its neighbours all the same
     config = getattr(attention, "config", None)
+    kinds, index = getattr(config, "layer_types", None), layer_index(attention, block)
+    kind = kinds[index] if kinds is not None and index < len(kinds) else None
+    if kind == "full_attention":
+        return None
+    told = hasattr(attention, "sliding_window")
     window = getattr(attention, "sliding_window", None)
-    if not hasattr(attention, "sliding_window") and getattr(config, "layer_types", None) is None:
+    if not told and (kinds is None or kind == "sliding_attention"):
         window = getattr(config, "sliding_window", None)
     return window if isinstance(window, int) and window > 0 else None
 

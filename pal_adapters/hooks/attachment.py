@@ -84,7 +84,7 @@ class Attachment:
         self._attention_arguments = signatures.positions_of(attention)
         self._block_arguments = signatures.positions_of(block.module)
         self._causal = signatures.is_causal(attention)
-        self._window = signatures.window_of(attention)
+        self._window = signatures.window_of(attention, block)
         # transformers 4.57: ModernBERT's attention gets two masks and chooses.
         self._local = getattr(attention, "local_attention", (-1, -1)) != (-1, -1)
         self._index = signatures.layer_index(attention, block)
@@ -220,16 +220,20 @@ class Attachment:
         # Under checkpointing a block's second run stops as soon as nothing more is needed, before its end.
         self._h = None
         if self._keeps_x:
-            x = signatures.argument(signatures.HIDDEN, positions, args, kwargs)
-            self._x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)) if x is None else x
+            self._x = signatures.hidden_states(positions, args, kwargs)
         if "mask" not in self._needs:
             return
+        signatures.check_masks(positions, args, kwargs)
         self._mask = signatures.argument(signatures.MASK, positions, args, kwargs)
-        if self._local and kwargs.get("sliding_window_mask") is not None:
-            self._mask = kwargs["sliding_window_mask"]
+        if self._local:
+            local = signatures.argument(signatures.WINDOW_MASK, positions, args, kwargs)
+            self._mask = self._mask if local is None else local
         self._extra_mask = signatures.argument(signatures.CAUSAL_MASK, positions, args, kwargs)
         self._is_causal = kwargs.get("is_causal")
-        self._cache = signatures.argument(signatures.CACHE, positions, args, kwargs)
+        self._cache = signatures.cache_of(args, kwargs)
+        if self._cache is None:
+            length = signatures.hidden_states(positions, args, kwargs).shape[1]
+            signatures.check_whole(self.block.name, self._mask, length, kwargs, causal=self._causal)
         self._position = signatures.argument(signatures.POSITION, positions, args, kwargs)
 
     def _on_input_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

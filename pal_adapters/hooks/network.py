@@ -129,7 +129,7 @@ class NetworkHooks:
         self._attention_arguments = positions
         self._mask = mask_argument(attention, positions)
         self._causal = signatures.is_causal(attention)
-        self._window = signatures.window_of(attention)
+        self._window = signatures.window_of(attention, self.block)
         self._layer = signatures.layer_index(attention, self.block)
         self._handles.append(attention.register_forward_pre_hook(self._on_attention, with_kwargs=True))
 
@@ -189,9 +189,7 @@ class NetworkHooks:
         unit = self.runner.network()
         if unit is None:
             return forward(*args, **kwargs)
-        x = signatures.argument(signatures.HIDDEN, self._block_arguments, args, kwargs)
-        if x is None:
-            x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        x = signatures.hidden_states(self._block_arguments, args, kwargs)
         if x.dim() != 3:
             raise UnsupportedError(
                 f"{self.block.name} got hidden states of shape {list(x.shape)}: [batch, tokens, width] is needed. "
@@ -244,8 +242,8 @@ class NetworkHooks:
             reason = "output_attentions=True makes it use its eager attention, which takes a mask of zeros and ones"
         if reason is not None:
             raise UnsupportedError(f"the conditional attention of {self.block.name} cannot act: {reason}.")
-        x = signatures.argument(signatures.HIDDEN, self._attention_arguments, args, kwargs)
-        cache = signatures.argument(signatures.CACHE, self._attention_arguments, args, kwargs)
+        x = signatures.hidden_states(self._attention_arguments, args, kwargs)
+        cache = signatures.cache_of(args, kwargs)
         past = past_length(cache, self._layer)
         bias = unit.attention_bias(batch, x.shape[1], past + x.shape[1])
         if self._window is not None and past + x.shape[1] > self._window:
@@ -255,6 +253,8 @@ class NetworkHooks:
             )
         assert self._mask is not None
         mask = signatures.argument((self._mask,), self._attention_arguments, args, kwargs)
+        if cache is None:
+            signatures.check_whole(self.block.name, mask, x.shape[1], kwargs, causal=self._causal)
         if self._mask == "head_mask" and mask is not None:
             raise UnsupportedError("head_mask cannot be used together with the conditional attention of this model.")
         causal = self._causal if kwargs.get("is_causal") is None else bool(kwargs["is_causal"])

@@ -65,7 +65,7 @@ class SideStream:
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._outputs is not None:
-            self._outputs.append(args[0] if args else signatures.argument(signatures.HIDDEN, {}, args, kwargs))
+            self._outputs.append(signatures.hidden_states({}, args, kwargs))
 
     def _end(self, last: Tensor) -> Tensor | None:
         unit, outputs = self._runner.network(), self._outputs

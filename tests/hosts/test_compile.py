@@ -109,7 +109,7 @@ def test_decoding_with_a_static_cache() -> None:
         part = ids[:, start:end]
         with torch.no_grad():
             return function(
-                input_ids=part, attention_mask=mask, position_ids=positions, past_key_values=cache, **more
+                input_ids=part, attention_mask=mask, position_ids=positions, **{zoo.CACHE: cache}, **more
             ).logits
 
     with torch.no_grad():

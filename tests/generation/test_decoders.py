@@ -134,7 +134,7 @@ def test_modes_that_repeat_and_reorder_rows(name: str, method: str, mode: dict[s
     for use_cache in (True, False):
         torch.manual_seed(3)
         results.append(generate(model, inputs, tokens=7, use_cache=use_cache, output_scores=True, **mode))
-    assert torch.equal(results[0].sequences, results[1].sequences)
+    assert_same(*results)
     if "num_beams" in mode:
         assert zoo.difference(results[0].sequences_scores, results[1].sequences_scores) <= TOLERANCE
 
@@ -144,7 +144,7 @@ def test_modes_that_repeat_and_reorder_rows(name: str, method: str, mode: dict[s
 def test_cache_of_the_user(name: str, kind: str) -> None:
     model, inputs = adapted_model(name), prompt(name, padding=True)
     cache = DynamicCache() if kind == "no config" else DynamicCache(config=model.config)
-    assert_same(generate(model, inputs, past_key_values=cache), generate(model, inputs, use_cache=False))
+    assert_same(generate(model, inputs, **{zoo.CACHE: cache}), generate(model, inputs, use_cache=False))
 
 
 @pytest.mark.parametrize("method", ["pal", "top_attention"])
@@ -178,8 +178,8 @@ def test_static_cache_by_hand_and_again(name: str, masked: bool) -> None:
                 out = model(
                     input_ids=ids[:, start:end],
                     position_ids=torch.arange(start, end)[None],
-                    past_key_values=cache,
                     use_cache=True,
+                    **{zoo.CACHE: cache},
                     **more,
                 )
             parts.append(out.logits)
@@ -200,9 +200,9 @@ def test_prompt_in_chunks(name: str, method: str) -> None:
         mask = torch.ones(ids.shape[0], start + length, dtype=torch.long)
         with torch.no_grad():
             out = model(
-                input_ids=ids[:, start : start + length], attention_mask=mask, past_key_values=cache, use_cache=True
+                input_ids=ids[:, start : start + length], attention_mask=mask, use_cache=True, **{zoo.CACHE: cache}
             )
-        cache, start = out.past_key_values, start + length
+        cache, start = out[zoo.CACHE], start + length
         parts.append(out.logits)
     assert zoo.difference(torch.cat(parts, 1), expected) <= TOLERANCE
 
@@ -213,9 +213,8 @@ def test_prompt_in_chunks(name: str, method: str) -> None:
 def test_encoder_decoder(name: str, mode: dict[str, Any], method: str) -> None:
     model, inputs = adapted_model(name, method), prompt(name, padding=True)
     a, b = (generate(model, inputs, use_cache=use_cache, **mode) for use_cache in (True, False))
-    assert torch.equal(a.sequences, b.sequences)
+    assert_same(a, b)
     if not mode:
-        assert_same(a, b)
         start = {"decoder_input_ids": a.sequences[:, :-1]}
         with torch.no_grad():
             logits = model(**inputs, **start, use_cache=False).logits[:, -len(a.logits) :]
@@ -248,9 +247,7 @@ def test_one_adapter_a_row(name: str, mode: dict[str, Any]) -> None:
     model, inputs = _two(name), prompt(name, padding=True, batch=6)
     names = ["rte", "qqp", "__base__", "sst", "rte", "qqp"]
     mixed = generate(model, inputs, adapter_names=names, **mode)
-    assert torch.equal(
-        mixed.sequences, generate(model, inputs, adapter_names=names, use_cache=False, **mode).sequences
-    )
+    assert_same(mixed, generate(model, inputs, adapter_names=names, use_cache=False, **mode))
     for row, adapter in enumerate(names):
         single = {k: v[row : row + 1] for k, v in inputs.items()}
         if adapter == "__base__":
@@ -270,10 +267,10 @@ def test_assisted(name: str, method: str) -> None:
     settings: dict[str, Any] = dict(tokens=12, min_new_tokens=None, eos_token_id=39)
     expected = generate(model, inputs, **settings)
     looked_up = generate(model, inputs, prompt_lookup_num_tokens=3, max_matching_ngram_size=1, **settings)
-    assert torch.equal(looked_up.sequences, expected.sequences)
+    assert_same(looked_up, expected)
     assistant = BY_NAME[name].build()  # without the adapter, so that it is often wrong
     assisted = generate(model, inputs, assistant_model=assistant, **settings)
-    assert torch.equal(assisted.sequences, expected.sequences)
+    assert_same(assisted, expected)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma2"])
@@ -281,29 +278,29 @@ def test_another_adapter_cannot_go_on_with_a_cache(name: str) -> None:
     """It has not seen the tokens: an error, not another answer."""
     model, ids = _two(name), prompt(name, padding=False)["input_ids"]
     with torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        cache = model(input_ids=ids, use_cache=True)[zoo.CACHE]
         model.set_adapter("sst")
         with pytest.raises(UnsupportedError, match=r"holds 9 earlier tokens, of which .*'sst'.* has seen 0"):
-            model(input_ids=ids[:, :1], past_key_values=cache)
+            model(input_ids=ids[:, :1], **{zoo.CACHE: cache})
         with model.disable_adapter():
-            cache = model(input_ids=ids, use_cache=True).past_key_values
+            cache = model(input_ids=ids, use_cache=True)[zoo.CACHE]
         with pytest.raises(UnsupportedError, match="start with an empty cache"):
-            model(input_ids=ids[:, :1], past_key_values=cache)
+            model(input_ids=ids[:, :1], **{zoo.CACHE: cache})
         # One that was switched off for a while has a gap.
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        cache = model(input_ids=ids, use_cache=True)[zoo.CACHE]
         with model.disable_adapter():
-            model(input_ids=ids[:, :1], past_key_values=cache)
+            model(input_ids=ids[:, :1], **{zoo.CACHE: cache})
         with pytest.raises(UnsupportedError, match=r"holds 10 earlier tokens, of which .* has seen 9"):
-            model(input_ids=ids[:, :1], past_key_values=cache)
+            model(input_ids=ids[:, :1], **{zoo.CACHE: cache})
 
 
 def test_other_rows_cannot_go_on_with_a_cache() -> None:
     model, ids = _two("gpt2"), prompt("gpt2", padding=False)["input_ids"]
     with torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True, adapter_names=["rte", "sst", "qqp"]).past_key_values
-        model(input_ids=ids[:, :1], past_key_values=cache, adapter_names=["rte", "sst", "qqp"])
+        cache = model(input_ids=ids, use_cache=True, adapter_names=["rte", "sst", "qqp"])[zoo.CACHE]
+        model(input_ids=ids[:, :1], adapter_names=["rte", "sst", "qqp"], **{zoo.CACHE: cache})
         with pytest.raises(UnsupportedError, match=r"holds 10 earlier tokens, of which .* has seen 0"):
-            model(input_ids=ids[:, :1], past_key_values=cache, adapter_names=["sst", "rte", "qqp"])
+            model(input_ids=ids[:, :1], adapter_names=["sst", "rte", "qqp"], **{zoo.CACHE: cache})
 
 
 def test_static_cache_of_another_adapter() -> None:
@@ -311,11 +308,11 @@ def test_static_cache_of_another_adapter() -> None:
     cache = StaticCache(config=model.config, max_cache_len=12)
     more: dict[str, Any] = {} if zoo.V5 else {"cache_position": torch.arange(9)}
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache, **more)
+        model(input_ids=ids, **{zoo.CACHE: cache}, **more)
         model.set_adapter("sst")
         more = {} if zoo.V5 else {"cache_position": torch.arange(9, 10)}
         with pytest.raises(UnsupportedError, match="holds 9 earlier tokens"):
-            model(input_ids=ids[:, :1], past_key_values=cache, **more)
+            model(input_ids=ids[:, :1], **{zoo.CACHE: cache}, **more)
 
 
 def test_methods_without_attention_need_no_cache() -> None:
