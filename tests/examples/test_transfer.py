@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-import pal_adapters
-
 from .data import write_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +96,7 @@ def test_every_method(
         assert part in printed
 
 
-@pytest.mark.skipif(not hasattr(pal_adapters, "ScaLearnPeftConfig"), reason="no combinations in PEFT")
+@pytest.mark.skipif(find_spec("peft") is None, reason="needs peft")
 def test_in_peft(transfer: ModuleType, data: Path, tiny_encoder: str, tmp_path: Path) -> None:
     counts = {
         "scalearn": 2 * 2 * 2 * 24,

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import adapters
-import peft
 import pytest
 import torch
 from adapters import DoubleSeqBnConfig
@@ -196,6 +195,7 @@ def test_the_error_of_truncation_is_that_of_the_data(bert: nn.Module, batch: dic
 def test_peft_cuts_to_the_same(
     with_data: bool, bert: nn.Module, batch: dict[str, Tensor], base_path: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
+    peft = pytest.importorskip("peft")
     paths = {}
     for name, width in (("a", 5), ("b", 7)):
         config = pal_adapters.HoulsbyPeftConfig(hidden_size=width, train_layernorm=False)
