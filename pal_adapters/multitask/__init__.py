@@ -1,9 +1,8 @@
-"""Many tasks on one model: tasks and their data, heads, sampling, a `Trainer` and the recipes of the papers.
+"""Multi-task training of one model: tasks and their data, heads, sampling, a `Trainer` and the recipes of the papers.
 
 Needs the packages of the extra `train`.
 """
 
-from pal_adapters.multitask.metrics.glue import TaskMetric
 from pal_adapters.multitask.model.files import StorageError
 from pal_adapters.multitask.model.heads import HeadConfig
 from pal_adapters.multitask.model.routes import Route
@@ -20,10 +19,11 @@ from pal_adapters.multitask.sampling.strategies import (
 )
 from pal_adapters.multitask.tasks.collate import MultiTaskCollator
 from pal_adapters.multitask.tasks.encoding import ConcatTasks, EncodedTask
-from pal_adapters.multitask.tasks.glue import TaskDataError
-from pal_adapters.multitask.tasks.reading import train_dev_split
+from pal_adapters.multitask.tasks.split import train_dev_split
 from pal_adapters.multitask.tasks.task import Task
+from pal_adapters.multitask.tasks.task_metric import TaskMetric
 from pal_adapters.multitask.tasks.toy import TOY_TASKS, load_toy_task
+from pal_adapters.multitask.tasks.types import TaskDataError
 from pal_adapters.multitask.training.arguments import MultiTaskTrainingArguments
 from pal_adapters.multitask.training.checkpoints import last_checkpoint
 from pal_adapters.multitask.training.trainer import DivergedError, MultiTaskTrainer

@@ -1,8 +1,9 @@
-"""Metrics of one's own: functions, and objects of `evaluate`, which are given what they ask for."""
+"""Custom metrics: functions, and metrics of `evaluate`, which receive their input in the form they ask for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import evaluate
@@ -10,31 +11,52 @@ import numpy as np
 
 from pal_adapters.errors import ConfigError
 
+from .builtin import NOT_PREDICTED
+
 Metric = Callable[..., Any] | Any
-"""A metric of one's own: of `evaluate`, or a function of predictions and references for a number or a dict."""
+"""A custom metric: one of `evaluate`, or a function of predictions and references that returns a number or a dict."""
+
+
+@dataclass(frozen=True)
+class SplitMetric:
+    """A metric that needs the columns of a whole split and the logits, rather than predictions and labels.
+
+    Args:
+        name: Name of the metric.
+        gives: Names of the scores that it returns.
+        compute: Scores of the examples of a split (a `datasets.Dataset`) and their logits.
+    """
+
+    name: str
+    gives: tuple[str, ...]
+    compute: Callable[[Any, np.ndarray], dict[str, float]]
 
 
 def metric_name(metric: str | Metric) -> str:
-    """Under which name a metric is reported."""
+    """The name that a metric is reported under."""
     if isinstance(metric, str):
         return metric
     return str(getattr(metric, "__name__", None) or getattr(metric, "name", "score"))
 
 
 def flat_metrics(metrics: Sequence[str | Metric]) -> tuple[str | Metric, ...]:
-    """The metrics, those of `evaluate.combine` one by one."""
+    """The metrics, with those of `evaluate.combine` taken apart."""
     found: list[str | Metric] = []
     for metric in metrics:
         found += metric.evaluation_modules if isinstance(metric, evaluate.CombinedEvaluations) else [metric]
     return tuple(found)
 
 
-def own_metric_problem(metric: Metric, kind: str, num_labels: int | None, label_names: Sequence[str]) -> str:
-    """Why a metric of one's own cannot be computed for a task, and what to do; nothing if it can."""
+def custom_metric_problem(metric: Metric, kind: str, num_labels: int | None, label_names: Sequence[str]) -> str:
+    """Why a custom metric cannot be computed for a task, and what to do about it; empty if it can."""
     if kind == "language_modeling":
-        return "has nothing to compare: a language model has its perplexity alone"
+        return "has nothing to compare: a language model only has its perplexity"
     if not isinstance(metric, evaluate.EvaluationModule):
-        return "" if callable(metric) else "is neither a name, nor a function, nor an object of evaluate"
+        return (
+            ""
+            if callable(metric) or isinstance(metric, SplitMetric)
+            else "is neither a name, nor a function, nor a metric of evaluate"
+        )
     forms = _forms(metric)
     if any("predictions" not in form for form in forms):
         return f"asks for {sorted(forms[0])}, not for predictions: use a function"
@@ -42,33 +64,34 @@ def own_metric_problem(metric: Metric, kind: str, num_labels: int | None, label_
     if isinstance(wanted, Mapping):
         return "" if kind == "span_qa" and "prediction_text" in wanted else f"asks for {sorted(wanted)}"
     if kind == "span_qa":
-        return "asks for one right answer, of which questions may have more: use 'exact_match', or squad of evaluate"
+        return "asks for one right answer, but a question may have several: use 'exact_match', or squad of evaluate"
     lists = kind == "multi_label" or (kind == "regression" and (num_labels or 1) > 1)
     if kind != "token_tagging" and all(_is_list(form["predictions"]) is not lists for form in forms):
         how = " (accuracy and f1 do with config_name='multilabel')" if kind == "multi_label" else ""
-        return f"asks for {'a value' if lists else 'a list'} for each row, not {'a list' if lists else 'a value'}{how}"
+        asked, given = ("a value", "a list") if lists else ("a list", "a value")
+        return f"asks for {asked} for each example, not {given}{how}"
     if _dtype(wanted) == "string" and (kind == "multi_label" or kind == "regression"):
-        return f"asks for texts, which {kind} has not"
+        return f"asks for texts, which {kind} does not have"
     if _dtype(wanted) == "string" and not label_names:
-        return "asks for names of classes: give label_names"
+        return "asks for class names: give label_names"
     return ""
 
 
-def score_own(
+def score_custom(
     metric: Metric, predicted: Any, true: Any, *, kind: str, label_names: Sequence[str] = (), answers: Any = None
 ) -> dict[str, float]:
-    """What a metric of one's own gives; what is nested in it by names joined with `_`.
+    """The scores of a custom metric; names of nested scores are joined with `_`.
 
     Args:
         metric: The metric.
-        predicted: What is predicted, see `EncodedTask.predictions`.
-        true: The labels, likewise; of questions the texts of all right answers.
+        predicted: The predictions, see `EncodedTask.predictions`.
+        true: The labels in the same form; for questions the texts of all right answers.
         kind: Kind of the task.
         label_names: Names of its classes.
-        answers: Of questions the labels as they are, a dict each.
+        answers: For questions the labels themselves, a dict each.
 
     Raises:
-        ConfigError: If the metric of `evaluate` cannot be computed, or what a metric gives is no number.
+        ConfigError: If a metric of `evaluate` cannot be computed, or a metric returns something else than numbers.
     """
     if not isinstance(metric, evaluate.EvaluationModule):
         return _plain(metric, metric(predicted, true))
@@ -91,7 +114,7 @@ def score_own(
 
 
 def _questions(name: str, wanted: Mapping[str, Any], predicted: Sequence[str], answers: Sequence[Any]) -> Any:
-    """Predicted and right answers as `squad` and `squad_v2` of `evaluate` want them; "" is no answer."""
+    """Predicted and right answers in the form of `squad` and `squad_v2` of `evaluate`; "" means no answer."""
     more = {"no_answer_probability": 0.0} if "no_answer_probability" in wanted else {}
     texts = [{"id": str(row), "prediction_text": text, **more} for row, text in enumerate(predicted)]
     right = []
@@ -105,12 +128,15 @@ def _questions(name: str, wanted: Mapping[str, Any], predicted: Sequence[str], a
 
 
 def primary_name(metric: str | Metric, found: Mapping[str, float]) -> str:
-    """Of the scores of a metric the one of its name, else `overall_f1` (seqeval), else the first."""
+    """If a metric returns several scores, the one that selects the best checkpoint.
+
+    That is the one named after the metric, else `overall_f1` (of seqeval), else the first.
+    """
     return next((name for name in (metric_name(metric), "overall_f1") if name in found), next(iter(found)))
 
 
 def _forms(metric: evaluate.EvaluationModule) -> list[Mapping[str, Any]]:
-    """The forms in which a metric takes its input."""
+    """The forms in which a metric accepts its input."""
     features: Any = metric.features
     return features if isinstance(features, list) else [features]
 
@@ -128,7 +154,7 @@ def _dtype(feature: Any) -> str:
 def _named(values: Any, names: Sequence[str]) -> Any:
     if isinstance(values, (list, np.ndarray)):
         return [_named(value, names) for value in values]
-    return names[int(values)]
+    return "O" if values == NOT_PREDICTED else names[int(values)]
 
 
 def _plain(metric: Metric, given: Any) -> dict[str, float]:
@@ -140,12 +166,12 @@ def _plain(metric: Metric, given: Any) -> dict[str, float]:
         for key, number in inner.items():
             whole = f"{name}_{key}" if key else str(name)
             if whole in found:
-                raise ConfigError(f"metric {metric_name(metric)!r} gives two scores called {whole!r}.")
+                raise ConfigError(f"metric {metric_name(metric)!r} returns two scores called {whole!r}.")
             try:
                 found[whole] = float(number)
             except (TypeError, ValueError) as error:
                 raise ConfigError(
-                    f"metric {metric_name(metric)!r} gives {name}={value!r:.60}, which is no number: use a function "
-                    "that makes one of it."
+                    f"metric {metric_name(metric)!r} returns {name}={value!r:.60}, which is not a number: use a "
+                    "function that converts it."
                 ) from error
     return found

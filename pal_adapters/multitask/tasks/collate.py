@@ -1,4 +1,4 @@
-"""Pads rows of any tasks into one batch, and takes rows out of a batch again."""
+"""Pads examples of any tasks into one batch, and selects examples of a batch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ Batch = dict[str, Any]
 
 
 class MultiTaskCollator:
-    """Makes one batch of rows of many tasks, as `EncodedTask` gives them.
+    """Makes one batch of the examples of many tasks, as `EncodedTask` returns them.
 
-    Inputs are padded to the longest of the batch, `[r, n]`. `task_ids` is a list with the number of the task of each
-    of the `r` encoder inputs; `labels` has for each task of the batch a tensor of its own type, so numbers of a
-    regression stay numbers beside classes; rows to predict may have none. All choices of a row lie next to each other.
+    Inputs are padded to the longest of the batch, `[r, n]`. `task_ids` is a list with the task number of each of the
+    `r` encoder inputs. `labels` has one tensor for each task of the batch, of the task's own type, so the floats of a
+    regression stay floats beside class numbers; examples to predict may have none. The choices of an example are next
+    to each other.
 
     Args:
-        tokenizer: Says what and where to pad.
-        heads: What the head of each task is, in the order of the numbers of the tasks.
+        tokenizer: Defines the padding token and side.
+        heads: The head of each task, in the order of the task numbers.
         pad_to_multiple_of: Lengths are rounded up to a multiple of this.
     """
 
@@ -35,7 +36,7 @@ class MultiTaskCollator:
         self.multiple = pad_to_multiple_of or 1
         self.left = tokenizer.padding_side == "left"
         spans = [name for name, head in heads.items() if head.kind == "span_qa"]
-        if spans and self.left:  # the tokens that labels count would move to the right
+        if spans and self.left:  # padding would shift the token positions that are the labels
             raise ConfigError(
                 f"task {spans[0]!r} is span_qa, which needs a tokenizer that pads on the right: set "
                 "padding_side='right'."
@@ -46,7 +47,7 @@ class MultiTaskCollator:
         }
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> Batch:
-        """The batch of these rows."""
+        """The batch of these examples."""
         inputs = [row for feature in features for row in feature["inputs"]]
         longest = max(len(row["input_ids"]) for row in inputs)
         longest = -(-longest // self.multiple) * self.multiple
@@ -78,7 +79,7 @@ class MultiTaskCollator:
         return padded
 
     def examples(self, batch: Batch) -> list[tuple[str, list[int]]]:
-        """Rows of a batch in their order: the task of each, and its encoder inputs."""
+        """The examples of a batch in order: the task of each, and the numbers of its encoder inputs."""
         names = list(self.heads)
         found: list[tuple[str, list[int]]] = []
         at = 0
@@ -90,7 +91,7 @@ class MultiTaskCollator:
         return found
 
     def take(self, batch: Batch, rows: Sequence[int]) -> Batch:
-        """A batch of some of the rows of a batch, in the order given."""
+        """A batch of some examples of a batch, in the order given."""
         examples = self.examples(batch)
         inputs = [number for row in rows for number in examples[row][1]]
         at = torch.tensor(inputs)
@@ -98,7 +99,7 @@ class MultiTaskCollator:
         taken["task_ids"] = [batch["task_ids"][number] for number in inputs]
         within: dict[str, int] = {}
         place = []
-        for task, _ in examples:  # number of each row among those of its task
+        for task, _ in examples:  # index of each example among those of its task
             place.append(within.get(task, 0))
             within[task] = place[-1] + 1
         chosen: dict[str, list[int]] = {}

@@ -1,129 +1,121 @@
-"""The rows of a task as tokens, kept in flat arrays, and what their scores are made of."""
+"""The examples of a task as tokens, kept in flat arrays, with their predictions and scores."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 
+from pal_adapters.checks import require_int
 from pal_adapters.errors import ConfigError
-from pal_adapters.multitask.metrics import scores
-from pal_adapters.multitask.metrics.custom import Metric, primary_name, score_own
+from pal_adapters.multitask.metrics.builtin import NOT_PREDICTED, lower_is_better
+from pal_adapters.multitask.metrics.custom import primary_name
 from pal_adapters.multitask.model.heads import IGNORED
 
-from .glue import TaskDataError
-from .labels import check_labels, has_flags, has_labels, numbered, plain_rows
+from .checks import check_columns
+from .labels import check_labels, has_flags, has_labels, numbered
+from .rows import as_dataset, plain_rows
+from .scoring import score_predictions
 from .task import Task
+from .types import TaskDataError
+from .windows import Window, answer_span, best_answers, encode_questions
 
 _CHUNK = 1000
-_LONGEST_ANSWER = 30
 
 
 class EncodedTask(torch.utils.data.Dataset[Any]):
-    """Tokens and labels of the rows of a task, without padding. One item is one row of a batch.
+    """Tokens and labels of the examples of a task, without padding. Each item is one example of a batch.
 
-    A question with a long context makes several items, one for each window of the context.
+    A question with a long context makes several items, one for each window of the context. The words of a tagging task
+    beyond `max_length` are not seen by the model: a warning says how many, and they count as wrong in the scores.
 
     Args:
         task: The task.
-        rows: A split of its data.
+        rows: A split of its data, see `Task`.
         tokenizer: A fast tokenizer.
-        max_length: Tokens after which a text is cut, the longer one of a pair first.
-        where: What to call the rows in error messages.
-        needs_labels: Whether every row must have a label. Rows to predict may lack them: with no column of labels, or
-            with -1 or nothing in each row, as in the test sets of GLUE.
+        max_length: Tokens to truncate a text to; of a pair, the longer text is truncated first.
+        where: What error messages call the examples.
+        needs_labels: Whether every example must have a label. Examples to predict may lack them: no label column, or
+            only -1 or nothing in it, as in the test sets of GLUE.
 
     Raises:
-        ConfigError: If the rows are not a `datasets.Dataset`.
-        TaskDataError: If there are no rows, a column is missing, or a label does not fit the task.
+        ConfigError: If `rows` is none of the types that `Task` accepts, or `max_length` leaves no room for text.
+        TaskDataError: If there are no examples, a column is missing, or a label does not fit the task.
     """
 
     def __init__(
         self,
         task: Task,
-        rows: datasets.Dataset,
+        rows: Any,
         tokenizer: Any,
         max_length: int,
         *,
         where: str = "data",
         needs_labels: bool = True,
     ) -> None:
-        if not isinstance(rows, datasets.Dataset):
-            raise ConfigError(f"task {task.name!r}, {where}: rows is of type {type(rows).__name__}: pass a Dataset.")
+        self._where = where = f"task {task.name!r}, {where}"
+        dataset = plain_rows(as_dataset(rows, where))
         self.task = task
-        self.rows = plain_rows(rows if task.expand is None else task.expand(plain_rows(rows)))
+        self.rows = plain_rows(dataset if task.expand is None else task.expand(dataset))
         self.has_labels = needs_labels or has_labels(task, self.rows)
-        self._check(where)
+        check_columns(task, self.rows, where, labels=self.has_labels)
+        require_int("max_length", max_length, minimum=1)
+        special = tokenizer.num_special_tokens_to_add(pair=task.kind == "span_qa")
+        if max_length <= special:
+            raise ConfigError(
+                f"max_length={max_length} is not allowed: {special} special tokens leave no room for text."
+            )
         flags = task.has_flags
         if flags is None and self.has_labels:
             flags = has_flags(task, self.rows)
-        self._flags = bool(flags)
-        self._primary = ""
         self._given: list[Any] = []
         if self.has_labels and task.label_column:
             self._given = numbered(task, self.rows, where)
-            check_labels(task, self.rows, self._given, where, flags=self._flags)
-        self._arrays: dict[str, list[np.ndarray]] = {}
-        lengths: list[np.ndarray] = []
-        self._tags: list[np.ndarray] = []
-        # Of questions: the row of each window, and where its tokens stand in the context.
-        self.windows: list[tuple[int, np.ndarray]] = []
+            check_labels(task, self.rows, self._given, where, flags=bool(flags))
+        self._tags: list[np.ndarray] = []  # for tagging, the label of each token
+        self._words: list[
+            np.ndarray
+        ] = []  # for tagging, the first token of each word, -1 if the model does not see it
+        self.windows: list[Window] = []  # for questions
         labels: list[Any] = []
+        parts: dict[str, list[np.ndarray]] = {}
+        lengths: list[np.ndarray] = []
+        encode = {"token_tagging": self._encode_words, "span_qa": self._encode_questions}.get(
+            task.kind, self._encode_texts
+        )
         for start in range(0, len(self.rows), _CHUNK):
-            chunk = self.rows[start : start + _CHUNK]
-            encode = {"token_tagging": self._encode_words, "span_qa": self._encode_questions}.get(task.kind)
-            encoded = (encode or self._encode_texts)(chunk, tokenizer, max_length, start, labels)
+            encoded = encode(self.rows[start : start + _CHUNK], tokenizer, max_length, start, labels)
             lengths.append(np.fromiter(map(len, encoded["input_ids"]), dtype=np.int64))
             if not lengths[-1].all():
                 row = start + int(lengths[-1].argmin()) // task.num_choices + 1
                 raise TaskDataError(
-                    f"task {task.name!r}, {where}, row {row}: the tokenizer makes no tokens of the text: filter such "
-                    "rows out"
+                    f"{where}, row {row}: the tokenizer makes no token of the text: filter such rows out"
                 )
             for name in ("input_ids", "attention_mask", "token_type_ids"):
                 if name in encoded:
-                    self._arrays.setdefault(name, []).append(
-                        np.concatenate([np.asarray(r, np.int32) for r in encoded[name]])
-                    )
-        self.columns = {name: np.concatenate(parts) for name, parts in self._arrays.items()}
-        self._arrays = {}
+                    flat = np.concatenate([np.asarray(tokens, np.int32) for tokens in encoded[name]])
+                    parts.setdefault(name, []).append(flat)
+        self.columns = {name: np.concatenate(arrays) for name, arrays in parts.items()}
         self.offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-        self.labels = self._label_array(labels)
+        self.labels = self._label_array(labels, flags=bool(flags))
         if task.kind == "language_modeling" and not (self.lengths() > 1).any():
-            raise TaskDataError(f"task {task.name!r}, {where}: texts of one token leave nothing to predict")
-
-    def _check(self, where: str) -> None:
-        task = self.task
-        if len(self.rows) == 0:
-            raise TaskDataError(f"task {task.name!r}, {where}: no rows")
-        if self.has_labels and not task.label_column and task.kind != "language_modeling":
-            raise TaskDataError(f"task {task.name!r}, {where}: no labels, as the task has no label_column")
-        needed = [*task.text_columns]
-        if self.has_labels:
-            needed += [*([task.label_column] if task.label_column else []), *task.group_columns]
-        for column in needed:
-            if column not in self.rows.column_names:
-                found = ", ".join(self.rows.column_names)
-                raise TaskDataError(f"task {task.name!r}, {where}: no column {column!r}; found: {found}")
-        for column in task.text_columns:
-            kind = list if task.kind == "token_tagging" else str
-            for number, value in enumerate(self.rows[column][:] if task.render is None else (), start=1):
-                if not isinstance(value, kind):
-                    raise TaskDataError(
-                        f"task {task.name!r}, {where}, row {number}: column {column!r} holds {value!r:.40}, not a "
-                        f"{'list of words' if kind is list else 'text'}"
-                    )
+            raise TaskDataError(f"{where}: every text has one token, which leaves nothing to predict")
+        self._warn_of_words(max_length)
 
     def _encode_texts(self, chunk: Any, tokenizer: Any, max_length: int, start: int, labels: list[Any]) -> Any:
         task = self.task
         count = len(next(iter(chunk.values())))
-        records = [{name: values[i] for name, values in chunk.items()} for i in range(count)]
-        segments = [segment for record in records for segment in task.segments(record)]
+        segments = []
+        for number in range(count):
+            try:
+                segments += task.segments({name: values[number] for name, values in chunk.items()})
+            except TaskDataError as error:
+                raise TaskDataError(f"{self._where}, row {start + number + 1}: {error}") from error
         if len(segments) != count * task.num_choices:
-            raise TaskDataError(f"task {task.name!r}: {len(segments)} encoder inputs for {count} rows")
+            raise TaskDataError(f"{self._where}: {len(segments)} encoder inputs for {count} rows")
         first = [a for a, _ in segments]
         texts = (first, [b for _, b in segments]) if segments[0][1] is not None else (first,)
         if self.has_labels and task.label_column:
@@ -132,41 +124,47 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
 
     def _encode_words(self, chunk: Any, tokenizer: Any, max_length: int, start: int, labels: list[Any]) -> Any:
         words = chunk[self.task.text_columns[0]]
-        # Without labels a 0 marks the words that get one.
-        tags = self._given[start : start + len(words)] if self.has_labels else [[0] * len(row) for row in words]
         encoded = tokenizer(words, truncation=True, max_length=max_length, is_split_into_words=True)
-        for number, (row, given) in enumerate(zip(words, tags, strict=True)):
+        for number, row in enumerate(words):
+            numbers = encoded.word_ids(number)
+            places = np.full(len(row), -1, dtype=np.int64)
+            for place, word in enumerate(numbers):  # the first piece of a word has its label
+                if word is not None and places[word] < 0:
+                    places[word] = place
+            self._words.append(places)
+            if not self.has_labels:
+                continue
+            given = self._given[start + number]
             if len(row) != len(given):
                 raise TaskDataError(
-                    f"task {self.task.name!r}, row {start + number + 1}: {len(given)} labels for {len(row)} words"
+                    f"{self._where}, row {start + number + 1}: {len(given)} labels for {len(row)} words"
                 )
-            before, out = None, []
-            for word in encoded.word_ids(number):  # the first piece of a word has its label
-                out.append(IGNORED if word is None or word == before else given[word])
-                before = word
-            self._tags.append(np.asarray(out, dtype=np.int64))
+            tags = np.full(len(numbers), IGNORED, dtype=np.int64)
+            tags[places[places >= 0]] = np.asarray(given, dtype=np.int64)[places >= 0]
+            self._tags.append(tags)
         return encoded
 
     def _encode_questions(self, chunk: Any, tokenizer: Any, max_length: int, start: int, labels: list[Any]) -> Any:
         questions, contexts = (chunk[column] for column in self.task.text_columns)
-        encoded = tokenizer(
-            [question.lstrip() for question in questions],
-            contexts,
-            truncation="only_second",
-            max_length=max_length,
-            stride=min(128, max_length // 4),
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-        )
-        for window, row in enumerate(encoded["overflow_to_sample_mapping"]):
-            places = np.asarray(encoded["offset_mapping"][window], dtype=np.int64).copy()  # [n, 2]
-            places[[part != 1 for part in encoded.sequence_ids(window)]] = -1
-            self.windows.append((start + row, places))
-            if self.has_labels:
-                labels.append(_span(places, chunk[self.task.label_column][row]))
+        encoded, windows = encode_questions(tokenizer, questions, contexts, max_length, self._where, start)
+        self.windows += windows
+        if self.has_labels:
+            answers = chunk[self.task.label_column]
+            labels += [answer_span(places, answers[row - start]) for row, places in windows]
         return encoded
 
-    def _label_array(self, labels: list[Any]) -> np.ndarray | None:
+    def _warn_of_words(self, max_length: int) -> None:
+        unseen = [int((places < 0).sum()) for places in self._words]
+        if any(unseen):
+            example = next(number for number, count in enumerate(unseen) if count)
+            warnings.warn(
+                f"{self._where}: the model does not see {sum(unseen)} of {sum(map(len, self._words))} words: they lie "
+                f"beyond max_length={max_length} or have no token, first in row {example + 1}. They count as wrong in "
+                "the scores: raise max_length, or split such texts.",
+                stacklevel=3,
+            )
+
+    def _label_array(self, labels: list[Any], *, flags: bool) -> np.ndarray | None:
         kind, classes = self.task.kind, self.task.num_labels
         if not self.has_labels or kind in ("token_tagging", "language_modeling"):
             return None
@@ -175,7 +173,7 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         if kind == "multi_label":
             sets = np.zeros((len(labels), classes or 0), dtype=np.float32)
             for row, given in enumerate(labels):
-                sets[row, np.flatnonzero(given) if self._flags else given] = 1.0
+                sets[row, np.flatnonzero(given) if flags else given] = 1.0
             return sets
         return np.asarray(labels, dtype=np.int64)
 
@@ -183,7 +181,7 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         return (len(self.offsets) - 1) // self.task.num_choices
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """Row of a batch: the name of the task, its encoder inputs as arrays, and its label, `None` if it has none."""
+        """One example: the name of its task, its encoder inputs as arrays, and its label, `None` if it has none."""
         choices = self.task.num_choices
         inputs = []
         for number in range(row * choices, (row + 1) * choices):
@@ -196,141 +194,86 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
             label = self._tags[row]
         elif self.task.kind == "language_modeling":
             label = inputs[0]["input_ids"].copy()
-            label[:1] = IGNORED  # or padding on the left would be what it is predicted from
+            label[:1] = IGNORED  # with left padding, it would be predicted from padding
         else:
             assert self.labels is not None
             label = self.labels[row]
         return {"task": self.task.name, "inputs": inputs, "label": label}
 
     def lengths(self) -> np.ndarray:
-        """Tokens of the longest encoder input of each row."""
+        """Tokens of the longest encoder input of each example."""
         return np.diff(self.offsets).reshape(len(self), -1).max(axis=1)
 
     def predictions(self, logits: np.ndarray) -> Any:
-        """What the logits of all rows say: classes, 0 or 1 for each class, numbers, tags of words, or answers.
+        """What the logits of all examples say: classes, a 0 or 1 for each class, numbers, tags, or answers.
+
+        Tags are lists with one tag for every word; -100 for a word that the model did not see.
 
         Args:
-            logits: See `HeadConfig`; what stands behind the end of a row is not looked at.
+            logits: See `HeadConfig`; positions beyond the end of an example are ignored.
         """
         kind = self.task.kind
         if kind == "language_modeling":
             raise ConfigError(f"task {self.task.name!r}: a language model has no predictions.")
         if len(logits) != len(self):
-            raise ConfigError(f"task {self.task.name!r}: {len(logits)} rows of logits for {len(self)} rows.")
+            raise ConfigError(f"task {self.task.name!r}: {len(logits)} rows of logits for {len(self)} examples.")
         if kind == "token_tagging":
-            keep = [tags != IGNORED for tags in self._tags]
-            return [logits[i, : len(k)][k].argmax(-1).tolist() for i, k in enumerate(keep)]
+            tags = []
+            for places, scored in zip(self._words, logits, strict=True):
+                found = np.full(len(places), NOT_PREDICTED, dtype=np.int64)
+                found[places >= 0] = scored[places[places >= 0]].argmax(-1)
+                tags.append(found.tolist())
+            return tags
         if kind == "span_qa":
-            return self._answers(logits)
+            contexts = self.rows[self.task.text_columns[1]][:]
+            return best_answers(contexts, self.windows, logits, unanswerable=self.task.has_unanswerable)
         if kind == "multi_label":
             return (logits > 0).astype(int)
         return np.asarray(logits, dtype=np.float64) if kind == "regression" else logits.argmax(-1)
 
     def score(self, logits: np.ndarray, loss: float | None = None) -> dict[str, float]:
-        """All metrics of the task for the logits of all rows, in their order.
+        """All metrics of the task for the logits of all examples, in their order.
 
         Args:
-            logits: See `HeadConfig`; what stands behind the end of a row is not looked at.
+            logits: See `HeadConfig`; positions beyond the end of an example are ignored.
             loss: Mean loss, for the perplexity of a language model.
         """
-        task = self.task
-        names = [metric for metric in task.metrics if isinstance(metric, str)]
-        found: dict[str, float] = {}
-        true: Any
         if not self.has_labels:
-            raise ConfigError(f"task {task.name!r}: rows without labels have no scores: use predictions(logits).")
-        if task.kind == "language_modeling":
-            self._primary = "perplexity"
+            raise ConfigError(f"task {self.task.name!r}: without labels there are no scores: use predictions(logits).")
+        if self.task.kind == "language_modeling":
             return {"perplexity": float(np.exp(min(loss if loss is not None else np.nan, 700.0)))}
-        predicted = self.predictions(logits)
-        if task.kind == "token_tagging":
-            true = [tags[tags != IGNORED].tolist() for tags in self._tags]
-            found = scores.score_tags(names, predicted, true, task.label_names)
-        elif task.kind == "span_qa":
-            true = [answer["text"] for answer in self.rows[task.label_column][:]]
-            found = scores.score_answers(names, predicted, true)
-        elif task.kind == "multi_label":
-            assert self.labels is not None
-            true = self.labels.astype(int)
-            found = scores.score_label_sets(names, predicted, true)
-        else:
-            assert self.labels is not None
-            numbers = task.kind == "regression"
-            true = self.labels.astype(np.float64 if numbers else np.int64)
-            if names:
-                found = scores.score_rows(task.name, names, predicted, true, groups=self._groups(), numbers=numbers)
-        scored: dict[str, float] = {}
-        for number, metric in enumerate(task.metrics):
-            if isinstance(metric, str):
-                given = {metric: found[metric]}
-            elif getattr(metric, "takes_rows", False):
-                given = metric(self, logits)
-            else:
-                given = self._score_own(metric, predicted, true)
-            twice = sorted(scored.keys() & given.keys())
-            if twice:
-                raise ConfigError(
-                    f"task {task.name!r}: two metrics give a score called {twice[0]!r}: use functions with names of "
-                    "their own."
-                )
-            scored |= given
-            if number == 0:
-                self._primary = primary_name(metric, given)
-        return scored
+        return score_predictions(self.task, self.rows, self.predictions(logits), self._true(), logits)
 
-    def _score_own(self, metric: Metric, predicted: Any, true: Any) -> dict[str, float]:
-        task = self.task
-        answers = self.rows[task.label_column][:] if task.kind == "span_qa" else None
-        return score_own(metric, predicted, true, kind=task.kind, label_names=task.label_names, answers=answers)
+    def score_names(self) -> list[str]:
+        """Names of the scores, found by scoring the labels as if they were the predictions.
+
+        Raises:
+            ConfigError: If two metrics return scores of the same name.
+        """
+        if self.task.kind == "language_modeling":
+            return ["perplexity"]
+        true = self._true()
+        predicted = [(texts or [""])[0] for texts in true] if self.task.kind == "span_qa" else true
+        return list(score_predictions(self.task, self.rows, predicted, true, None))
+
+    def _true(self) -> Any:
+        """The labels in the form of the predictions; of questions all right answers."""
+        kind = self.task.kind
+        if kind == "token_tagging":
+            return self._given
+        if kind == "span_qa":
+            return [answer["text"] for answer in self.rows[self.task.label_column][:]]
+        assert self.labels is not None
+        return self.labels.astype(np.float64 if kind == "regression" else np.int64)
 
     def primary(self, found: dict[str, float]) -> float:
-        """Of what `score` found, the score that models are chosen by, turned round if less is better."""
-        return -found[self._primary] if scores.lower_is_better(self._primary) else found[self._primary]
-
-    def _groups(self) -> list[Any] | None:
-        columns = self.task.group_columns
-        return list(zip(*(self.rows[column][:] for column in columns), strict=True)) if columns else None
-
-    def _answers(self, logits: np.ndarray) -> list[str]:
-        """For each question the best span over all windows of its context, or "" for none.
-
-        None is a span too, the first token of all; it wins if it beats the best one, in every window. Windows that
-        lack the answer are taught it as well, so it is not looked at where every question has an answer.
-        """
-        best = [(-np.inf, "")] * len(self.rows)
-        none = np.full(len(self.rows), np.inf if self.task.has_unanswerable else -np.inf)
-        contexts = self.rows[self.task.text_columns[1]]
-        for (row, places), scored in zip(self.windows, logits, strict=True):
-            none[row] = min(none[row], scored[0].sum())
-            inside = np.flatnonzero(places[:, 0] >= 0)
-            if not len(inside):
-                continue
-            start, end = (scored[inside, side] for side in (0, 1))
-            total = start[:, None] + end[None, :]
-            length = np.arange(len(inside))[None, :] - np.arange(len(inside))[:, None]
-            total = np.where((length >= 0) & (length < _LONGEST_ANSWER), total, -np.inf)
-            first, last = np.unravel_index(total.argmax(), total.shape)
-            if total[first, last] > best[row][0]:
-                text = contexts[row][places[inside[first], 0] : places[inside[last], 1]]
-                best[row] = (float(total[first, last]), text)
-        return [text if total >= least else "" for (total, text), least in zip(best, none, strict=True)]
-
-
-def _span(places: np.ndarray, answer: Any) -> tuple[int, int]:
-    """First and last token of the first answer, or the first token of all where the window lacks it."""
-    if not any(answer["text"][:1]):
-        return 0, 0
-    start = answer["answer_start"][0]
-    end = start + len(answer["text"][0])
-    holds_start = np.flatnonzero((places[:, 0] <= start) & (places[:, 1] > start) & (places[:, 0] >= 0))
-    holds_end = np.flatnonzero((places[:, 0] < end) & (places[:, 1] >= end) & (places[:, 0] >= 0))
-    if not len(holds_start) or not len(holds_end):
-        return 0, 0
-    return int(holds_start[0]), int(holds_end[-1])
+        """The score that selects the best checkpoint, of what `score` returned; negated if lower is better."""
+        name = primary_name(self.task.metrics[0], found)
+        return -found[name] if lower_is_better(name) else found[name]
 
 
 class ConcatTasks(torch.utils.data.Dataset[Any]):
-    """The rows of all tasks, numbered through, as `MultiTaskBatchSampler` numbers them."""
+    """The examples of all tasks, numbered consecutively, as `MultiTaskBatchSampler` numbers them."""
 
     def __init__(self, tasks: Sequence[EncodedTask]) -> None:
         self.tasks = list(tasks)

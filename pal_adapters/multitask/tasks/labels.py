@@ -1,38 +1,30 @@
-"""Labels of the rows of a task: whether there are any, and whether they fit the task."""
+"""Labels of a task's examples: whether there are any, and whether they fit the task."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 
-from .glue import TaskDataError
-
-if TYPE_CHECKING:
-    from .task import Task
+from .rows import class_names, plain_rows
+from .types import TaskDataError, TaskFields
 
 _CHUNK = 1000
+_LARGEST = 3.4028234663852886e38  # of float32
 NAMED_KINDS = ("single_label", "multi_label", "token_tagging")
-"""Kinds whose classes have names, which labels may be written as."""
+"""Kinds whose labels may be given as class names."""
 
 
-def class_names(rows: Any, column: str | None) -> tuple[str, ...]:
-    """Names of the classes of a column, or of the lists in it, if it is a `datasets.ClassLabel`."""
-    feature: Any = rows.features.get(column) if isinstance(rows, datasets.Dataset) else None
-    feature = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
-    return tuple(feature.names or ()) if isinstance(feature, datasets.ClassLabel) else ()
+def numbered(task: TaskFields, rows: datasets.Dataset, where: str) -> list[Any]:
+    """The labels of a split, with class names replaced by class numbers.
 
-
-def numbered(task: Task, rows: datasets.Dataset, where: str) -> list[Any]:
-    """The labels of rows, with class numbers in place of names.
-
-    Rows that know the names of their classes go by them, as a split may lack a class; unless they share no name with
-    the task, where these are other names of the same.
+    A column of `datasets.ClassLabel` is matched to the task by name, since a split may lack a class. If it shares no
+    name with the task, its names are taken for other names of the same classes.
 
     Raises:
-        TaskDataError: For a name that the task does not have.
+        TaskDataError: For a name that is not one of the task's.
     """
     labels: list[Any] = rows[task.label_column][:]
     if task.kind not in NAMED_KINDS or not task.label_names:
@@ -48,7 +40,7 @@ def numbered(task: Task, rows: datasets.Dataset, where: str) -> list[Any]:
             label = there[label]
         if isinstance(label, str) and label not in numbers:
             raise TaskDataError(
-                f"task {task.name!r}, {where}, row {row}: label {label!r:.60} is not one of label_names: "
+                f"{where}, row {row}: label {label!r:.60} is not one of label_names: "
                 f"{', '.join(map(repr, numbers)):.200}"
             )
         return numbers[label] if isinstance(label, str) else label
@@ -56,13 +48,8 @@ def numbered(task: Task, rows: datasets.Dataset, where: str) -> list[Any]:
     return [number_of(label, row) for row, label in enumerate(labels, start=1)]
 
 
-def plain_rows(rows: datasets.Dataset) -> datasets.Dataset:
-    """Rows that give Python's own numbers and lists, whatever `set_format` made of them."""
-    return rows if rows.format["type"] in (None, "custom") else rows.with_format(None)
-
-
-def has_labels(task: Task, rows: datasets.Dataset) -> bool:
-    """Whether rows have labels. Those of a test set may have no column of labels, or -1 or nothing in each row."""
+def has_labels(task: TaskFields, rows: datasets.Dataset) -> bool:
+    """Whether the examples have labels. A test set may have no label column, or only -1 or nothing in it."""
     if task.kind == "language_modeling":
         return True
     if task.label_column is None or task.label_column not in rows.column_names:
@@ -76,19 +63,19 @@ def _absent(label: Any) -> bool:
     return label in (None, "", "-1") or (not isinstance(label, bool) and label == -1)
 
 
-def has_unanswerable(task: Task) -> bool:
-    """Whether the training rows of a task have questions without an answer, or there are none to see it by."""
+def has_unanswerable(task: TaskFields) -> bool:
+    """Whether any training question of a task is unanswerable; also true without training examples to tell by."""
     rows = task.dataset.get(task.train_split)
     if rows is None or task.label_column not in rows.column_names:
         return True
     return not all(answer is None or any(answer["text"][:1]) for answer in plain_rows(rows)[task.label_column][:])
 
 
-def has_flags(task: Task, rows: datasets.Dataset | None = None) -> bool | None:
-    """Whether sets of labels are written as 0 or 1 for each class, rather than as class numbers.
+def has_flags(task: TaskFields, rows: datasets.Dataset | None = None) -> bool | None:
+    """Whether label sets are given as a 0 or 1 for each class rather than as a list of class numbers.
 
-    They are if all may be read so: of all splits of the task together or, if given, of these rows. `None` if there is
-    no label to tell by.
+    They are if every label can be read that way, in all splits of the task or, if given, in `rows`. `None` if there
+    is no label to tell by.
     """
     found = None
     for split in map(plain_rows, task.dataset.values()) if rows is None else (rows,):
@@ -109,28 +96,26 @@ def _is_flags(label: Any, classes: int) -> bool:
 
 
 def check_labels(
-    task: Task, rows: datasets.Dataset, labels: Sequence[Any], where: str, *, flags: bool = False
+    task: TaskFields, rows: datasets.Dataset, labels: Sequence[Any], where: str, *, flags: bool = False
 ) -> None:
-    """Raises `TaskDataError` for the first label that the task does not have.
+    """Raise `TaskDataError` for the first label that does not fit the task.
 
     Args:
         task: The task.
-        rows: Its rows.
-        labels: What `numbered` made of their labels.
-        where: What to call the rows.
-        flags: For sets, see `has_flags`.
+        rows: Its examples.
+        labels: Their labels, as `numbered` returns them.
+        where: What error messages call the examples.
+        flags: For label sets, see `has_flags`.
     """
     written = rows[task.label_column][:]
     contexts: Sequence[Any] = rows[task.text_columns[1]][:] if task.kind == "span_qa" else ()
     for number, label in enumerate(labels):
         problem = _problem(task, label, flags) or (_answer_problem(label, contexts[number]) if contexts else "")
         if problem:
-            raise TaskDataError(
-                f"task {task.name!r}, {where}, row {number + 1}: label {written[number]!r:.60} {problem}"
-            )
+            raise TaskDataError(f"{where}, row {number + 1}: label {written[number]!r:.60} {problem}")
 
 
-def _problem(task: Task, label: Any, flags: bool) -> str:
+def _problem(task: TaskFields, label: Any, flags: bool) -> str:
     classes = task.num_choices if task.kind == "multiple_choice" else task.num_labels or 0
     if isinstance(label, str) and task.kind in NAMED_KINDS:
         return f"is of type str, not an integer from 0 to {classes - 1}: name the classes in label_names to use names"
@@ -144,6 +129,8 @@ def _problem(task: Task, label: Any, flags: bool) -> str:
         for value in values:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 return "is not a finite number"
+            if abs(value) > _LARGEST:
+                return f"is out of the range of float32: allowed are {-_LARGEST:.4g} to {_LARGEST:.4g}"
             if not low <= value <= high:
                 return f"is out of range: allowed are {low} to {high}"
     if task.kind == "multi_label":
@@ -151,12 +138,14 @@ def _problem(task: Task, label: Any, flags: bool) -> str:
             return "is not a list of class numbers"
         if flags:
             good = _is_flags(label, classes)
-            return "" if good else f"is not a 0 or 1 for each of {classes} classes, as other labels of the task are"
+            return (
+                "" if good else f"is not a 0 or 1 for each of {classes} classes, as the other labels of the task are"
+            )
         problem = next(filter(None, (_class_problem(value, classes) for value in label)), "")
         if not problem and len(set(label)) < len(label):
             problem = "names a class twice"
         as_numbers = (
-            f"; not every label of the task is a 0 or 1 for each of {classes} classes, so they are class numbers"
+            f"; not every label of the task is a 0 or 1 for each of {classes} classes, so labels are class numbers"
         )
         return problem and problem + as_numbers
     if task.kind == "token_tagging":
@@ -169,7 +158,7 @@ def _problem(task: Task, label: Any, flags: bool) -> str:
         if not all(isinstance(label[name], (list, tuple)) for name in ("text", "answer_start")):
             return "is not a dict with a list of texts and a list of starts"
         if len(label["text"]) != len(label["answer_start"]):
-            return "has another number of texts than of starts"
+            return "has not as many texts as starts"
     return ""
 
 
@@ -179,10 +168,10 @@ def _answer_problem(label: Any, context: Any) -> str:
             return f"has the text {text!r:.40}, which is of type {type(text).__name__}"
         if isinstance(start, bool) or not isinstance(start, int):
             return f"has the start {start!r:.40}, which is of type {type(start).__name__}, not an integer"
-        if not text or not isinstance(context, str):  # no answer; what is no text is found with the columns
+        if not text or not isinstance(context, str):  # no answer; the columns are checked elsewhere
             continue
         if not 0 <= start <= len(context) - len(text):
-            return f"lies outside of the context, which has {len(context)} characters"
+            return f"lies outside the context, which has {len(context)} characters"
         if context[start : start + len(text)] != text:
             there = context[start : start + len(text)]
             return f"is not in the context at {start}, which reads {there!r:.40} there"

@@ -6,18 +6,25 @@ from torch import nn
 
 from pal_adapters.errors import ConfigError
 
+_LONGEST = 100
+
 
 def require_task_name(argument: str, name: object) -> None:
-    """Raises `ConfigError` unless a task may have this name, under which its head is a module."""
-    if not isinstance(name, str) or not name or {"/", "."} & set(name):
-        raise ConfigError(f"{argument}={name!r} is not allowed: use a name without '.' and '/'.")
+    """Raise `ConfigError` unless a task may have this name, which is also that of a module and of a folder."""
+    if not isinstance(name, str) or not name or {"/", "\\", "."} & set(name):
+        raise ConfigError(f"{argument}={name!r} is not allowed: use a name without '.', '/' and '\\'.")
+    if not name.isprintable() or name != name.strip() or len(name.encode()) > _LONGEST:
+        raise ConfigError(
+            f"{argument}={name!r:.60} is not allowed, as no folder can have that name: use at most {_LONGEST} "
+            "printable characters, with no space at either end."
+        )
     if hasattr(nn.ModuleDict(), name):
         raise ConfigError(
-            f"{argument}={name!r} is not allowed: nn.ModuleDict, which holds the heads, has an attribute of that "
-            f"name. Use another, such as '{name}_task'."
+            f"{argument}={name!r} is not allowed: the heads are in an nn.ModuleDict, which has an attribute of that "
+            f"name. Use another name, such as '{name}_task'."
         )
     if name == "average":
         raise ConfigError(
-            f"{argument}={name!r} is not allowed: eval_{name} is the aggregate of all tasks. Use another, such as "
-            f"'{name}_task'."
+            f"{argument}={name!r} is not allowed: eval_{name} is the aggregate over all tasks. Use another name, such "
+            f"as '{name}_task'."
         )

@@ -1,9 +1,9 @@
-"""Four small tasks made of English templates, for examples and tests that need no data and no network.
+"""Four small tasks made from English templates, for examples and tests that need no data and no network.
 
-The words that carry content are split: none that a training sentence uses occurs in a test sentence, so a model has
-to learn the construction and cannot remember the words. In every task the label depends on how words are combined
-and hardly on which words there are: what negation applies to, what a verb agrees with, what a quantifier allows, who
-did it to whom. A linear head on a frozen sentence encoder therefore stays far from the top.
+Training and test sentences share no content words, so a model has to learn the construction and cannot memorise the
+words. In every task the label depends on how words are combined rather than on which words occur: what a negation
+applies to, what a verb agrees with, what a quantifier allows, who did what to whom. A linear head on a frozen sentence
+encoder therefore scores well below the maximum.
 """
 
 from __future__ import annotations
@@ -15,32 +15,45 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .glue import TaskDataError, TaskSpec
+from .task import Task
+from .types import TaskDataError
 
-TOY_TASKS: dict[str, TaskSpec] = {
-    spec.name: spec
-    for spec in (
-        TaskSpec(
-            "acceptability", "toy", ("sentence",), label_names=("unacceptable", "acceptable"), metrics=("matthews",)
+TOY_TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "acceptability",
+            {},
+            text_columns=("sentence",),
+            label_names=("unacceptable", "acceptable"),
+            metrics=("matthews",),
+            benchmark="toy",
         ),
-        TaskSpec("entailment", "toy", ("premise", "hypothesis"), label_names=("entailment", "not_entailment")),
-        TaskSpec("sentiment", "toy", ("sentence",), label_names=("negative", "positive")),
-        TaskSpec(
+        Task(
+            "entailment",
+            {},
+            text_columns=("premise", "hypothesis"),
+            label_names=("entailment", "not_entailment"),
+            benchmark="toy",
+        ),
+        Task("sentiment", {}, text_columns=("sentence",), label_names=("negative", "positive"), benchmark="toy"),
+        Task(
             "similarity",
-            "toy",
-            ("sentence1", "sentence2"),
-            num_labels=1,
+            {},
+            kind="regression",
+            text_columns=("sentence1", "sentence2"),
             metrics=("pearson", "spearman"),
             label_range=(0.0, 5.0),
+            benchmark="toy",
         ),
     )
 }
-"""The made-up tasks by name."""
+"""The toy tasks by name, without data."""
 
 
 @dataclass(frozen=True)
 class Words:
-    """The content words of one side of the split. Nouns take a plural in s, verbs a past tense in ed as they stand."""
+    """The content words of one split. All nouns form their plural with -s and all verbs their past tense with -ed."""
 
     people: tuple[str, ...]
     things: tuple[str, ...]
@@ -91,43 +104,43 @@ WORDS = {
         times=("on Friday", "in the evening", "last summer", "at midnight"),
     ),
 }  # fmt: skip
-"""Content words of the two sides; no word is on both."""
+"""Content words of the two splits; no word is in both."""
 
 
 def load_toy_task(
     name: str, *, train_size: int = 800, test_size: int = 400, seed: int = 0
-) -> tuple[TaskSpec, datasets.DatasetDict]:
-    """Makes one of `TOY_TASKS`: the task, and its splits "train" and "validation".
+) -> tuple[Task, datasets.DatasetDict]:
+    """One of `TOY_TASKS`, without data, and its splits "train" and "validation": the arguments of `Task.from_spec`.
 
-    The same arguments give the same rows. No row occurs twice, in one split or in both.
+    The same arguments give the same examples. No example occurs twice, within a split or across both.
 
     Raises:
-        TaskDataError: If there is no such task, or more rows are asked for than the templates give.
+        TaskDataError: If there is no such task, or the templates do not give that many examples.
 
     Example:
-        >>> spec, data = load_toy_task("similarity", train_size=8, test_size=4)
-        >>> len(data["train"]), spec.num_labels
+        >>> task, data = load_toy_task("similarity", train_size=8, test_size=4)
+        >>> len(data["train"]), task.num_labels
         (8, 1)
     """
     if name not in TOY_TASKS:
         raise TaskDataError(f"unknown toy task {name!r}; allowed: {', '.join(sorted(TOY_TASKS))}")
-    spec = TOY_TASKS[name]
-    # A generator for each task and split, so that the size of one does not change the rows of another.
+    task = TOY_TASKS[name]
+    # A generator for each task and split, so that the size of one does not change the examples of another.
     rng = {split: np.random.default_rng([seed, sorted(TOY_TASKS).index(name), i]) for i, split in enumerate(WORDS)}
-    return spec, datasets.DatasetDict(
-        train=_make(spec, WORDS["train"], train_size, rng["train"]),
-        validation=_make(spec, WORDS["test"], test_size, rng["test"]),
+    return task, datasets.DatasetDict(
+        train=_make(task, WORDS["train"], train_size, rng["train"]),
+        validation=_make(task, WORDS["test"], test_size, rng["test"]),
     )
 
 
-def _make(spec: TaskSpec, words: Words, size: int, rng: np.random.Generator) -> datasets.Dataset:
-    write = _WRITERS[spec.name]
+def _make(task: Task, words: Words, size: int, rng: np.random.Generator) -> datasets.Dataset:
+    write = _WRITERS[task.name]
     rows: dict[tuple[str, ...], float | int] = {}
     in_vain = 0
     while len(rows) < size:
         if in_vain == 2000:
-            raise TaskDataError(f"toy task {spec.name!r}: no {size} different rows")
-        # Labels take turns, so the classes are equally frequent.
+            raise TaskDataError(f"toy task {task.name!r}: the templates do not give {size} different examples")
+        # Labels alternate, so the classes are equally frequent.
         texts, label = write(words, rng, len(rows))
         row = tuple(text[0].upper() + text[1:] for text in texts)
         in_vain = in_vain + 1 if row in rows else 0
@@ -135,11 +148,11 @@ def _make(spec: TaskSpec, words: Words, size: int, rng: np.random.Generator) -> 
     order = rng.permutation(size)
     items = list(rows.items())
     columns: dict[str, list[Any]] = {
-        column: [items[i][0][position] for i in order] for position, column in enumerate(spec.text_columns)
+        column: [items[i][0][position] for i in order] for position, column in enumerate(task.text_columns)
     }
     columns["label"] = [items[i][1] for i in order]
-    value = datasets.Value("float64" if spec.is_regression else "int64")
-    features = datasets.Features({column: datasets.Value("string") for column in spec.text_columns} | {"label": value})
+    value = datasets.Value("float64" if task.kind == "regression" else "int64")
+    features = datasets.Features({column: datasets.Value("string") for column in task.text_columns} | {"label": value})
     return datasets.Dataset.from_dict(columns, features=features)
 
 
@@ -170,7 +183,7 @@ _NEGATED_ELSEWHERE = (
 
 
 def _sentiment(words: Words, rng: np.random.Generator, number: int) -> tuple[list[str], int]:
-    """Polarity of an adjective, turned round by a negation, but only by one that applies to it."""
+    """Polarity of an adjective, reversed by a negation that applies to it but not by one elsewhere."""
     label = number % 2
     frames = (_PLAIN, _NEGATED, _NEGATED, _NEGATED_ELSEWHERE)[rng.integers(4)]
     positive = bool(label) is not (frames is _NEGATED)
@@ -179,7 +192,7 @@ def _sentiment(words: Words, rng: np.random.Generator, number: int) -> tuple[lis
 
 
 def _acceptability(words: Words, rng: np.random.Generator, number: int) -> tuple[list[str], int]:
-    """Whether the form of the verb fits the words before it; each form is right somewhere and wrong elsewhere."""
+    """Whether the form of the verb fits the words before it; each form is right in some contexts only."""
     label = number % 2
     noun, verb, place = _pick(rng, words.people), _pick(rng, words.actions), _pick(rng, words.places)
     plural = bool(rng.integers(2))
@@ -208,7 +221,7 @@ _FOLLOWS = {
 
 
 def _entailment(words: Words, rng: np.random.Generator, number: int) -> tuple[list[str], int]:
-    """Quantifiers, negation, and details that are left out or exchanged. Class 0 is entailment."""
+    """Quantifiers, negation, and details that are omitted or swapped. Class 0 is entailment."""
     label = number % 2
     while True:
         premise, hypothesis, follows = _inference(words, rng)
@@ -220,7 +233,7 @@ def _inference(words: Words, rng: np.random.Generator) -> tuple[str, str, bool]:
     subject, other, stranger = _pick(rng, words.people, 3)
     verb, deed = _pick(rng, words.verbs, 2)
     kind, kept = rng.integers(4), bool(rng.integers(2))
-    if kind == 0:  # where it was may be left out; that somebody else did it, or did something else, does not follow
+    if kind == 0:  # the place may be omitted; another agent or another verb does not follow
         said = f"the {subject} {verb}ed the {other}"
         changed = (f"the {stranger} {verb}ed the {other}", f"the {subject} {deed}ed the {other}")[rng.integers(2)]
         return f"{said} {_pick(rng, words.places)}.", f"{said if kept else changed}.", kept
@@ -234,12 +247,12 @@ def _inference(words: Words, rng: np.random.Generator) -> tuple[str, str, bool]:
 
 
 def _similarity(words: Words, rng: np.random.Generator, number: int) -> tuple[list[str], float]:
-    """How many of five roles two events share: who, did what, to whom, where and when."""
+    """How many of five roles two events share: agent, verb, patient, place and time."""
     fillers = (words.people, words.verbs, words.people, words.places, words.times)
     agent, patient = _pick(rng, words.people, 2)
     first = [agent, _pick(rng, words.verbs), patient, _pick(rng, words.places), _pick(rng, words.times)]
     second = list(first)
-    if number % 6 == 3 and rng.integers(2):  # the same words with the roles of the two people exchanged
+    if number % 6 == 3 and rng.integers(2):  # the same words with agent and patient swapped
         second[0], second[2] = patient, agent
     else:
         for role in rng.choice(5, size=5 - number % 6, replace=False):

@@ -1,4 +1,4 @@
-"""The Trainer and its parts: arguments, loaders, evaluation, checkpoints, runs on several processes, the model card.
+"""The `Trainer` for many tasks, and its parts: arguments, data loaders, evaluation, logs, optimisers, checkpoints.
 
-What a model is made of and how it is saved belongs to `model/`.
+Everything that runs a training loop lives here; tasks, models and samplers know nothing of it.
 """

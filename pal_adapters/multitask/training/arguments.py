@@ -6,22 +6,27 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from pal_adapters.checks import require_one_of
+from pal_adapters.checks import require_bool, require_int, require_one_of
 from pal_adapters.errors import ConfigError
-from pal_adapters.multitask.metrics.scores import lower_is_better
+from pal_adapters.multitask.metrics.builtin import lower_is_better
 from pal_adapters.multitask.sampling.strategies import STRATEGIES
+
+from .host_arguments import check_accelerator, check_host_arguments
 
 SCHEDULES = ("own", "pals")
 AGGREGATES = ("mean", "sum", "min", "max", "median")
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 @dataclass
 class MultiTaskTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with what many tasks need. Everything else means what it does there.
+    """`transformers.TrainingArguments` with what multi-task training needs.
 
-    With `load_best_model_at_end=True` the model is chosen by `metric_for_best_model="average"` unless told otherwise:
-    the `eval_aggregate` over the primary scores of all tasks. Unless `greater_is_better` says otherwise, a small value
-    is good of metrics whose name ends in perplexity, mse, rmse, mae or loss.
+    All other arguments do what they do there or are rejected, see `training/host_arguments.py`.
+
+    With `load_best_model_at_end=True` the best checkpoint is selected by `metric_for_best_model="average"` by default:
+    the `eval_aggregate` over the primary scores of all tasks. Unless `greater_is_better` is given, lower values are
+    better for metrics whose name ends in perplexity, mse, rmse, mae or loss.
     """
 
     sampling: str = field(
@@ -30,16 +35,18 @@ class MultiTaskTrainingArguments(TrainingArguments):
                   "uncertainty."},
     )  # fmt: skip
     sampling_temperature: float | None = field(default=None, metadata={"help": "Temperature of that strategy."})
-    mixed_batches: bool = field(default=False, metadata={"help": "Whether each row of a batch draws its task."})
+    mixed_batches: bool = field(default=False, metadata={"help": "Whether each example of a batch draws its task."})
     group_by_length: bool = field(
-        default=False, metadata={"help": "Whether the rows of a batch are of like length; not with mixed batches."}
+        default=False,
+        metadata={"help": "Whether batches are made of examples of similar length; not for mixed batches."},
     )
     steps_per_epoch: int | None = field(
-        default=None, metadata={"help": "Optimizer steps of an epoch; by default as many as all rows take."}
+        default=None, metadata={"help": "Optimizer steps in an epoch; by default enough for all examples."}
     )
-    max_length: int = field(default=128, metadata={"help": "Tokens after which a text is cut."})
+    max_length: int = field(default=128, metadata={"help": "Tokens to truncate a text to."})
     eval_aggregate: str = field(
-        default="mean", metadata={"help": "What eval_average is of the primary scores: mean, sum, min, max, median."}
+        default="mean",
+        metadata={"help": "How eval_average aggregates the primary scores: mean, sum, min, max, median."},
     )
     attention_learning_rate: float | None = field(
         default=None,
@@ -50,7 +57,8 @@ class MultiTaskTrainingArguments(TrainingArguments):
         metadata={"help": "Whether AdamW corrects the bias of its moments; PALs do not."},
     )
     max_tensor_grad_norm: float | None = field(
-        default=None, metadata={"help": "Bound of the gradient of each tensor, as in PALs, instead of max_grad_norm."}
+        default=None,
+        metadata={"help": "Clips the gradient of each tensor to this norm, as in PALs, instead of max_grad_norm."},
     )
     schedule: str = field(
         default="own",
@@ -58,28 +66,14 @@ class MultiTaskTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._check_own()
+        check_host_arguments(self)
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "average"
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better = not lower_is_better(self.metric_for_best_model)
         super().__post_init__()
-        require_one_of("sampling", self.sampling, (*STRATEGIES, "temperature"))
-        require_one_of("eval_aggregate", self.eval_aggregate, AGGREGATES)
-        require_one_of("schedule", self.schedule, SCHEDULES)
-        # transformers 5 has this for what a batch is made of; 4.57 does not.
-        strategy = getattr(self, "train_sampling_strategy", "random")
-        if strategy != "random":
-            raise ConfigError(
-                f"train_sampling_strategy={strategy!r} has no effect here, where rows are drawn by task: leave it "
-                "out, and see sampling and group_by_length."
-            )
-        if self.group_by_length and (self.mixed_batches or self.sampling == "uncertainty"):
-            raise ConfigError("group_by_length=True has no effect on batches that mix tasks: leave it out.")
-        if (self.sampling == "temperature") is not (self.sampling_temperature is not None):
-            raise ConfigError(
-                f"sampling_temperature={self.sampling_temperature!r} is not allowed for sampling={self.sampling!r}: "
-                "give it for 'temperature', and leave it out otherwise."
-            )
+        check_accelerator(self)
         if self.fp16 and not self.deepspeed and self.device.type == "cpu":
             raise ConfigError(
                 "fp16=True has no effect on CPU, where accelerate trains in fp32: use bf16 or leave it out."
@@ -90,5 +84,37 @@ class MultiTaskTrainingArguments(TrainingArguments):
                 raise ConfigError(
                     "max_tensor_grad_norm is not possible with fp16, whose gradients are scaled: use bf16."
                 )
-        if self.label_smoothing_factor:
-            raise ConfigError("label_smoothing_factor has no effect here: give the Task a loss of its own.")
+
+    def _check_own(self) -> None:
+        require_one_of("sampling", self.sampling, (*STRATEGIES, "temperature"))
+        require_one_of("eval_aggregate", self.eval_aggregate, AGGREGATES)
+        require_one_of("schedule", self.schedule, SCHEDULES)
+        for name in ("mixed_batches", "group_by_length", "adam_bias_correction"):
+            require_bool(name, getattr(self, name))
+        require_int("max_length", self.max_length, minimum=1)
+        if self.steps_per_epoch is not None:
+            require_int("steps_per_epoch", self.steps_per_epoch, minimum=1)
+        for name in ("attention_learning_rate", "max_tensor_grad_norm"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value < float("inf")):
+                raise ConfigError(f"{name}={value!r} is not allowed: use a number above 0.")
+        if self.group_by_length and (self.mixed_batches or self.sampling == "uncertainty"):
+            raise ConfigError("group_by_length=True has no effect on batches that mix tasks: leave it out.")
+        if (self.sampling == "temperature") is not (self.sampling_temperature is not None):
+            raise ConfigError(
+                f"sampling_temperature={self.sampling_temperature!r} is not allowed for sampling={self.sampling!r}: "
+                "set it for 'temperature' and leave it out otherwise."
+            )
+        optim = getattr(self.optim, "value", self.optim)
+        if not self.adam_bias_correction and (optim not in _ADAMW or getattr(self, "adafactor", False)):
+            raise ConfigError(f"adam_bias_correction=False has no effect for optim={optim!r}: leave one of them out.")
+        if not self.adam_bias_correction and self.optim_args:
+            raise ConfigError("optim_args has no effect with adam_bias_correction=False: leave one of them out.")
+        kind = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        if self.schedule == "pals" and (kind != "linear" or self.lr_scheduler_kwargs):
+            raise ConfigError("lr_scheduler_type and lr_scheduler_kwargs have no effect with schedule='pals'.")
+        if self.max_tensor_grad_norm is not None and self.max_grad_norm not in (0.0, 1.0):
+            raise ConfigError(
+                f"max_grad_norm={self.max_grad_norm!r} has no effect with max_tensor_grad_norm: leave one of them out."
+            )

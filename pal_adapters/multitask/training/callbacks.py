@@ -1,31 +1,34 @@
-"""What `MultiTaskTrainer` adds to a run by callbacks: epochs, logs, bounds of gradients, the progress bar."""
+"""The callbacks of `MultiTaskTrainer`: epochs of the sampler, logs at checkpoints, gradient clipping, progress bar."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-if TYPE_CHECKING:
-    from .trainer import MultiTaskTrainer
+from pal_adapters.multitask.sampling.strategies import MultiTaskBatchSampler
 
 
 class Steps(TrainerCallback):
-    """Keeps the sampler at the epoch of the run, logs where a checkpoint is, and clips tensor by tensor."""
+    """Keeps the sampler at the epoch of the run, logs at every checkpoint, and clips each tensor's gradient.
 
-    def __init__(self, trainer: MultiTaskTrainer) -> None:
-        self.trainer = trainer
+    Args:
+        sampler: Returns the sampler of the run.
+    """
+
+    def __init__(self, sampler: Callable[[], MultiTaskBatchSampler]) -> None:
+        self.sampler = sampler
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # The loader may be wrapped too deep for its `set_epoch` to arrive.
-        sampler = self.trainer._sampler
-        assert sampler is not None
+        # The loader may be wrapped so deeply that its `set_epoch` does not reach the sampler.
+        sampler = self.sampler()
         sampler.set_epoch(state.global_step // sampler.steps_per_epoch)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        # The sums of the loss are not part of a checkpoint, so they end where it is.
+        # Checkpoints do not hold the running sums of the loss, so these must be logged there.
         if args.save_strategy == "steps" and state.save_steps and state.global_step % state.save_steps == 0:
             control.should_log = True
         return control
@@ -43,7 +46,7 @@ class Steps(TrainerCallback):
 
 
 class Progress(ProgressCallback):
-    """The host's progress bar, with the last loss of each task behind it."""
+    """The host's progress bar, followed by the last loss of each task."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         super().on_log(args, state, control, logs=logs, **kwargs)

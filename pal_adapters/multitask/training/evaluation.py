@@ -1,145 +1,114 @@
-"""Evaluation of many tasks: the scores of each, and their aggregate."""
+"""The evaluation of many tasks: exact losses, and the aggregate of their scores."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Subset
-from transformers.trainer_utils import PredictionOutput, speed_metrics
+from torch import Tensor
+from transformers.trainer_utils import speed_metrics
 
-from pal_adapters.errors import ConfigError
-from pal_adapters.multitask.model.task_heads import TaskHeads
+from pal_adapters.multitask.model.heads import Head
 from pal_adapters.multitask.tasks.encoding import EncodedTask
 
-from .loaders import Loaders
-
 Aggregate = Callable[[Mapping[str, float]], float]
-"""One number of the primary scores by task; of metrics where less is better they come with the opposite sign."""
+"""One number from the primary scores of the tasks; scores of metrics where lower is better are negated."""
+
+Outputs = tuple[np.ndarray | None, np.ndarray | None, float | None]
+"""Logits, labels and mean loss of all examples; `None` where there are none."""
 
 
-class Evaluation(Loaders):
-    """A Trainer that scores each task by its own metrics."""
+def example_losses(head: Head, logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of each example as a sum, and how many items it is over: `[b, 2]`.
 
-    aggregate: Aggregate | None
+    A batch mean would weigh examples by the batch they happen to be in, and processes repeat examples to fill their
+    last batch: from these rows the mean over all items is exact.
+    """
+    parts = zip(logits.split(1), labels.split(1), strict=True)
+    found = torch.stack([torch.stack(head.loss(*part)) for part in parts])
+    return found.masked_fill(found[:, 1:] == 0, 0.0)
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Scores of all tasks, of the given rows, or of those that the trainer was made with.
 
-        Args:
-            eval_dataset: By task the rows to evaluate on, or the name of an evaluation set.
-            ignore_keys: Without a meaning here.
-            metric_key_prefix: What the names begin with.
-        """
-        sets = cast("Mapping[str, EncodedTask]", self.eval_dataset)
-        if isinstance(eval_dataset, str):
-            if eval_dataset not in sets:
-                raise ConfigError(f"eval_dataset={eval_dataset!r} is not there: {', '.join(sets) or 'there is none'}.")
-            sets = {eval_dataset: sets[eval_dataset]}
-        elif eval_dataset is not None:
-            sets = self._evaluation_rows(eval_dataset, needed=True)
-        if not sets:
-            raise ConfigError("there is nothing to evaluate: no task has validation rows.")
-        metrics: dict[str, float] = {}
-        primary: dict[str, float] = {}
-        losses = []
-        start = time.time()
-        for key, rows in sets.items():
-            output = self._run(rows, f"{metric_key_prefix}_{key}")
-            losses.append(output.metrics[f"{metric_key_prefix}_{key}_loss"])
-            found = rows.score(output.predictions, losses[-1])
-            metrics |= {name: v for name, v in output.metrics.items() if name.endswith("_loss")}
-            metrics |= {f"{metric_key_prefix}_{key}_{name}": value for name, value in found.items()}
-            primary.setdefault(rows.task.name, rows.primary(found))  # of several splits the first
-        named: Any = getattr(np, self.args.eval_aggregate)
-        value = named(list(primary.values())) if self.aggregate is None else self.aggregate(primary)
-        metrics[f"{metric_key_prefix}_average"] = float(value)
-        metrics[f"{metric_key_prefix}_loss"] = float(np.mean(losses))
-        metrics |= self._speed(metric_key_prefix, start, *sets.values())
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+def needs_all(head: Head) -> bool:
+    """Whether the loss is over all examples at once: a custom loss may weigh them, such as by class.
 
-    def _speed(self, prefix: str, start: float, *sets: EncodedTask) -> dict[str, float]:
-        """Seconds since `start`, and rows and steps a second."""
-        batch = self.args.eval_batch_size * self.args.world_size
-        steps = sum(math.ceil(len(rows) / batch) for rows in sets)
-        return speed_metrics(prefix, start, num_samples=sum(map(len, sets)), num_steps=steps)
+    The logits of a language model are too large to keep: its custom loss is the mean over the examples' own.
+    """
+    return head.own_loss is not None and head.config.kind != "language_modeling"
 
-    def _run(self, rows: EncodedTask, prefix: str) -> Any:
-        order = np.argsort(-rows.lengths(), kind="stable")  # rows of like length in a batch: less padding
-        output: Any = self.evaluation_loop(
-            self.get_eval_dataloader(Subset(rows, order.tolist())),
-            prefix,
-            prediction_loss_only=False,
-            metric_key_prefix=prefix,
-        )
-        if rows.task.kind == "language_modeling":  # the mean over all tokens, however many are in a batch
-            total, count = output.predictions.sum(0, dtype=np.float64)
-            output.metrics[f"{prefix}_loss"] = float(total / max(count, 1))
-            return output._replace(predictions=None, label_ids=None)
-        back = np.argsort(order)
-        labels = output.label_ids[back] if rows.has_labels else None
-        return output._replace(predictions=output.predictions[back], label_ids=labels)
 
-    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
-        """Logits and scores: a `PredictionOutput` for `EncodedTask` rows, a dict of them for rows by task.
+def collected(rows: EncodedTask, order: np.ndarray, output: Any, head: Head, device: torch.device) -> Outputs:
+    """The outputs of an evaluation loop, in the order of the examples.
 
-        Rows may lack labels, as in a test set, and then have no scores; `EncodedTask.predictions` turns logits into
-        classes, numbers, tags or answers.
+    Args:
+        rows: The examples.
+        order: The order in which they were evaluated.
+        output: What the loop returned; its predictions are what `example_outputs` returned for each batch.
+        head: The head of the task.
+        device: Where to compute a loss over all examples.
+    """
+    back = np.argsort(order)
+    kept = rows.task.kind != "language_modeling"
+    logits, losses = output.predictions if rows.has_labels and kept else (output.predictions, output.predictions)
+    logits = logits[back] if kept else None
+    if not rows.has_labels:
+        return logits, None, None
+    labels = output.label_ids[back] if kept else None
+    if needs_all(head):
+        total, count = _loss_of_all(rows, logits, labels, head, device)
+    else:
+        total, count = losses.sum(0, dtype=np.float64)
+    return logits, labels, float(total / max(count, 1))
 
-        Args:
-            test_dataset: By task the rows to predict, or the `EncodedTask` of one.
-            ignore_keys: Without a meaning here.
-            metric_key_prefix: What the names begin with.
-        """
-        if isinstance(test_dataset, EncodedTask):
-            start = time.time()
-            output = self._run(test_dataset, metric_key_prefix)
-            found: dict[str, float] = {}
-            if test_dataset.has_labels:
-                found = test_dataset.score(output.predictions, output.metrics[f"{metric_key_prefix}_loss"])
-            metrics = {**output.metrics, **{f"{metric_key_prefix}_{n}": value for n, value in found.items()}}
-            metrics |= self._speed(metric_key_prefix, start, test_dataset)
-            return PredictionOutput(output.predictions, output.label_ids, metrics)
-        if test_dataset is None:
-            raise ConfigError("test_dataset is None: pass a dict with the rows of each task.")
-        sets = self._evaluation_rows(test_dataset, needed=True, name_of="test_dataset")
-        return {key: self.predict(rows, metric_key_prefix=f"{metric_key_prefix}_{key}") for key, rows in sets.items()}
 
-    def prediction_step(
-        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> Any:
-        """Loss, logits and labels of a batch of one task; rows without labels have the logits alone.
+@torch.no_grad()
+def _loss_of_all(rows: EncodedTask, logits: Any, labels: Any, head: Head, device: torch.device) -> tuple[float, float]:
+    scored = torch.from_numpy(logits).to(device)
+    if rows.task.kind == "span_qa":  # the padding between batches is as impossible as the padding within them
+        padding = torch.arange(logits.shape[1]) >= torch.from_numpy(rows.lengths())[:, None]
+        scored = scored.masked_fill(padding.unsqueeze(-1).to(device), torch.finfo(scored.dtype).min)
+    total, count = head.loss(scored, torch.from_numpy(labels).to(device))
+    return float(total), float(count)
 
-        A language model has for logits the loss of each row as a sum, and over how many tokens it goes: `[b, 2]`.
-        """
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs)
-        loss = None if outputs.loss is None else outputs.loss.detach()
-        if prediction_loss_only:
-            return loss, None, None
-        ((task, logits),) = outputs.logits.items()
-        logits = logits.detach().float()
-        (labels,) = inputs["labels"].values() if "labels" in inputs else (None,)
-        if self.collator.heads[task].kind == "language_modeling":
-            head = cast("TaskHeads", self.accelerator.unwrap_model(self.model)).head(task)
-            rows = zip(logits.split(1), cast("Tensor", labels).split(1), strict=True)
-            losses = [torch.stack(head.loss(*row)) for row in rows]
-            found = torch.stack(losses)
-            return loss, found.masked_fill(found[:, 1:] == 0, 0.0), None  # a row of one token has nothing to predict
-        if self.collator.left and logits.dim() == 3:
-            # The host pads batches on the right to put them together: tokens have to begin at 0.
-            padding = (inputs["attention_mask"] == 0).sum(1, keepdim=True)
-            places = (torch.arange(logits.shape[1], device=logits.device) + padding) % logits.shape[1]
-            logits = logits.gather(1, places.unsqueeze(-1).expand_as(logits))
-            labels = None if labels is None else labels.gather(1, places)
-        return loss, logits, labels
+
+def example_outputs(head: Head, logits: Tensor, labels: Tensor | None, padding: Tensor | None) -> tuple[Any, Any]:
+    """What the evaluation loop collects of a batch, and its labels.
+
+    Without labels these are the logits; with labels the logits and the losses of the examples; for a language model
+    the losses alone.
+
+    Args:
+        head: The head of the task.
+        logits: Logits of the batch.
+        labels: Its labels, if any.
+        padding: Tokens of padding on the left of each example `[b, 1]`; `None` if padding is on the right.
+    """
+    logits = logits.detach().float()
+    if head.config.kind == "language_modeling":
+        assert labels is not None
+        return example_losses(head, logits, labels), None
+    losses = None
+    if labels is not None:
+        losses = logits.new_zeros(len(labels), 2) if needs_all(head) else example_losses(head, logits, labels)
+    if padding is not None and head.config.reads_tokens:
+        # The loop pads batches on the right to join them, so tokens have to begin at 0.
+        places = (torch.arange(logits.shape[1], device=logits.device) + padding) % logits.shape[1]
+        logits = logits.gather(1, places.unsqueeze(-1).expand_as(logits))
+        labels = None if labels is None else labels.gather(1, places)
+    return (logits if losses is None else (logits, losses)), labels
+
+
+def aggregated(primary: Mapping[str, float], aggregate: Aggregate | str) -> float:
+    """The aggregate of the primary scores by task: a function, or the name of one of numpy."""
+    if callable(aggregate):
+        return float(aggregate(primary))
+    return float(cast("Any", getattr(np, aggregate))(list(primary.values())))
+
+
+def speed(prefix: str, start: float, batch_size: int, *sets: EncodedTask) -> dict[str, float]:
+    """Seconds since `start`, and examples and steps a second."""
+    steps = sum(math.ceil(len(rows) / batch_size) for rows in sets)
+    return speed_metrics(prefix, start, num_samples=sum(map(len, sets)), num_steps=steps)

@@ -1,4 +1,4 @@
-"""AdamW without bias correction, and the schedule of the code of PALs."""
+"""AdamW without bias correction, the schedule of the code of PALs, and the learning rate of attention in modules."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pal_adapters.errors import ConfigError
+from pal_adapters.multitask.model.task_heads import TaskHeads
+
 
 class UncorrectedAdamW(torch.optim.Optimizer):
-    r"""AdamW as BERT was trained with: the moments are used as they are, so the first steps are large.
+    r"""AdamW as used to train BERT: the moments are not corrected for their bias, so the first steps are large.
 
     $$m \leftarrow \beta_1 m + (1-\beta_1) g,\quad v \leftarrow \beta_2 v + (1-\beta_2) g^2,\quad
     w \leftarrow w - \eta \left(\frac{m}{\sqrt{v} + \epsilon} + \lambda w\right)$$
 
-    A parameter without a gradient, such as one of a task that is absent from a step, stays as it is.
+    A parameter without a gradient, such as one of a task that is absent from a step, does not change.
 
     Args:
         params: Parameters, or groups of them.
@@ -61,5 +64,22 @@ class UncorrectedAdamW(torch.optim.Optimizer):
 
 
 def pals_schedule(step: int, *, warmup_steps: int, steps: int) -> float:
-    """Factor on the learning rate: up to 1 in the warm-up, then `1 - step / steps`, which begins below 1."""
+    """Factor of the learning rate: up to 1 during warm-up, then `1 - step / steps`, which starts below 1."""
     return step / max(1, warmup_steps) if step < warmup_steps else max(0.0, 1.0 - step / steps)
+
+
+def give_attention_its_rate(optimizer: torch.optim.Optimizer, model: TaskHeads, rate: float) -> None:
+    """Moves the queries, keys and values of task modules to parameter groups with a learning rate of their own.
+
+    Raises:
+        ConfigError: If no task module has an attention.
+    """
+    added = model.added_parameters()
+    fast = {id(p) for n, p in added.items() if {"query", "key", "value"} & set(n.split("."))}
+    if not fast:
+        raise ConfigError("attention_learning_rate has no effect: no task module has an attention.")
+    for group in list(optimizer.param_groups):
+        chosen = [p for p in group["params"] if id(p) in fast]
+        group["params"] = [p for p in group["params"] if id(p) not in fast]
+        if chosen:
+            optimizer.add_param_group({**group, "params": chosen, "lr": rate})

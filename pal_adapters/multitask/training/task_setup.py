@@ -1,4 +1,4 @@
-"""What the model of a run needs for its tasks: heads that it lacks, and adapters that train."""
+"""Prepares a model for the tasks of a run: missing heads, and a warning for adapters that do not train."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pal_adapters.multitask.tasks.task import Task
 
 
 def add_heads(model: TaskHeads, tasks: Iterable[Task]) -> None:
-    """Adds the heads of tasks that the model lacks.
+    """Adds the heads that the model lacks.
 
     Raises:
-        ConfigError: If a head that is there does not fit its task.
+        ConfigError: If an existing head does not fit its task.
     """
     for task in tasks:
         if task.name not in model.routes:
@@ -38,11 +38,11 @@ def add_heads(model: TaskHeads, tasks: Iterable[Task]) -> None:
 
 
 def _take_over(model: TaskHeads, task: Task) -> None:
-    """What a task says of its loss, for a head that is there; what says otherwise than the model is refused."""
+    """Applies the weight and the loss of a task to an existing head; rejects whatever contradicts the model."""
     route, head = model.routes[task.name], model.head(task.name)
     if task.weight != 1.0 and route.weight not in (1.0, task.weight):
         raise ConfigError(
-            f"task {task.name!r}: weight={task.weight:g}, but on the model it has {route.weight:g}: give one of them."
+            f"task {task.name!r}: weight={task.weight:g}, but on the model it has {route.weight:g}: leave one out."
         )
     if task.loss is not None and head.own_loss not in (None, task.loss):
         raise ConfigError(f"task {task.name!r}: loss is given, but its head on the model has another: leave one out.")
@@ -75,7 +75,7 @@ def _take_over(model: TaskHeads, task: Task) -> None:
 
 
 def warn_of_resting_adapters(model: TaskHeads, tasks: Iterable[str]) -> None:
-    """Warns of tasks whose adapter rests as a whole: PEFT trains the first of several unless told otherwise."""
+    """Warns of tasks whose adapter is entirely frozen: by default PEFT trains the first of several only."""
     added = model.added_parameters()
     for task in tasks:
         adapter = model.routes[task].adapter
@@ -83,8 +83,8 @@ def warn_of_resting_adapters(model: TaskHeads, tasks: Iterable[str]) -> None:
         own = [parameter for name, parameter in added.items() if names & set(name.split("."))]
         if own and not any(parameter.requires_grad for parameter in own):
             warnings.warn(
-                f"task {task!r}: nothing of its adapter ({', '.join(sorted(names))}) trains. Call "
-                "model.prepare_training() to train the adapters and heads of all tasks.",
+                f"task {task!r}: its adapter ({', '.join(sorted(names))}) is frozen. Call model.prepare_training() to "
+                "train the adapters and heads of all tasks.",
                 stacklevel=3,
             )
 
@@ -94,7 +94,7 @@ def _shape(head: HeadConfig) -> tuple[Any, ...]:
 
 
 def start_at_mean(head: Head, rows: EncodedTask) -> None:
-    """Sets the bias of a new head for numbers to the mean of the labels, which is slow to learn step by step."""
+    """Sets the bias of a new regression head to the mean of the labels, which would be slow to learn."""
     if head.config.kind == "regression" and head.linear is not None and not head.linear.bias.any():
         mean = torch.as_tensor(rows.labels).double().mean(0)
         with torch.no_grad():

@@ -2,80 +2,97 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import PredictionOutput
 
 from pal_adapters.errors import ConfigError, PalAdaptersError
 from pal_adapters.multitask.model.heads import count_items
 from pal_adapters.multitask.model.task_heads import TaskHeads
-from pal_adapters.multitask.sampling.selectors import BatchSelector, Candidates, UncertaintySelector
+from pal_adapters.multitask.sampling.selectors import BatchSelector, UncertaintySelector
 from pal_adapters.multitask.sampling.strategies import MultiTaskBatchSampler, Strategy, get_strategy, uncertainty
 from pal_adapters.multitask.tasks.collate import Batch, MultiTaskCollator
-from pal_adapters.multitask.tasks.encoding import ConcatTasks
+from pal_adapters.multitask.tasks.encoding import ConcatTasks, EncodedTask
 from pal_adapters.multitask.tasks.task import Task, check_tasks
 
 from .arguments import MultiTaskTrainingArguments
 from .callbacks import Progress, Steps
 from .checkpoints import Checkpoints
 from .distributed import check_processes
-from .evaluation import Aggregate, Evaluation
-from .loaders import Rows
+from .evaluation import Aggregate, aggregated, collected, example_outputs, speed
+from .loaders import evaluation_loader, train_loader, train_sampler
 from .model_card import write_model_card
-from .optim import UncorrectedAdamW, pals_schedule
+from .optim import UncorrectedAdamW, give_attention_its_rate, pals_schedule
+from .selection import CandidateSelection
+from .splits import Rows, check_score_names, encoded, evaluation_sets, require_by_task, training_sets
+from .task_losses import TaskLosses
 from .task_setup import add_heads, start_at_mean, warn_of_resting_adapters
 
-if TYPE_CHECKING:
-    from pal_adapters.multitask.presets import Preset
+
+class Recipe(Protocol):
+    """A recipe that a run follows, such as a `Preset`."""
+
+    def check(self, model: TaskHeads, arguments: MultiTaskTrainingArguments | None = None) -> None:
+        """Warn if the model or the arguments differ from the recipe."""
+        ...
 
 
 class DivergedError(PalAdaptersError, ArithmeticError):
     """The loss is no longer a finite number."""
 
 
-class MultiTaskTrainer(Evaluation, Checkpoints):
-    """A `transformers.Trainer` that draws batches of many tasks, and does everything else as that one does.
+_UNUSED = ("data_collator", "compute_metrics", "model_init", "compute_loss_func", "preprocess_logits_for_metrics")
 
-    * The loss of a step is that of `TaskHeads`, over all rows of the step: gradient accumulation and processes of a
-      distributed run change nothing in it.
-    * `loss_<task>` is logged beside `loss`, and in every epoch once the probabilities of the tasks; with
-      `sampling="uncertainty"` also since the entry before how many rows of each task were trained on, `chosen_<task>`,
-      and how many `candidates` went forward for that.
-    * A new head of a regression starts at the mean of the labels: its bias, as long as it is 0.
-    * Evaluation gives `eval_<task>_<metric>`, `eval_<task>_loss` and `eval_average`, the `eval_aggregate` of the
-      primary metrics of all tasks; a metric of which less is better counts with the opposite sign.
-    * A checkpoint has the adapters, heads and, if it trains, the base; it is also a folder for
-      `TaskHeads.from_pretrained`. A run that is killed and started again with
-      `train(resume_from_checkpoint=last_checkpoint(output_dir))` goes on with the same batches and losses.
+
+class MultiTaskTrainer(Checkpoints):
+    """A `transformers.Trainer` that draws batches of many tasks and otherwise works as usual.
+
+    * The loss of a step is that of `TaskHeads` over all examples of the step: gradient accumulation and the processes
+      of a distributed run do not change it.
+    * `loss_<task>` is logged beside `loss`, and the probabilities of the tasks once an epoch. With
+      `sampling="uncertainty"`, `chosen_<task>` counts the examples of each task that were trained on since the last
+      entry, and `candidates` those that were scored for it.
+    * A new regression head starts at the mean of the labels: its bias, if that is still 0.
+    * Evaluation returns `eval_<task>_<metric>`, `eval_<task>_loss` and `eval_average`, the `eval_aggregate` of the
+      primary scores of all tasks; scores of metrics where lower is better are negated in it. `eval_<task>_loss` is the
+      mean over all items of the task, whatever the batch size and the number of processes: a custom loss is computed
+      once, over all examples. `eval_loss` is the mean over the evaluation sets.
+    * A checkpoint has the adapters, the heads and, if it is trained, the base model; it can also be read with
+      `TaskHeads.from_pretrained`. A run that was killed and is started again with
+      `train(resume_from_checkpoint=last_checkpoint(output_dir))` continues with the same batches and losses.
     * In a distributed run all processes train the same task in a step, unless batches are mixed. Parameters of tasks
-      that are absent from a step have no gradient, and the optimiser leaves them alone.
+      that are absent from a step get no gradient and are not updated.
 
     Args:
-        model: `TaskHeads`. Heads for tasks that it lacks are added.
+        model: `TaskHeads`. Missing heads are added.
         args: The arguments.
         tasks: The tasks, with their data.
-        train_dataset: By task the rows to train on, instead of the task's own split.
-        eval_dataset: By task the rows to evaluate on, instead of the task's own splits. Tasks that are not in it are
-            not evaluated.
+        train_dataset: Examples to train on by task, instead of the task's training split.
+        eval_dataset: Examples to evaluate on by task, instead of the tasks' validation splits. Other tasks are not
+            evaluated.
         processing_class: The tokenizer.
-        strategy: A strategy of one's own, see `sampling.Strategy`, instead of `args.sampling`.
-        batch_selector: What chooses the rows of `sampling="uncertainty"`; by default `UncertaintySelector`.
-        aggregate: What `eval_average` is of the primary scores by task, instead of `args.eval_aggregate`.
-        preset: The recipe that the run follows: warns where the model differs from it.
+        strategy: A custom strategy, see `sampling.Strategy`, instead of `args.sampling`.
+        batch_selector: Chooses the examples of `sampling="uncertainty"`; by default `UncertaintySelector`.
+        aggregate: Computes `eval_average` from the primary scores by task, instead of `args.eval_aggregate`.
+        preset: The recipe that the run follows; warns where the model or the arguments differ from it.
         **kwargs: Other arguments of `transformers.Trainer`.
 
     Raises:
-        ConfigError: For arguments that do not go together; before anything is trained.
-        TaskDataError: For rows that do not fit their task.
-        DivergedError: From `train`, if the loss becomes infinite or NaN, except in fp16, which passes over such steps.
+        ConfigError: For arguments that do not fit together; before anything is trained.
+        TaskDataError: For examples that do not fit their task.
+        DivergedError: From `train`, if the loss becomes infinite or NaN, except in fp16, which skips such steps.
     """
 
     args: MultiTaskTrainingArguments
+    tasks: dict[str, Task]
 
     def __init__(
         self,
@@ -89,18 +106,20 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
         strategy: Strategy | None = None,
         batch_selector: BatchSelector | None = None,
         aggregate: Aggregate | None = None,
-        preset: Preset | None = None,
+        preset: Recipe | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(model, TaskHeads):
             raise ConfigError(f"model is a {type(model).__name__}: pass TaskHeads(model).")
         if not isinstance(args, MultiTaskTrainingArguments):
             raise ConfigError(f"args is a {type(args).__name__}: pass MultiTaskTrainingArguments.")
-        for name in ("data_collator", "compute_metrics", "model_init", "compute_loss_func"):
+        for name in _UNUSED:
             if kwargs.get(name) is not None:
                 raise ConfigError(f"{name} has no effect here, where each Task says what it needs: leave it out.")
         if processing_class is None or getattr(processing_class, "pad_token_id", None) is None:
             raise ConfigError("processing_class needs to be a tokenizer with a padding token.")
+        require_by_task("train_dataset", train_dataset)
+        require_by_task("eval_dataset", eval_dataset)
         self.tasks = check_tasks(tasks or ())
         self.strategy = strategy or get_strategy(args.sampling, temperature=args.sampling_temperature)
         if strategy is not None and args.sampling != "proportional":
@@ -110,25 +129,24 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
             raise ConfigError("batch_selector has no effect without sampling='uncertainty': leave it out.")
         if self.strategy is uncertainty and batch_selector is None:
             batch_selector = UncertaintySelector()
-        self.batch_selector = batch_selector
         if aggregate is not None and args.eval_aggregate != "mean":
             raise ConfigError(f"eval_aggregate={args.eval_aggregate!r} and aggregate are both given: leave one out.")
         self.aggregate = aggregate
         if isinstance(batch_selector, UncertaintySelector):
             batch_selector.check(self.tasks.values())
+        _check_optimizers(args, kwargs)
         if preset is not None:
             preset.check(model, args)
         self.preset = preset
-        self._encode = partial(self._encoded, tokenizer=processing_class, max_length=args.max_length)
-        unknown = [name for name in train_dataset or () if name not in self.tasks]
-        if unknown:
-            raise ConfigError(f"train_dataset has {unknown[0]!r}, which is no task: {', '.join(self.tasks)}.")
-        training = {
-            name: self._encode(t, self._train_rows(t, train_dataset), "training") for name, t in self.tasks.items()
-        }
-        evaluating = self._evaluation_rows(
-            eval_dataset, needed=str(args.eval_strategy) not in ("no", "IntervalStrategy.NO")
+        self._encode = partial(encoded, tokenizer=processing_class, max_length=args.max_length)
+        training = training_sets(self.tasks, train_dataset, self._encode)
+        evaluating = evaluation_sets(
+            self.tasks,
+            eval_dataset,
+            self._encode,
+            needed=str(args.eval_strategy) not in ("no", "IntervalStrategy.NO"),
         )
+        check_score_names(evaluating, args.metric_for_best_model)
         add_heads(model, self.tasks.values())
         for rows in training.values():
             start_at_mean(model.head(rows.task.name), rows)
@@ -136,15 +154,16 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
         self.collator = MultiTaskCollator(
             processing_class, heads, pad_to_multiple_of=8 if args.fp16 or (args.bf16 and not args.use_cpu) else None
         )
-        self._model_tasks = model.tasks
+        self._losses = TaskLosses(model.tasks)
+        self._selection = (
+            None if batch_selector is None else CandidateSelection(batch_selector, self.collator, model.tasks)
+        )
+        self._sampler: MultiTaskBatchSampler | None = None
         if not args.adam_bias_correction:
             kwargs["optimizer_cls_and_kwargs"] = (
                 UncorrectedAdamW,
                 {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon},
             )
-        self._sampler: MultiTaskBatchSampler | None = None
-        self._losses: Tensor | None = None
-        self._chosen: Tensor | None = None
         super().__init__(
             model=cast("Any", model),
             args=args,
@@ -155,76 +174,81 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
             **kwargs,
         )
         if self.is_fsdp_enabled:
-            # It would round all that is passed to the model and back, labels and counts among it. Autocast does not.
+            # It would cast everything passed to the model and back, labels and counts among it. Autocast does not.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.model_accepts_loss_kwargs = True  # the loss is over the whole step
         self.label_names = ["labels"]
-        self.add_callback(Steps(self))
+        self.add_callback(Steps(self._current_sampler))
         for callback in list(self.callback_handler.callbacks):
             if type(callback) is ProgressCallback:
                 self.remove_callback(callback)
                 self.add_callback(Progress())
 
+    def _task_heads(self) -> TaskHeads:
+        """The model without the wrappers of a distributed run."""
+        return cast("TaskHeads", self.accelerator.unwrap_model(self.model))
+
+    def _current_sampler(self) -> MultiTaskBatchSampler:
+        assert self._sampler is not None
+        return self._sampler
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return self.accelerator.reduce(values, "sum") if self.args.world_size > 1 else values
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains, after a warning of adapters that rest. `True` resumes from the last checkpoint that is whole."""
-        warn_of_resting_adapters(cast("TaskHeads", self.accelerator.unwrap_model(self.model)), self.tasks)
+        """Trains, with a warning for adapters that are frozen. `True` resumes from the last complete checkpoint."""
+        warn_of_resting_adapters(self._task_heads(), self.tasks)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of a `MultiTaskBatchSampler`."""
+        dataset = cast("ConcatTasks", self.train_dataset)
+        self._sampler = train_sampler(self.args, dataset, self.strategy, self._train_batch_size)
+        return self.accelerator.prepare(train_loader(self.args, dataset, self._sampler, self.collator))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """The examples of one task, in their order."""
+        sets = cast("Mapping[str, EncodedTask]", self.eval_dataset)
+        rows = sets[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        return self.accelerator.prepare(evaluation_loader(self.args, rows, self.collator))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """The examples of one task, in their order."""
+        return self.get_eval_dataloader(test_dataset)
+
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Any:
-        """The batches of one step, and for each task over how many items of the step its loss is a mean `[t]`."""
+        """The batches of one step, and for each task how many items of the step its loss is a mean over `[t]`."""
         batches: list[Batch] = []
         for _ in range(num_batches):
             try:
                 batch = next(epoch_iterator)
             except StopIteration:
                 break
-            batches.append(self._selected(batch, len(batches)) if self.batch_selector is not None else batch)
-        counts = torch.zeros(len(self._model_tasks), device=device)
+            batches.append(self._selected(batch, len(batches)))
+        counts = torch.zeros(len(self.collator.heads), device=device)
         for batch in batches:
             for task, labels in batch["labels"].items():
                 number = self.collator.numbers[task]
                 counts[number] += count_items(self.collator.heads[task].kind, labels).to(device)
-        return batches, self.accelerator.reduce(counts, "sum") if self.args.world_size > 1 else counts
+        return batches, self._sum(counts)
 
     def _prepare_input(self, data: Any) -> Any:
-        # The host makes all floats those of DeepSpeed's config, which rounds the labels of a regression.
+        # The host casts all floats to those of DeepSpeed's config, which would round the labels of a regression.
         return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     def _selected(self, batch: Batch, number: int) -> Batch:
-        """The rows to train on of the candidates in batch `number` of a step."""
-        assert self.batch_selector is not None
-        model = cast("TaskHeads", self.accelerator.unwrap_model(self.model))
-        model.train(getattr(self.batch_selector, "mode", "train") == "train")
-        batch = cast("Batch", self._prepare_inputs(batch))
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        # Random numbers of the step's own: the host restores the state of a resumed run after this, not before.
-        place = (self.args.seed, self.state.global_step, self.args.process_index, number)
-        seed = int(np.random.SeedSequence(place).generate_state(1)[0])
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad(), self.compute_loss_context_manager():
-            torch.manual_seed(seed)
-            logits = model(**inputs).logits
-        model.train()
-        examples = self.collator.examples(batch)
-        rows: dict[str, list[int]] = {}
-        for number, (task, _) in enumerate(examples):
-            rows.setdefault(task, []).append(number)
-        chosen = self.batch_selector.select(
-            Candidates(
-                tasks=self._model_tasks,
-                task_ids=[self.collator.numbers[task] for task, _ in examples],
-                logits=logits,
-                rows=rows,
-                num_select=self._train_batch_size,
-                batch=batch,
-            )
+        """The examples to train on, of batch `number` of a step."""
+        if self._selection is None:
+            return batch
+        return self._selection.choose(
+            self._task_heads(),
+            cast("Batch", self._prepare_inputs(batch)),
+            size=self._train_batch_size,
+            place=(self.args.seed, self.state.global_step, self.args.process_index, number),
+            device=self.args.device,
+            context=self.compute_loss_context_manager,
         )
-        if self._chosen is None:
-            self._chosen = torch.zeros(len(self._model_tasks) + 1, device=self.args.device)
-        kept = [self.collator.numbers[examples[int(row)][0]] for row in chosen]
-        counts = [kept.count(number) for number in range(len(self._model_tasks))]
-        self._chosen += torch.tensor([*counts, len(examples)], device=self._chosen.device)
-        return self.collator.take(batch, [int(row) for row in chosen])
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Loss and gradients of a batch."""
@@ -232,13 +256,13 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
         if not self.args.fp16 and not torch.isfinite(loss):
             tasks = " and ".join(repr(task) for task in inputs["labels"])
             raise DivergedError(
-                f"task {tasks}: the loss is {loss.item()} in step {self.state.global_step + 1}; lower learning_rate "
+                f"task {tasks}: the loss is {loss.item()} in step {self.state.global_step + 1}: lower learning_rate "
                 f"(now {self.args.learning_rate:g})."
             )
         return loss
 
     def draws(self) -> dict[str, int]:
-        """How often each task was drawn so far: steps, or rows where batches are mixed.
+        """How often each task was drawn so far: in steps, or in examples where batches are mixed.
 
         Under `sampling="uncertainty"` tasks are not drawn; see `chosen_<task>` in the log.
         """
@@ -253,17 +277,16 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of a batch, as its part of the whole step."""
+        """The loss of a batch, as its share of the loss of the whole step."""
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         loss = outputs.loss
         if num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
-            sums = torch.stack([outputs.task_losses, outputs.task_counts])
-            self._losses = sums if self._losses is None else self._losses + sums
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+            self._losses.add(outputs.task_losses, outputs.task_counts)
         return (loss, outputs) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> Any:
-        """What a forward pass is run in: with FSDP too autocast."""
+        """What a forward pass runs in; autocast with FSDP too."""
         stack = super().compute_loss_context_manager()
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         if self.is_fsdp_enabled and half is not None:
@@ -271,21 +294,11 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
         return stack
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        """The optimiser, with groups of their own for what learns at `attention_learning_rate`."""
+        """The optimizer, with separate parameter groups for what learns at `attention_learning_rate`."""
         created = self.optimizer is None
         optimizer = super().create_optimizer(*args)
-        rate = self.args.attention_learning_rate
-        if created and rate is not None:
-            model = cast("TaskHeads", self.accelerator.unwrap_model(self.model))
-            added = model.added_parameters()
-            fast = {id(p) for n, p in added.items() if {"query", "key", "value"} & set(n.split("."))}
-            if not fast:
-                raise ConfigError("attention_learning_rate has no effect: no task module has an attention.")
-            for group in list(optimizer.param_groups):
-                chosen = [p for p in group["params"] if id(p) in fast]
-                group["params"] = [p for p in group["params"] if id(p) not in fast]
-                if chosen:
-                    optimizer.add_param_group({**group, "params": chosen, "lr": rate})
+        if created and self.args.attention_learning_rate is not None:
+            give_attention_its_rate(optimizer, self._task_heads(), self.args.attention_learning_rate)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -300,39 +313,127 @@ class MultiTaskTrainer(Evaluation, Checkpoints):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: adapters and heads differ from row to row."""
+        """Not counted: adapters and heads differ from example to example."""
         return 0
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Scores of all tasks, on the given examples or on those the trainer was made with.
+
+        Args:
+            eval_dataset: Examples to evaluate on by task, or the name of an evaluation set.
+            ignore_keys: Unused.
+            metric_key_prefix: Prefix of the names of the scores.
+        """
+        sets = cast("Mapping[str, EncodedTask]", self.eval_dataset)
+        if isinstance(eval_dataset, str):
+            if eval_dataset not in sets:
+                raise ConfigError(f"eval_dataset={eval_dataset!r} is not one of: {', '.join(sets) or 'none'}.")
+            sets = {eval_dataset: sets[eval_dataset]}
+        elif eval_dataset is not None:
+            sets = evaluation_sets(self.tasks, eval_dataset, self._encode, needed=True)
+        if not sets:
+            raise ConfigError("there is nothing to evaluate: no task has validation examples.")
+        start = time.time()
+        metrics: dict[str, float] = {}
+        primary: dict[str, float] = {}
+        losses = []
+        for key, rows in sets.items():
+            _, _, loss, found = self._run(rows, f"{metric_key_prefix}_{key}")
+            losses.append(loss)
+            metrics[f"{metric_key_prefix}_{key}_loss"] = cast("float", loss)
+            metrics |= {f"{metric_key_prefix}_{key}_{name}": value for name, value in found.items()}
+            primary.setdefault(rows.task.name, rows.primary(found))  # of several splits the first
+        metrics[f"{metric_key_prefix}_average"] = aggregated(primary, self.aggregate or self.args.eval_aggregate)
+        metrics[f"{metric_key_prefix}_loss"] = float(np.mean(cast("Any", losses)))
+        metrics |= speed(metric_key_prefix, start, self._examples_a_step(), *sets.values())
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _examples_a_step(self) -> int:
+        return self.args.eval_batch_size * self.args.world_size
+
+    def _run(self, rows: EncodedTask, prefix: str) -> tuple[Any, Any, float | None, dict[str, float]]:
+        """Logits, labels, mean loss and scores of the examples of one task; loss and scores only with labels."""
+        order = np.argsort(-rows.lengths(), kind="stable")  # examples of similar length in a batch: less padding
+        output: Any = self.evaluation_loop(
+            self.get_eval_dataloader(Subset(rows, order.tolist())),
+            prefix,
+            prediction_loss_only=False,
+            metric_key_prefix=prefix,
+        )
+        head = self._task_heads().head(rows.task.name)
+        logits, labels, loss = collected(rows, order, output, head, self.args.device)
+        return logits, labels, loss, {} if loss is None else rows.score(logits, loss)
+
+    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+        """Logits and scores: a `PredictionOutput` for an `EncodedTask`, a dict of them for examples by task.
+
+        Examples may lack labels, as in a test set, and then have no scores. `EncodedTask.predictions` turns logits
+        into classes, numbers, tags or answers.
+
+        Args:
+            test_dataset: Examples to predict by task, or an `EncodedTask`.
+            ignore_keys: Unused.
+            metric_key_prefix: Prefix of the names of the scores.
+        """
+        if isinstance(test_dataset, EncodedTask):
+            start = time.time()
+            logits, labels, loss, found = self._run(test_dataset, metric_key_prefix)
+            found = found if loss is None else {"loss": loss, **found}
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+            metrics |= speed(metric_key_prefix, start, self._examples_a_step(), test_dataset)
+            return PredictionOutput(logits, labels, metrics)
+        if test_dataset is None:
+            raise ConfigError("test_dataset is None: pass a dict with the examples of each task.")
+        sets = evaluation_sets(self.tasks, test_dataset, self._encode, needed=True, argument="test_dataset")
+        return {key: self.predict(rows, metric_key_prefix=f"{metric_key_prefix}_{key}") for key, rows in sets.items()}
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """Loss, outputs and labels of a batch of one task; see `evaluation.example_outputs`."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs)
+        loss = None if outputs.loss is None else outputs.loss.detach()
+        if prediction_loss_only:
+            return loss, None, None
+        ((task, logits),) = outputs.logits.items()
+        (labels,) = inputs["labels"].values() if "labels" in inputs else (None,)
+        padding = (inputs["attention_mask"] == 0).sum(1, keepdim=True) if self.collator.left else None
+        return loss, *example_outputs(self._task_heads().head(task), logits, labels, padding)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs, with the loss of each task and, once an epoch, the probabilities of the tasks."""
-        if "loss" in logs and self._losses is not None:
-            totals = self._losses.double()
-            totals = self.accelerator.reduce(totals, "sum") if self.args.world_size > 1 else totals
-            for task, loss, count in zip(self._model_tasks, *totals.tolist(), strict=True):
-                if count:
-                    logs[f"loss_{task}"] = loss / count
-            self._losses = None
-            logs.update(self._probabilities())
-            if self._chosen is not None:
-                rows = self._chosen
-                rows = self.accelerator.reduce(rows, "sum") if self.args.world_size > 1 else rows
-                *chosen, candidates = rows.tolist()
-                logs |= {f"chosen_{task}": count for task, count in zip(self._model_tasks, chosen, strict=True)}
-                logs["candidates"] = candidates
-                self._chosen = None
+        if "loss" in logs:
+            losses = self._losses.pop(self._sum)
+            if losses:
+                logs |= losses | self._probabilities()
+                logs |= {} if self._selection is None else self._selection.pop(self._sum)
         super().log(logs, *args, **kwargs)
 
     def _probabilities(self) -> dict[str, float]:
-        assert self._sampler is not None
-        epoch = self._sampler.epoch
-        if any(entry.get("sampling_epoch") == epoch + 1 for entry in self.state.log_history):
+        sampler = self._current_sampler()
+        if any(entry.get("sampling_epoch") == sampler.epoch + 1 for entry in self.state.log_history):
             return {}
-        shares = self._sampler.probabilities().tolist()
-        return {"sampling_epoch": epoch + 1} | {
-            f"sampling_{name}": share for name, share in zip(self._sampler.names, shares, strict=True)
-        }
+        shares = zip(sampler.names, sampler.probabilities().tolist(), strict=True)
+        return {"sampling_epoch": sampler.epoch + 1} | {f"sampling_{name}": share for name, share in shares}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes `README.md` with the tasks, the method, the sampling, the parameters and the results."""
         if self.is_world_process_zero():
             write_model_card(self, kwargs)
+
+
+def _check_optimizers(args: MultiTaskTrainingArguments, given: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for arguments that a given optimizer or schedule would override without a word."""
+    optimizer, scheduler = given.get("optimizers") or (None, None)
+    if optimizer is not None and args.attention_learning_rate is not None:
+        raise ConfigError("attention_learning_rate has no effect on a given optimizer: leave one of them out.")
+    if not args.adam_bias_correction and (optimizer is not None or given.get("optimizer_cls_and_kwargs") is not None):
+        raise ConfigError("adam_bias_correction=False has no effect on a given optimizer: leave one of them out.")
+    if scheduler is not None and args.schedule == "pals":
+        raise ConfigError("schedule='pals' has no effect with a given scheduler: leave one of them out.")
