@@ -303,7 +303,8 @@ def _encoder_by_hand(case: Case) -> Result:
 
 def _uncertainty(case: Case) -> Result:
     """Scores and chosen rows of one step; every row after the table look-up is the authors' code."""
-    from pal_adapters.multitask.sampling.uncertainty import select_uncertain, uncertain_epoch_length, uncertainty
+    from pal_adapters.multitask.sampling.strategies import MultiTaskBatchSampler
+    from pal_adapters.multitask.sampling.uncertainty import select_uncertain, uncertainty
 
     t, values = case.tensors, case.meta["hyperparameters"]
     logits = {}
@@ -318,7 +319,8 @@ def _uncertainty(case: Case) -> Result:
     chosen = select_uncertain(logits, values["train_batch_size"])
     worst.append(difference(t["selected_scores"], chosen.scores))
     same = set(chosen.indices.tolist()) == set(t["selected_indices"].tolist())
-    length = uncertain_epoch_length(values["dataset_sizes"], values["train_batch_size"])
+    sampler = MultiTaskBatchSampler(values["dataset_sizes"], values["train_batch_size"], strategy="uncertainty")
+    length = sampler.steps_per_epoch
     worst.append(0.0 if same and length == values["epoch_length"] else float("inf"))
     return max(worst), 0.0
 

@@ -57,11 +57,17 @@ def lower_is_better(metric: str) -> bool:
 
 
 def score_labels(
-    names: Sequence[str], predicted: np.ndarray, true: np.ndarray, *, groups: Sequence[Hashable] | None = None
+    task: str,
+    names: Sequence[str],
+    predicted: np.ndarray,
+    true: np.ndarray,
+    *,
+    groups: Sequence[Hashable] | None = None,
 ) -> dict[str, float]:
     """Metrics of single labels, choices and numbers; see `TaskMetric` for what each means.
 
     Args:
+        task: Name of the task, for error messages.
         names: Names of the metrics.
         predicted: Predicted classes or numbers, one for each example.
         true: The labels, likewise.
@@ -71,7 +77,7 @@ def score_labels(
         ValueError: For predictions that are not finite, and for `exact_match` without `groups`.
     """
     if not np.isfinite(predicted).all():
-        raise ValueError("the predictions contain NaN or infinite values")
+        raise ValueError(f"task {task!r}: the predictions contain NaN or infinite values")
     scores: dict[str, float] = {}
     for name in names:
         if name == "accuracy":

@@ -1,4 +1,4 @@
-"""Which rows of a batch `MultiTaskTrainer` trains on: what a selector is, and the one of CA-MTL."""
+"""Selectors choose the examples of a batch that `MultiTaskTrainer` trains on: the most uncertain ones (CA-MTL)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _KINDS: tuple[Kind, ...] = ("single_label", "multiple_choice", "regression")
 
 @dataclass
 class Candidates:
-    """Rows that a `BatchSelector` may choose from.
+    """The examples that a `BatchSelector` may choose from.
 
     Args:
         tasks: Names of all tasks.
-        task_ids: For each of the `b` rows the number of its task `[b]`.
-        logits: For each task in the batch the logits of its rows, in their order; see `HeadConfig`.
-        rows: For each task the numbers of its rows among the `b`.
+        task_ids: The task number of each of the `b` examples `[b]`.
+        logits: For each task in the batch the logits of its examples, in their order; see `HeadConfig`.
+        rows: For each task the indices of its examples among the `b`.
         num_select: How many to choose.
-        batch: The collated batch itself.
+        batch: The collated batch.
     """
 
     tasks: tuple[str, ...]
@@ -41,22 +41,22 @@ class Candidates:
 
 
 class BatchSelector(Protocol):
-    """Chooses the rows to train on, such as the least certain ones of CA-MTL."""
+    """Chooses the examples to train on, such as the most uncertain ones (CA-MTL)."""
 
     def select(self, candidates: Candidates) -> Sequence[int] | Tensor:
-        """Numbers of the rows to keep, each from 0 to `b - 1`."""
+        """Indices of the examples to keep, each from 0 to `b - 1`."""
         ...
 
 
 @dataclass
 class UncertaintySelector:
-    """Keeps the rows about which the model is least certain, see `uncertainty.uncertainty`.
+    """Keeps the examples about which the model is most uncertain, see `uncertainty.uncertainty`.
 
     Source: Pilault et al., "Conditionally Adaptive Multi-Task Learning", ICLR 2021.
 
     Args:
         score: `"code"` or `"paper"`, which compare tasks differently.
-        regression: What the rows of a regression, which has no entropy, are scored by: see `uncertainty.uncertainty`.
+        regression: How regression examples, which have no entropy, are scored: see `uncertainty.uncertainty`.
         mode: `"train"` scores with dropout, as the released code does; `"eval"` without.
     """
 
@@ -69,16 +69,16 @@ class UncertaintySelector:
         require_one_of("mode", self.mode, ("train", "eval"))
 
     def check(self, tasks: Iterable[Task]) -> None:
-        """Raise `ConfigError` for a task whose rows have no entropy: neither one class each, nor a number."""
+        """Raise `ConfigError` for a task whose examples have neither a class nor a number, and so no entropy."""
         for task in tasks:
             if task.kind not in _KINDS:
                 raise ConfigError(
-                    f"task {task.name!r} is {task.kind}, and UncertaintySelector takes {', '.join(_KINDS)}: "
-                    "use another sampling, or a batch_selector of your own."
+                    f"task {task.name!r} is {task.kind}, but UncertaintySelector takes {', '.join(_KINDS)}: "
+                    "use another sampling, or a custom batch_selector."
                 )
 
     def select(self, candidates: Candidates) -> list[int]:
-        """Numbers of the rows to train on."""
+        """Indices of the examples to train on."""
         logits: dict[str, Tensor] = {
             task: rows.unsqueeze(-1) if rows.dim() == 1 else rows for task, rows in candidates.logits.items()
         }

@@ -1,9 +1,8 @@
-"""Which task trains next, and which of its rows.
+"""Which task is trained next, and on which of its examples.
 
-A *strategy* says how often each task is drawn in an epoch: a function of the sizes of the tasks, the epoch and the
-number of epochs. `MultiTaskBatchSampler` draws with it and deals out the rows. Everything it yields is a function of
-its seed and the epoch alone, so every process of a distributed run sees the same sequence, and a run can go on
-anywhere.
+A *strategy* determines how often each task is drawn in an epoch, from the sizes of the tasks, the epoch and the number
+of epochs. `MultiTaskBatchSampler` draws tasks accordingly and hands out their examples. Its batches depend only on its
+seed and the epoch, so every process of a distributed run sees the same sequence, and a run can resume anywhere.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from pal_adapters.errors import ConfigError
 class Strategy(Protocol):
     """How often each task is drawn.
 
-    Any function with these arguments will do. It must return the same for the same arguments.
+    Any function with these arguments will do, as long as it is deterministic.
     """
 
     def __call__(self, sizes: Sequence[int], epoch: int, epochs: int) -> Sequence[float] | np.ndarray:
         """Weights `[t]` of the tasks, which need not add up to 1.
 
         Args:
-            sizes: `N_i`, the training rows of each task.
+            sizes: `N_i`, the number of training examples of each task.
             epoch: `e`, counted from 1.
             epochs: `E`.
         """
@@ -61,7 +60,7 @@ def task_probabilities(sizes: Sequence[int], alpha: float) -> np.ndarray:
     r"""Probability of each task, $p_i \propto N_i^\alpha$.
 
     Args:
-        sizes: `N_i`, the training rows of each task.
+        sizes: `N_i`, the number of training examples of each task.
         alpha: 1 is proportional, 0 is uniform.
 
     Returns:
@@ -69,34 +68,34 @@ def task_probabilities(sizes: Sequence[int], alpha: float) -> np.ndarray:
     """
     if not len(sizes) or min(sizes) < 1:
         raise ValueError(f"sizes must be positive and not empty, got {list(sizes)}")
-    # Relative sizes first: the power of a large count may leave the range of a float.
+    # Relative sizes first: the power of a large count may overflow.
     weights = (np.asarray(sizes, dtype=np.float64) / sum(sizes)) ** alpha
     return weights / weights.sum()
 
 
 def uniform(sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
-    r"""All tasks alike, $p_i = 1/T$."""
+    r"""All tasks equally often, $p_i = 1/T$."""
     return task_probabilities(sizes, 0.0)
 
 
 def proportional(sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
-    r"""By the number of rows, $p_i \propto N_i$."""
+    r"""Proportionally to size, $p_i \propto N_i$."""
     return task_probabilities(sizes, 1.0)
 
 
 def square_root(sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
-    r"""By the root of the number of rows, $p_i \propto \sqrt{N_i}$ ("BERT and PALs", ICML 2019)."""
+    r"""Proportionally to the square root of the size, $p_i \propto \sqrt{N_i}$ ("BERT and PALs", ICML 2019)."""
     return task_probabilities(sizes, 0.5)
 
 
 def annealed(sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
-    r"""By size at first, more evenly from epoch to epoch: $p_i \propto N_i^\alpha$, see `annealed_alpha`."""
+    r"""Proportionally to size at first, more evenly every epoch: $p_i \propto N_i^\alpha$, see `annealed_alpha`."""
     return task_probabilities(sizes, annealed_alpha(epoch, epochs))
 
 
 @dataclass(frozen=True)
 class Temperature:
-    r"""A power of the share of rows, $p_i \propto (N_i / \sum_j N_j)^{1/\tau}$, as in the released code of ScaLearn.
+    r"""A power of the relative size, $p_i \propto (N_i / \sum_j N_j)^{1/\tau}$, as in the released code of ScaLearn.
 
     Args:
         temperature: `τ`: 1 is proportional, 2 is `square_root`, large is nearly uniform.
@@ -114,17 +113,17 @@ class Temperature:
 
 
 def round_robin(sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
-    """One task after the other, without chance. The turn goes on where the epoch before ended.
+    """One task after the other, deterministically, continuing where the previous epoch ended.
 
-    The released code of PALs has an option of this name, which never leaves the first task.
+    The option of this name in the released code of PALs never leaves the first task.
     """
     return task_probabilities(sizes, 0.0)
 
 
 def uncertainty(sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
-    """Candidates of every task in each batch, of which a selector keeps the least certain ones (CA-MTL).
+    """Candidates of every task in each batch, of which a selector keeps the most uncertain ones (CA-MTL).
 
-    The sampler yields `T` times `batch_size` rows; `MultiTaskTrainer` asks its `batch_selector` which to train on.
+    The sampler yields `T` times `batch_size` examples; the `batch_selector` of `MultiTaskTrainer` chooses among them.
     """
     return task_probabilities(sizes, 0.0)
 
@@ -137,18 +136,18 @@ STRATEGIES: dict[str, Strategy] = {
     "round_robin": round_robin,
     "uncertainty": uncertainty,
 }
-"""The strategies without an argument, by name. `"temperature"` is `Temperature(...)`."""
+"""The strategies without arguments, by name. `"temperature"` is `Temperature(...)`."""
 
 
 def get_strategy(strategy: str | Strategy, *, temperature: float | None = None) -> Strategy:
-    """A strategy by its name, or the one that is given.
+    """The strategy of that name, or the strategy itself if one is given.
 
     Args:
-        strategy: A name of `STRATEGIES`, `"temperature"`, or any function like `Strategy`.
+        strategy: A name in `STRATEGIES`, `"temperature"`, or a function with the signature of `Strategy`.
         temperature: `τ` of `"temperature"`.
 
     Raises:
-        ConfigError: For an unknown name, and for a temperature where none is needed, or none where one is.
+        ConfigError: For an unknown name, for a temperature that has no effect, and for a missing one.
     """
     if strategy == "temperature":
         if temperature is None:
@@ -163,51 +162,56 @@ def get_strategy(strategy: str | Strategy, *, temperature: float | None = None) 
 
 
 def probabilities(strategy: Strategy, sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
-    """What a strategy says, checked and brought to a sum of 1: `[t]`.
+    """The weights of a strategy, checked and normalised to a sum of 1: `[t]`.
 
     Raises:
-        ConfigError: If it is not one weight a task, if one is negative or not finite, or if all are 0.
+        ConfigError: If there is not one weight for each task, if one is negative or not finite, or if all are 0.
     """
     given = strategy(sizes, epoch, epochs)
     weights = np.asarray(given, dtype=np.float64)
     name = getattr(strategy, "__name__", type(strategy).__name__)
     if weights.shape != (len(sizes),):
-        raise ConfigError(f"strategy {name} gave weights of shape {weights.shape} for {len(sizes)} tasks: one each.")
+        raise ConfigError(
+            f"strategy {name} returned weights of shape {weights.shape} for {len(sizes)} tasks: return one each."
+        )
     if not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum() > 0:
-        raise ConfigError(f"strategy {name} gave the weights {weights.tolist()}: none below 0, and not all of them 0.")
+        raise ConfigError(
+            f"strategy {name} returned the weights {weights.tolist()}: none may be negative, and not all 0."
+        )
     return weights / weights.sum()
 
 
 _STRETCH = 16
-"""Steps within which rows are sorted by length."""
+"""Steps within which examples are sorted by length."""
 
 
 class MultiTaskBatchSampler(Sampler[list[int]]):
-    """Batches of rows of many tasks, for `DataLoader(ConcatDataset([...]), batch_sampler=...)`.
+    """Batches of examples of many tasks, for `DataLoader(ConcatDataset([...]), batch_sampler=...)`.
 
-    Rows are numbered through all tasks: task 0 has the rows `0 .. N_0 - 1`, task 1 the next `N_1`, and so on. The rows
-    of a task are dealt out in a random order, and in a new one when all had their turn, also across epochs: a task
-    that is drawn rarely gets to all its rows in the end. Every batch is full, so a task with fewer rows than a batch
-    has some of them twice in it.
+    Examples are numbered consecutively: task 0 has the numbers `0 .. N_0 - 1`, task 1 the next `N_1`, and so on. The
+    examples of a task are drawn in random order, reshuffled once every example has been used, also across epochs: even
+    a rarely drawn task gets through all of its examples in the end. Every batch is full, so a task with fewer examples
+    than a batch repeats some of them in it.
 
-    In a distributed run give each process the same arguments and let `accelerate` deal the batches out in turn, with
-    `group_size` multiplied by the number of processes: then all processes have the same task in a step.
+    In a distributed run give each process the same arguments, let `accelerate` distribute the batches in turn, and
+    multiply `group_size` by the number of processes: then all processes train the same task in a step.
 
     Args:
-        sizes: `N_i`, the training rows of each task, in order, or by name.
-        batch_size: Rows of a batch.
-        strategy: A name of `STRATEGIES`, or a function like `Strategy`.
-        mixed: Whether each *row* draws a task, rather than each group of batches.
+        sizes: `N_i`, the number of training examples of each task, in order or by name.
+        batch_size: Examples in a batch.
+        strategy: A name in `STRATEGIES`, or a function with the signature of `Strategy`.
+        mixed: Whether each *example* draws its task, rather than each group of batches.
         epochs: `E`, for strategies that change over the run.
-        steps_per_epoch: Groups in an epoch. By default as many as all rows take.
-        group_size: Batches that make one step of the optimiser (gradient accumulation). They have one task.
-        seed: Seed of the draws and of the order of the rows.
-        lengths: For each task the lengths of its rows, as `sizes` are given. Then the rows of a step are of like
-            length: the order of a task is random, sorted by length within stretches of 16 steps, and the steps are
-            shuffled again. There is far less padding, and all processes of a distributed run take equally long.
+        steps_per_epoch: Groups in an epoch. By default enough for all examples.
+        group_size: Batches in an optimizer step (gradient accumulation). They have the same task.
+        seed: Seed of the draws and of the order of the examples.
+        lengths: For each task the lengths of its examples, in the form of `sizes`. Then the examples of a step have
+            similar lengths: the random order of a task is sorted by length within stretches of 16 steps, and these
+            steps are shuffled again. That saves most of the padding, and all processes of a distributed run take
+            equally long.
 
     Raises:
-        ConfigError: If a size is below 1, and for arguments that are not allowed.
+        ConfigError: If a size is below 1, and for other invalid arguments.
 
     Example:
         >>> sampler = MultiTaskBatchSampler({"rte": 3, "mrpc": 5}, 2, strategy="round_robin", steps_per_epoch=4)
@@ -230,7 +234,7 @@ class MultiTaskBatchSampler(Sampler[list[int]]):
     ) -> None:
         named = dict(sizes) if isinstance(sizes, Mapping) else {str(i): size for i, size in enumerate(sizes)}
         if not named:
-            raise ConfigError("sizes is empty: give the number of rows of at least one task.")
+            raise ConfigError("sizes is empty: give the number of examples of at least one task.")
         for name, size in named.items():
             require_int(f"sizes[{name}]", size, minimum=1)
         require_int("batch_size", batch_size, minimum=1)
@@ -244,7 +248,9 @@ class MultiTaskBatchSampler(Sampler[list[int]]):
         self.sizes = tuple(named.values())
         self.strategy = get_strategy(strategy)
         if self.strategy is uncertainty and mixed:
-            raise ConfigError("mixed=True has no effect for strategy='uncertainty', whose batches are: leave it out.")
+            raise ConfigError(
+                "mixed=True has no effect for strategy='uncertainty', whose batches are always mixed: leave it out."
+            )
         if lengths is not None and (mixed or self.strategy is uncertainty):
             raise ConfigError("lengths has no effect on batches that mix tasks: leave it out.")
         self.mixed = mixed
@@ -259,7 +265,7 @@ class MultiTaskBatchSampler(Sampler[list[int]]):
         self._offsets = np.cumsum([0, *self.sizes])
         self._first = 0
         self._at = 0
-        # Rows of each task that epochs before took: one entry an epoch, found when first needed.
+        # Examples of each task that earlier epochs used: one entry for each epoch, computed when first needed.
         self._taken = [np.zeros(len(named), dtype=np.int64)]
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         self._lengths = None if lengths is None else self._checked(lengths)
@@ -268,46 +274,46 @@ class MultiTaskBatchSampler(Sampler[list[int]]):
         given = [lengths.get(n, ()) for n in self.names] if isinstance(lengths, Mapping) else list(lengths)
         arrays = [np.asarray(row) for row in given]
         if tuple(map(len, arrays)) != self.sizes:
-            raise ConfigError(f"lengths are of {[*map(len, arrays)]} rows for tasks of {[*self.sizes]} rows.")
+            raise ConfigError(f"lengths has {[*map(len, arrays)]} entries for tasks of {[*self.sizes]} examples.")
         return arrays
 
     def _steps(self) -> int:
         step = self.rows * self.group_size
-        if self.strategy is uncertainty:  # CA-MTL: as often as the largest task has batches, times the tasks
+        if self.strategy is uncertainty:  # CA-MTL: the batches of the largest task, times the number of tasks
             return max(math.ceil(size / step) for size in self.sizes) * len(self.sizes)
         return math.ceil(sum(self.sizes) / step)
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Batches in an epoch."""
         return self.steps_per_epoch * self.group_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Goes to the start of an epoch, counted from 0, as `Trainer` and `accelerate` count."""
+        """Moves to the start of an epoch, counted from 0 as in `Trainer` and `accelerate`."""
         require_int("epoch", epoch, minimum=0)
         self.epoch = epoch
         self._first = self._at = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Where the sequence stands: the epoch, and how many of its batches were taken."""
+        """The position in the sequence: the epoch, and how many of its batches were yielded."""
         return {"epoch": self.epoch, "batch": self._at}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes on from what `state_dict` of a sampler with the same arguments said."""
+        """Continues from the `state_dict` of a sampler with the same arguments."""
         self.set_epoch(state["epoch"])
         self._first = self._at = state["batch"]
 
     def task_of(self, row: int) -> int:
-        """Number of the task that a row belongs to."""
+        """Number of the task that an example belongs to."""
         return int(np.searchsorted(self._offsets, row, side="right")) - 1
 
     def probabilities(self, epoch: int | None = None) -> np.ndarray:
-        """Share of the draws that each task has in an epoch, counted from 0: `[t]`."""
+        """Probability of each task in an epoch, counted from 0: `[t]`."""
         number = (self.epoch if epoch is None else epoch) + 1
-        # A run that goes on beyond its epochs stays at the end of the schedule.
+        # A run that continues beyond its epochs stays at the end of the schedule.
         return probabilities(self.strategy, self.sizes, min(number, self.epochs), self.epochs)
 
     def draws(self, epoch: int | None = None) -> np.ndarray:
-        """Tasks in the order of their draws: one a group `[steps]`, or in mixed batches one a row `[steps, rows]`."""
+        """Tasks in the order of the draws: one for each step `[steps]`, or for each example if mixed `[steps, b]`."""
         epoch = self.epoch if epoch is None else epoch
         tasks = len(self.sizes)
         shape: tuple[int, ...] = (self.steps_per_epoch,)
@@ -341,7 +347,7 @@ class MultiTaskBatchSampler(Sampler[list[int]]):
                     yield batch
 
     def _taken_before(self, epoch: int) -> np.ndarray:
-        """Rows of each task that the epochs before this one took `[t]`."""
+        """Examples of each task that earlier epochs used `[t]`."""
         while len(self._taken) <= epoch:
             draws = self.draws(len(self._taken) - 1)
             counts = np.bincount(draws.ravel(), minlength=len(self.sizes))
@@ -351,7 +357,7 @@ class MultiTaskBatchSampler(Sampler[list[int]]):
         return self._taken[epoch]
 
     def _take(self, task: int, position: int, count: int) -> np.ndarray:
-        """The next rows of a task, from its endless sequence of random orders."""
+        """The next examples of a task, from its endless sequence of random orders."""
         parts = []
         while count:
             number, start = divmod(position, self.sizes[task])
@@ -371,10 +377,10 @@ class MultiTaskBatchSampler(Sampler[list[int]]):
         return known[1]
 
     def _grouped(self, task: int, number: int, order: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """Brings rows of like length together in the steps that this pass over the rows is cut into."""
+        """Brings examples of similar length together in the steps that this pass over the task is cut into."""
         assert self._lengths is not None
         step = self.rows * self.group_size
-        # A pass may begin inside a step; that one and the last are shared with the passes before and after it.
+        # A pass may begin inside a step; its first and last steps are shared with the neighbouring passes.
         begin = -number * len(order) % step
         inner = order[begin : begin + max(len(order) - begin, 0) // step * step]
         for start in range(0, len(inner), _STRETCH * step):

@@ -1,10 +1,10 @@
-"""MT-uncertainty sampling: train on the candidates about which the model is least certain."""
+"""MT-uncertainty sampling: train on the candidates about which the model is most uncertain."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,18 +17,18 @@ Score = Literal["code", "paper"]
 Regression = Mapping[str, "str | float"]
 
 DEFAULT_PROXIES = {"stsb": "mrpc"}
-"""A regression task has no entropy: the task whose scores it takes, where both are there."""
+"""A regression task has no entropy: it takes the scores of this task, if both are present."""
 
 _EPS = 1e-5
 
 
 class Uncertainty(NamedTuple):
-    """What is known of one task's candidates.
+    """The uncertainty of one task's candidates.
 
     Attributes:
         entropy: `[n]`, `H_i = -sum_c p_ic ln p_ic`.
         normalised: `[n]`, `u_i = H_i / (ln C + 1e-5)`; 0 for a regression.
-        score: `[n]`, what is compared between all candidates.
+        score: `[n]`, compared across all candidates.
     """
 
     entropy: Tensor
@@ -40,9 +40,9 @@ class Selection(NamedTuple):
     """The chosen candidates.
 
     Attributes:
-        indices: `[b]`, positions in the candidates of all tasks one after the other, most uncertain first.
-        scores: `[b]`, theirs.
-        rows: the same by task: positions within the task's own candidates.
+        indices: `[b]`, positions in the concatenated candidates of all tasks, most uncertain first.
+        scores: `[b]`, their scores.
+        rows: The same by task: positions within the task's own candidates.
     """
 
     indices: Tensor
@@ -69,7 +69,7 @@ def _regression_rule(logits: Mapping[str, Tensor], given: Regression | None) -> 
         number = isinstance(rule, (int, float)) and not isinstance(rule, bool)
         if task in logits and not number and (rule not in logits or rule in tasks):
             raise ConfigError(
-                f"regression={dict(given)!r} is not allowed: {rule!r} is no classification task of this pool; use "
+                f"regression={dict(given)!r} is not allowed: {rule!r} is not a classification task of this batch; use "
                 f"one of {[t for t in logits if t not in tasks]} or a number."
             )
     return {task: rule for task, rule in given.items() if task in logits}
@@ -84,20 +84,20 @@ def uncertainty(
     $$u_i = \frac{H_i}{\ln C_t + 10^{-5}}, \qquad U_i = u_i \frac{\bar u_t}{\max_s \bar u_s}$$
 
     with the entropy `H_i` of the softmax and the mean `u_t` over the task's candidates. `score="paper"` is
-    `H_i / (H' max_s mean(H_s))`, with `H'` the entropy of the uniform distribution: without the mean of the
-    candidate's own task, which favours uncertain tasks in the code.
+    `H_i / (H' max_s mean(H_s))`, with `H'` the entropy of the uniform distribution. The mean of
+    the candidate's own task, which makes the code favour uncertain tasks, is absent from it.
 
     Source: Pilault et al., ICLR 2021, and the released code.
 
     Args:
         logits: `[n_t, C_t]` of the candidates of each task; one column is a regression.
-        score: which of the two.
-        regression: for a regression task another task whose scores its rows take one by one (as many as both have), or
-            a number; by default STS-B takes MRPC's where both are there. Rows without a rule keep 0 and are
-            practically never chosen.
+        score: Which of the two.
+        regression: For a regression task a number, or another task whose scores its examples take one by one, as far
+            as both have candidates. By default STS-B takes those of MRPC if both are present. Examples without a rule
+            score 0 and are practically never chosen.
 
     Raises:
-        ConfigError: for logits of a wrong shape or a rule that names no task.
+        ConfigError: For logits of the wrong shape, or a rule that names no task.
     """
     require_one_of("score", score, ("code", "paper"))
     if not logits:
@@ -142,12 +142,13 @@ def _paper_scores(entropies: Mapping[str, Tensor], normalised: Mapping[str, Tens
 def select_uncertain(
     logits: Mapping[str, Tensor], size: int, *, score: Score = "code", regression: Regression | None = None
 ) -> Selection:
-    """The `size` candidates with the largest score, or all if there are fewer.
+    """The `size` candidates with the highest scores, or all if there are fewer.
 
     Args:
         logits: `[n_t, C_t]` of the candidates of each task.
         size: `b`.
-        score, regression: see `uncertainty`.
+        score: See `uncertainty`.
+        regression: See `uncertainty`.
 
     Example:
         >>> flat, sharp = torch.zeros(1, 2), torch.tensor([[9.0, 0.0]])
@@ -167,17 +168,3 @@ def select_uncertain(
         first, task = next((s, t) for s, t in reversed(starts) if s <= index)
         rows.setdefault(task, []).append(index - first)
     return Selection(top.indices, top.values, rows)
-
-
-def uncertain_epoch_length(sizes: Sequence[int], batch_size: int, *, fraction: float = 1.0) -> int:
-    """Updates of an epoch in the released code: `max_t ceil(N_t / b) * T * fraction`, rounded down.
-
-    Args:
-        sizes: `N_t`, training rows of each task.
-        batch_size: `b`.
-        fraction: share of the largest task that an epoch stands for.
-    """
-    require_int("batch_size", batch_size, minimum=1)
-    if not sizes or min(sizes) < 1:
-        raise ConfigError(f"sizes={list(sizes)} is not allowed: positive numbers of rows are needed.")
-    return int(max(math.ceil(size / batch_size) for size in sizes) * len(sizes) * fraction)

@@ -59,9 +59,11 @@ def read_file(path: Path) -> datasets.Dataset:
                 builder, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
             )
         except Exception as error:  # pyarrow, pandas, gzip and `datasets` raise errors without a common base
-            raise TaskDataError(f"{path}: cannot be read ({_cause(error)})") from error
-    if len(read) == 0 or not read.column_names:
-        raise TaskDataError(f"{path}: no rows")
+            cause = _cause(error)
+            if cause == "StopIteration" or "no data" in cause:
+                raise TaskDataError(f"{path}: no rows") from error
+            hint = "; each row has to be an object with columns" if builder == "json" else ""
+            raise TaskDataError(f"{path}: cannot be read ({cause}){hint}") from error
     return read
 
 

@@ -74,4 +74,4 @@ def _built_in(task: Task, metric: str, rows: datasets.Dataset, predicted: Any, t
     groups = None
     if metric == "exact_match":
         groups = list(zip(*(rows[column][:] for column in task.group_columns), strict=True))
-    return builtin.score_labels([metric], predicted, true, groups=groups)[metric]
+    return builtin.score_labels(task.name, [metric], predicted, true, groups=groups)[metric]

@@ -75,4 +75,4 @@ class TaskMetric(evaluate.Metric):
         groups: Sequence[Hashable] | None = None,
     ) -> dict[str, float]:
         names = [metric for metric in self.task.metrics if isinstance(metric, str)]
-        return score_labels(names, np.asarray(predictions), np.asarray(references), groups=groups)
+        return score_labels(self.task.name, names, np.asarray(predictions), np.asarray(references), groups=groups)

@@ -366,7 +366,7 @@ class MultiTaskTrainer(Checkpoints):
         )
         head = self._task_heads().head(rows.task.name)
         logits, labels, loss = collected(rows, order, output, head, self.args.device)
-        return logits, labels, loss, {} if loss is None else rows.score(logits, loss)
+        return logits, labels, loss, {} if loss is None else rows.score(cast("Any", logits), loss)
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
         """Logits and scores: a `PredictionOutput` for an `EncodedTask`, a dict of them for examples by task.

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from pal_adapters.multitask import EncodedTask, Task, TaskMetric
-from pal_adapters.multitask.tasks.glue import get_task
+from pal_adapters.multitask.tasks.task import get_task
 
 TRUE = [1, 1, 1, 0, 0, 1, 0, 1]
 GUESS = [1, 0, 1, 0, 1, 1, 0, 0]
@@ -80,7 +80,7 @@ def test_multirc_counts_answers_and_whole_questions() -> None:
 
 
 def test_multirc_needs_groups() -> None:
-    with pytest.raises(ValueError, match="groups, one key for each of the 2 rows; got none"):
+    with pytest.raises(ValueError, match="groups, one key for each of the 2 examples; got none"):
         TaskMetric("multirc").compute(predictions=[1, 0], references=[1, 0])
     with pytest.raises(ValueError, match="got 1"):
         TaskMetric("multirc").compute(predictions=[1, 0], references=[1, 0], groups=["a"])
@@ -115,7 +115,7 @@ def test_a_metric_can_be_used_twice() -> None:
 
 
 def test_predictions_that_are_no_numbers() -> None:
-    with pytest.raises(ValueError, match="predictions of stsb hold NaN"):
+    with pytest.raises(ValueError, match="task 'stsb': the predictions contain NaN"):
         TaskMetric("stsb").compute(predictions=[float("nan"), 1.0], references=[0.0, 1.0])
 
 

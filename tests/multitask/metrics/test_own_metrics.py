@@ -127,19 +127,31 @@ def test_what_models_are_chosen_by(tiny_encoder: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("single_label", {"metrics": [Recorder("names")]}, "metric 'own' asks for names of classes: give label_names"),
+        ("single_label", {"metrics": [Recorder("names")]}, "metric 'own' asks for class names: give label_names"),
         ("single_label", {"metrics": [Recorder("squad")]}, r"metric 'own' asks for \['id', 'prediction_text'\]"),
-        ("single_label", {"metrics": [Recorder("classes")] * 2}, "metrics has two called 'own': give each a name"),
-        ("single_label", {"metrics": ["accuracy", "accuracy"]}, "metrics has two called 'accuracy'"),
-        ("single_label", {"metrics": [lambda p, r: 0.0, lambda p, r: 1.0]}, "metrics has two called '<lambda>'"),
-        ("single_label", {"metrics": [Recorder("sets")]}, "asks for a list for each row, not a value"),
-        ("multi_label", {"metrics": [Recorder("classes")]}, r"asks for a value for each row, not a list \(accuracy"),
-        ("multi_label", {"metrics": [Recorder("seqeval")]}, "asks for texts, which multi_label has not"),
-        ("regression", {"metrics": [Recorder("names")]}, "asks for texts, which regression has not"),
-        ("span_qa", {"metrics": [Recorder("names")]}, "asks for one right answer, of which questions may have more"),
+        (
+            "single_label",
+            {"metrics": [Recorder("classes")] * 2},
+            "two metrics are called 'own': give each its own name",
+        ),
+        ("single_label", {"metrics": ["accuracy", "accuracy"]}, "two metrics are called 'accuracy'"),
+        ("single_label", {"metrics": [lambda p, r: 0.0, lambda p, r: 1.0]}, "two metrics are called '<lambda>'"),
+        ("single_label", {"metrics": [Recorder("sets")]}, "asks for a list for each example, not a value"),
+        (
+            "multi_label",
+            {"metrics": [Recorder("classes")]},
+            r"asks for a value for each example, not a list \(accuracy",
+        ),
+        ("multi_label", {"metrics": [Recorder("seqeval")]}, "asks for texts, which multi_label does not have"),
+        ("regression", {"metrics": [Recorder("names")]}, "asks for texts, which regression does not have"),
+        ("span_qa", {"metrics": [Recorder("names")]}, "asks for one right answer, but a question may have several"),
         ("single_label", {"metrics": [Recorder("roc_auc")]}, r"asks for \['prediction_scores', 'references'\], not"),
         ("language_modeling", {"metrics": [lambda p, r: 0.0]}, "has nothing to compare"),
-        ("single_label", {"metrics": [3]}, "metric 'score' is neither a name, nor a function, nor an object"),
+        (
+            "single_label",
+            {"metrics": [3]},
+            "metric 'score' is neither a name, nor a function, nor a metric of evaluate",
+        ),
     ],
 )
 def test_metrics_that_do_not_fit(kind: str, changes: dict[str, Any], message: str) -> None:
@@ -168,7 +180,7 @@ def test_scores_of_one_name(tiny_encoder: str) -> None:
     with pytest.raises(ConfigError, match="two metrics give a score called 'f1'"):
         score(tiny_encoder, task)
     task = make_task("single_label", "rte", metrics=[lambda p, r: {"a": {"b": 1.0}, "a_b": 2.0}])
-    with pytest.raises(ConfigError, match="gives two scores called 'a_b'"):
+    with pytest.raises(ConfigError, match="returns two scores called 'a_b'"):
         score(tiny_encoder, task)
 
 
@@ -192,5 +204,5 @@ def test_a_metric_of_evaluate_that_fails(tiny_encoder: str) -> None:
 
 def test_a_metric_that_gives_no_number(tiny_encoder: str) -> None:
     task = make_task("single_label", "rte", metrics=[lambda p, r: {"f1": np.ones(2)}])
-    with pytest.raises(ConfigError, match=r"metric '<lambda>' gives f1=array.*, which is no number"):
+    with pytest.raises(ConfigError, match=r"metric '<lambda>' returns f1=array.*, which is not a number"):
         score(tiny_encoder, task)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pal_adapters.errors import ConfigError
-from pal_adapters.multitask import Candidates, UncertaintySelector
-from pal_adapters.multitask.sampling.uncertainty import select_uncertain, uncertain_epoch_length, uncertainty
+from pal_adapters.multitask import Candidates, MultiTaskBatchSampler, UncertaintySelector
+from pal_adapters.multitask.sampling.uncertainty import select_uncertain, uncertainty
 
 
 def pool() -> dict[str, Tensor]:
@@ -111,5 +111,9 @@ def test_wrong_arguments() -> None:
         UncertaintySelector(score="mean")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"\[4\]"):
         uncertainty({"a": torch.zeros(4)})
-    assert uncertain_epoch_length([100, 33], 8) == 26
-    assert uncertain_epoch_length([100, 33], 8, fraction=0.5) == 13
+
+
+def test_steps_of_an_epoch() -> None:
+    """As often as the largest task has batches, times the number of tasks."""
+    sampler = MultiTaskBatchSampler([100, 33], 8, strategy="uncertainty")
+    assert (sampler.steps_per_epoch, len(sampler)) == (26, 26)

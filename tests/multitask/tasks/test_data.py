@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from pal_adapters.multitask import TaskDataError, train_dev_split
-from pal_adapters.multitask.tasks.reading import load_task
+from pal_adapters.multitask import Task, TaskDataError, train_dev_split
 
 RTE = [
     {"sentence1": "A dog barks.", "sentence2": "An animal barks.", "label": 0, "idx": 0},
@@ -47,8 +47,9 @@ def one_line(error: pytest.ExceptionInfo[TaskDataError]) -> str:
 @pytest.mark.parametrize("below", ["", "glue"])
 def test_loads_both_layouts_and_both_suffixes(tmp_path: Path, suffix: str, below: str) -> None:
     write_task(tmp_path / below / "rte", RTE, suffix)
-    spec, splits = load_task("RTE", tmp_path)
-    assert spec.full_name == "glue/rte"
+    task = Task.named("RTE", tmp_path)
+    splits = task.dataset
+    assert task.full_name == "glue/rte"
     assert list(splits) == ["train", "validation"]
     assert splits["train"].to_list() == RTE
     assert splits["train"].features["label"] == datasets.Value("int64")
@@ -57,16 +58,16 @@ def test_loads_both_layouts_and_both_suffixes(tmp_path: Path, suffix: str, below
 def test_folder_of_one_benchmark_says_which_rte_it_is(tmp_path: Path) -> None:
     rows = [{"premise": "A.", "hypothesis": "B.", "label": 1}]
     write_task(tmp_path / "super_glue" / "rte", rows)
-    assert load_task("rte", tmp_path / "super_glue")[0].full_name == "super_glue/rte"
-    assert load_task("rte", tmp_path)[0].full_name == "super_glue/rte"
+    assert Task.named("rte", tmp_path / "super_glue").full_name == "super_glue/rte"
+    assert Task.named("rte", tmp_path).full_name == "super_glue/rte"
     write_task(tmp_path / "glue" / "rte", RTE)
-    assert load_task("rte", tmp_path)[0].full_name == "glue/rte"
-    assert load_task("super_glue/rte", tmp_path)[0].full_name == "super_glue/rte"
+    assert Task.named("rte", tmp_path).full_name == "glue/rte"
+    assert Task.named("super_glue/rte", tmp_path).full_name == "super_glue/rte"
 
 
 def test_regression_labels_are_floats_even_if_all_are_whole(tmp_path: Path) -> None:
     write_task(tmp_path / "stsb", STSB)
-    _, splits = load_task("stsb", tmp_path)
+    splits = Task.named("stsb", tmp_path).dataset
     assert splits["train"].features["label"] == datasets.Value("float64")
     assert [type(label) for label in splits["train"]["label"]] == [float, float]
     assert splits["train"]["label"][:] == [5.0, 2.0]
@@ -75,9 +76,9 @@ def test_regression_labels_are_floats_even_if_all_are_whole(tmp_path: Path) -> N
 def test_mnli_has_two_validation_splits_and_needs_one(tmp_path: Path) -> None:
     rows = [{"premise": "A.", "hypothesis": "B.", "label": 2}]
     folder = write_task(tmp_path / "mnli", rows, validation="validation_matched")
-    assert list(load_task("mnli", tmp_path)[1]) == ["train", "validation_matched"]
+    assert list(Task.named("mnli", tmp_path).dataset) == ["train", "validation_matched"]
     write(folder / "validation_mismatched.jsonl", rows * 2)
-    assert {name: len(split) for name, split in load_task("mnli", tmp_path)[1].items()} == {
+    assert {name: len(split) for name, split in Task.named("mnli", tmp_path).dataset.items()} == {
         "train": 1,
         "validation_matched": 1,
         "validation_mismatched": 2,
@@ -86,52 +87,54 @@ def test_mnli_has_two_validation_splits_and_needs_one(tmp_path: Path) -> None:
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     write_task(tmp_path / "rte", RTE)
-    assert load_task("rte", tmp_path)[1]["train"]["label"][:] == [0, 1]
+    assert Task.named("rte", tmp_path).dataset["train"]["label"][:] == [0, 1]
     write_task(tmp_path / "rte", [row | {"label": 1 - row["label"]} for row in RTE])
-    assert load_task("rte", tmp_path)[1]["train"]["label"][:] == [1, 0]
+    assert Task.named("rte", tmp_path).dataset["train"]["label"][:] == [1, 0]
 
 
 def test_only_needed_columns_are_asked_for(tmp_path: Path) -> None:
     write_task(tmp_path / "rte", [{"sentence1": "A.", "sentence2": "B.", "label": 1}])
-    assert load_task("rte", tmp_path)[1]["train"].column_names == ["sentence1", "sentence2", "label"]
+    assert Task.named("rte", tmp_path).dataset["train"].column_names == ["sentence1", "sentence2", "label"]
 
 
 def test_progress_bars_of_the_host_are_left_as_they_were(tmp_path: Path) -> None:
     write_task(tmp_path / "rte", RTE)
     before = datasets.are_progress_bars_disabled()
-    load_task("rte", tmp_path)
+    Task.named("rte", tmp_path)
     assert datasets.are_progress_bars_disabled() is before
 
 
 def test_unknown_task(tmp_path: Path) -> None:
     with pytest.raises(TaskDataError) as error:
-        load_task("nope", tmp_path)
+        Task.named("nope", tmp_path)
     assert "unknown task 'nope'; allowed: boolq, cb, cola" in one_line(error)
 
 
 def test_missing_places_are_named(tmp_path: Path) -> None:
     with pytest.raises(TaskDataError) as error:
-        load_task("rte", tmp_path / "nowhere")
+        Task.named("rte", tmp_path / "nowhere")
     assert one_line(error) == f"data_dir {tmp_path / 'nowhere'} is not a folder"
     with pytest.raises(TaskDataError) as error:
-        load_task("boolq", tmp_path)
+        Task.named("boolq", tmp_path)
     assert one_line(error) == f"task 'boolq': no folder {tmp_path / 'super_glue' / 'boolq'} or {tmp_path / 'boolq'}"
     write(tmp_path / "boolq" / "validation.jsonl", [{"question": "q", "passage": "p", "label": 1}])
     with pytest.raises(TaskDataError) as error:
-        load_task("boolq", tmp_path)
-    assert one_line(error) == f"task 'boolq': no file {tmp_path / 'boolq' / 'train.jsonl'} (nor train.jsonl.gz)"
+        Task.named("boolq", tmp_path)
+    start = f"task 'boolq': {tmp_path / 'boolq'} has no split 'train'; found: validation (files end in .jsonl, .json, "
+    assert one_line(error).startswith(start)
     write(tmp_path / "rte" / "train.jsonl", RTE)
     with pytest.raises(TaskDataError) as error:
-        load_task("rte", tmp_path)
-    assert str(tmp_path / "rte" / "validation.jsonl") in one_line(error)
+        Task.named("rte", tmp_path)
+    assert f"{tmp_path / 'rte'} has no split 'validation'; found: train" in one_line(error)
 
 
 def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
     write_task(tmp_path / "rte", RTE)
     write_task(tmp_path / "rte", RTE, ".jsonl.gz")
     with pytest.raises(TaskDataError) as error:
-        load_task("rte", tmp_path)
-    assert f"both {tmp_path / 'rte' / 'train.jsonl'} and train.jsonl.gz exist; keep one of them" in one_line(error)
+        Task.named("rte", tmp_path)
+    first = tmp_path / "rte" / "train.jsonl"
+    assert f"two files for the split 'train': {first} and train.jsonl.gz; keep one of them" in one_line(error)
 
 
 @pytest.mark.parametrize(
@@ -139,24 +142,23 @@ def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
     [
         ("rte", [], "no rows"),
         ("rte", b"\n\n", "no rows"),
-        ("rte", [*RTE, [1]], "row 3 is [1], not an object with columns"),
-        ("rte", [RTE[0], {"sentence1": "A.", "label": 0}], "row 2 has no column 'sentence2', which glue/rte needs; "
-         "found: label, sentence1"),
-        ("rte", [{"sentence1": "A.", "sentence2": "B."}], "row 1 has no column 'label'"),
+        ("rte", [*RTE, [1]], "each row has to be an object with columns"),
+        ("rte", [RTE[0], {"sentence1": "A.", "label": 0}], "row 2: column 'sentence2' holds None, not a text"),
+        ("rte", [{"sentence1": "A.", "label": 0}], "no column 'sentence2'; found: sentence1, label"),
+        ("rte", [{"sentence1": "A.", "sentence2": "B."}], "no column 'label'"),
         ("rte", [RTE[0] | {"sentence1": None}], "row 1: column 'sentence1' holds None, not a text"),
-        ("rte", [RTE[0], RTE[1] | {"label": 2}], "row 2: label 2 is out of range; "
-         "allowed: 0 (entailment), 1 (not_entailment)"),
+        ("rte", [RTE[0], RTE[1] | {"label": 2}], "row 2: label 2 is out of range: allowed are 0 to 1"),
         ("rte", [RTE[0] | {"label": -1}], "row 1: label -1 is out of range"),
-        ("rte", [RTE[0] | {"label": "0"}], "row 1: label '0' is of the wrong type"),
-        ("rte", [RTE[0] | {"label": 1.0}], "row 1: label 1.0 is of the wrong type"),
-        ("rte", [RTE[0] | {"label": True}], "row 1: label True is of the wrong type"),
-        ("rte", [RTE[0] | {"label": None}], "row 1: label None is of the wrong type"),
-        ("stsb", [STSB[0] | {"label": 5.5}], "row 1: label 5.5 is out of range; allowed: a number from 0.0 to 5.0"),
-        ("stsb", [STSB[0] | {"label": float("nan")}], "row 1: label nan is out of range"),
-        ("stsb", [STSB[0] | {"label": "4"}], "row 1: label '4' is of the wrong type"),
-        ("rte", b'{"sentence1": "A."\n', "line 1 is not valid JSON"),
-        ("rte", json.dumps(RTE[0]).encode() + b"\n\n{]\n", "line 3 is not valid JSON"),
-        ("rte", b"\xff\xfe\x00", "not a readable UTF-8 text file"),
+        ("rte", [RTE[0] | {"label": "0"}], "row 1: label '0' is not one of label_names: 'entail"),
+        ("rte", [RTE[0] | {"label": 1.0}], "row 1: label 1.0 is of type float, not an integer"),
+        ("rte", [RTE[0] | {"label": True}], "row 1: label True is of type bool, not an integer"),
+        ("rte", [RTE[0] | {"label": None}], "row 1: label None is of type NoneType, not an inte"),
+        ("stsb", [STSB[0] | {"label": 5.5}], "row 1: label 5.5 is out of range: allowed are 0.0 to 5.0"),
+        ("stsb", [STSB[0] | {"label": float("nan")}], "row 1: label nan is not a finite number"),
+        ("stsb", [STSB[0] | {"label": "4"}], "row 1: label '4' is not a finite number"),
+        ("rte", b'{"sentence1": "A."\n', "cannot be read (JSON parse error: Missing a comma"),
+        ("rte", json.dumps(RTE[0]).encode() + b"\n\n{]\n", "cannot be read (JSON parse error: Missing a name"),
+        ("rte", b"\xff\xfe\x00", "cannot be read (JSON parse error: Invalid value"),
         ("copa", [{"premise": "A", "choice1": "B", "choice2": "C", "question": "why", "label": 0}],
          "row 1: column 'question' holds 'why'"),
         ("wsc", [{"text": "A b", "span1_text": "A", "span2_text": "b", "span2_index": 7, "label": 0}],
@@ -173,8 +175,8 @@ def test_bad_files_say_where_and_what(tmp_path: Path, task: str, rows: Any, mess
         write(folder / "train.jsonl", good)
         path = write(folder / "validation.jsonl", rows)
     with pytest.raises(TaskDataError) as error:
-        load_task(task, tmp_path)
-    assert one_line(error).startswith(f"{path}: ")
+        Task.named(task, tmp_path)
+    assert re.match(rf"{re.escape(str(path))}(, row \d+)?: ", one_line(error))
     assert message in one_line(error)
 
 
@@ -189,8 +191,8 @@ def test_broken_gzip(tmp_path: Path, damage: str) -> None:
             "flipped": whole[:30] + bytes([whole[30] ^ 255]) + whole[31:],
         }[damage]
     )
-    with pytest.raises(TaskDataError, match="not a readable UTF-8 gzip file") as error:
-        load_task("rte", tmp_path)
+    with pytest.raises(TaskDataError, match="cannot be read") as error:
+        Task.named("rte", tmp_path)
     assert str(path) in one_line(error)
 
 
@@ -202,9 +204,8 @@ def test_columns_that_the_reader_cannot_unite(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(datasets, "load_dataset", fails)  # how it ends depends on the version of the reader
     with pytest.raises(TaskDataError) as error:
-        load_task("rte", tmp_path)
-    assert one_line(error).startswith(f"datasets cannot read {tmp_path / 'rte' / 'train.jsonl'}")
-    assert one_line(error).endswith("(cannot cast)")
+        Task.named("rte", tmp_path)
+    assert one_line(error).startswith(f"{tmp_path / 'rte' / 'train.jsonl'}: cannot be read (cannot cast)")
 
 
 def hub(rows: list[dict[str, Any]], label: Any, splits: tuple[str, ...] = ("train", "validation", "test")) -> Any:
@@ -219,13 +220,14 @@ def test_without_a_folder_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> N
     asked = []
     names = datasets.ClassLabel(names=["entailment", "not_entailment"])
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **_: asked.append(args) or hub(RTE, names))
-    spec, splits = load_task("rte")
+    task = Task.named("rte")
+    splits = task.dataset
     assert asked == [("nyu-mll/glue", "rte")]
     assert list(splits) == ["train", "validation"]
     assert splits["train"].features["label"] == datasets.Value("int64")
-    assert spec.full_name == "glue/rte"
-    with pytest.raises(TaskDataError, match=r"aps/super_glue \(rte, train\): row 1 has no column 'premise'"):
-        load_task("super_glue/rte")  # the rows have the columns of the other one
+    assert task.full_name == "glue/rte"
+    with pytest.raises(TaskDataError, match=r"aps/super_glue \(rte, train\): no column 'premise'"):
+        Task.named("super_glue/rte")  # the rows have the columns of the other one
     assert asked[1] == ("aps/super_glue", "rte")
 
 
@@ -235,13 +237,13 @@ def test_troubles_with_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", fails)
     with pytest.raises(TaskDataError) as error:
-        load_task("stsb")
+        Task.named("stsb")
     assert one_line(error) == (
-        "task 'stsb': cannot load nyu-mll/glue (stsb) from the hub (no network); set data_dir to read local files"
+        "task 'stsb': cannot load nyu-mll/glue (stsb) from the Hub (no network); set data_dir to read local files"
     )
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub(RTE, datasets.Value("int64"), ("train",)))
     with pytest.raises(TaskDataError, match="no split 'validation'; found: train"):
-        load_task("rte")
+        Task.named("rte")
 
 
 def dataset(labels: list[int] | list[float], **columns: list[Any]) -> datasets.Dataset:
@@ -283,7 +285,7 @@ def test_split_keeps_groups_together() -> None:
 
 @pytest.mark.parametrize("labels", [[0], [0, 1], [0.5]])
 def test_split_of_too_few_rows(labels: list[Any]) -> None:
-    with pytest.raises(TaskDataError, match=f"a training set of {len(labels)} rows cannot be cut in two"):
+    with pytest.raises(TaskDataError, match=f"a training set of {len(labels)} examples cannot be cut in two"):
         train_dev_split(dataset(labels))
 
 

@@ -65,7 +65,7 @@ def test_a_name_that_the_task_lacks(tiny_encoder: str) -> None:
     task = task_of("single_label", ["yes", "nay", "no"], label_names=NAMES)
     with pytest.raises(TaskDataError, match="task 'own', train, row 2: label 'nay' is not one of label_names: 'no', "):
         labels_of(tiny_encoder, task)
-    task = task_of("single_label", ["yes", "no", "no"], num_labels=2)
+    task = task_of("single_label", ["yes", "no", "no"], num_labels=3)
     with pytest.raises(TaskDataError, match=r"row 1: label 'yes' is of type str.*name the classes in label_names"):
         labels_of(tiny_encoder, task)
 

@@ -4,7 +4,9 @@ import pytest
 
 from pal_adapters.errors import PalAdaptersError
 from pal_adapters.multitask import TaskDataError
-from pal_adapters.multitask.tasks.glue import TASKS, find_tasks, get_task, task_names
+from pal_adapters.multitask.tasks.glue import TASKS, find_tasks, task_names
+from pal_adapters.multitask.tasks.record import record_f1
+from pal_adapters.multitask.tasks.task import get_task
 
 COLUMNS = {
     "glue/cola": ("sentence",),
@@ -20,29 +22,37 @@ COLUMNS = {
     "super_glue/cb": ("premise", "hypothesis"),
     "super_glue/copa": ("premise", "choice1", "choice2", "question"),
     "super_glue/multirc": ("paragraph", "question", "answer"),
+    "super_glue/record": ("passage", "query", "entity"),
     "super_glue/rte": ("premise", "hypothesis"),
     "super_glue/wic": ("word", "sentence1", "sentence2"),
     "super_glue/wsc": ("text", "span1_text", "span2_text", "span2_index"),
 }
 
+EVERY = {name: get_task(name) for name in TASKS}
+
 
 def test_every_task_has_the_columns_of_its_benchmark() -> None:
-    assert {name: spec.text_columns for name, spec in TASKS.items()} == COLUMNS
-    assert {spec.label_column for spec in TASKS.values()} == {"label"}
+    assert {name: task.text_columns for name, task in EVERY.items()} == COLUMNS
+    assert {task.label_column for task in EVERY.values()} == {"label"}
+    assert {name: task.full_name for name, task in EVERY.items()} == {name: name for name in TASKS}
 
 
 def test_numbers_of_labels() -> None:
-    odd = {name: spec.num_labels for name, spec in TASKS.items() if spec.num_labels != 2}
-    assert odd == {"glue/mnli": 3, "glue/stsb": 1, "super_glue/cb": 3}
-    for spec in TASKS.values():
-        assert len(spec.label_names) == (0 if spec.is_regression else spec.num_labels)
-    assert get_task("stsb").is_regression
-    assert not get_task("rte").is_regression
+    odd = {name: task.num_labels for name, task in EVERY.items() if task.num_labels != 2}
+    assert odd == {"glue/mnli": 3, "glue/stsb": 1, "super_glue/cb": 3, "super_glue/copa": None}
+    for task in EVERY.values():
+        assert len(task.label_names) == (task.num_labels if task.kind == "single_label" else 0)
+    kinds = {name: task.kind for name, task in EVERY.items() if task.kind != "single_label"}
+    assert kinds == {"glue/stsb": "regression", "super_glue/copa": "multiple_choice"}
+    assert get_task("stsb").label_range == (0.0, 5.0)
 
 
 def test_heads_are_as_wide_as_the_classes_but_for_choices() -> None:
-    sizes = {name: spec.head_size for name, spec in TASKS.items() if spec.head_size != spec.num_labels}
-    assert sizes == {"super_glue/copa": 1}
+    configs = {name: task.head_config() for name, task in EVERY.items()}
+    assert {name: one.outputs for name, one in configs.items() if one.outputs != one.num_labels} == {
+        "super_glue/copa": 1
+    }
+    assert configs["super_glue/copa"].num_choices == 2
 
 
 def test_order_of_class_names() -> None:
@@ -73,7 +83,7 @@ def test_spellings(spelling: str, name: str) -> None:
     assert get_task(spelling).full_name == name
 
 
-@pytest.mark.parametrize("name", ["foo", "", "glue/boolq", "super_glue/cola", "other/rte", "a/b/rte", "record"])
+@pytest.mark.parametrize("name", ["foo", "", "glue/boolq", "super_glue/cola", "other/rte", "a/b/rte", "recorder"])
 def test_unknown_tasks_name_the_known_ones(name: str) -> None:
     with pytest.raises(TaskDataError, match="unknown task") as raised:
         get_task(name)
@@ -86,14 +96,15 @@ def test_unknown_tasks_name_the_known_ones(name: str) -> None:
 
 def test_only_rte_is_in_both_benchmarks() -> None:
     assert [name for name in task_names() if len(find_tasks(name)) > 1] == ["rte"]
-    assert len(task_names()) == 15
+    assert len(task_names()) == 16
 
 
 def test_first_metric_chooses_the_model() -> None:
-    assert {name: spec.metrics[0] for name, spec in TASKS.items() if spec.metrics[0] != "accuracy"} == {
+    assert {name: task.metrics[0] for name, task in EVERY.items() if task.metrics[0] != "accuracy"} == {
         "glue/cola": "matthews",
         "glue/stsb": "pearson",
         "super_glue/multirc": "f1",
+        "super_glue/record": record_f1,
     }
 
 
@@ -136,8 +147,3 @@ def test_wsc_refuses_a_word_number_outside_of_the_text(index: object) -> None:
     row = {"text": "He told Bob that he lost.", "span1_text": "Bob", "span2_text": "he", "span2_index": index}
     with pytest.raises(TaskDataError, match=r"span2_index.*allowed: 0 to 5"):
         get_task("wsc").segments(row)
-
-
-def test_allowed_labels_in_words() -> None:
-    assert get_task("rte").allowed_labels() == "0 (entailment), 1 (not_entailment)"
-    assert get_task("stsb").allowed_labels() == "a number from 0.0 to 5.0"

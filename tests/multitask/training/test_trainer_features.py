@@ -32,7 +32,7 @@ from pal_adapters.multitask import (
     UncertaintySelector,
     last_checkpoint,
 )
-from pal_adapters.multitask.metrics import scores as scoring
+from pal_adapters.multitask.metrics import builtin as scoring
 from pal_adapters.multitask.training import checkpoints
 
 
