@@ -12,12 +12,11 @@ import transformers
 from torch import nn
 
 from pal_adapters.errors import ConfigError
-from pal_adapters.multitask.tasks.names import require_task_name
 
 from .base import is_saved_class, model_class, source_of
 from .files import StorageError, cause_of, inside, read_json
 from .heads import HeadConfig
-from .names import name_fault
+from .names import name_fault, require_task_name
 from .routes import Route, adapter_host, adapter_names, read_adapter, stored_names, write_adapter
 
 DESCRIPTION_FILE = "task_heads.json"

@@ -150,9 +150,11 @@ class Head(nn.Module):
         count = count_items(self.config.kind, labels)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        if self.own_loss is not None:
-            return self.own_loss(logits, labels) * count, count
         kind = self.config.kind
+        if self.own_loss is not None:
+            if kind in ("token_tagging", "language_modeling") and not count:  # a mean over nothing would be NaN
+                return logits.flatten()[:0].sum(), count
+            return self.own_loss(logits, labels) * count, count
         if kind == "regression":
             total = F.mse_loss(logits, labels.to(logits.dtype), reduction="sum")
             return total / (self.config.num_labels or 1), count

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from pal_adapters.errors import ConfigError
 
 LONGEST = 100
@@ -25,3 +27,18 @@ def require_name(argument: str, name: object) -> None:
         shown = repr(name)
         shown = shown if len(shown) < 60 else f"{shown[:60]}..."
         raise ConfigError(f"{argument}={shown} is not allowed{':' if fault.startswith('use') else ','} {fault}.")
+
+
+def require_task_name(argument: str, name: object) -> None:
+    """Raises `ConfigError` unless a task may have this name, which is also that of a module."""
+    require_name(argument, name)
+    if hasattr(nn.ModuleDict(), str(name)):
+        raise ConfigError(
+            f"{argument}={name!r} is not allowed: the heads are in an nn.ModuleDict, which has an attribute of that "
+            f"name. Use another name, such as '{name}_task'."
+        )
+    if name == "average":
+        raise ConfigError(
+            f"{argument}={name!r} is not allowed: eval_{name} is the aggregate over all tasks. Use another name, such "
+            f"as '{name}_task'."
+        )

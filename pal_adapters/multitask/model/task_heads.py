@@ -14,12 +14,12 @@ from transformers.utils.generic import ModelOutput
 
 from pal_adapters.checks import require_one_of
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
-from pal_adapters.multitask.tasks.names import require_task_name
 
 from . import saved
 from .base import base_tensors
 from .heads import Head, HeadConfig, Loss, pool
 from .language import check_language_model, output_tensors, vocabulary_logits
+from .names import require_task_name
 from .parts import reshard
 from .routes import Route, adapter_host, adapter_names, check_adapter, route_key
 from .routing import fusion_penalty, run_batch
@@ -445,6 +445,10 @@ class TaskHeads(nn.Module):
     def _apply(self, function: Any, recurse: bool = True) -> Self:
         self._base = None  # moving a model may replace its tensors
         return super()._apply(function, recurse)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The input embeddings of the base model, to which the `Trainer` adds the noise of NEFTune."""
+        return self.backbone.get_input_embeddings()
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Turns activation checkpointing on in the backbone, by default with `use_reentrant=False`."""

@@ -15,13 +15,13 @@ from pal_adapters.errors import ConfigError
 from pal_adapters.multitask.metrics.builtin import default_metrics, metric_problem
 from pal_adapters.multitask.metrics.custom import Metric, custom_metric_problem, flat_metrics, metric_name
 from pal_adapters.multitask.model.heads import KINDS, HeadConfig, Kind, Loss, Pooling
+from pal_adapters.multitask.model.names import require_task_name
 
 from .benchmark import read_benchmark
 from .checks import check_split
 from .folder import read_folder
 from .glue import TASKS, find_tasks
 from .labels import NAMED_KINDS, has_flags, has_unanswerable
-from .names import require_task_name
 from .rows import as_dataset, class_names, text_labels
 from .types import Row, Segments
 
