@@ -1,4 +1,4 @@
-"""Reads splits from files or from the Hugging Face Hub with `datasets.load_dataset`."""
+"""Reads splits from files or from the Hugging Face Hub with `datasets` and `pandas`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,17 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import datasets
+import pandas
 
+from .rows import as_dataset
 from .types import TaskDataError
 
 HUB = {"glue": "nyu-mll/glue", "super_glue": "aps/super_glue"}
 """Hub repo ID of each benchmark."""
 
-# pandas would read the texts "NA", "None" and "null" as missing values.
-_TEXT = {"keep_default_na": False}
-_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".csv": ("csv", _TEXT),
-    ".tsv": ("csv", {**_TEXT, "sep": "\t"}),
-    ".parquet": ("parquet", {}),
-}
+_FORMATS = {".jsonl": "json", ".json": "json", ".csv": ",", ".tsv": "\t", ".parquet": "parquet"}
 FORMATS = f"{', '.join(_FORMATS)}, each also with .gz"
 
 
@@ -51,19 +44,27 @@ def read_file(path: Path) -> datasets.Dataset:
     Raises:
         TaskDataError: If the file cannot be read.
     """
-    builder, options = _FORMATS[Path(path.name.removesuffix(".gz")).suffix]
+    kind = _FORMATS[Path(path.name.removesuffix(".gz")).suffix]
     # With a cache of its own, read into memory and dropped, a changed file is never taken for an older one.
     with tempfile.TemporaryDirectory(prefix="pal_adapters_data_") as cache, quiet():
         try:
-            read = datasets.load_dataset(
-                builder, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
-            )
+            if kind in (
+                ",",
+                "\t",
+            ):  # `datasets` leaves these files open; "NA" and "None" are texts, not missing values
+                read = as_dataset(pandas.read_csv(path, sep=kind, keep_default_na=False), str(path))
+            else:
+                read = datasets.load_dataset(
+                    kind, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
+                )
         except Exception as error:  # pyarrow, pandas, gzip and `datasets` raise errors without a common base
             cause = _cause(error)
             if cause == "StopIteration" or "no data" in cause:
                 raise TaskDataError(f"{path}: no rows") from error
-            hint = "; each row has to be an object with columns" if builder == "json" else ""
+            hint = "; each row has to be an object with columns" if kind == "json" else ""
             raise TaskDataError(f"{path}: cannot be read ({cause}){hint}") from error
+    if len(read) == 0:
+        raise TaskDataError(f"{path}: no rows")
     return read
 
 

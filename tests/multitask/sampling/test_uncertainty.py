@@ -78,7 +78,10 @@ def test_regression_takes_a_proxy_or_a_number_or_stays_at_zero() -> None:
     assert not alone.score.any()
     assert uncertainty(logits, regression={"STS-B": 0.5})["STS-B"].score.tolist() == [0.5] * 6
     assert torch.equal(uncertainty(logits, regression={"STS-B": "rte"})["STS-B"].score[:4], found["rte"].score)
-    for rule, message in (({"rte": 1.0}, "'rte' has 2 classes"), ({"STS-B": "none"}, "'none' is no classification")):
+    for rule, message in (
+        ({"rte": 1.0}, "'rte' has 2 classes"),
+        ({"STS-B": "none"}, "'none' is not a classification"),
+    ):
         with pytest.raises(ConfigError, match=message):
             uncertainty(logits, regression=rule)
 

@@ -138,7 +138,7 @@ def test_labels_are_shown_as_they_were_given(tiny_encoder: str) -> None:
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [((False, True), r"label_names=\(False, True\) .* texts, in quotes in YAML"), (("a", "b", "a"), "'a' twice")],
+    [((False, True), r"label_names=\(False, True\) .* in YAML, put them in quotes"), (("a", "b", "a"), "'a' twice")],
 )
 def test_names_that_are_none(names: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

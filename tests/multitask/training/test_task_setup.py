@@ -21,7 +21,7 @@ def test_adapters_that_rest(tiny_encoder: str, tmp_path: Path, host: str) -> Non
     model.backbone.train_adapter("rte") if host == "adapters" else model.backbone.set_adapter("rte")
     made = MultiTaskTrainer(model, arguments, make_tasks(*names), processing_class=tokenizer)
     made.evaluate()  # for which nothing has to train
-    with pytest.warns(UserWarning, match=r"task 'stsb': nothing of its adapter \(stsb\) trains. Call") as seen:
+    with pytest.warns(UserWarning, match=r"task 'stsb': its adapter \(stsb\) is frozen. Call") as seen:
         made.train()
     assert len(seen) == 1
     model.prepare_training()

@@ -298,6 +298,6 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny_encoder: str, tmp_path: Path
     made = make_trainer(tiny_encoder, tmp_path, names=("rte",))
     made.model.head("rte").linear.weight.data.fill_(float("nan"))
     with pytest.raises(
-        DivergedError, match=r"task 'rte': the loss is nan in step 1; lower learning_rate \(now 0.001\)"
+        DivergedError, match=r"task 'rte': the loss is nan in step 1: lower learning_rate \(now 0.001\)"
     ):
         made.train()

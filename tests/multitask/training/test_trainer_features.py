@@ -381,7 +381,7 @@ def test_long_contexts_make_windows_and_answers_come_back(tiny_encoder: str) -> 
         if first:  # a window that has the answer
             logits[window, first, 0] = logits[window, last, 1] = 5.0
     assert (encoded.labels[:, 0] > 0).any()
-    assert encoded._answers(logits)[0] == "w30 w31"
+    assert encoded.predictions(logits)[0] == "w30 w31"
     assert encoded.score(logits)["exact_match"] >= 0.5
 
 
