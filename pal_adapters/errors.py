@@ -25,3 +25,7 @@ class UnsupportedError(PalAdaptersError, ValueError):
 
 class MissingHostError(PalAdaptersError, ImportError):
     """A name of a host library was used while that library is not installed; the message says what to install."""
+
+
+class UntestedVersionWarning(UserWarning):
+    """A host library is newer than the versions that this package was tested with."""

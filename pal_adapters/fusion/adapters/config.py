@@ -12,7 +12,7 @@ from torch import Tensor
 from pal_adapters.errors import ConfigError
 from pal_adapters.fusion.config import ALIASES, VARIANTS, validate_scalearn
 from pal_adapters.fusion.layer import Scales, regularization
-from pal_adapters.hosts.adapters.fusion import Combination, CombinationConfig
+from pal_adapters.hosts.adapters.fusion import HOST_ONLY, Combination, CombinationConfig
 from pal_adapters.hosts.adapters.patches import register_fusion
 
 _DEFAULTS = {"init_scale": 2.0, "init_std": 1e-3, "regularization": 0.0, "regularization_form": "mean"}
@@ -90,7 +90,7 @@ class ScaLearnConfig(CombinationConfig):
         if self.fixed is not None:
             self._check_fixed()
         validate_scalearn(self)
-        for name in _HOST_FIELDS:
+        for name in HOST_ONLY:
             value, only = getattr(self, name), type(self).__dataclass_fields__[name].default
             if value != only:
                 raise ConfigError(f"{name}={value!r} is not allowed: it has no meaning in ScaLearn, leave it out.")
@@ -146,11 +146,7 @@ class ScaLearnConfig(CombinationConfig):
         return [float(value) for value in fixed]
 
 
-_HOST_FIELDS = (
-    "key", "query", "value", "query_before_ln", "residual_before", "temperature", "value_before_softmax",
-    "value_initialized", "dropout_prob",
-)  # fmt: skip
-_OWN_FIELDS = [name for name in ScaLearnConfig.__dataclass_fields__ if name not in _HOST_FIELDS]
+_OWN_FIELDS = [name for name in ScaLearnConfig.__dataclass_fields__ if name not in HOST_ONLY]
 
 
 class ScaLearnLayer(Scales, Combination):

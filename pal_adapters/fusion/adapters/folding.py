@@ -1,4 +1,4 @@
-"""Folding in `adapters`: a ScaLearn fusion of bottlenecks as one bottleneck of the host."""
+"""Folding in `adapters`: a ScaLearn fusion of bottlenecks becomes one bottleneck of the host."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from pal_adapters.fusion.types import Folded
 from pal_adapters.hosts.adapters.config import task_configs
 from pal_adapters.hosts.adapters.fusion import Combination, combination_config, place_names, places
 from pal_adapters.hosts.adapters.sources import down_of, scaling_of, unlike
+from pal_adapters.hosts.adapters.transactions import changing
+from pal_adapters.hosts.names import require_adapter_name
 from pal_adapters.nn.bottleneck import Bottleneck, widen
 
 
@@ -37,6 +39,18 @@ def fold_adapters(
     assert name is not None
     _, sources = model.adapters_config.get_fusion(key)
     _check_sources(model, key, sources)
+    with changing(model):
+        return _fold(model, key, name, sources, truncate, data)
+
+
+def _fold(
+    model: Any,
+    key: str,
+    name: str,
+    sources: list[str],
+    truncate: int | None,
+    data: Iterable[Mapping[str, Any]] | None,
+) -> Folded:
     with torch.no_grad(), _context(model):
         layers = list(places(model, key))
         folded = {layer: _fold_place(layer, key, index) for index, layer in layers}
@@ -46,10 +60,8 @@ def fold_adapters(
     _add(model, name, config, wide)
     errors: dict[BottleneckLayer, float] = {}
     if truncate is not None:
-        try:
-            wide = _truncate(model, name, wide, truncate, data, errors)
-        finally:
-            model.delete_adapter(name)
+        wide = _truncate(model, name, wide, truncate, data, errors)
+        model.delete_adapter(name)
         _add(model, name, config, wide)
     return Folded(
         name,
@@ -66,8 +78,9 @@ def _check_arguments(
         raise UnknownAdapterError(
             f"no fusion {key!r} on the model: pass the Fuse(...) of one of {', '.join(map(repr, known)) or '(none)'}."
         )
-    if not isinstance(name, str) or not name or "." in name or name in model.adapters_config:
-        raise ConfigError(f"name={name!r} is not allowed: use a name that no adapter of the model has, without a dot.")
+    require_adapter_name("name", name)
+    if name in model.adapters_config:
+        raise ConfigError(f"name={name!r} is not allowed: the model has an adapter with that name.")
     if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
         raise ConfigError(f"truncate={width!r} is not allowed: use a width of at least 1, or None.")
     if data is not None and width is None:
@@ -79,16 +92,18 @@ def _check_sources(model: Any, key: str, sources: list[str]) -> None:
     config, _ = model.adapters_config.get_fusion(key)
     if combination_config(config) is None:
         raise UnsupportedError(
-            f"{refused}AdapterFusion attends over its sources, so that their weights depend on the input. Fold a "
+            f"{refused}AdapterFusion attends over its sources, so their weights depend on the input. Fold a "
             "ScaLearn fusion."
         )
     for name in sources:
         whole = model.adapters_config.get(name)
         if whole is None:
-            raise UnknownAdapterError(f"{refused}its source {name!r} is not on the model any more.")
+            raise UnknownAdapterError(f"{refused}its source {name!r} is no longer on the model.")
         ours = [c.architecture for c in task_configs(whole)]
         if ours:
-            raise UnsupportedError(f"{refused}{name!r} ({ours[0]}) is no bottleneck, it attends or acts elsewhere.")
+            raise UnsupportedError(
+                f"{refused}{name!r} ({ours[0]}) is not a bottleneck: it attends, or acts elsewhere."
+            )
 
 
 def _fold_place(layer: BottleneckLayer, key: str, index: int) -> Bottleneck | None:
@@ -111,7 +126,7 @@ def _fold_place(layer: BottleneckLayer, key: str, index: int) -> Bottleneck | No
 
 
 def _weights(adapter: Adapter, refused: str) -> Bottleneck:
-    """The weights in float64, with the norm's own weights in the down-projection."""
+    """The weights in float64; those of a norm in front go into the down-projection."""
     down, down_bias = _linear(down_of(adapter), adapter.input_size, refused)
     up, up_bias = _linear(adapter.adapter_up, adapter.down_sample, refused)
     if adapter.add_layer_norm_before:
@@ -125,9 +140,9 @@ def _linear(module: nn.Module, width: int, refused: str) -> tuple[Tensor, Tensor
     if type(module) is nn.Linear:
         return module.weight.double(), module.bias.double()
     if not isinstance(module, PHMLayer):
-        raise UnsupportedError(f"{refused}a projection is a {type(module).__name__}, which is no plain linear map.")
+        raise UnsupportedError(f"{refused}a projection is a {type(module).__name__}, not a plain linear map.")
     inputs = torch.cat([torch.eye(width), torch.zeros(1, width)]).to(next(module.parameters()))
-    outputs = module(inputs).double()  # a Compacter's matrix is a sum of Kronecker products
+    outputs = module(inputs).double()  # Compacter's matrix is a sum of Kronecker products
     return (outputs[:-1] - outputs[-1]).t(), outputs[-1]
 
 
@@ -168,9 +183,9 @@ def _add(model: Any, name: str, source: BnConfig, wide: Mapping[BottleneckLayer,
 
 
 def _reduction_factor(hidden: int, width: int) -> float:
-    """A factor from which the host computes exactly this width."""
+    """A reduction factor from which the host computes exactly this width."""
     factor = hidden / width
-    # The host rounds down: keep away from the edge.
+    # The host rounds down, so stay away from the edge.
     return factor if int(hidden // factor) == width else hidden / (width + 0.5)
 
 

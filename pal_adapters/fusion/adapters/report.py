@@ -1,4 +1,4 @@
-"""The table of a fusion in `adapters`."""
+"""The transfer table of a fusion in `adapters`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def report_adapters(
     if combination_config(config) is None:
         return _attention(model, key, names, data)
     if data is not None:
-        raise ConfigError("data has no effect on coefficients, which do not depend on the input: leave it out.")
+        raise ConfigError("data has no effect: the coefficients do not depend on the input. Leave it out.")
     layers = list(places(model, key))
     rows = []
     for _, layer in layers:
@@ -61,7 +61,7 @@ def _key(model: Any, fusion: Fuse | str | None) -> str:
 
 
 def _labels(layers: list[tuple[int, BottleneckLayer]]) -> list[str]:
-    """`0`, `1`, ..., or `0 attention`, `0 output`, ... where a block has more than one place."""
+    """`0`, `1`, ..., or `0 attention`, `0 output`, ... if a block has more than one place."""
     several = len({layer.location_key for _, layer in layers}) > 1
     labels = []
     for name in place_names(layers):
@@ -79,8 +79,8 @@ def _attention(model: Any, key: str, names: list[str], data: Iterable[Mapping[st
     layers = list(places(model, key))
     if len({(i, layer.location_key) for i, layer in layers}) < len(layers):
         raise UnsupportedError(
-            "the attention of AdapterFusion cannot be reported for an encoder with a decoder: adapters keeps the one "
-            "of the decoder alone."
+            "the attention of AdapterFusion cannot be reported for an encoder-decoder: adapters keeps only the "
+            "decoder's."
         )
     sums = {(i, layer.location_key): torch.zeros(len(names), dtype=torch.float64) for i, layer in layers}
     tokens = 0

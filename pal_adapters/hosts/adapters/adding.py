@@ -1,9 +1,9 @@
-"""Adding an adapter to a model of `adapters`: whether it fits, what depends on the model, a layer for each block."""
+"""Adding an adapter to a model of `adapters`: whether it fits, what is chosen for the model, a layer in each block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,25 +16,35 @@ from torch import nn
 from pal_adapters.blocks.sites import Block, find_blocks, resolve
 from pal_adapters.errors import ConfigError, PalAdaptersError, SiteError, UnsupportedError
 from pal_adapters.hosts.method import filled, parameters_of
+from pal_adapters.hosts.names import require_adapter_name
 
 from .composition import architectures
-from .config import TaskAdapterConfig, is_ours, task_configs
+from .config import TaskAdapterConfig, given_configs, is_ours
 from .layer import TaskLayer, task_parameters
 
 _TABLE = r"shared_parameters\."
 
 
 class Plan(NamedTuple):
-    """What adding a config to a model comes to: `configs` are our members of it, filled in, by identity."""
+    """What adding a config to a model would do.
+
+    Attributes:
+        layers: the host's layers with their indices.
+        blocks: the block of each layer.
+        configs: the configs of this package, complete.
+        kept: the config that the model keeps: as given, with the chosen values beside it.
+        shares: whether blocks share tensors.
+    """
 
     layers: list[tuple[int, nn.Module]]
     blocks: list[Block]
-    configs: dict[int, TaskAdapterConfig]
+    configs: list[TaskAdapterConfig]
+    kept: AdapterConfig
     shares: bool
 
 
 def supports_adapter(original: Any) -> Any:
-    """`ModelAdaptersMixin.supports_adapter` that knows whether one of our configs, or its string, can be added."""
+    """`ModelAdaptersMixin.supports_adapter`, which finds out from the model whether a config of ours fits."""
 
     def wrapper(self: ModelAdaptersMixin, type_or_config: Any) -> bool:
         config = ADAPTER_CONFIG_MAP.get(type_or_config) if isinstance(type_or_config, str) else type_or_config
@@ -49,18 +59,47 @@ def supports_adapter(original: Any) -> Any:
 
 
 def add_adapter(original: Any) -> Any:
-    """`ModelAdaptersMixin.add_adapter` that says why one of our configs does not fit, which the host would not."""
+    """`ModelAdaptersMixin.add_adapter`, which says why a config of ours does not fit."""
 
     def wrapper(self: ModelAdaptersMixin, adapter_name: str, config: Any = None, *args: Any, **kwargs: Any) -> None:
-        config = AdapterConfig.load(config)
+        config = load_config(config)
+        if any(True for _ in given_configs(config)):
+            require_adapter_name("adapter_name", adapter_name)
         _plan(self, config)
         original(self, adapter_name, config, *args, **kwargs)
 
     return wrapper
 
 
+def load_config(config: Any) -> AdapterConfig | None:
+    """The config that the host's `config` argument stands for.
+
+    Raises:
+        ConfigError: for a string with one of our methods that cannot be parsed, with what to write.
+    """
+    try:
+        return AdapterConfig.load(config)
+    except (TypeError, ValueError) as error:
+        names = [] if not isinstance(config, str) else [part.partition("[")[0].strip() for part in config.split("|")]
+        ours = [preset for name in names if isinstance(preset := ADAPTER_CONFIG_MAP.get(name), TaskAdapterConfig)]
+        if isinstance(error, PalAdaptersError) or not ours:
+            raise
+        raise ConfigError(f"config={config!r} is not allowed: {_string_fault(config, error, ours)}") from error
+
+
+def _string_fault(config: str, error: Exception, presets: list[TaskAdapterConfig]) -> str:
+    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if unknown is not None:
+        options = next(names for p in presets if unknown[2] not in (names := [f.name for f in fields(p)]))
+        return f"{unknown[2]} is not an argument of {unknown[1]}: use {', '.join(options)}."
+    quoted = re.sub(r"=\s*(?!(?:True|False|None)\b)([A-Za-z_]\w*)", r"='\1'", config)
+    if quoted != config:
+        return f"strings in brackets need quotes, write {quoted!r}."
+    return f"write options as Python values in brackets, such as \"{presets[0].method.name}[init_weights='bert']\"."
+
+
 def add_adapter_weights(original: Any) -> Any:
-    """`ModelAdaptersMixin._add_adapter_weights` that gives each block its layer first."""
+    """`ModelAdaptersMixin._add_adapter_weights`, which gives each block its layer first."""
 
     def wrapper(self: ModelAdaptersMixin, adapter_name: str) -> None:
         configs = _prepare(self, adapter_name)
@@ -77,42 +116,54 @@ def add_adapter_weights(original: Any) -> Any:
 
 
 def _prepare(model: ModelAdaptersMixin, adapter_name: str) -> list[TaskAdapterConfig]:
-    """Fill in what depends on the model, check, and give each block its layer. Raises before anything changes."""
+    """Check the config, choose what depends on the model, and give each block its layer."""
     whole = model.adapters_config.get(adapter_name)
     if not is_ours(architectures(whole)):
         return []
-    whole = AdapterConfig.load(whole)
-    layers, blocks, prepared, shares = _plan(model, whole)
+    plan = _plan(model, AdapterConfig.load(whole))
     base = model.base_model
-    _check_other_sites(layers, blocks, prepared.values())
-    if shares and isinstance(base, ModelUsingSubmodelsAdaptersMixin):
-        # Encoder and decoder hold the same table of shared tensors: `save_pretrained` needs to know.
+    _check_other_sites(plan)
+    if plan.shares and isinstance(base, ModelUsingSubmodelsAdaptersMixin):
+        # Encoder and decoder hold the same table of shared tensors, which `save_pretrained` has to know.
         base._tied_weights_keys = sorted({*(base._tied_weights_keys or ()), _TABLE})
-    _replace_config(model, adapter_name, whole, prepared)
-    for (_, layer), block in zip(layers, blocks, strict=True):
+    _replace_config(model, adapter_name, plan.kept)
+    for (_, layer), block in zip(plan.layers, plan.blocks, strict=True):
         task_layer = getattr(layer, "task_layer", None)
         if not isinstance(task_layer, TaskLayer):
             layer.task_layer = TaskLayer(base, block).train(layer.training)
         elif task_layer.block.sites == block.sites:
             task_layer.link(base, block)
-        else:  # without an adapter, see `_check_other_sites`
+        else:  # an empty one, see `_check_other_sites`
             task_layer.attachment.remove()
             layer.task_layer = TaskLayer(base, block).train(layer.training)
-    return list(prepared.values())
+    return plan.configs
 
 
-def _plan(model: ModelAdaptersMixin, whole: AdapterConfig) -> Plan:
+def _plan(model: ModelAdaptersMixin, whole: AdapterConfig | None) -> Plan:
     """Raises if a config does not fit the model, and changes nothing."""
-    configs = list(task_configs(whole))
-    if not configs:
-        return Plan([], [], {}, False)
+    given = list(given_configs(whole))
+    if not given or whole is None:
+        return Plan([], [], [], whole, False)
     base = model.base_model
     layers = list(model.iter_layers())
-    blocks = _find(base, [layer for _, layer in layers], configs)
-    _check_leave_out(configs, sorted({i for i, _ in layers}))
+    blocks = _find(base, [layer for _, layer in layers], given)
+    _check_leave_out(given, sorted({i for i, _ in layers}))
     parameters = parameters_of(base, blocks, task_parameters(base))
-    prepared = {id(c): filled(c, c.method.prepare(c, blocks, parameters)) for c in configs}
-    return Plan(layers, blocks, prepared, _shares(whole, list(prepared.values()), blocks))
+    configs = [filled(c, c.method.prepare(c, blocks, parameters)) for c in (c.resolved() for c in given)]
+    shares = _shares(whole, configs, blocks)
+    kept = {id(c): _with_chosen(c, complete) for c, complete in zip(given, configs, strict=True)}
+    if isinstance(whole, ConfigUnion):
+        return Plan(layers, blocks, configs, ConfigUnion(*[kept.get(id(c), c) for c in whole.configs]), shares)
+    return Plan(layers, blocks, configs, kept[id(whole)], shares)
+
+
+def _with_chosen(given: TaskAdapterConfig, complete: TaskAdapterConfig) -> TaskAdapterConfig:
+    chosen = {
+        name: getattr(complete, name)
+        for name in (f.name for f in fields(given))
+        if name != "chosen" and getattr(given, name) is None and getattr(complete, name) is not None
+    }
+    return given.replace(chosen=chosen or None)
 
 
 def _find(base: nn.Module, layers: list[nn.Module], configs: list[TaskAdapterConfig]) -> list[Block]:
@@ -131,21 +182,19 @@ def _find(base: nn.Module, layers: list[nn.Module], configs: list[TaskAdapterCon
     return blocks
 
 
-def _check_other_sites(
-    layers: list[tuple[int, nn.Module]], blocks: list[Block], configs: Iterable[TaskAdapterConfig]
-) -> None:
-    for (_, layer), block in zip(layers, blocks, strict=True):
+def _check_other_sites(plan: Plan) -> None:
+    for (_, layer), block in zip(plan.layers, plan.blocks, strict=True):
         task_layer = getattr(layer, "task_layer", None)
         if isinstance(task_layer, TaskLayer) and task_layer.pal_adapters and task_layer.block.sites != block.sites:
-            named = next((c.sites for c in configs if c.sites is not None), None)
+            named = next((c.sites for c in plan.configs if c.sites is not None), None)
             raise ConfigError(
-                f"sites={named} is not allowed: {', '.join(task_layer.pal_adapters)} use other "
-                f"sites of {type(layer).__name__}, {task_layer.block.sites.to_dict()}. All adapters need the same."
+                f"sites={named} is not allowed: {', '.join(task_layer.pal_adapters)} already use other sites of "
+                f"{type(layer).__name__}, {task_layer.block.sites.to_dict()}. All adapters of a model need the same."
             )
 
 
 def _host_sites(block: Block) -> Block:
-    """The host's own blocks call a norm from their bottleneck layer, twice with some configs: attach around it."""
+    """The host's own blocks call a norm inside their bottleneck layer, twice with some configs: attach around it."""
     module, sites = block.module, block.sites
     own = getattr(module, "output_adapters", None)
     if sites.residual_at == "input" and isinstance(own, BottleneckLayer) and not own.is_layer_hooked:
@@ -164,7 +213,7 @@ def _check_leave_out(configs: list[TaskAdapterConfig], indices: list[int]) -> No
 
 
 def _shares(whole: AdapterConfig, configs: list[TaskAdapterConfig], blocks: list[Block]) -> bool:
-    """Whether blocks share tensors; refuses Compacter and VeRA beside them, whose own table would replace ours."""
+    """Whether blocks share tensors; rejects Compacter and VeRA beside them, whose table would replace ours."""
     with torch.device("meta"):
         tied = [c for c in configs if c.method.build_shared(c, blocks[0]) is not None]
     for member in whole.configs if isinstance(whole, ConfigUnion) else ():
@@ -175,22 +224,16 @@ def _shares(whole: AdapterConfig, configs: list[TaskAdapterConfig], blocks: list
             other = "VeRA" if vera else ""
         if tied and other:
             raise UnsupportedError(
-                f"{other} and {tied[0].architecture} with tied projections cannot be in one ConfigUnion: adapters "
-                "keeps shared tensors of both under one name. Add two adapters and use Stack."
+                f"{other} and {tied[0].architecture} with tied projections cannot share a ConfigUnion: adapters "
+                "keeps the shared tensors of both under one name. Add two adapters and use Stack."
             )
     return bool(tied)
 
 
-def _replace_config(
-    model: ModelAdaptersMixin, adapter_name: str, config: AdapterConfig, prepared: dict[int, TaskAdapterConfig]
-) -> None:
-    if isinstance(config, TaskAdapterConfig):
-        config = prepared[id(config)]
-    else:
-        config = ConfigUnion(*[prepared.get(id(c), c) for c in config.configs])
+def _replace_config(model: ModelAdaptersMixin, adapter_name: str, kept: AdapterConfig) -> None:
     known = model.adapters_config
-    before, name = known.adapters[adapter_name], get_adapter_config_hash(config)
-    known.config_map[name] = config
+    before, name = known.adapters[adapter_name], get_adapter_config_hash(kept)
+    known.config_map[name] = kept
     known.adapters[adapter_name] = name
     if before not in known.adapters.values():
         known.config_map.pop(before, None)

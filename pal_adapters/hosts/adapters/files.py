@@ -1,19 +1,42 @@
-"""Files of adapters and fusions in `adapters`: which tensors they hold, and what a file does that cannot be loaded."""
+"""The weight files of adapters and fusions: which tensors belong to one, and whether a file holds just these."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from adapters.loading import AdapterFusionLoader, AdapterLoader
+import torch
+from adapters.loading import AdapterFusionLoader, AdapterLoader, WeightsLoaderHelper
 from adapters.model_mixin import ModelAdaptersMixin
+from torch import Tensor, nn
 
 from pal_adapters.errors import ConfigError, PalAdaptersError
+from pal_adapters.hosts.unchanged import keep_values
 
-from . import fusion as adapters_fusion
 from .config import task_configs
+from .fusion import combination_config
 from .layer import base_parameters, trains_originals
+
+
+class OwnTensors:
+    """Tells by a tensor's name whether it belongs to one adapter or fusion with a method of this package.
+
+    The host accepts any callable; a file that is loaded with this one is checked, see `load_weights_from_state_dict`.
+
+    Args:
+        kept: whether a tensor of the model belongs to it.
+        optional: whether a tensor may be in the file alone, or in the model alone; takes its name in the base model.
+    """
+
+    def __init__(self, kept: Callable[[str], bool], optional: Callable[[str], bool] = lambda key: False) -> None:
+        self.kept = kept
+        self.optional = optional
+
+    def __call__(self, key: str) -> bool:
+        return self.kept(key)
+
+
+# What belongs to an adapter or a fusion
 
 
 def _prefix(model: ModelAdaptersMixin) -> str:
@@ -21,31 +44,50 @@ def _prefix(model: ModelAdaptersMixin) -> str:
 
 
 def filter_func(original: Any) -> Any:
-    """`AdapterLoader.filter_func` that keeps shared tensors and a jointly trained base."""
+    """`AdapterLoader.filter_func`, with shared tensors and a jointly trained base."""
 
     def filter_func(self: AdapterLoader, adapter_name: str) -> Callable[[str], bool]:
         keep = original(self, adapter_name)
-        configs = list(task_configs(self.model.adapters_config.get(adapter_name)))
+        model: Any = self.model
+        configs = list(task_configs(model.adapters_config.get(adapter_name)))
         table = f"shared_parameters.{adapter_name}."
+        prefix = _prefix(model)
+        if not configs:
+            return lambda key: keep(key) or key.startswith(table)
         ours = tuple(f"{table}{config.method.name}_stack" for config in configs)
-        prefix = _prefix(self.model)
-        base: set[str] = set()
-        if any(map(trains_originals, configs)):
-            base = {prefix + name for name in base_parameters(self.model.base_model)}
+        trains_base = any(map(trains_originals, configs))
+        base = {prefix + name for name in base_parameters(model.base_model)} if trains_base else set()
 
         def kept(key: str) -> bool:
             if any(start in key for start in ours):
-                # An encoder-decoder has the same table three times, and safetensors refuses aliases.
+                # An encoder-decoder has the same table three times, and safetensors rejects aliases.
                 return key.startswith(prefix + table)
             return keep(key) or key.startswith(table) or key in base
 
-        return kept
+        skipped = set.intersection(*(set(config.leave_out) for config in configs))
+        names = {id(module): name for name, module in model.base_model.named_modules()}
+        blocks = tuple(f"{names[id(layer)]}." for index, layer in model.iter_layers() if index in skipped)
+        inner = {name for name, child in model.base_model.named_children() if _is_trunk(model, child)}
+
+        def optional(key: str) -> bool:
+            """Blocks left out on loading, and base weights that some classes of a model lack (a pooler)."""
+            if key.startswith(blocks) and keep(key):
+                return True
+            return trains_base and not keep(key) and key.partition(".")[0] not in inner
+
+        return OwnTensors(kept, optional)
 
     return filter_func
 
 
+def _is_trunk(model: Any, child: nn.Module) -> bool:
+    """Whether a part of the base model has blocks or embeddings, so that every class of the model has it."""
+    blocks = {id(layer) for _, layer in model.iter_layers()}
+    return any(id(module) in blocks or isinstance(module, nn.Embedding) for module in child.modules())
+
+
 def rename_func(original: Any) -> Any:
-    """`AdapterLoader.rename_func` that renames shared tensors too."""
+    """`AdapterLoader.rename_func`, with shared tensors."""
 
     def rename_func(self: AdapterLoader, old_name: str, new_name: str) -> Callable[[str], str]:
         rename = original(self, old_name, new_name)
@@ -61,40 +103,21 @@ def rename_func(original: Any) -> Any:
     return rename_func
 
 
-def adapter_load(original: Any) -> Any:
-    """`AdapterLoader.load` that leaves the model as it was where it fails."""
-
-    def load(self: AdapterLoader, adapter_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
-        known, setup = self.model.adapters_config, self.model.active_adapters
-        before = set(known.adapters)
-        try:
-            return original(self, adapter_name_or_path, *args, **kwargs)
-        except Exception as error:  # whatever it was, the model goes back to what it was
-            for added in set(known.adapters) - before:
-                self.model.delete_adapter(added)
-            known.active_setup = setup
-            if isinstance(error, RuntimeError) and "size mismatch" in str(error):
-                first = next(line for line in str(error).splitlines() if "size mismatch" in line)
-                raise ConfigError(
-                    f"the adapter in {adapter_name_or_path} does not fit this {type(self.model).__name__}, it was "
-                    f"made for a model of another size: {first.strip()}"
-                ) from error
-            raise
-
-    return load
-
-
 def fusion_filter_func(original: Any) -> Any:
-    """`AdapterFusionLoader.filter_func` that takes whole names."""
+    """`AdapterFusionLoader.filter_func`, with whole names."""
 
     def filter_func(self: AdapterFusionLoader, adapter_fusion_name: str) -> Callable[[str], bool]:
-        return lambda key: f"adapter_fusion_layer.{adapter_fusion_name}." in key
+        part = f"adapter_fusion_layer.{adapter_fusion_name}."
+        config, _ = self.model.adapters_config.get_fusion(adapter_fusion_name)
+        if combination_config(config) is None:
+            return lambda key: part in key
+        return OwnTensors(lambda key: part in key)
 
     return filter_func
 
 
 def fusion_rename_func(original: Any) -> Any:
-    """`AdapterFusionLoader.rename_func` for such names."""
+    """`AdapterFusionLoader.rename_func`, with whole names."""
 
     def rename_func(self: AdapterFusionLoader, old_name: str, new_name: str) -> Callable[[str], str]:
         return lambda key: key.replace(f"adapter_fusion_layer.{old_name}.", f"adapter_fusion_layer.{new_name}.")
@@ -102,41 +125,109 @@ def fusion_rename_func(original: Any) -> Any:
     return rename_func
 
 
-def fusion_load(original: Any) -> Any:
-    """`AdapterFusionLoader.load` that leaves the model as it was where it fails."""
+# Reading
 
-    def load(
-        self: AdapterFusionLoader, save_directory: str, load_as: Any = None, loading_info: Any = None, **kwargs: Any
-    ) -> Any:
-        folder = Path(save_directory)
+
+def load_weights(original: Any) -> Any:
+    """`WeightsLoaderHelper.load_weights`, whose errors name the folder and the cause."""
+
+    def wrapper(self: WeightsLoaderHelper, save_directory: str, *args: Any, **kwargs: Any) -> Any:
         try:
-            config = self.weights_helper.load_weights_config(save_directory)
-        except (OSError, ValueError):
-            if folder.is_dir() and any(folder.glob("*adapter_fusion*")):
-                raise ConfigError(f"{save_directory} has no readable adapter_fusion_config.json.") from None
-            return original(self, save_directory, load_as, loading_info, **kwargs)
-        model, name = self.model, load_as or config["name"]
-        if adapters_fusion.check_file(model, config, name) is None:
-            return original(self, save_directory, load_as, loading_info, **kwargs)
-        known = name in model.adapters_config.fusions
-        before, setup = adapters_fusion.coefficients_of(model, name), model.active_adapters
-        info: dict[str, list[str]] = {}
-        try:
-            result = original(self, save_directory, load_as, info, **kwargs)
-            if info.get("missing_keys"):
-                raise ValueError(f"it has no {', '.join(info['missing_keys'])}")
-        except (OSError, RuntimeError, ValueError) as error:
-            if known:
-                model.load_state_dict(before, strict=False)
-            elif name in model.adapters_config.fusions:
-                model.delete_adapter_fusion(name)
-            model.adapters_config.active_setup = setup
-            if isinstance(error, PalAdaptersError):
+            return original(self, save_directory, *args, **kwargs)
+        except PalAdaptersError as error:
+            raise type(error)(f"the weights in {save_directory} cannot be loaded: {error}") from error
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
                 raise
-            raise ConfigError(f"the fusion in {save_directory} cannot be loaded: {error}") from error
-        if isinstance(loading_info, dict):
-            for key, values in info.items():
-                loading_info.setdefault(key, []).extend(values)
-        return result
+            first = next(line for line in str(error).splitlines() if "size mismatch" in line)
+            raise ConfigError(
+                f"the weights in {save_directory} do not fit this {type(self.model).__name__}, they were saved from a "
+                f"model or an adapter of another size: {first.strip()}"
+            ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"the weights in {save_directory} cannot be read ({error.__context__ or error}): the file is missing "
+                "or damaged, save it again."
+            ) from error
 
-    return load
+    return wrapper
+
+
+def load_weights_from_state_dict(original: Any) -> Any:
+    """`WeightsLoaderHelper.load_weights_from_state_dict`, which checks the tensors of our methods before it copies."""
+
+    def wrapper(
+        self: WeightsLoaderHelper,
+        state_dict: dict[str, Tensor],
+        filter_func: Callable[[str], bool],
+        rename_func: Any = None,
+        loading_info: Any = None,
+        in_base_model: bool = False,
+        start_prefix: str = "",
+    ) -> Any:
+        renames = (
+            [] if rename_func is None else rename_func if isinstance(rename_func, (list, tuple)) else [rename_func]
+        )
+        given: Mapping[str, Any] = self.rename_state_dict(state_dict, *renames)
+        named = _file_names(self.model, given, in_base_model, start_prefix)
+        if isinstance(filter_func, OwnTensors):
+            _check(self.model, given, named, filter_func)
+        tensors = self.model.state_dict(keep_vars=True)
+        keep_values(tensor for name, tensor in tensors.items() if named(name) in given)
+        return original(self, state_dict, filter_func, rename_func, loading_info, in_base_model, start_prefix)
+
+    return wrapper
+
+
+def _file_names(
+    model: Any, given: Mapping[str, Any], in_base_model: bool, start_prefix: str
+) -> Callable[[str], str | None]:
+    """From the name of a tensor in a model to its name in a file, which may be of a model with or without a head."""
+    prefix = model.base_model_prefix
+    has_base = hasattr(model, prefix)
+    prefixed = any(key.startswith(prefix) for key in given)
+    if in_base_model and has_base and not prefixed:
+        return lambda name: name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else None
+    if not start_prefix and not has_base and prefixed:
+        start_prefix = f"{prefix}."
+    return lambda name: start_prefix + name
+
+
+def _check(model: Any, given: Mapping[str, Any], named: Callable[[str], str | None], own: OwnTensors) -> None:
+    """Raise `ConfigError` unless a file holds each tensor of an adapter, and no other, as the model needs them."""
+    tensors = model.state_dict(keep_vars=True)
+    wanted = {named(name): tensor for name, tensor in tensors.items() if own(name)}
+    prefix = f"{model.base_model_prefix}."
+
+    def optional(key: Any) -> bool:
+        return own.optional(str(key).removeprefix(prefix))
+
+    missing = sorted(str(key) for key in wanted.keys() - given.keys() if not optional(key))
+    if missing:
+        raise ConfigError(f"{_some(missing)} missing: the file is incomplete, or was saved from another model.")
+    unknown = sorted(key for key in given.keys() - wanted.keys() if not optional(key))
+    if unknown:
+        raise ConfigError(
+            f"{_some(unknown)} not expected by this {type(model).__name__}: the file belongs to another method, or to "
+            "a model with other blocks."
+        )
+    for key, target in wanted.items():
+        if key not in given:
+            continue
+        value = given[str(key)]
+        if not isinstance(value, Tensor):
+            raise ConfigError(f"{key} is a {type(value).__name__} in the file, not a tensor.")
+        if value.shape != target.shape:
+            raise ConfigError(
+                f"{key} has shape {list(value.shape)} in the file and {list(target.shape)} in the model: it was saved "
+                "from an adapter or a model of another size."
+            )
+        if value.is_floating_point() is not target.is_floating_point() or value.is_complex():
+            raise ConfigError(f"{key} has dtype {value.dtype} in the file and {target.dtype} in the model.")
+        if not bool(torch.isfinite(value.to(target.dtype)).all()):
+            raise ConfigError(f"{key} has values that are not finite in {target.dtype}: its training has diverged.")
+
+
+def _some(keys: list[str]) -> str:
+    more = f" and {len(keys) - 1} more are" if len(keys) > 1 else " is"
+    return f"{keys[0]}{more}"

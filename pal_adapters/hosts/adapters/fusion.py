@@ -1,8 +1,8 @@
-"""Fusions in `adapters` that weigh their sources with coefficients which do not depend on the input.
+"""Fusions in `adapters` that weigh their sources with coefficients independent of the input.
 
-The layer of such a fusion lives where the host's own does, `adapter_fusion_layer.<name>` of a `BottleneckLayer`, so
-that the host saves, loads, renames, moves, trains and deletes it. What its sources add is computed here: as one wide
-bottleneck where the sources are alike, one after the other where they are not.
+The layer of such a fusion is kept where the host keeps its own, in `adapter_fusion_layer.<name>` of a
+`BottleneckLayer`, so the host saves, loads, renames, moves, trains and deletes it. The sources' sum is computed here:
+as one wide bottleneck if the sources are alike, otherwise one by one.
 """
 
 from __future__ import annotations
@@ -18,17 +18,27 @@ from adapters.methods.bottleneck import BottleneckLayer, BottleneckState
 from adapters.methods.modeling import Adapter, ParallelAdapter
 from torch import Tensor, nn
 
-from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
+from pal_adapters.errors import UnknownAdapterError, UnsupportedError
 
 from .sources import WideSources, added
 
-# The config class of each fusion by its architecture; `adapters.register_fusion` fills it.
+# The config class of each fusion by its architecture, filled by `patches.register_fusion`.
 FUSIONS: dict[str, type[CombinationConfig]] = {}
+
+# Options of the host's fusion without a meaning in ours. The host reads them, so our configs have them too.
+HOST_ONLY = tuple(name for name in AdapterFusionConfig.__dataclass_fields__ if name != "regularization")
 
 
 @dataclass(eq=False)
 class CombinationConfig(AdapterFusionConfig):
-    """Base of our fusion configs: `architecture` tells them apart in a file, which the host reads as its own class."""
+    """Base of our fusion configs, which are recognised in a file by their `architecture`.
+
+    Files do not contain the options in `HOST_ONLY`. Where this package is not imported, the host then raises instead
+    of building a fusion of its own kind, which would compute something else.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name not in HOST_ONLY}
 
     def build(self, names: Sequence[str], width: int) -> Combination:
         """The layer for these sources at one place of width `d`."""
@@ -36,7 +46,7 @@ class CombinationConfig(AdapterFusionConfig):
 
 
 class Combination(nn.Module):
-    """Base of the layers. `forward()` gives the coefficients of this call, `[S, d]` or `[S, 1]`, rows as `names`."""
+    """Base of the layers. `forward()` returns the coefficients of a call, `[S, d]` or `[S, 1]`, ordered as `names`."""
 
     names: tuple[str, ...]
     shared: bool
@@ -44,15 +54,15 @@ class Combination(nn.Module):
     _wide: WideSources | None = None
 
     def share(self, owner: Combination) -> None:
-        """Use the coefficients of another place from now on; they are registered there alone."""
+        """Use the coefficients of another place from now on; only that place registers them."""
         raise NotImplementedError
 
     def penalty(self) -> Tensor | None:
-        """What this place adds to the loss in training, or None."""
+        """The penalty of this place in training, or None."""
         return None
 
     def rows(self, setup: Fuse) -> list[tuple[int, Any]]:
-        """The children of a `Fuse`, each with the row of its coefficients."""
+        """The children of a `Fuse`, each with the row of `omega` that weighs it."""
         children = [child if isinstance(child, str) else child.last() for child in setup]
         if sorted(children) != sorted(self.names):
             raise UnsupportedError(
@@ -62,7 +72,7 @@ class Combination(nn.Module):
         return [(self.names.index(name), child) for name, child in zip(children, setup, strict=True)]
 
     def wide(self, adapters: Sequence[Adapter]) -> WideSources | None:
-        """These sources as one wide bottleneck, or None where they differ."""
+        """These sources as one wide bottleneck, or None if they differ."""
         known = self._wide
         if known is None or len(known.adapters) != len(adapters) or any(map(_differ, known.adapters, adapters)):
             known = self._wide = WideSources(tuple(adapters))
@@ -77,19 +87,19 @@ def _differ(a: object, b: object) -> bool:
 
 
 def compose(layer: BottleneckLayer, setup: Fuse, state: BottleneckState, lvl: int) -> BottleneckState:
-    """The sum of the sources' terms, times their coefficients, on the residual of a single bottleneck."""
+    """The residual of a single bottleneck plus the sum of the sources' terms, each times its coefficients."""
     combination: Combination = layer.adapter_fusion_layer[setup.name]
     present = [(row, child) for row, child in combination.rows(setup) if _names(child) & layer.adapters.keys()]
     if len(present) < len(combination.names):
         check_present(layer.adapters_config, setup)
-    if not present:  # all left out in this block
+    if not present:  # left out in this block
         return state
     last = _last(present[-1][1], layer)
     parallel = isinstance(layer.adapters[last], ParallelAdapter)
     if state.last is not None and isinstance(layer.adapters[state.last], ParallelAdapter) is not parallel:
         raise UnsupportedError(
-            f"Stack({state.last}, {setup}) cannot be used: adapters closes a block in one way for sequential and in "
-            "another for parallel bottlenecks. Stack sources of one kind."
+            f"Stack({state.last}, {setup}) cannot be used: adapters closes a block differently after sequential and "
+            "after parallel bottlenecks. Stack sources of one kind."
         )
     coefficients = combination()
     if len(present) < len(combination.names) or [row for row, _ in present] != list(range(len(present))):
@@ -103,12 +113,12 @@ def compose(layer: BottleneckLayer, setup: Fuse, state: BottleneckState, lvl: in
 
 
 def check_present(known: Any, setup: Fuse) -> None:
-    """Raise `UnknownAdapterError` for a source that was deleted, and not just left out in a block."""
+    """Raise `UnknownAdapterError` for a source that was deleted, rather than left out in a block."""
     gone = sorted(name for child in setup for name in _names(child) if name not in known)
     if gone:
         raise UnknownAdapterError(
-            f"{setup} needs {gone[0]!r}, which is not on the model any more: load it again, or delete the fusion "
-            f"{setup.name!r} and add one over the sources that are left."
+            f"{setup} needs {gone[0]!r}, which is no longer on the model: load it again, or delete the fusion "
+            f"{setup.name!r} and add one over the remaining sources."
         )
 
 
@@ -142,7 +152,7 @@ def _total(
 
 
 def weigh(coefficients: Tensor, terms: Sequence[Tensor]) -> Tensor:
-    """`[b, n, d]`, the weighted sum of as many `[b, n, d]` as there are rows of coefficients."""
+    """The sum of terms `[b, n, d]`, each weighed by its row of coefficients."""
     stacked = torch.stack(list(terms), -2)
     return (coefficients.to(stacked.dtype) * stacked).sum(-2)
 
@@ -161,7 +171,7 @@ def _last(child: Any, layer: BottleneckLayer) -> str:
 
 
 def combination_config(config: Any) -> CombinationConfig | None:
-    """The config of one of our fusions, from what the host may have read as a dict or as its own class, or None."""
+    """The config as one of our fusion configs, or None; from a file, the host has a dict or its own class."""
     if isinstance(config, CombinationConfig):
         return config
     if not isinstance(config, Mapping):
@@ -171,7 +181,7 @@ def combination_config(config: Any) -> CombinationConfig | None:
 
 
 def add_layer(layer: BottleneckLayer, name: str, config: CombinationConfig, names: Sequence[str]) -> None:
-    """Give a bottleneck layer its part of a fusion, if the sources act there."""
+    """Add a fusion's layer to a bottleneck layer, if the sources act there."""
     if not layer.adapters_config.common_config_value(names, layer.location_key):
         return
     combination = config.build(names, layer.model_config.hidden_size).train(layer.training)
@@ -182,7 +192,7 @@ def add_layer(layer: BottleneckLayer, name: str, config: CombinationConfig, name
 
 
 def places(model: nn.Module, name: str) -> Iterator[tuple[int, BottleneckLayer]]:
-    """The bottleneck layers that have a part of a fusion, with the index of their block."""
+    """The bottleneck layers that hold a layer of a fusion, with the index of their block."""
     for index, block in model.iter_layers():  # type: ignore[operator]
         for module in block.modules():
             if isinstance(module, BottleneckLayer) and name in module.adapter_fusion_layer:
@@ -190,7 +200,7 @@ def places(model: nn.Module, name: str) -> Iterator[tuple[int, BottleneckLayer]]
 
 
 def place_names(layers: Sequence[tuple[int, BottleneckLayer]]) -> list[str]:
-    """`0.output_adapter`, ... for what `places` gives; `encoder.0.output_adapter`, ... where a decoder counts anew."""
+    """Names for `places`: `0.output_adapter`, ..., or `encoder.0.output_adapter`, ... if a decoder restarts at 0."""
     keys = [f"{index}.{layer.location_key}" for index, layer in layers]
     if len(set(keys)) == len(keys):
         return keys
@@ -199,39 +209,9 @@ def place_names(layers: Sequence[tuple[int, BottleneckLayer]]) -> list[str]:
 
 
 def link(model: nn.Module) -> None:
-    """Make the places of each fusion whose coefficients are shared use those of the first."""
+    """If the coefficients of a fusion are shared, make all its places use those of the first."""
     for name in model.adapters_config.fusions:  # type: ignore[union-attr]
         ours = [layer.adapter_fusion_layer[name] for _, layer in places(model, name)]
         ours = [layer for layer in dict.fromkeys(ours) if isinstance(layer, Combination) and layer.shared]
         for other in ours[1:]:
             other.share(ours[0])
-
-
-# Files
-
-
-def check_file(model: Any, config: Mapping[str, Any], name: str) -> CombinationConfig | None:
-    """Whether a fusion read from a file may overwrite the one of this name; its config if it is one of ours.
-
-    Raises:
-        ConfigError: if the model has another kind of fusion, or one over other sources, under this name.
-    """
-    ours = combination_config(config.get("config"))
-    if name not in model.adapters_config.fusions:
-        return ours
-    known, names = model.adapters_config.get_fusion(name)
-    known = combination_config(known)
-    if known is None and ours is None:
-        return None
-    if known is None or ours is None or known != ours or list(config.get("adapter_names", names)) != list(names):
-        raise ConfigError(
-            f"the model has another fusion with the name {name!r}: delete it with delete_adapter_fusion, or pass "
-            "load_as."
-        )
-    return ours
-
-
-def coefficients_of(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Copies of what a fusion has in a model, by their names in the state dict."""
-    part = f"adapter_fusion_layer.{name}."
-    return {key: value.clone() for key, value in model.state_dict().items() if part in key}

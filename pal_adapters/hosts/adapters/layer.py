@@ -24,7 +24,7 @@ from pal_adapters.hosts.method import generator_for
 from pal_adapters.nn.unit import TaskUnit, UnitInputs
 
 from .composition import State, ValueComposition, architectures, grow, task_children
-from .config import TaskAdapterConfig, is_ours, task_configs
+from .config import TaskAdapterConfig, fusable_methods, is_ours, task_configs
 from .network import LayerNetwork
 
 
@@ -342,7 +342,8 @@ def unfusable(names: Collection[str], layer: TaskLayer) -> str | None:
             if not config.method.fusable:
                 return (
                     f"{listed}a fusion weighs terms that are added behind the feed-forward part, and {name!r} "
-                    f"({config.architecture}) acts elsewhere. Fuse adapters of type pal, low_rank or a bottleneck."
+                    f"({config.architecture}) acts elsewhere. Fuse bottlenecks, or adapters of type "
+                    f"{', '.join(fusable_methods())}."
                 )
     if not any(layer.site_of(b) == "residual" for b in layer._bottlenecks):
         return (

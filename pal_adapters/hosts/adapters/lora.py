@@ -1,4 +1,4 @@
-"""LoRA of `adapters` in one composition with task modules: the host's layer expects LoRA in every child."""
+"""The host's LoRA in a composition with task modules: its layer expects every child to have LoRA."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _has_ours(layer: Any, setup: AdapterCompositionBlock) -> bool:
 
 
 def fill(layer: Any, states: list[Any]) -> list[Any]:
-    """The states of children, with what leaves the layer's output alone where a child has no LoRA.
+    """The states of the children, where a child without LoRA gets a state that leaves the layer's output unchanged.
 
     Raises:
         UnsupportedError: for DoRA, which scales the whole output.
@@ -32,7 +32,7 @@ def fill(layer: Any, states: list[Any]) -> list[Any]:
     lora = layer.loras[last]
     if lora.use_dora:
         raise UnsupportedError(
-            f"{last!r} (DoRA) scales all rows of a batch, so that rows of adapters without it cannot be among them."
+            f"{last!r} (DoRA) scales all examples of a batch, so none of them may belong to an adapter without DoRA."
         )
     neutral = 0.0 if lora.composition_mode == "add" else 1.0
 
@@ -42,12 +42,12 @@ def fill(layer: Any, states: list[Any]) -> list[Any]:
         hidden = like.new_full((state.layer_input.shape[0], *like.shape[1:]), neutral)
         return state._replace(hidden_states=hidden)
 
-    # The host asks the last state which LoRA was the last.
+    # The host reads from the last state which LoRA came last.
     return [filled(state)._replace(last=last) for state in states]
 
 
 def pad_and_concat(original: Any) -> Any:
-    """Wraps the host's method of this name."""
+    """`LoRALinear.pad_and_concat`, with children without LoRA."""
 
     def wrapper(self: Any, states: list[Any]) -> Any:
         return original(self, fill(self, states))
@@ -56,12 +56,12 @@ def pad_and_concat(original: Any) -> Any:
 
 
 def compose_average(original: Any) -> Any:
-    """Wraps the host's method of this name."""
+    """`LoRALinear.compose_average`, with children without LoRA."""
 
     def wrapper(self: Any, adapter_setup: Average, state: Any, lvl: int = 0) -> Any:
         if not _has_ours(self, adapter_setup):
             return original(self, adapter_setup, state, lvl=lvl)
-        # The host leaves out children without LoRA and divides by their number once more.
+        # The host skips children without LoRA, and divides by their number a second time.
         states = []
         for child in adapter_setup:
             if isinstance(child, AdapterCompositionBlock):
@@ -77,12 +77,12 @@ def compose_average(original: Any) -> Any:
 
 
 def compose_multi_task(original: Any) -> Any:
-    """Wraps the host's method of this name."""
+    """`LoRALinear.compose_multi_task`, with children without LoRA."""
 
     def wrapper(self: Any, adapter_setup: MultiTask, state: Any, lvl: int = 0) -> Any:
         if not _has_ours(self, adapter_setup):
             return original(self, adapter_setup, state, lvl=lvl)
-        # The host takes a tensor or names, and neither checks them nor repeats them for beams.
+        # The host takes a tensor or names, but neither checks them nor repeats them for beams.
         context = ForwardContext.get_context()
         given = context.task_ids
         children = task_children(adapter_setup, self._bsz(state))

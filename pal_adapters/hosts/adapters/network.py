@@ -16,7 +16,7 @@ from pal_adapters.hooks.weight_copies import Slots, block_slots, fill, outer_slo
 from pal_adapters.hosts.method import generator_for
 from pal_adapters.nn.unit import BatchTasks, TaskUnit, batch_tasks
 
-from .config import task_configs
+from .config import given_configs
 
 if TYPE_CHECKING:
     from .layer import TaskLayer
@@ -102,7 +102,7 @@ class LayerNetwork:
 
 def _tasks(adapters_config: Any, name: str) -> list[str] | None:
     """The tasks of an adapter, if it is a network for many."""
-    configs = task_configs(adapters_config.get(name))
+    configs = given_configs(adapters_config.get(name))
     return next((config.tasks for config in configs if config.method.network), None)
 
 

@@ -1,333 +1,292 @@
-"""Registration with `adapters`, and the only place where its internals are replaced.
+"""Registration with `adapters`, and the table of everything in it that is replaced.
 
-Every symbol of adapters 1.3 that is replaced; wrappers that are not here are in `adapters_adding` (an adapter is
-added), `adapters_files` (loaders) and `adapters_lora`:
-
-| upstream symbol                                  | what and why                                                   |
-|--------------------------------------------------|----------------------------------------------------------------|
-| `AdapterConfig._get_config_class`                | wrapped: its table of architectures is closed                  |
-| `AdapterMethod.get_from_config`                  | wrapped: a model's interface would have to list our methods;   |
-|                                                  | whether they fit is found from the model instead               |
-| `ADAPTER_CONFIG_MAP`                             | gets our strings                                               |
-| `ADAPTERFUSION_CONFIG_MAP`                       | gets our strings                                               |
-| `ModelAdaptersMixin.supports_adapter`            | wrapped: the answer for our configs is found from the model    |
-| `ModelAdaptersMixin.add_adapter`                 | wrapped: says why one does not fit, where the host would not   |
-| `ModelAdaptersMixin._add_adapter_weights`        | wrapped: gives blocks their `TaskLayer` before the first use   |
-| `ModelAdaptersMixin.add_adapter_fusion`          | wrapped: reads our configs, which come from a file as the      |
-|                                                  | host's class; refuses sets that cannot be fused, before they   |
-|                                                  | count; links coefficients that blocks share                    |
-| `ModelAdaptersMixin.init_adapters`               | wrapped: links them where a model comes with its fusions       |
-| `ModelAdaptersMixin._load_adapter_setup_weights` | wrapped: a setup that cannot be loaded leaves the model as it  |
-|                                                  | was                                                            |
-| `ModelAdaptersMixin.merge_adapter`               | wrapped: the host passes over what it cannot merge             |
-| `ModelAdaptersMixin._prepare_model_inputs`       | wrapped: generation repeats tensors for its beams, and leaves  |
-|                                                  | a list of `task_ids` as short as it was                        |
-| `ModelWithHeadsAdaptersMixin.freeze_embeddings`  | wrapped: an embedding tied to the head belongs to a base that  |
-|                                                  | is trained                                                     |
-| `.train_adapter_fusion`                          | wrapped: a head model made from a file is not told of the      |
-|                                                  | fusions that its base has, and it is the one that has a loss   |
-| `Fuse._get_save_kwargs`                          | wrapped: a saved setup lost a fusion's own name                |
-| `BottleneckLayer.bottleneck_layer_forward`       | wrapped: compositions that mix our adapters with bottlenecks   |
-| `BottleneckLayer.add_fusion_layer`               | wrapped: the layer of a fusion is the host's own class         |
-| `BottleneckLayer.compose_fuse`                   | wrapped: our fusions need no query, and one wide bottleneck    |
-| `LoRALinear.pad_and_concat`, `.compose_average`, | wrapped: rows of adapters without LoRA; see `adapters_lora`    |
-| `.compose_multi_task`                            |                                                                |
-| `AdapterLoader.filter_func`, `.rename_func`      | wrapped: the host overlooks `shared_parameters` of a model     |
-|                                                  | without a head, and a jointly trained base belongs to the file |
-| `AdapterLoader.load`                             | wrapped: an adapter that cannot be loaded stays half added     |
-| `AdapterFusionLoader.filter_func`,               | wrapped: the host takes `a,b,c` for a part of `a,b`            |
-| `.rename_func`                                   |                                                                |
-| `AdapterFusionLoader.load`                       | wrapped: a file that cannot be loaded leaves the model as it   |
-|                                                  | was                                                            |
-| `AdapterTrainer._load_adapter_fusions`           | wrapped: a resumed run lost fusions with names of their own    |
-| `AdapterTrainer._load_best_model`                | wrapped: the head of a fusion stayed that of the last step     |
-
-What is called or subclassed: `ComposableAdapterLayerBase` (`adapters_composition`, `adapters_layer`), `AdapterSetup`,
-`ForwardContext` and `BottleneckLayer` with its adapters and fusion layers (`adapters_mixture`, `adapters_fusion`,
-`adapters_sources`, `adapters_penalty`; the weight of the penalty on their `value` is
-`get_fusion_regularization_loss`'s),
-`AdapterConfig` and `AdapterFusionConfig` (`adapters_config`, `adapters_fusion`).
-`tests/hosts/adapters/test_touches.py` fails when one of them moves.
+`REPLACED` is applied once, when the first method registers. A wrapper that is not here is in the module that has the
+idea. What is called or subclassed, without being replaced, is listed in `expectations`.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from copy import copy
-from typing import Any
+from typing import Any, NamedTuple
 
-import adapters
 from adapters import AdapterTrainer
 from adapters.composition import Fuse
 from adapters.configuration import ADAPTER_CONFIG_MAP, AdapterConfig
 from adapters.configuration.adapter_fusion_config import ADAPTERFUSION_CONFIG_MAP
 from adapters.interface import AdapterMethod
-from adapters.loading import AdapterFusionLoader, AdapterLoader
+from adapters.loading import AdapterFusionLoader, AdapterLoader, WeightsLoaderHelper
 from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.lora import LoRALinear
 from adapters.model_mixin import ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
 from packaging.version import Version
-from torch import nn
 
-from pal_adapters.errors import ConfigError, MissingHostError, UnknownAdapterError, UnsupportedError
+from pal_adapters.errors import ConfigError, MissingHostError, UntestedVersionWarning
 
-from . import adding as adapters_adding
-from . import files as adapters_files
-from . import fusion as adapters_fusion
-from . import lora as adapters_lora
-from . import penalty as adapters_penalty
-from . import setup as adapters_setup
-from . import sources as adapters_sources
-from . import trainer as adapters_trainer
-from .composition import architectures
-from .config import CONFIGS, TaskAdapterConfig, is_ours, task_configs
-from .layer import TaskLayer, base_parameters, trains_base, unfusable
-from .mixture import Mixture
-from .network import with_task_tensor
+from . import adding, adding_fusion, bottlenecks, deleting, file_configs, files, lora, setup, trainer, whole_model
+from .config import CONFIGS, TaskAdapterConfig
+from .expectations import RELIED_ON, TESTED, Expected, faults, installed_version
+from .fusion import FUSIONS, CombinationConfig
+from .transactions import whole
 
-_TOUCHED = "_pal_adapters_original"
+_ORIGINAL = "_pal_adapters_original"
+
+
+class Replaced(NamedTuple):
+    """A symbol of the host that is replaced.
+
+    Attributes:
+        owner: its class.
+        name: its name.
+        arguments: what the original takes.
+        make: gives the wrapper for the original.
+        reason: why it is replaced.
+    """
+
+    owner: type
+    name: str
+    arguments: tuple[str, ...]
+    make: Callable[[Any], Callable[..., Any]]
+    reason: str
+
+    def expected(self) -> Expected:
+        return Expected(self.owner, self.name, self.arguments, self.reason)
+
+
+def _whole(make: Callable[[Any], Callable[..., Any]]) -> Callable[[Any], Callable[..., Any]]:
+    return lambda original: whole(make(original))
+
+
+_MODEL, _HEADS = ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
+_LOAD = ("custom_weights_loaders", "set_active", "use_safetensors", "kwargs")
+_SETUP = ("self", "adapter_setup_name_or_path", "version", *_LOAD)
+_STATE = ("self", "adapter_setup", "state", "lvl")
+
+REPLACED: tuple[Replaced, ...] = (
+    # Configs
+    Replaced(
+        AdapterConfig, "_get_config_class", ("config_dict",), whole_model.get_config_class,
+        "its table of architectures is closed",
+    ),
+    Replaced(
+        AdapterMethod, "get_from_config", ("config",), whole_model.get_from_config,
+        "a model's interface would have to list our methods; whether they fit is found out from the model instead",
+    ),
+    Replaced(
+        _MODEL, "supports_adapter", ("self", "type_or_config"), adding.supports_adapter,
+        "whether a config of ours fits is found out from the model",
+    ),
+    # Adding, averaging and loading, whole or not at all
+    Replaced(
+        _MODEL, "add_adapter", ("self", "adapter_name", "config", "overwrite_ok", "set_active"),
+        _whole(adding.add_adapter), "says why a config does not fit; a rejected adapter stayed in parts",
+    ),
+    Replaced(
+        _MODEL, "_add_adapter_weights", ("self", "adapter_name"), adding.add_adapter_weights,
+        "gives blocks their TaskLayer before the first use",
+    ),
+    Replaced(
+        _MODEL, "average_adapter",
+        ("self", "adapter_name", "adapter_list", "weights", "combine_strategy", "normalize_weights", "overwrite_ok",
+         "set_active", "svd_rank"),
+        whole, "a rejected average stayed in parts",
+    ),
+    Replaced(
+        _MODEL, "add_adapter_fusion", ("self", "adapter_names", "config", "name", "overwrite_ok", "set_active"),
+        _whole(adding_fusion.add_adapter_fusion),
+        "reads our configs, which come from a file as a dict; rejects sets that cannot be fused; links coefficients "
+        "that blocks share; a rejected fusion stayed in parts",
+    ),
+    Replaced(
+        _MODEL, "delete_adapter", ("self", "adapter_name"), deleting.delete_adapter,
+        "configs of deleted adapters stayed",
+    ),
+    Replaced(
+        _MODEL, "delete_adapter_fusion", ("self", "adapter_names"), deleting.delete_adapter_fusion,
+        "configs and names of deleted fusions stayed",
+    ),
+    Replaced(
+        _MODEL, "load_adapter",
+        ("self", "adapter_name_or_path", "config", "version", "model_name", "load_as", "custom_weights_loaders",
+         "leave_out", "id2label", "set_active", "use_safetensors", "kwargs"),
+        whole, "an adapter that could not be loaded stayed half added",
+    ),
+    Replaced(
+        _MODEL, "load_adapter_fusion", ("self", "adapter_fusion_name_or_path", "load_as", *_LOAD),
+        whole, "a fusion that could not be loaded stayed half added",
+    ),
+    Replaced(
+        _MODEL, "load_adapter_setup", _SETUP, setup.load_adapter_setup,
+        "the parts that were read stayed when a later one could not be",
+    ),
+    Replaced(
+        _HEADS, "load_adapter_setup", _SETUP, setup.load_adapter_setup,
+        "the parts that were read stayed when a later one could not be",
+    ),
+    Replaced(
+        _MODEL, "init_adapters", ("self", "model_config", "adapters_config"), adding_fusion.init_adapters,
+        "links shared coefficients of a model that comes with its fusions",
+    ),
+    # Files
+    Replaced(
+        AdapterLoader, "filter_func", ("self", "adapter_name"), files.filter_func,
+        "the host overlooks shared_parameters of a model without a head; a jointly trained base belongs to the file",
+    ),
+    Replaced(
+        AdapterLoader, "rename_func", ("self", "old_name", "new_name"), files.rename_func,
+        "the host overlooks shared_parameters of a model without a head",
+    ),
+    Replaced(
+        AdapterLoader, "load",
+        ("self", "adapter_name_or_path", "config", "version", "model_name", "load_as", "loading_info", "leave_out",
+         "set_active", "kwargs"),
+        file_configs.adapter_load, "the host does not ask whether a file fits the model",
+    ),
+    Replaced(
+        AdapterFusionLoader, "filter_func", ("self", "adapter_fusion_name"), files.fusion_filter_func,
+        "the host takes a,b,c for a part of a,b",
+    ),
+    Replaced(
+        AdapterFusionLoader, "rename_func", ("self", "old_name", "new_name"), files.fusion_rename_func,
+        "the host takes a,b,c for a part of a,b",
+    ),
+    Replaced(
+        AdapterFusionLoader, "load", ("self", "save_directory", "load_as", "loading_info", "kwargs"),
+        file_configs.fusion_load, "the host does not ask whether a file fits the model",
+    ),
+    Replaced(
+        WeightsLoaderHelper, "load_weights_config", ("self", "save_directory"), file_configs.load_weights_config,
+        "the host's errors do not name the file",
+    ),
+    Replaced(
+        WeightsLoaderHelper, "load_weights",
+        ("self", "save_directory", "filter_func", "rename_func", "loading_info", "in_base_model"), files.load_weights,
+        "the host's errors name neither the file nor the cause",
+    ),
+    Replaced(
+        WeightsLoaderHelper, "load_weights_from_state_dict",
+        ("self", "state_dict", "filter_func", "rename_func", "loading_info", "in_base_model", "start_prefix"),
+        files.load_weights_from_state_dict, "the host loads what it finds and leaves the rest at random values",
+    ),
+    Replaced(
+        Fuse, "_get_save_kwargs", ("self",), setup.fuse_kwargs, "a saved setup lost the custom name of a fusion",
+    ),
+    Replaced(
+        AdapterTrainer, "_load_adapter_fusions", ("self", "resume_from_checkpoint"), trainer.load_adapter_fusions,
+        "a resumed run lost fusions with custom names",
+    ),
+    Replaced(
+        AdapterTrainer, "_load_best_model", ("self",), trainer.load_best_model,
+        "the head of a fusion stayed that of the last step",
+    ),
+    # Whole models
+    Replaced(
+        _MODEL, "merge_adapter", ("self", "name"), whole_model.merge_adapter, "the host skips what it cannot merge",
+    ),
+    Replaced(
+        _MODEL, "_prepare_model_inputs", ("self", "args", "kwargs"), whole_model.prepare_model_inputs,
+        "generation repeats tensors for its beams, and leaves a list of task_ids as short as it was",
+    ),
+    Replaced(
+        _HEADS, "freeze_embeddings", ("self", "freeze"), whole_model.freeze_embeddings,
+        "an embedding tied to the head belongs to a base that is trained",
+    ),
+    Replaced(
+        _HEADS, "train_adapter_fusion", ("self", "adapter_setup", "unfreeze_adapters"),
+        adding_fusion.train_adapter_fusion,
+        "a head model made from a file does not learn of the fusions of its base, and it is the one that has a loss",
+    ),
+    # The forward pass
+    Replaced(
+        BottleneckLayer, "bottleneck_layer_forward", ("self", "hidden_states", "residual_input", "layer_norm"),
+        bottlenecks.bottleneck_layer_forward, "compositions that mix task modules with bottlenecks",
+    ),
+    Replaced(
+        BottleneckLayer, "add_fusion_layer", ("self", "adapter_names"), adding_fusion.add_fusion_layer,
+        "the layer of a fusion is the host's own class",
+    ),
+    Replaced(
+        BottleneckLayer, "compose_fuse", _STATE, bottlenecks.compose_fuse,
+        "our fusions need no query, and one wide bottleneck",
+    ),
+    Replaced(
+        LoRALinear, "pad_and_concat", ("self", "states"), lora.pad_and_concat, "examples of adapters without LoRA",
+    ),
+    Replaced(LoRALinear, "compose_average", _STATE, lora.compose_average, "examples of adapters without LoRA"),
+    Replaced(LoRALinear, "compose_multi_task", _STATE, lora.compose_multi_task, "examples of adapters without LoRA"),
+)  # fmt: skip
 
 
 def register(config_class: type[TaskAdapterConfig], presets: dict[str, TaskAdapterConfig]) -> None:
-    """Make a method known to the host: its architecture and the strings of its ready configs. Idempotent.
+    """Make a method known to the host: its architecture and the strings of its presets. Idempotent.
 
     Raises:
-        ConfigError: if the host or another plugin owns one of the strings already.
+        ConfigError: if the host or another plugin already owns one of the strings.
+        MissingHostError: if the installed version does not have what the binding needs.
     """
-    _install()
+    install()
     for name, preset in presets.items():
         owner = ADAPTER_CONFIG_MAP.get(name)
         if owner is not None and type(owner) is not type(preset):
-            raise ConfigError(f"the adapters host has a config named {name!r} already ({type(owner).__name__}).")
+            raise ConfigError(f"adapters already has a config named {name!r} ({type(owner).__name__}).")
         ADAPTER_CONFIG_MAP[name] = preset
     CONFIGS[config_class.method.name] = config_class
 
 
-def register_fusion(
-    config_class: type[adapters_fusion.CombinationConfig], presets: Mapping[str, adapters_fusion.CombinationConfig]
-) -> None:
-    """Make a fusion known to the host: its config class and the strings of its ready configs. Idempotent.
+def register_fusion(config_class: type[CombinationConfig], presets: Mapping[str, CombinationConfig]) -> None:
+    """Make a fusion known to the host: its config class and the strings of its presets. Idempotent.
 
     Raises:
-        ConfigError: if the host or another plugin owns one of the strings already.
+        ConfigError: if the host or another plugin already owns one of the strings.
+        MissingHostError: if the installed version does not have what the binding needs.
     """
-    _install()
+    install()
     for name, preset in presets.items():
         owner = ADAPTERFUSION_CONFIG_MAP.get(name)
         if owner is not None and type(owner) is not config_class:
-            raise ConfigError(f"the adapters host has a fusion named {name!r} already ({type(owner).__name__}).")
-        ADAPTERFUSION_CONFIG_MAP[name] = copy(preset)  # two names of one are not one object
-    adapters_fusion.FUSIONS[str(next(iter(presets.values())).architecture)] = config_class
+            raise ConfigError(f"adapters already has a fusion named {name!r} ({type(owner).__name__}).")
+        ADAPTERFUSION_CONFIG_MAP[name] = copy(preset)  # two names of one preset are not one object
+    FUSIONS[str(next(iter(presets.values())).architecture)] = config_class
 
 
-def _wrap(owner: Any, name: str, make: Callable[[Any], Callable[..., Any]], *, static: bool = False) -> None:
-    original = getattr(owner, name)
-    if hasattr(original, _TOUCHED):
+@functools.cache
+def install() -> None:
+    """Replace what `REPLACED` lists, once, after checking that the installed host is as expected."""
+    check_host()
+    for replaced in REPLACED:
+        _wrap(replaced)
+
+
+def check_host() -> None:
+    """Check the installed host before anything in it is replaced.
+
+    Raises:
+        MissingHostError: for a version that is too old, or one that lacks what the binding needs.
+    """
+    version, tested = installed_version(), ", ".join(TESTED)
+    found = faults([*(replaced.expected() for replaced in REPLACED), *RELIED_ON])
+    if found or Version(version) < Version(TESTED[0]):
+        why = f": {'; '.join(found)}" if found else ""
+        raise MissingHostError(
+            f"adapters {version} does not work with this version of pal_adapters, which was tested with {tested}"
+            f"{why}. Install adapters=={TESTED[-1]}, or a newer pal_adapters."
+        )
+    if Version(version) > Version(TESTED[-1]):
+        warnings.warn(
+            f"adapters {version} is newer than the versions that pal_adapters was tested with ({tested}).",
+            UntestedVersionWarning,
+            stacklevel=2,
+        )
+
+
+def _wrap(replaced: Replaced) -> None:
+    original = getattr(replaced.owner, replaced.name)
+    if hasattr(original, _ORIGINAL):  # by an earlier import of this package
         return
-    wrapper = functools.wraps(original)(make(original))
-    setattr(wrapper, _TOUCHED, original)
-    setattr(owner, name, staticmethod(wrapper) if static else wrapper)
-
-
-def _install() -> None:
-    version = Version(adapters.__version__)
-    if not Version("1.3") <= version < Version("1.4"):
-        raise MissingHostError(f"adapters {version} is not supported: install 'adapters>=1.3,<1.4'.")
-    _wrap(AdapterConfig, "_get_config_class", _config_class, static=True)
-    _wrap(AdapterMethod, "get_from_config", _methods_of_config, static=True)
-    _wrap(ModelAdaptersMixin, "supports_adapter", adapters_adding.supports_adapter)
-    _wrap(ModelAdaptersMixin, "add_adapter", adapters_adding.add_adapter)
-    _wrap(ModelAdaptersMixin, "_add_adapter_weights", adapters_adding.add_adapter_weights)
-    _wrap(ModelAdaptersMixin, "add_adapter_fusion", _add_adapter_fusion)
-    _wrap(ModelAdaptersMixin, "init_adapters", _init_adapters)
-    _wrap(ModelAdaptersMixin, "_load_adapter_setup_weights", adapters_setup.load_adapter_setup_weights)
-    _wrap(ModelAdaptersMixin, "merge_adapter", _merge_adapter)
-    _wrap(ModelAdaptersMixin, "_prepare_model_inputs", _prepare_model_inputs)
-    _wrap(ModelWithHeadsAdaptersMixin, "freeze_embeddings", _freeze_embeddings)
-    _wrap(ModelWithHeadsAdaptersMixin, "train_adapter_fusion", _train_adapter_fusion)
-    _wrap(Fuse, "_get_save_kwargs", adapters_setup.fuse_kwargs)
-    _wrap(BottleneckLayer, "bottleneck_layer_forward", _bottleneck_layer_forward)
-    _wrap(BottleneckLayer, "add_fusion_layer", _add_fusion_layer)
-    _wrap(BottleneckLayer, "compose_fuse", _compose_fuse)
-    for name in ("pad_and_concat", "compose_average", "compose_multi_task"):
-        _wrap(LoRALinear, name, getattr(adapters_lora, name))
-    _wrap(AdapterLoader, "filter_func", adapters_files.filter_func)
-    _wrap(AdapterLoader, "rename_func", adapters_files.rename_func)
-    _wrap(AdapterLoader, "load", adapters_files.adapter_load)
-    _wrap(AdapterFusionLoader, "filter_func", adapters_files.fusion_filter_func)
-    _wrap(AdapterFusionLoader, "rename_func", adapters_files.fusion_rename_func)
-    _wrap(AdapterFusionLoader, "load", adapters_files.fusion_load)
-    _wrap(AdapterTrainer, "_load_adapter_fusions", adapters_trainer.load_adapter_fusions)
-    _wrap(AdapterTrainer, "_load_best_model", adapters_trainer.load_best_model)
-
-
-# Configs
-
-
-def _config_class(original: Any) -> Any:
-    def _get_config_class(config_dict: Mapping[str, Any]) -> type:
-        ours = CONFIGS.get(config_dict.get("architecture") or "")
-        return ours if ours is not None else original(config_dict)
-
-    return _get_config_class
-
-
-def _methods_of_config(original: Any) -> Any:
-    def get_from_config(config: AdapterConfig) -> list[str]:
-        return [] if isinstance(config, TaskAdapterConfig) else original(config)
-
-    return get_from_config
-
-
-# Fusing, merging and training
-
-
-def _add_adapter_fusion(original: Any) -> Any:
-    def wrapper(
-        self: ModelAdaptersMixin,
-        adapter_names: Any,
-        config: Any = None,
-        name: str | None = None,
-        overwrite_ok: bool = False,
-        set_active: bool = False,
-    ) -> Any:
-        children = adapter_names.split(",") if isinstance(adapter_names, str) else adapter_names
-        names = [child if isinstance(child, str) else child.last() for child in children]
-        preset = ADAPTERFUSION_CONFIG_MAP.get(config) if isinstance(config, str) else config
-        ours = adapters_fusion.combination_config(preset)
-        if ours is not None:
-            key = name or (adapter_names.name if isinstance(adapter_names, Fuse) else ",".join(names))
-            adapters_sources.check_sources(self.adapters_config, names)
-            if key in self.adapters_config.fusions and not overwrite_ok:
-                raise ConfigError(
-                    f"the model has a fusion with the name {key!r}: delete it, or pass overwrite_ok=True."
-                )
-            adapter_names, name, config = names, key, config if isinstance(config, str) else ours
-        if any(is_ours(architectures(self.adapters_config.get(source))) for source in names):
-            for reason in filter(None, (unfusable(names, layer.task_layer) for _, layer in self.iter_layers())):
-                raise UnsupportedError(reason)
-        elif ours is None:
-            return original(self, adapter_names, config, name, overwrite_ok, set_active)
-        before = set(self.adapters_config.fusions)
-        try:
-            result = original(self, adapter_names, config, name, overwrite_ok, set_active)
-            if ours is not None:
-                adapters_fusion.link(self)
-                adapters_penalty.watch(self)
-            return result
-        except ValueError:
-            for added in set(self.adapters_config.fusions) - before:  # the host leaves it half added
-                self.delete_adapter_fusion(added)
-                self.adapters_config.fusion_name_map.pop(added, None)
-            raise
-
-    return wrapper
-
-
-def _init_adapters(original: Any) -> Any:
-    def wrapper(self: ModelAdaptersMixin, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        adapters_fusion.link(self)
-        adapters_penalty.watch(self)
-
-    return wrapper
-
-
-def _train_adapter_fusion(original: Any) -> Any:
-    def wrapper(self: ModelWithHeadsAdaptersMixin, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        adapters_penalty.watch(self)
-
-    return wrapper
-
-
-def _merge_adapter(original: Any) -> Any:
-    def wrapper(self: ModelAdaptersMixin, name: str) -> None:
-        for config in task_configs(self.adapters_config.get(name)):
-            raise UnsupportedError(f"{name!r} cannot be merged into the base weights: {config.method.unmergeable}")
-        original(self, name)
-
-    return wrapper
-
-
-def _freeze_embeddings(original: Any) -> Any:
-    def wrapper(self: ModelWithHeadsAdaptersMixin, freeze: bool = True) -> None:
-        trained: list[nn.Parameter] = []
-        if trains_base(self.adapters_config, self.adapters_config.active_setup):
-            trained = [p for p in base_parameters(self.base_model).values() if p.requires_grad]
-        original(self, freeze)
-        for parameter in trained:
-            parameter.requires_grad = True
-
-    return wrapper
-
-
-# The forward pass
-
-
-def _prepare_model_inputs(original: Any) -> Any:
-    def wrapper(self: ModelAdaptersMixin, *args: Any, **kwargs: Any) -> Any:
-        inputs, name, arguments = original(self, *args, **kwargs)
-        return inputs, name, with_task_tensor(self.adapters_config, arguments)
-
-    return wrapper
-
-
-def _bottleneck_layer_forward(original: Any) -> Any:
-    def wrapper(self: BottleneckLayer, hidden_states: Any, residual_input: Any, layer_norm: Any) -> Any:
-        task_layer: TaskLayer | None = getattr(self, "pal_adapters_task_layer", (None,))[0]
-        if task_layer is None:
-            return original(self, hidden_states, residual_input, layer_norm)
-        if self.is_layer_hooked and isinstance(layer_norm, nn.Module):
-            # The host borrows a norm of the block (of the last block, in fact): our hooks on it are not for this call.
-            layer_norm = layer_norm.forward
-        setup = task_layer.mixed_setup()
-        if setup is None:
-            return original(self, hidden_states, residual_input, layer_norm)
-        mixture = Mixture(self, task_layer)
-        if not mixture.acts(setup):
-            return original(self, hidden_states, residual_input, layer_norm)
-        hidden_states, residual_input = _match_batches(hidden_states, residual_input)
-        return mixture.forward(setup, hidden_states, residual_input, layer_norm)
-
-    return wrapper
-
-
-def _add_fusion_layer(original: Any) -> Any:
-    def wrapper(self: BottleneckLayer, adapter_names: Any) -> None:
-        name = adapter_names if isinstance(adapter_names, str) else ",".join(adapter_names)
-        config, names = self.adapters_config.get_fusion(name)
-        ours = adapters_fusion.combination_config(config)
-        if ours is None:
-            original(self, adapter_names)
-        else:
-            adapters_fusion.add_layer(self, name, ours, names)
-
-    return wrapper
-
-
-def _compose_fuse(original: Any) -> Any:
-    def wrapper(self: BottleneckLayer, adapter_setup: Fuse, state: Any, lvl: int = 0) -> Any:
-        name = adapter_setup.name
-        if name in self.adapter_fusion_layer and isinstance(
-            self.adapter_fusion_layer[name], adapters_fusion.Combination
-        ):
-            return adapters_fusion.compose(self, adapter_setup, state, lvl)
-        if name not in self.adapters_config.fusions:
-            raise UnknownAdapterError(
-                f"{adapter_setup} has no fusion on the model, which has "
-                f"{', '.join(map(repr, self.adapters_config.fusions)) or 'none'}: add it with add_adapter_fusion, or "
-                "give Fuse(...) the name= of one of these."
-            )
-        return original(self, adapter_setup, state, lvl=lvl)
-
-    return wrapper
-
-
-def _match_batches(hidden_states: Any, residual_input: Any) -> tuple[Any, Any]:
-    if residual_input is None or hidden_states.shape[0] == residual_input.shape[0]:
-        return hidden_states, residual_input
-    batch = max(hidden_states.shape[0], residual_input.shape[0])
-    grown = [t.repeat(batch // t.shape[0], 1, 1) for t in (hidden_states, residual_input)]
-    return grown[0], grown[1]
+    wrapper = functools.wraps(original)(replaced.make(original))
+    setattr(wrapper, _ORIGINAL, original)
+    static = isinstance(inspect.getattr_static(replaced.owner, replaced.name), staticmethod)
+    setattr(replaced.owner, replaced.name, staticmethod(wrapper) if static else wrapper)

@@ -1,4 +1,4 @@
-"""The penalties of fusions on their coefficients, in the loss that a model of `adapters` returns in training."""
+"""The penalties of fusions, in the loss that a model of `adapters` returns in training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from adapters.composition import AdapterCompositionBlock, Fuse
 from adapters.context import AdapterSetup
+from adapters.methods.modeling import BertFusion
 from torch import Tensor, nn
 
 from pal_adapters.hooks import penalty
@@ -16,18 +17,18 @@ from .fusion import Combination, places
 
 
 def watch(model: nn.Module) -> None:
-    """Have a model add the penalties of its fusions to the loss that it returns."""
+    """Make a model add the penalties of its fusions to the loss it returns."""
     layers = (layer for name in model.adapters_config.fusions for _, layer in places(model, name))  # type: ignore[union-attr]
     fusions = (fusion for layer in layers for fusion in layer.adapter_fusion_layer.values())
     if any(isinstance(fusion, Combination) and fusion.penalised for fusion in fusions):
         for module in model.modules():
-            penalty.unwatch(module, add_penalty)  # the outermost model has the loss
+            penalty.unwatch(module, add_penalty)  # the outermost model computes the loss
         penalty.watch(model, add_penalty)
 
 
 def add_penalty(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
-    """Forward hook: the penalty of the active fusions is part of the loss that a model returns in training."""
-    # The host puts its base model into training mode, not the one around it.
+    """Forward hook: adds the penalties of the active fusions to the loss that a model returns in training."""
+    # The host puts its base model into training mode, but not the head model.
     training = module.training or getattr(module, "base_model", module).training
     if not (training and torch.is_grad_enabled()) or penalty.is_by_caller():
         return None
@@ -36,7 +37,7 @@ def add_penalty(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output:
 
 
 def active_penalty(model: nn.Module) -> Tensor | None:
-    """The penalties of the active fusions whose coefficients train, a scalar, or None where there is none."""
+    """The summed penalties of active fusions with trainable coefficients, a scalar, or None if there are none."""
     context = AdapterSetup.get_context()
     setup = model.adapters_config.active_setup if context is None else context.adapter_setup  # type: ignore[union-attr]
     return _summed(
@@ -48,10 +49,10 @@ def active_penalty(model: nn.Module) -> Tensor | None:
 
 
 def penalty_of(model: nn.Module, name: str) -> Tensor | None:
-    """The penalty of one fusion, whose coefficients train, a scalar, or None where there is none.
+    """The penalty of one fusion with trainable coefficients, a scalar, or None if it has none.
 
-    For a fusion of the host's own kind, `0.01 ||I - V||_F^2` summed over the places: its part of what
-    `get_fusion_regularization_loss` gives, which is over all fusions that train.
+    For the host's AdapterFusion: `0.01 ||I - V||_F^2`, summed over the places. The host's
+    `get_fusion_regularization_loss` sums this over all fusions that train.
     """
     return _summed(_penalty(layer.adapter_fusion_layer[name]) for _, layer in places(model, name))
 
@@ -59,8 +60,10 @@ def penalty_of(model: nn.Module, name: str) -> Tensor | None:
 def _penalty(place: Any) -> Tensor | None:
     if isinstance(place, Combination):
         return place.penalty()
-    weight = place.value.weight if hasattr(place, "value") else None
-    if weight is None or not weight.requires_grad:
+    if not isinstance(place, BertFusion) or not place.config["value"]:
+        return None
+    weight = place.value.weight
+    if not weight.requires_grad:
         return None
     return 0.01 * (torch.eye(len(weight), device=weight.device, dtype=weight.dtype) - weight).pow(2).sum()
 

@@ -1,4 +1,4 @@
-"""Adapters of the host as sources: what a bottleneck adds, several as one wide bottleneck, and what cannot be one."""
+"""The host's bottlenecks as sources of a fusion: what one adds, several as a single wide one, what cannot be fused."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
 from pal_adapters.nn.bottleneck import Bottleneck, widen
 
-from .config import task_configs
+from .config import fusable_methods, task_configs
 
 
 class WideSources:
-    """Bottlenecks of the host, alike but for their widths and weights.
+    """Bottlenecks of the host that differ only in their widths and weights.
 
-    Weights are read at each call and never kept: they may change in place.
+    Weights are read at each call and never cached, since they may change in place.
     """
 
     def __init__(self, adapters: tuple[Adapter, ...]) -> None:
@@ -34,7 +34,7 @@ class WideSources:
         self._linears: list[tuple[Any, Any]] = [(down_of(a), a.adapter_up) for a in adapters]
 
     def usable(self) -> bool:
-        """Whether a wide bottleneck gives what the sources give now: they must neither drop out nor be hooked."""
+        """Whether a wide bottleneck computes the same now: no source has active dropout or hooks."""
         return (
             self._alike
             and not any(a.training and (a.dropout.p > 0 or hasattr(a, "DropPath")) for a in self.adapters)
@@ -42,7 +42,7 @@ class WideSources:
         )
 
     def __call__(self, x: Tensor, coefficients: Tensor) -> Tensor:
-        """`[b, n, d]`, what the sources add together for their input `x` `[b, n, d]`."""
+        """The sum of what the sources add, `[b, n, d]`, for their input `x` `[b, n, d]`."""
         if self._scaled:
             coefficients = coefficients * torch.stack([scaling_of(a) for a in self.adapters])
         sources = [Bottleneck(down.weight, down.bias, up.weight, up.bias) for down, up in self._linears]
@@ -50,33 +50,33 @@ class WideSources:
 
 
 def scaling_of(adapter: Adapter) -> Tensor:
-    """The factor behind the up-projection, `[d]`."""
+    """The factor applied after the up-projection, `[d]`."""
     if isinstance(adapter.scaling, float):
         return next(adapter.adapter_up.parameters()).new_full((adapter.input_size,), adapter.scaling)
     return adapter.scaling.expand(adapter.input_size)
 
 
 def unlike(adapters: Sequence[Adapter]) -> str | None:
-    """Why no single bottleneck can give what these sources give, or None."""
+    """Why no single bottleneck computes the sum of these sources, or None."""
     if any(a.use_gating for a in adapters):
         return "a source has a gate, which depends on the input"
     if any(a.add_layer_norm_after for a in adapters):
-        return "a source has a layer norm behind it"
+        return "a source is followed by a layer norm"
     if len({type(a) for a in adapters}) > 1:
         return "some sources are parallel and others sequential"
     if len({(a.original_ln_before, a.residual_before_ln) for a in adapters}) > 1:
-        return "the sources differ in original_ln_before or residual_before_ln, so that they read different values"
+        return "the sources differ in original_ln_before or residual_before_ln and therefore read different values"
     if len({a.original_ln_after for a in adapters}) > 1:
         return "the sources differ in original_ln_after"
     if len({_function_key(a.non_linearity) for a in adapters}) > 1:
         return "the sources differ in their non-linearity"
     if any(True for a in adapters for _ in a.non_linearity.parameters()):
-        return "a source has a non-linearity with weights of its own"
+        return "a source has a non-linearity with parameters"
     return None
 
 
 def down_of(adapter: Adapter) -> nn.Module:
-    """The down-projection, behind the norm that some configs put in front of it."""
+    """The down-projection, which some configs put after a norm."""
     return adapter.adapter_down[int(adapter.add_layer_norm_before)]
 
 
@@ -105,22 +105,22 @@ def added(layer: BottleneckLayer, name: str, x: Tensor, residual: Tensor) -> Ten
 
 
 def check_sources(adapters_config: Any, names: Sequence[str]) -> None:
-    """Whether adapters of these names can be sources of one fusion.
+    """Check that adapters with these names can be the sources of one fusion.
 
     Raises:
-        ConfigError: for no source at all, or for one that is named twice.
+        ConfigError: without sources, or if one is named twice.
         UnknownAdapterError: for a name that is not on the model.
-        UnsupportedError: for an adapter that adds nothing a coefficient could weigh, or has an invertible part, or for
-            sources that end a block in different ways.
+        UnsupportedError: for an adapter without a term that a coefficient could weigh, or with an invertible part, or
+            for sources that end a block in different ways.
     """
     if not names:
-        raise ConfigError("a fusion needs at least one source: pass Fuse('a', 'b') with names of adapters.")
+        raise ConfigError("a fusion needs at least one source: pass Fuse('a', 'b') with adapter names.")
     for name in names:
         if list(names).count(name) > 1:
             raise ConfigError(f"{name!r} is named twice in Fuse({', '.join(names)}): name each source once.")
         if name not in adapters_config:
             raise UnknownAdapterError(
-                f"no adapter with the name {name!r} on the model: use one of {', '.join(adapters_config) or '(none)'}."
+                f"the model has no adapter {name!r}: use one of {', '.join(adapters_config) or '(none)'}."
             )
     ends, ours = {}, False
     for name in names:
@@ -130,20 +130,20 @@ def check_sources(adapters_config: Any, names: Sequence[str]) -> None:
             ours = True
         elif config is None or config.get("architecture") is not None or whole.get("architecture") == "union":
             raise UnsupportedError(
-                f"{name!r} ({type(whole).__name__}) cannot be a source of a fusion: it is no bottleneck and adds no "
-                "term behind a sub-layer. Fuse adapters of type pal, low_rank or a bottleneck."
+                f"{name!r} ({type(whole).__name__}) cannot be a source of a fusion: it does not add a term "
+                f"after a sub-layer. Fuse bottlenecks, or adapters of type {', '.join(fusable_methods())}."
             )
         if config is not None and config["inv_adapter"] is not None:
             raise UnsupportedError(
                 f"{name!r} ({type(whole).__name__}) cannot be a source of a fusion: its invertible part acts on the "
-                f"embeddings, where no coefficient can weigh it. Put it in front, Stack({name!r}, Fuse(...))."
+                f"embeddings, where no coefficient can weigh it. Stack it in front: Stack({name!r}, Fuse(...))."
             )
         if config is not None:
             before = True if config["is_parallel"] else config["residual_before_ln"]
             ends[name] = (before, config["original_ln_after"])
     if len(set(ends.values())) > 1 or (ours and any(end != (True, True) for end in ends.values())):
         raise UnsupportedError(
-            f"Fuse({', '.join(names)}) cannot be used: the sources differ in residual_before_ln or original_ln_after, "
-            "so that no single residual fits them. Fuse sources that agree in both"
-            + (", True beside task modules." if ours else ".")
+            f"Fuse({', '.join(names)}) cannot be used: the sources differ in residual_before_ln or original_ln_after "
+            "and have no residual in common. Fuse sources that agree in both"
+            + (", with True beside task modules." if ours else ".")
         )

@@ -1,16 +1,18 @@
-"""What `AdapterTrainer` forgets of a fusion of ours when it reads a checkpoint."""
+"""What `AdapterTrainer` omits of our fusions when it loads a checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from adapters.heads import ModelWithFlexibleHeadsAdaptersMixin
+
 from .fusion import combination_config
 from .penalty import fusions_in
 
 
 def load_adapter_fusions(original: Any) -> Any:
-    """The host resumes a run with those fusions whose folder has a comma in its name."""
+    """`AdapterTrainer._load_adapter_fusions`; the host loads only fusions whose folder name contains a comma."""
 
     def wrapper(self: Any, resume_from_checkpoint: str) -> None:
         original(self, resume_from_checkpoint)
@@ -23,12 +25,12 @@ def load_adapter_fusions(original: Any) -> Any:
 
 
 def load_best_model(original: Any) -> Any:
-    """The host restores a head only if it has the name of an adapter, and leaves others as the last step made them."""
+    """`AdapterTrainer._load_best_model`; the host restores only heads that are named like an adapter."""
 
     def wrapper(self: Any) -> None:
         original(self)
         active = {fuse.name for fuse in fusions_in(self.model.active_adapters)}
-        if active & set(_ours(self.model)) and hasattr(self.model, "heads"):
+        if active & set(_ours(self.model)) and isinstance(self.model, ModelWithFlexibleHeadsAdaptersMixin):
             self._load_heads(self.state.best_model_checkpoint)
 
     return wrapper

@@ -234,11 +234,11 @@ def test_peft_cuts_to_the_same(
 
 REFUSED = {
     "attention": ("seq_bn", "dynamic", "depend on the input"),
-    "pal": ("pal", "scalearn", r"'a' \(pal\) is no bottleneck"),
+    "pal": ("pal", "scalearn", r"'a' \(pal\) is not a bottleneck"),
     "mixture": ("mixture", "scalearn", r"'a' \(pal\)"),
     "functions": ("functions", "scalearn", "non-linearity"),
     "gate": ("gate", "scalearn", "gate"),
-    "norms": ("norm_of_all", "scalearn", "layer norm behind"),
+    "norms": ("norm_of_all", "scalearn", "followed by a layer norm"),
     "placement": ("sequential_and_parallel", "scalearn", "parallel"),
 }
 

@@ -593,7 +593,7 @@ def test_a_source_that_was_deleted(kind: str, bert: nn.Module, batch: dict[str, 
     with_sources(bert, kind)
     bert.add_adapter_fusion(FUSE, config="scalearn", set_active=True)
     bert.delete_adapter("b")
-    with pytest.raises(UnknownAdapterError, match="'b', which is not on the model any more"):
+    with pytest.raises(UnknownAdapterError, match="'b', which is no longer on the model"):
         output(bert, batch)
 
 
@@ -702,8 +702,8 @@ BAD: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "unknown source": (Fuse("a", "nobody"), "scalearn", UnknownAdapterError, "'nobody'.*a, b, c"),
     "empty": ([], "scalearn", ConfigError, "at least one source"),
     "twice": (Fuse("a", "b", "a"), "scalearn_pp", ConfigError, "'a' is named twice"),
-    "lora": (Fuse("a", "lora"), "scalearn", UnsupportedError, "'lora'.*no bottleneck"),
-    "prefix": (Fuse("prefix", "a"), "scalearn", UnsupportedError, "'prefix'.*no bottleneck"),
+    "lora": (Fuse("a", "lora"), "scalearn", UnsupportedError, "'lora'.*cannot be a source"),
+    "prefix": (Fuse("prefix", "a"), "scalearn", UnsupportedError, "'prefix'.*cannot be a source"),
     "union": (Fuse("union", "a"), "scalearn", UnsupportedError, "'union'"),
     "lhuc": (Fuse("a", "lhuc"), "scalearn", UnsupportedError, "lhuc"),
     "invertible": (Fuse("a", "inv"), "scalearn", UnsupportedError, r"'inv'.*Stack\('inv'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -277,7 +278,7 @@ def test_sources_that_are_not_on_the_model(bert: nn.Module, base_path: pathlib.P
     saved_fusion(bert, tmp_path / "fusion")
     model = fresh(base_path)
     model.add_adapter("a", config=adapters.SeqBnConfig())
-    with pytest.raises(ValueError, match="no adapter with the name 'b'"):
+    with pytest.raises(ValueError, match="the model has no adapter 'b'"):
         model.load_adapter_fusion(str(tmp_path / "fusion"), use_safetensors=True)
     assert not model.adapters_config.fusions
 
@@ -347,7 +348,68 @@ def test_a_source_that_cannot_be_loaded_is_not_half_added(how: str, bert: nn.Mod
     with pytest.raises(expected) as error:
         bert.load_adapter(str(tmp_path / "a"), use_safetensors=True, set_active=True)
     if how == "wide":
-        assert "another size: size mismatch for" in str(error.value)
+        assert "of another size: size mismatch for" in str(error.value)
     assert list(bert.state_dict()) == before
     assert not list(bert.adapters_config)
     assert bert.active_adapters is None
+
+
+def test_a_host_without_this_package_raises(
+    bert: nn.Module, base_path: pathlib.Path, tmp_path: pathlib.Path, python: Callable[[str], str]
+) -> None:
+    """It would build a fusion of its own kind and compute something else."""
+    with_sources(bert, "seq_bn")
+    trained(bert, "scalearn_pp")
+    bert.save_adapter_setup(str(tmp_path / "setup"), FUSE)
+    bert.save_pretrained(str(tmp_path / "whole"))
+    bert.delete_adapter_fusion(FUSE)
+    trained(bert, ScaLearnConfig(init_scale=1.0))
+    bert.save_pretrained(str(tmp_path / "whole with options"))
+    printed = python(
+        f"""
+        import adapters
+        from adapters import BertAdapterModel
+        from transformers import BertModel
+
+        def attempt(call, *arguments, **options):
+            try:
+                call(*arguments, **options)
+            except Exception as error:
+                print(type(error).__name__)
+            else:
+                print("no error")
+
+        def model():
+            model = BertModel.from_pretrained({str(base_path)!r})
+            adapters.init(model)
+            for name in "abc":
+                model.add_adapter(name, config="seq_bn[reduction_factor=4]")
+            return model
+
+        attempt(model().load_adapter_setup, "setup", set_active=True)
+        attempt(model().load_adapter_fusion, "setup/a,b,c")
+        attempt(BertAdapterModel.from_pretrained, "whole")
+        attempt(BertAdapterModel.from_pretrained, "whole with options")
+        """
+    )
+    assert printed.split() == ["TypeError", "TypeError", "AttributeError", "AttributeError"]
+
+
+@pytest.mark.parametrize("config", ["scalearn", "scalearn_uniform_pp"])
+def test_files_with_the_options_of_the_host(
+    config: str, bert: nn.Module, base_path: pathlib.Path, batch: dict[str, Tensor], tmp_path: pathlib.Path
+) -> None:
+    """Version 0.1 wrote them into its files."""
+    trained(bert, config)
+    expected = output(bert, batch, FUSE)
+    bert.save_adapter_setup(str(tmp_path / "setup"), FUSE)
+    path = tmp_path / "setup" / "a,b,c" / "adapter_fusion_config.json"
+    saved = json.loads(path.read_text())
+    saved["config"] |= {
+        "key": False, "query": False, "value": False, "query_before_ln": False, "residual_before": False,
+        "temperature": False, "value_before_softmax": False, "value_initialized": "", "dropout_prob": None,
+    }  # fmt: skip
+    path.write_text(json.dumps(saved))
+    other = fresh(base_path)
+    other.load_adapter_setup(str(tmp_path / "setup"), set_active=True)
+    assert torch.equal(output(other, batch), expected)

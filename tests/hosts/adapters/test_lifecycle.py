@@ -138,12 +138,14 @@ def test_a_pal_beside_prefix_tuning_adds_its_own_term(bert: nn.Module, batch: di
     torch.testing.assert_close(seen[0], seen[1], atol=1e-6, rtol=1e-6)  # both read the embeddings
 
 
-def test_default_width_is_stored_as_a_number(bert: nn.Module) -> None:
-    bert.add_adapter("a", config="pal")
+def test_the_chosen_width_is_kept_beside_what_the_user_gave(bert: nn.Module) -> None:
+    bert.add_adapter("a", config=PALConfig())
     config = bert.adapters_config.get("a")
-    assert isinstance(config.hidden_size, int)
-    assert config.hidden_size % 6 == 0
-    assert bert.encoder.layer[0].task_layer.pal_adapters["a"]["pal"].query.weight.shape[0] == config.hidden_size
+    assert config == PALConfig()
+    assert config.hidden_size is None
+    width = config.chosen["hidden_size"]
+    assert width % 6 == 0
+    assert bert.encoder.layer[0].task_layer.pal_adapters["a"]["pal"].query.weight.shape[0] == width
     assert len(bert.adapters_config.config_map) == 1
 
 
@@ -151,7 +153,7 @@ def test_width_does_not_depend_on_what_is_on_the_model(bert: nn.Module) -> None:
     for name in ("a", "b", "c"):
         bert.add_adapter(name, config="pal")
         bert.add_adapter(f"{name}_bn", config="seq_bn")
-    assert len({bert.adapters_config.get(name).hidden_size for name in ("a", "b", "c")}) == 1
+    assert len({bert.adapters_config.get(name).chosen["hidden_size"] for name in ("a", "b", "c")}) == 1
 
 
 def test_overwrite_ok(bert: nn.Module, batch: dict[str, Tensor]) -> None:
@@ -545,7 +547,7 @@ def test_what_a_model_supports(bert: nn.Module) -> None:
 def test_a_misspelt_argument_is_refused(bert: nn.Module) -> None:
     with pytest.raises(ConfigError, match=r"hiden_size=12 is not an argument of PALConfig: use .*hidden_size"):
         bert.add_adapter("a", config={"architecture": "pal", "hiden_size": 12})
-    with pytest.raises(TypeError, match="hiden_size"):
+    with pytest.raises(ConfigError, match=r"hiden_size is not an argument of PALConfig: use .*hidden_size"):
         bert.add_adapter("a", config="pal[hiden_size=12]")
     assert "a" not in bert.adapters_config
 
@@ -589,7 +591,7 @@ def test_two_adapters_cannot_name_different_sites(bert: nn.Module, batch: dict[s
     }  # fmt: skip
     add(bert, "a", "pal")
     a = output(bert, batch, "a")
-    with pytest.raises(ConfigError, match=r"sites=.*a use other sites of BertLayer"):
+    with pytest.raises(ConfigError, match=r"sites=.*a already use other sites of BertLayer"):
         bert.add_adapter("b", config=PALConfig(hidden_size=12, sites=sites))
     assert torch.equal(output(bert, batch, "a"), a)
     bert.delete_adapter("a")

@@ -205,7 +205,7 @@ def test_average_with_lora_is_the_average_of_outputs(run: Run, model: nn.Module,
 
 
 def test_dora_refuses_other_rows(run: Run) -> None:
-    with pytest.raises(UnsupportedError, match=r"'dora' \(DoRA\) scales all rows"):
+    with pytest.raises(UnsupportedError, match=r"'dora' \(DoRA\) scales all examples"):
         run(BatchSplit("a", "dora", batch_sizes=2))
 
 

@@ -112,7 +112,8 @@ def test_the_default_width_is_in_the_file(bert: nn.Module, tmp_path: pathlib.Pat
     bert.save_adapter(str(tmp_path / "a"), "a")
     saved = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["config"]
     assert saved["architecture"] == "pal"
-    assert saved["hidden_size"] == bert.adapters_config.get("a").hidden_size
+    assert saved["hidden_size"] is None
+    assert saved["chosen"] == {"hidden_size": bert.adapters_config.get("a").resolved().hidden_size}
 
 
 @SAFE

@@ -1,0 +1,32 @@
+"""The host's methods that change a model do so whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from adapters.model_mixin import ModelAdaptersMixin
+
+from pal_adapters.hosts.unchanged import all_or_nothing
+
+from .layer import TaskLayer
+
+
+@contextmanager
+def changing(model: ModelAdaptersMixin) -> Iterator[None]:
+    """A change of a model of `adapters`: if it raises, the model is put back to what it was."""
+    layers = [module for module in model.modules() if isinstance(module, TaskLayer)]
+    owners = [owner for layer in layers for owner in (layer.attachment, layer.network)]
+    with all_or_nothing(model, model.adapters_config, model.config, *owners):
+        yield
+
+
+def whole(original: Any) -> Any:
+    """A method of a model that changes it whole or not at all."""
+
+    def wrapper(self: ModelAdaptersMixin, *args: Any, **kwargs: Any) -> Any:
+        with changing(self):
+            return original(self, *args, **kwargs)
+
+    return wrapper
