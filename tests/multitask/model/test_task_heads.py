@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backbones import HOSTS, TASKS, backbone, randomise
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel
 
@@ -442,6 +443,13 @@ for number, expected in enumerate(stored["logits"]):
         adapter = repr(None if host == "none" else "rte")
         assert f"'rte': Route(head='rte', adapter={adapter}, weight=1.0)" in routes
         assert "'again': Route(head='rte', adapter=None, weight=0.5)" in routes
+
+
+@pytest.mark.parametrize("host", HOSTS[1:])
+def test_other_tensor_files_beside_an_adapter(tiny_encoder: str, host: str, tmp_path: Path) -> None:
+    heads(tiny_encoder, host).save_pretrained(tmp_path)
+    save_file({"weight": torch.ones(2)}, tmp_path / "rte" / "mine.safetensors")  # without metadata, which is valid
+    assert TaskHeads.from_pretrained(tmp_path).tasks == tuple(TASKS)
 
 
 @pytest.mark.parametrize("host", HOSTS)
