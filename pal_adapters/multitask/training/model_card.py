@@ -1,117 +1,141 @@
-"""The model card of a model of many tasks."""
+"""The model card of a run, filled in from `model_card_template.md`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from pal_adapters.multitask.model.routes import adapter_config, adapters_in
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-if TYPE_CHECKING:
-    from .trainer import MultiTaskTrainer
+from pal_adapters.multitask.model.files import replace_text
+from pal_adapters.multitask.model.routes import adapter_config, adapter_host, adapters_in
+from pal_adapters.multitask.model.task_heads import TaskHeads
+from pal_adapters.multitask.tasks.task import Task
 
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _SPEED = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+_HUB_TASKS = {
+    "token_tagging": "token-classification",
+    "span_qa": "question-answering",
+    "multiple_choice": "multiple-choice",
+    "language_modeling": "text-generation",
+}
 
 
-def write_model_card(trainer: MultiTaskTrainer, given: dict[str, Any]) -> None:
+class Run(Protocol):
+    """The attributes of a trainer that its card reads."""
+
+    args: Any
+    accelerator: Any
+    model: Any
+    tasks: dict[str, Task]
+    train_dataset: Any
+    eval_dataset: Any
+    state: Any
+    strategy: Any
+    aggregate: Any
+    hub_model_id: Any
+
+
+def write_model_card(run: Run, given: Mapping[str, Any]) -> None:
     """Writes `README.md` into the output folder of a trainer.
 
     Args:
-        trainer: The trainer; its last evaluation gives the results.
-        given: What `Trainer.push_to_hub` knows: `model_name`, `license`, `language`, `tags`.
+        run: The trainer; its last evaluation gives the results.
+        given: What `Trainer.push_to_hub` passes: `model_name`, `license`, `language`, `tags`.
     """
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    args = trainer.args
-    counts = model.count_parameters()
-    base = model.config._name_or_path or type(model.backbone).__name__
-    tags = [
-        *([given["tags"]] if isinstance(given.get("tags"), str) else given.get("tags") or []),
-        "multi-task",
-        "adapters",
-    ]
-    head: dict[str, Any] = {"tags": sorted(set(tags)), "library_name": "pal-adapters"}
-    head |= {name: given[name] for name in ("license", "language") if given.get(name)}
-    if base and not Path(base).exists():
-        head["base_model"] = base
-    rows, results = ["| task | kind | training rows | adapter | weight |", "|---|---|---|---|---|"], []
-    trained: Any = trainer.train_dataset
-    sizes = {rows.task.name: len(rows) for rows in trained.tasks}
-    for name, task in trainer.tasks.items():
-        route = model.routes[name]
-        rows.append(f"| {name} | {task.kind} | {sizes[name]:,} | {route.adapter or 'none'} | {route.weight:g} |")
+    model: TaskHeads = run.accelerator.unwrap_model(run.model)
+    args, folder = run.args, Path(str(run.args.output_dir))
+    source = model.config._name_or_path or type(model.backbone).__name__
+    local = Path(source).exists()
+    results = list(_results(run))
     adapters = sorted({name for route in model.routes.values() for name in adapters_in(route.adapter)})
-    methods = sorted({type(adapter_config(model.backbone, name)).__name__ for name in adapters})
-    scored = next((entry for entry in reversed(trainer.state.log_history) if "eval_average" in entry), {})
-    evaluated: Any = trainer.eval_dataset or {}
+    configs = [adapter_config(model.backbone, name) for name in adapters]
+    name = given.get("model_name") or folder.name
+    tags = [given["tags"]] if isinstance(given.get("tags"), str) else list(given.get("tags") or [])
+    data = ModelCardData(
+        library_name="pal-adapters",
+        tags=sorted({*tags, "pal_adapters", "multi-task", *map(_method, configs), *run.tasks}),
+        base_model=None if local else source,
+        license=given.get("license"),
+        language=given.get("language"),
+        model_name=name,
+        eval_results=[result for _, _, _, result in results if result is not None] or None,
+    )
+    sizes = {rows.task.name: len(rows) for rows in run.train_dataset.tasks}
+    first = next(iter(run.tasks.values()))
+    texts = ['"..."'] * min(len(first.text_columns), 2)
+    if first.num_choices > 1:
+        texts = [f"[{', '.join([text] * first.num_choices)}]" for text in texts]
+    host = adapter_host(model.backbone)
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        title=name,
+        base=Path(source).name if local else source,
+        tasks=[
+            {
+                "name": task,
+                "kind": run.tasks[task].kind,
+                "size": sizes[task],
+                "adapter": model.routes[task].adapter or "none",
+                "weight": model.routes[task].weight,
+            }
+            for task in run.tasks
+        ],
+        methods=sorted({type(config).__name__ for config in configs}),
+        base_trained=model.base_trained,
+        sampling=getattr(run.strategy, "__name__", str(run.strategy)),
+        mixed=args.mixed_batches,
+        counts=model.count_parameters(),
+        steps=run.state.global_step,
+        batch_size=args.train_batch_size * args.world_size,
+        accumulation=args.gradient_accumulation_steps,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+        results=[(key, metric, value) for key, metric, value, _ in results],
+        extras=f",{host}" if host else "",
+        # If hub_model_id has no owner, only the Hub knows whose repository it is.
+        place=json.dumps(run.hub_model_id or args.hub_model_id or name),
+        texts=", ".join(texts),
+        first_task=json.dumps(first.name),
+    )
+    replace_text(folder / "README.md", str(card))
+
+
+def _method(config: Any) -> str:
+    """The name of an adapter's method, as a tag."""
+    own = getattr(getattr(config, "method", None), "name", None)
+    kind = own or getattr(config, "peft_type", None) or getattr(config, "architecture", None)
+    return str(getattr(kind, "value", kind) or type(config).__name__.removesuffix("Config")).lower()
+
+
+def _results(run: Run) -> Iterator[tuple[str, str, float, EvalResult | None]]:
+    """Evaluation set, metric and score of the last evaluation, and the entry of the model index for it."""
+    scored: dict[str, Any] = next((entry for entry in reversed(run.state.log_history) if "eval_average" in entry), {})
+    evaluated = run.eval_dataset or {}
     for entry, value in scored.items():
-        if entry in _SPEED:
-            continue
         keys = [key for key in evaluated if entry.startswith(f"eval_{key}_")]
-        key = max(keys, key=len, default="")  # a task may be called as another one and its metric begin
-        name = entry.removeprefix(f"eval_{key}_")
-        if keys and name != "loss":
-            results.append(f"| {key} | {name} | {value:.4f} |")
+        if not keys or entry in _SPEED:
+            continue
+        key = max(keys, key=len)  # one task's name may be the beginning of another's
+        metric = entry.removeprefix(f"eval_{key}_")
+        if metric == "loss":
+            continue
+        task: Task = evaluated[key].task
+        result = EvalResult(
+            task_type=_HUB_TASKS.get(task.kind, "text-classification"),
+            task_name=task.name,
+            dataset_type=task.benchmark or task.name,
+            dataset_name=key,
+            dataset_config=task.name if task.benchmark else None,
+            metric_type=metric,
+            metric_value=float(value),
+        )
+        yield key, metric, value, result
     if scored:
-        own = trainer.aggregate
-        aggregate = trainer.args.eval_aggregate if own is None else getattr(own, "__name__", type(own).__name__)
-        results.append(f"| all | {aggregate} of the first metrics | {scored['eval_average']:.4f} |")
-    strategy = getattr(trainer.strategy, "__name__", str(trainer.strategy))
-    lines = [
-        "---",
-        *(f"{name}: {json.dumps(value)}" for name, value in head.items()),
-        "---",
-        "",
-        f"# {given.get('model_name') or Path(str(trainer.args.output_dir)).name}",
-        "",
-        f"One model for {len(rows) - 2} tasks, on `{Path(base).name if Path(base).exists() else base}`.",
-        "",
-        "## Tasks",
-        "",
-        *rows,
-        "",
-        "## Training",
-        "",
-        f"- method: {', '.join(methods) or 'no adapters'}; base {'trained' if model.base_trained else 'frozen'}",
-        f"- sampling: {strategy}, {'mixed batches' if args.mixed_batches else 'one task a batch'}",
-        f"- parameters: {counts['base']:,} of the base, {counts['adapters']:,} of adapters, "
-        f"{counts['heads']:,} of heads; {counts['trainable']:,} trained",
-        f"- {trainer.state.global_step:,} steps of {args.train_batch_size * args.world_size} rows × "
-        f"{args.gradient_accumulation_steps}, learning rate {args.learning_rate:g}, seed {args.seed}",
-        "",
-        "## Results",
-        "",
-        *(["| evaluation set | metric | score |", "|---|---|---|", *results] if results else ["Not evaluated."]),
-        "",
-        "## Use",
-        "",
-        "```python",
-        *_usage(trainer, given.get("model_name")),
-        "```",
-        "",
-    ]
-    path = Path(str(trainer.args.output_dir)) / "README.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines), encoding="utf-8")
-
-
-def _usage(trainer: MultiTaskTrainer, model_name: str | None) -> list[str]:
-    """Code that reads the model and runs its first task."""
-    args = trainer.args
-    # Only the hub knows whose repository it is, where `hub_model_id` has no owner.
-    place = trainer.hub_model_id or args.hub_model_id or model_name or Path(str(args.output_dir)).name
-    task = next(iter(trainer.tasks.values()))
-    texts = ['"..."'] * min(len(task.text_columns), 2)
-    if task.num_choices > 1:
-        texts = [f"[{', '.join([text] * task.num_choices)}]" for text in texts]
-    return [
-        "from transformers import AutoTokenizer",
-        "",
-        "from pal_adapters.multitask import TaskHeads",
-        "",
-        f"place = {json.dumps(place)}",
-        "model = TaskHeads.from_pretrained(place)",
-        "tokenizer = AutoTokenizer.from_pretrained(place)",
-        f'inputs = tokenizer({", ".join(texts)}, return_tensors="pt")',
-        f"logits = model(task_ids={json.dumps(task.name)}, **inputs).logits[{json.dumps(task.name)}]",
-    ]
+        own = run.aggregate
+        aggregate = run.args.eval_aggregate if own is None else getattr(own, "__name__", type(own).__name__)
+        yield "all", f"{aggregate} of the primary metrics", scored["eval_average"], None

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from accelerate.utils import AutocastKwargs
 from backbones import HOSTS, backbone
 from tiny_tasks import NAMES, losses, make_task, make_tasks, make_trainer, without_dropout
@@ -114,17 +115,28 @@ def test_model_card(tiny_encoder: str, tmp_path: Path) -> None:
     made.create_model_card(model_name="me/three-tasks", license="mit", tags="glue")
     card = (tmp_path / "README.md").read_text()
     head, body = card.split("---\n")[1:3]
-    assert '"glue"' in head
-    assert 'license: "mit"' in head
+    data = yaml.safe_load(head)
+    method = {"peft": "pal", "adapters": "pal", "none": None}[host]
+    assert {"glue", "pal_adapters", "multi-task", "rte", "stsb", "copa", *filter(None, [method])} == set(data["tags"])
+    assert data["license"] == "mit"
+    (index,) = data["model-index"]
+    entries = {
+        (result["dataset"]["name"], metric["type"]): metric["value"]
+        for result in index["results"]
+        for metric in result["metrics"]
+    }
     assert "| copa | multiple_choice | 16 |" in body
-    assert "sampling: square_root, one task a batch" in body
+    assert "sampling: square_root, one task per batch" in body
     counts = made.model.count_parameters()
     assert f"{counts['trainable']:,} trained" in body
     if host != "none":
         assert "PAL" in body.split("method: ")[1].split("\n")[0]
     scored = next(e for e in reversed(made.state.log_history) if "eval_average" in e)
     assert f"| rte | accuracy | {scored['eval_rte_accuracy']:.4f} |" in body
-    assert f"| all | mean of the first metrics | {scored['eval_average']:.4f} |" in body
+    assert entries["rte", "accuracy"] == scored["eval_rte_accuracy"]
+    assert {name for name, _ in entries} == {"rte", "stsb", "copa"}
+    assert "\nimport pal_adapters " in body
+    assert f"| all | mean of the primary metrics | {scored['eval_average']:.4f} |" in body
 
 
 @pytest.mark.parametrize("kind", ["single_label", "multiple_choice", "token_tagging"])
@@ -447,7 +459,7 @@ def test_an_aggregate_of_ones_own(tiny_encoder: str, tmp_path: Path) -> None:
     assert found["eval_average"] == pytest.approx(0.9 * found["eval_rte_accuracy"] + 0.1 * found["eval_stsb_pearson"])
     made.create_model_card()
     assert (
-        f"| all | mostly_rte of the first metrics | {found['eval_average']:.4f} |"
+        f"| all | mostly_rte of the primary metrics | {found['eval_average']:.4f} |"
         in (tmp_path / "README.md").read_text()
     )
     with pytest.raises(ConfigError, match="eval_aggregate='min' and aggregate are both given"):
