@@ -19,7 +19,7 @@ from .fusion.penalty import fusion_regularization
 from .fusion.report import plot_transfer, transfer_report
 from .fusion.types import Folded, TransferTable
 from .methods import load, register_method
-from .methods.camtl.network import NetworkSize, add_task, network_size
+from .methods.camtl.network import NetworkSize, add_task, network_size, train_tasks
 
 if TYPE_CHECKING:
     from .fusion.adapters.config import ScaLearnConfig
@@ -78,6 +78,7 @@ __all__ = [
     "plot_transfer",
     "register_block",
     "register_method",
+    "train_tasks",
     "transfer_report",
 ]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pal_adapters.nn.unit import BatchTasks, TaskUnit, UnitInputs, Weights
 
+from .alone import task_table
 from .attention import ConditionalAttentionBias
 from .bottleneck import ConditionalBottleneck, side_stream
 from .film import Condition
@@ -69,6 +70,10 @@ class ConditionalBlock(TaskUnit):
         self.base = nn.ParameterDict()
         self.outer = nn.ParameterDict()
         self.slots: tuple[Any, Any] = ({}, {})
+        # Vectors of tasks that train alone, see `train_alone`: registered in the network's first unit, read by all.
+        self.task_vectors = nn.ParameterDict()
+        self.alone: tuple[nn.ParameterDict, ...] = ()
+        self.table: tuple[nn.Parameter, ...] = ()
 
     def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
         """Each module's own; `identity` leaves the host unchanged, but for a bottleneck, which has no such state."""
@@ -94,11 +99,17 @@ class ConditionalBlock(TaskUnit):
 
     def condition(self, batch: BatchTasks) -> Condition:
         """`z'` of a batch."""
-        return transformed(self.shared_weights(), batch)
+        return transformed(self._task_weights(), batch)
 
     def align(self, x: Tensor, batch: BatchTasks) -> Tensor:
         """The input `[b, n, d]` of the first block, aligned."""
-        return align(self.shared_weights(), x, batch)
+        return align(self._task_weights(), x, batch)
+
+    def _task_weights(self) -> dict[str, Tensor]:
+        weights = self.shared_weights()
+        if self.alone:
+            weights["task_embedding"] = task_table(weights["task_embedding"], self.alone)
+        return weights
 
     def attention_bias(self, batch: BatchTasks, queries: int, keys: int) -> Tensor:
         """What is added to the attention scores, `[b, 1, queries, keys]`, or `[1, ...]` with one task."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pal_adapters.errors import ConfigError, UnknownAdapterError
 
+from .alone import join_table, train_alone
 from .layer import ConditionalBlock
 from .task import draw_rows
 
@@ -90,7 +91,7 @@ def network_size(model: nn.Module, adapter_name: str = "default") -> NetworkSize
         ```
     """
     units = [unit for _, unit in _found(model, adapter_name)]
-    copies = {id(p) for unit in units for part in (unit.base, unit.outer) for p in part.values()}
+    copies = {id(p) for unit in units for part in (unit.base, unit.outer, unit.task_vectors) for p in part.values()}
     own = {id(p): p.numel() for unit in units for p in unit.parameters() if id(p) not in copies}
     shared = units[0].shared_weights()
     own |= {id(p): p.numel() for p in shared.values()}
@@ -128,6 +129,7 @@ def add_task(model: nn.Module, task: str, adapter_name: str = "default") -> int:
         UnknownAdapterError: if there is no such network.
         ConfigError: if the network has a task of that name.
     """
+    train_tasks(model, None, adapter_name)
     units = _found(model, adapter_name)
     config = _config(model, adapter_name)
     tasks: list[str] = config.tasks
@@ -140,6 +142,42 @@ def add_task(model: nn.Module, task: str, adapter_name: str = "default") -> int:
     _replace(model, table, new)
     tasks.append(task)  # the list that is saved with the adapter
     return len(tasks) - 1
+
+
+def train_tasks(model: nn.Module, tasks: Iterable[str] | None, adapter_name: str = "default") -> list[nn.Parameter]:
+    """Freeze a model except for the vectors of some tasks of a network, such as one from `add_task`.
+
+    All other tasks compute exactly what they did before, whatever the optimizer, weight decay included. The heads of
+    the tasks are the caller's; `TaskHeads.prepare_training(tasks)` sees to both.
+
+    Args:
+        model: a `PeftModel` or a model of `adapters`.
+        tasks: their names. None ends this state: the task embeddings are one table again, with what they learnt, and
+            what trains from there on is up to the host, as in `model.train_adapter(...)`.
+        adapter_name: the network's name.
+
+    Returns:
+        The vectors. Make the optimizer after this.
+
+    Raises:
+        UnknownAdapterError: if there is no such network.
+        ConfigError: if the network does not have one of the tasks.
+    """
+    units, known = _found(model, adapter_name), list(_config(model, adapter_name).tasks)
+    if isinstance(tasks, str):
+        raise ConfigError(f"tasks={tasks!r} is not allowed: pass a list of names, [{tasks!r}].")
+    numbers = []
+    for task in dict.fromkeys(tasks or ()):
+        if task not in known:
+            raise ConfigError(f"tasks has {task!r}, which is not a task of {adapter_name!r}: use {', '.join(known)}.")
+        numbers.append(known.index(task))
+    members = [unit for _, unit in units]
+    table: Any = members[0].shared_weights()["task_embedding"]
+    if tasks is None:
+        join_table(members, table)
+        return []
+    model.requires_grad_(False)
+    return train_alone(members, table, numbers)
 
 
 def _replace(model: nn.Module, old: Tensor, new: nn.Parameter) -> None:

@@ -23,7 +23,7 @@ from .names import require_task_name
 from .parts import reshard
 from .routes import Route, adapter_host, adapter_names, check_adapter, route_key
 from .routing import fusion_penalty, run_batch
-from .trainable import check_base, train_adapters, train_base
+from .trainable import check_base, shared_networks, train_adapters, train_base, train_vectors
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in `typing` from Python 3.11 on
@@ -316,14 +316,18 @@ class TaskHeads(nn.Module):
                 names.append(tasks[int(value)])
         return names
 
-    def prepare_training(self, tasks: Iterable[str] | None = None, *, base: bool = False) -> list[str]:
+    def prepare_training(
+        self, tasks: Iterable[str] | None = None, *, base: bool = False, shared: bool = False
+    ) -> list[str]:
         """Makes the adapters and heads of tasks trainable and freezes everything else, except the base if asked for.
 
         For a task with a `Fuse`, the fusion trains and its sources stay frozen, unless another of the tasks has one of
-        them as its own adapter.
+        them as its own adapter. Of one network for several tasks (CA-MTL) that other tasks use, too, only the vectors
+        of `tasks` train, so the others keep their outputs to the last bit; see `pal_adapters.train_tasks`.
 
         Args:
             tasks: The tasks; by default all.
+            shared: Whether such a network trains as a whole, although that changes the other tasks.
             base: Whether the base model trains too, with its output layer for a language model. A pooler that no head
                 reads stays frozen.
 
@@ -337,8 +341,14 @@ class TaskHeads(nn.Module):
         tasks = self.tasks if tasks is None else tuple(tasks)
         routes = [self._route(task) for task in tasks]
         check_base(self.backbone, routes, base=base)
+        others = () if shared else [route for task, route in self.routes.items() if task not in tasks]
+        alone = shared_networks(self.backbone, routes, others)
         self.requires_grad_(False)
-        train_adapters(self, self.backbone, routes)
+        train_adapters(self, self.backbone, [route for route in routes if route.adapter not in alone])
+        for adapter in alone:
+            served = [task for task in tasks if self.routes[task].adapter == adapter]
+            for vector in train_vectors(self.backbone, served, adapter):
+                vector.requires_grad_(True)
         for route in routes:
             self.heads[route.head].requires_grad_(True)
         if base:

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from pal_adapters.errors import ConfigError
+from pal_adapters.methods.camtl.network import train_tasks
 
 from .heads import Head
 from .language import output_tensors
-from .routes import Route, adapter_config, adapter_host, adapters_in, is_fuse
+from .routes import Route, adapter_config, adapter_host, adapter_tasks, adapters_in, is_fuse
 
 
 def check_base(backbone: Any, routes: Iterable[Route], *, base: bool) -> None:
@@ -28,8 +29,27 @@ def check_base(backbone: Any, routes: Iterable[Route], *, base: bool) -> None:
             )
 
 
+def shared_networks(backbone: Any, routes: Iterable[Route], others: Iterable[Route]) -> list[str]:
+    """The networks for several tasks that both kinds of routes use."""
+    used = {route.adapter for route in others if isinstance(route.adapter, str)}
+    here = dict.fromkeys(route.adapter for route in routes if isinstance(route.adapter, str))
+    return [adapter for adapter in here if adapter in used and adapter_tasks(backbone, adapter)]
+
+
+def train_vectors(backbone: Any, tasks: Sequence[str], adapter: str) -> list[nn.Parameter]:
+    """Trains the vectors of some tasks of a network alone; what else trains stays as it is."""
+    trains = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    vectors = train_tasks(backbone, tasks, adapter)
+    for parameter in trains:
+        parameter.requires_grad_(True)
+    return vectors
+
+
 def train_adapters(model: nn.Module, backbone: Any, routes: Sequence[Route]) -> None:
     """Makes the adapters of the routes trainable; of a route with a `Fuse`, the fusion instead of its sources."""
+    for name in {name for route in routes for name in adapters_in(route.adapter)}:
+        if adapter_tasks(backbone, name):
+            train_tasks(backbone, None, name)  # its vectors may have been trained alone before
     fusions = {route.adapter.name: route.adapter for route in routes if is_fuse(route.adapter)}
     names = sorted({name for route in routes if not is_fuse(route.adapter) for name in adapters_in(route.adapter)})
     if adapter_host(backbone) == "peft":

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from pal_adapters import add_task, network_size
+from pal_adapters import add_task, network_size, train_tasks
 from pal_adapters.errors import ConfigError, PalAdaptersError, SiteError, UnknownAdapterError, UnsupportedError
 from tests.zoo import HOST_WARNINGS, V5
 
@@ -388,6 +388,54 @@ def test_a_task_is_added_to_a_trained_network(host: str, tmp_path: pathlib.Path)
         again = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "all")).eval()
     loaded = again(**batch, task_ids=["qqp", "rte", "qqp", "qqp"]).last_hidden_state
     assert close(loaded, output)
+
+
+@both
+def test_a_new_task_trains_alone(host: str, tmp_path: pathlib.Path) -> None:
+    """The others keep their outputs to the last bit, with momentum and weight decay too."""
+    network, batch = Network(host), inputs("bert")
+    network.randomise()
+    add_task(network.model, "qqp", "all")
+    old, new = network(batch, IDS), network(batch, ["qqp"] * 4)
+    size = network_size(network.model, "all")
+    vectors = train_tasks(network.model, ["qqp"], "all")
+    trained = [p for p in network.model.parameters() if p.requires_grad]
+    assert [id(p) for p in trained] == [id(p) for p in vectors]
+    assert [tuple(p.shape) for p in vectors] == [(24,)]
+    assert network_size(network.model, "all") == size
+    assert torch.equal(network(batch, ["qqp"] * 4), new)
+    optimizer = torch.optim.AdamW(network.model.parameters(), lr=0.1, weight_decay=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        network.model(**batch, task_ids=["qqp", "rte", "qqp", "cola"]).last_hidden_state.square().sum().backward()
+        optimizer.step()
+    assert torch.equal(network(batch, IDS), old)
+    learnt = network(batch, ["qqp"] * 4)
+    assert not close(learnt, new, 1e-3)
+    fresh = build("bert")
+    assert not any("task_vector" in name for name in network.model.state_dict())
+    if host == "adapters":
+        import adapters
+
+        network.model.save_adapter(str(tmp_path / "all"), "all", use_safetensors=True)
+        adapters.init(fresh)
+        fresh.load_adapter(str(tmp_path / "all"), set_active=True, use_safetensors=True)
+        again: Any = fresh.eval()
+    else:
+        import peft
+
+        network.model.save_pretrained(str(tmp_path))
+        again = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "all")).eval()
+    for ids, expected in ((IDS, old), (["qqp"] * 4, learnt)):
+        assert close(again(**batch, task_ids=ids).last_hidden_state, expected)
+    assert train_tasks(network.model, None, "all") == []
+    assert not any("task_vector" in name for name, _ in network.model.named_parameters())
+    assert close(network(batch, ["qqp"] * 4), learnt)
+    assert close(network(batch, IDS), old)
+    with pytest.raises(ConfigError, match="tasks has 'sst2', which is not a task of 'all': use rte"):
+        train_tasks(network.model, ["sst2"], "all")
+    with pytest.raises(ConfigError, match=r"pass a list of names, \['qqp'\]"):
+        train_tasks(network.model, "qqp", "all")
 
 
 @both

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel
 
+import pal_adapters
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
 from pal_adapters.multitask import HeadConfig, StorageError, TaskHeads
 from pal_adapters.multitask.model import saved as saving
@@ -584,10 +585,6 @@ def test_compositions_with_arguments_are_refused(tiny_encoder: str) -> None:
 @pytest.mark.parametrize("host", [h for h in HOSTS if h != "none"])
 def test_an_adapter_that_trains_the_base(tiny_encoder: str, host: str) -> None:
     """The base trains in both hosts, or nothing has changed."""
-    from transformers import AutoModel
-
-    import pal_adapters
-
     base = AutoModel.from_pretrained(tiny_encoder)
     if host == "adapters":
         import adapters
@@ -656,3 +653,59 @@ def test_a_host_that_comes_later(tiny_encoder: str, batch: dict[str, Tensor], ho
     found, expected, without = (m.eval()(task_ids="rte", **batch).logits["rte"] for m in (model, before, bare))
     assert torch.equal(found, expected)
     assert not torch.allclose(found, without)
+
+
+@pytest.mark.parametrize("host", [h for h in HOSTS if h != "none"])
+def test_a_task_that_is_added_to_a_trained_network(tiny_encoder: str, host: str, tmp_path: Path) -> None:
+    """It alone trains, and the others keep their logits to the last bit."""
+    base: Any = AutoModel.from_pretrained(tiny_encoder)
+    if host == "adapters":
+        import adapters
+
+        adapters.init(base)
+        base.add_adapter("net", config=pal_adapters.CAMTLConfig(tasks=["rte", "stsb"], init_weights="bert"))
+    else:
+        import peft
+
+        config = pal_adapters.CAMTLPeftConfig(tasks=["rte", "stsb"], init_weights=False)
+        base = peft.get_peft_model(base, config, adapter_name="net")
+    model = TaskHeads(base)
+    for task in ("rte", "stsb"):
+        model.add(task, CONFIGS[task])
+    whole = set(model.prepare_training())
+    with pytest.raises(UnknownAdapterError, match=r"call pal_adapters.add_task\(model, 'new', 'net'\) first"):
+        model.add("new", CONFIGS["rte"])
+    pal_adapters.add_task(model.backbone, "new", "net")
+    model.add("new", CONFIGS["rte"])
+    inputs: dict[str, Any] = {"input_ids": torch.arange(4, 24).view(4, 5)}
+    labels = torch.tensor([0, 1, 1, 0])
+    before = {task: model.eval()(task_ids=task, **inputs).logits[task] for task in model.tasks}
+    trained = model.prepare_training(["new"])
+    assert [name for name in trained if name.startswith("heads.")] == [
+        "heads.new.linear.weight",
+        "heads.new.linear.bias",
+    ]
+    (vector,) = [name for name in trained if not name.startswith("heads.")]
+    assert model.get_parameter(vector).shape == (model.width,)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.train()(task_ids="new", labels=labels, **inputs).loss.backward()
+        optimizer.step()
+    after = {task: model.eval()(task_ids=task, **inputs).logits[task] for task in model.tasks}
+    assert torch.equal(after["rte"], before["rte"])
+    assert torch.equal(after["stsb"], before["stsb"])
+    assert not torch.allclose(after["new"], before["new"], atol=1e-3)
+    model.save_pretrained(tmp_path, checkpoint=True)
+    again = TaskHeads.from_pretrained(tmp_path)
+    for task, expected in after.items():
+        torch.testing.assert_close(again(task_ids=task, **inputs).logits[task], expected)
+    with torch.no_grad():
+        model.get_parameter(vector).zero_()
+    model.restore(tmp_path)
+    assert torch.equal(model(task_ids="new", **inputs).logits["new"], after["new"])
+    assert whole < set(model.prepare_training())
+    assert whole < set(model.prepare_training(["new"], shared=True)) | {
+        f"heads.{t}.linear.{p}" for t in before for p in ("weight", "bias")
+    }
+    torch.testing.assert_close(model(task_ids="new", **inputs).logits["new"], after["new"])
