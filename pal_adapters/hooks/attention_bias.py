@@ -116,7 +116,7 @@ def with_bias(mask: Any, bias: Tensor, *, causal: bool, window: int | None, dtyp
 
     Args:
         mask: as the self-attention got it, in any form.
-        bias: `[b, 1, q, k]`, or `[1, 1, q, k]`.
+        bias: `[b, 1, q, k]`, or `[1, 1, q, k]`, for the keys that the self-attention sees.
         causal: whether the self-attention hides later positions.
         window: see `normalise_mask`.
         dtype: of the scores.
@@ -125,14 +125,10 @@ def with_bias(mask: Any, bias: Tensor, *, causal: bool, window: int | None, dtyp
         `[b, h, q, k]`, heads and rows broadcast where they are equal.
 
     Raises:
-        UnsupportedError: for a mask of an unknown form, or too few keys for a window of them.
+        UnsupportedError: for a mask of an unknown form.
     """
     queries, keys = bias.shape[-2:]
     if isinstance(mask, Tensor) and mask.dim() == 4:
-        if mask.shape[-1] < keys:
-            raise UnsupportedError(
-                f"the self-attention sees {mask.shape[-1]} of {keys} tokens: the conditional attention needs all."
-            )
         # Static caches: slots that are not filled yet.
         bias = F.pad(bias, (0, mask.shape[-1] - keys))
         keys = mask.shape[-1]

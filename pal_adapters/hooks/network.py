@@ -15,13 +15,15 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from pal_adapters.blocks import signatures
-from pal_adapters.blocks.norms import full_norms, is_norm, is_rms, norm_eps, required_final_norm
+from pal_adapters.blocks.norms import NormForm, full_norms, norm_form, required_final_norm
 from pal_adapters.blocks.sites import Block, resolve
 from pal_adapters.errors import SiteError, UnsupportedError
 from pal_adapters.nn.unit import BatchTasks
 
 from .attention_bias import add_to_scores, mask_argument, past_length, position_scores, refusal, with_bias
+from .masks import CallMask
 from .network_unit import NetworkRunner, NetworkUnit
+from .positions import token_positions
 from .side_stream import SideStream
 from .weight_copies import BaseCopies, Slots, WrappedForward, reader_of
 
@@ -31,6 +33,7 @@ class Steer(NamedTuple):
 
     unit: NetworkUnit
     batch: BatchTasks
+    bias: Tensor | None = None
 
 
 class NetworkHooks:
@@ -49,7 +52,9 @@ class NetworkHooks:
         self._handles: list[Any] = []
         self._wrapped: list[WrappedForward] = []
         self._installed: set[str] = set()
-        self._norms: dict[nn.Module, str] = {}
+        self._norms: dict[nn.Module, tuple[str, NormForm]] = {}
+        self._final_form: NormForm | None = None
+        self._closing_eps = 0.0
         self._outer: dict[nn.Module, Slots] = {}
         self._stream: SideStream | None = None
         self._steer: Steer | None = None
@@ -125,9 +130,9 @@ class NetworkHooks:
         scores = position_scores(attention)
         if scores is not None:
             self._wrapped.append(WrappedForward(scores[0], self._run_scores, scores[1]))
-            return
         self._attention_arguments = positions
         self._mask = mask_argument(attention, positions)
+        self._adds_to_scores = scores is not None
         self._causal = signatures.is_causal(attention)
         self._window = signatures.window_of(attention, self.block)
         self._layer = signatures.layer_index(attention, self.block)
@@ -135,26 +140,32 @@ class NetworkHooks:
 
     def _install_norm(self, path: str) -> None:
         norm = self._module(path)
-        self._norms[norm] = path
+        self._norms[norm] = (path, self._form(norm))
         self._handles.append(norm.register_forward_hook(self._behind_norm, prepend=True))
+
+    def _form(self, norm: nn.Module) -> NormForm:
+        form = norm_form(norm, self.block.width)
+        if form is None:
+            raise SiteError(f"{type(norm).__name__} of {self.block.name} cannot become conditional: pass norm_layers=[].")
+        return form
 
     def _install_top(self) -> None:
         sites = self.block.sites
+        norms = full_norms(self.block)
         if sites.norm == "post":
+            self._closing_eps = self._form(list(norms.values())[-1]).eps
             self._handles.append(self._module(sites.ffn).register_forward_pre_hook(self._on_h, with_kwargs=True))
             return
-        norms = [norm for path, norm in full_norms(self.block).items() if path != sites.input_norm]
-        if len(norms) != 1:
+        behind = [norm for path, norm in norms.items() if path != sites.input_norm]
+        if len(behind) != 1:
             raise SiteError(
-                f"{self.block.name} has {len(norms)} norms behind its attention: bottleneck='top' needs one, in front "
+                f"{self.block.name} has {len(behind)} norms behind its attention: bottleneck='top' needs one, in front "
                 "of the feed-forward part. Use bottleneck='stream' or 'none'."
             )
-        self._handles.append(norms[0].register_forward_pre_hook(self._on_h, with_kwargs=True))
+        self._handles.append(behind[0].register_forward_pre_hook(self._on_h, with_kwargs=True))
 
     def _install_final_norm(self) -> None:
-        norm = required_final_norm(self._model[0], self.block, "bottleneck='top'")
-        if not is_norm(norm):
-            raise SiteError(f"bottleneck='top' cannot make {type(norm).__name__} conditional.")
+        norm, self._final_form = required_final_norm(self._model[0], self.block, "bottleneck='top'")
         self._handles.append(norm.register_forward_hook(self._behind_final_norm, prepend=True))
 
     def _install_stream(self) -> None:
@@ -219,8 +230,7 @@ class NetworkHooks:
                 f"{self.block.name} runs its feed-forward part on parts of the sequence: set "
                 "config.chunk_size_feed_forward=0."
             )
-        eps = norm_eps(list(full_norms(self.block).values())[-1]) if self.block.sites.norm == "post" else 0.0
-        return unit.top(y, h, eps, batch)
+        return unit.top(y, h, self._closing_eps, batch)
 
     def _on_h(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._steer is not None:
@@ -228,15 +238,13 @@ class NetworkHooks:
 
     def _run_scores(self, forward: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         scores = forward(query, key, *args, **kwargs)
-        if self._steer is None or not self._steer.unit.has_attention:
-            return scores
-        unit, batch = self._steer
-        return add_to_scores(scores, unit.attention_bias(batch, query.shape[-2], key.shape[-2]), query)
+        bias = None if self._steer is None else self._steer.bias
+        return scores if bias is None else add_to_scores(scores, bias, query)
 
     def _on_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._steer is None or not self._steer.unit.has_attention:
             return None
-        unit, batch = self._steer
+        unit, batch, _ = self._steer
         reason = refusal(module, self._attention_arguments, self._implementation())
         if reason is None and self._mask == "mask" and kwargs.get("output_attentions"):
             reason = "output_attentions=True makes it use its eager attention, which takes a mask of zeros and ones"
@@ -244,13 +252,7 @@ class NetworkHooks:
             raise UnsupportedError(f"the conditional attention of {self.block.name} cannot act: {reason}.")
         x = signatures.hidden_states(self._attention_arguments, args, kwargs)
         cache = signatures.cache_of(args, kwargs)
-        past = past_length(cache, self._layer)
-        bias = unit.attention_bias(batch, x.shape[1], past + x.shape[1])
-        if self._window is not None and past + x.shape[1] > self._window:
-            raise UnsupportedError(
-                f"{self.block.name} attends to the last {self._window} tokens only: the conditional attention needs "
-                f"all {past + x.shape[1]}."
-            )
+        total = past_length(cache, self._layer) + x.shape[1]
         assert self._mask is not None
         mask = signatures.argument((self._mask,), self._attention_arguments, args, kwargs)
         if cache is None:
@@ -258,23 +260,30 @@ class NetworkHooks:
         if self._mask == "head_mask" and mask is not None:
             raise UnsupportedError("head_mask cannot be used together with the conditional attention of this model.")
         causal = self._causal if kwargs.get("is_causal") is None else bool(kwargs["is_causal"])
-        mask = with_bias(mask, bias, causal=causal, window=None, dtype=x.dtype)
+        window = self._window if causal else None
+        queries, keys = token_positions(
+            CallMask(mask, None, causal, x.device, window=window),
+            queries=x.shape[1], total=total, ids=kwargs.get("position_ids"), what=self.block.name,
+        )  # fmt: skip
+        bias = unit.attention_bias(batch, queries, keys, total)
+        if self._adds_to_scores:
+            self._steer = Steer(unit, batch, bias)
+            return None
+        mask = with_bias(mask, bias, causal=causal, window=window, dtype=x.dtype)
         position = self._attention_arguments[self._mask]
         if self._mask not in kwargs and position < len(args):
             return (*args[:position], mask, *args[position + 1 :]), kwargs
         return args, {**kwargs, self._mask: mask}
 
     def _behind_norm(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        path = self._norms[module]
+        path, form = self._norms[module]
         if self._steer is None or path not in self._steer.unit.norm_paths:
             return None
-        unit, batch = self._steer
-        x = args[0]
-        flat = x.dim() == 2  # OPT normalises the tokens of all rows in one dimension
-        x = x.view(batch.member.shape[0], -1, x.shape[-1]) if flat else x
-        bias = getattr(module, "bias", None)
-        y = unit.norm(path, x, module.weight, bias, norm_eps(module), batch, rms=is_rms(module))
-        return y.view(output.shape) if flat else y
+        unit, batch = self._steer.unit, self._steer.batch
+        # OPT normalises the tokens of all examples in one dimension.
+        x, y = (v.view(batch.member.shape[0], -1, v.shape[-1]) if v.dim() == 2 else v for v in (args[0], output))
+        scale = form.scale(module, x)
+        return unit.norm(path, y, form.standardise(x), scale, getattr(module, "bias", None), batch).view(output.shape)
 
     def _behind_final_norm(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
         unit = self.runner.network()
@@ -283,6 +292,8 @@ class NetworkHooks:
         x = args[0]
         batch = self.runner.batch_tasks(x.shape[0], x.device)
         slots = {name: places for name, places in self._outer.get(module, {}).items() if name in unit.slots[1]}
+        assert self._final_form is not None
+        form = self._final_form
         with BaseCopies(slots, unit.outer).in_force():
-            bias = getattr(module, "bias", None)
-            return unit.final_norm(x, module.weight, bias, norm_eps(module), batch, rms=is_rms(module))
+            scale = form.scale(module, x)
+            return unit.final_norm(output, form.standardise(x), scale, getattr(module, "bias", None), batch)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pal_adapters.blocks import signatures
-from pal_adapters.blocks.norms import is_rms, required_final_norm
+from pal_adapters.blocks.norms import required_final_norm
 from pal_adapters.blocks.sites import Block
 from pal_adapters.errors import SiteError
 
@@ -40,8 +40,8 @@ class SideStream:
         stack_name = block.name.rpartition(".")[0]
         parent = model.get_submodule(stack_name.rpartition(".")[0])
         if self._pre:
-            norm = required_final_norm(model, block, "bottleneck='stream'")
-            self._rms = is_rms(norm)
+            norm, form = required_final_norm(model, block, "bottleneck='stream'")
+            self._rms = not form.centred
             self._handles.append(norm.register_forward_hook(self._behind_norm, prepend=True))
         elif getattr(parent, "pooler", None) is not None:
             raise SiteError(

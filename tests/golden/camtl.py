@@ -83,7 +83,8 @@ def _film(case: Case) -> Result:
 
 def _cbda(case: Case) -> Result:
     def call(module: ConditionalAttentionBias, leaves: dict[str, Tensor], condition: Any) -> Tensor:
-        return condition.rows(module(condition, module.max_length, module.max_length))
+        slots = torch.arange(module.max_length)[None]
+        return condition.rows(module(condition, slots, slots, module.max_length))
 
     results = []
     for v in case.meta["hyperparameters"]["variants"]:
@@ -98,7 +99,9 @@ def _cbda(case: Case) -> Result:
 def _norm(case: Case) -> Result:
     def call(module: ConditionalNorm, leaves: dict[str, Tensor], condition: Any) -> Tensor:
         eps = case.meta["hyperparameters"].get("layer_norm_eps", case.meta["hyperparameters"].get("eps"))
-        return module(leaves["x"], leaves["LayerNorm.weight"], leaves["LayerNorm.bias"], eps, condition)
+        x, weight, bias = (leaves[name] for name in ("x", "LayerNorm.weight", "LayerNorm.bias"))
+        x_hat = F.layer_norm(x, x.shape[-1:], eps=eps)
+        return module(x_hat * weight + bias, x_hat, weight, bias, condition)
 
     module = ConditionalNorm(case.tensors["x"].shape[-1])
     return _run_module(case.tensors, "", module, {"gb_weights": "film.modulation"}, call)
@@ -279,12 +282,15 @@ def _encoder_by_hand(case: Case) -> Result:
         def norm(path: str, value: Tensor, unit: Any = unit, block: Any = block) -> Tensor:
             plain = block.get_submodule(path)
             if path in unit.norm_paths:
-                return unit.norm(path, value, plain.weight, plain.bias, eps, index, rms=False)
+                x_hat = F.layer_norm(value, value.shape[-1:], eps=eps)
+                return unit.norm(path, plain(value), x_hat, plain.weight, plain.bias, index)
             return plain(value)
 
         a = block.attention
         q, k, v = (p(x).unflatten(-1, (heads, -1)).transpose(1, 2) for p in (a.self.query, a.self.key, a.self.value))
-        scores = q @ k.transpose(-1, -2) / (width // heads) ** 0.5 + unit.attention_bias(index, x.shape[1], x.shape[1])
+        slots = torch.arange(x.shape[1])[None]
+        scores = q @ k.transpose(-1, -2) / (width // heads) ** 0.5
+        scores = scores + unit.attention_bias(index, slots, slots, x.shape[1])
         context = ((scores + hidden).softmax(-1) @ v).transpose(1, 2).flatten(2)
         h = norm(norms[0], x + a.output.dense(context))
         x = norm(norms[1], h + block.output.dense(F.gelu(block.intermediate.dense(h))))

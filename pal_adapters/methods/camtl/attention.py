@@ -37,7 +37,8 @@ class ConditionalAttentionBias(nn.Module):
     $$A' = (1 + \gamma(z')) \odot A + \beta(z'), \qquad M(z') = \mathrm{blockdiag}(\text{row chunks of } A')$$
 
     with `A` `[n_max, c]` and blocks of `c` rows (see `block_layout`). Outside the blocks `M` is zero, not minus
-    infinity: tokens of different blocks still see each other.
+    infinity: tokens of different blocks still see each other. Rows and columns go by the position of a token in its
+    sequence, so that padding on either side makes no difference.
 
     Source: Pilault et al., ICLR 2021. Differs from the released code in: `max_length` need not divide the width, and
     shorter sequences take the leading part of `M`.
@@ -63,29 +64,44 @@ class ConditionalAttentionBias(nn.Module):
             self.matrix.zero_()
         self.film.reset_parameters(identity=identity, generator=generator)
 
-    def forward(self, condition: Condition, queries: int, keys: int) -> Tensor:
-        """The part of `M` that belongs to the last `queries` of `keys` tokens.
+    def forward(self, condition: Condition, queries: Tensor, keys: Tensor, total: int) -> Tensor:
+        """The entries of `M` for queries and keys at these positions of their sequences.
+
+        Args:
+            condition: of the batch.
+            queries: `[b, q]`, the positions of the queries, or `[1, q]` if all examples have the same.
+            keys: `[b, k]` or `[1, k]` in the same way, those of the keys.
+            total: tokens so far, of which a sliding window hides some.
 
         Returns:
-            `[c, queries, keys]`, one matrix for each condition.
+            `[b, q, k]`; where all examples have the same positions `[c, q, k]`, one matrix a condition.
 
         Raises:
             UnsupportedError: for more than `max_length` tokens.
         """
-        if keys > self.max_length:
+        if total > self.max_length:
             raise UnsupportedError(
-                f"the sequence has {keys} tokens, but max_length={self.max_length}: the conditional attention has no "
-                "entries for more. Shorten the sequences, or make the adapter with a larger max_length."
+                f"the sequence has {total} tokens, but max_length={self.max_length}: the conditional "
+                "attention has no entries for more. Shorten the sequences, or make the adapter with a larger "
+                "max_length."
             )
         width = self.columns
         gamma, beta = self.film.coefficients(condition.table)
-        positions = torch.arange(keys, device=gamma.device)
-        rows = positions[keys - queries :]
+        if queries.shape[0] > 1:
+            gamma, beta = condition.rows(gamma), condition.rows(beta)
         if self.modulation == "matrix":
-            gamma, beta = (v.unflatten(-1, (width, width)).index_select(1, rows % width) for v in (gamma, beta))
+            gamma, beta = (_at(v.unflatten(-1, (width, width)), queries % width) for v in (gamma, beta))
         else:
             gamma, beta = gamma.unsqueeze(1), beta.unsqueeze(1)
-        blocks = (1 + gamma) * self.matrix[keys - queries : keys] + beta  # [c, queries, width]
-        same = (rows // width)[:, None] == (positions // width)[None]
+        blocks = (1 + gamma) * self.matrix[queries] + beta  # [c or b, q, width]
+        same = (queries // width)[:, :, None] == (keys // width)[:, None]
         # Column k of a row is entry k mod c of its row of A', where k lies in the row's own block.
-        return blocks.index_select(-1, positions % width) * same.to(blocks.dtype)
+        columns = (keys % width)[:, None].expand(blocks.shape[0], blocks.shape[1], -1)
+        return blocks.gather(-1, columns) * same.to(blocks.dtype)
+
+
+def _at(values: Tensor, rows: Tensor) -> Tensor:
+    """`[b or 1, n, k]` at `rows` `[b or 1, q]`: `[b or 1, q, k]`."""
+    if rows.shape[0] == 1:
+        return values.index_select(1, rows[0])
+    return values.expand(rows.shape[0], -1, -1).gather(1, rows.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

@@ -111,32 +111,31 @@ class ConditionalBlock(TaskUnit):
             weights["task_embedding"] = task_table(weights["task_embedding"], self.alone)
         return weights
 
-    def attention_bias(self, batch: BatchTasks, queries: int, keys: int) -> Tensor:
-        """What is added to the attention scores, `[b, 1, queries, keys]`, or `[1, ...]` with one task."""
+    def attention_bias(self, batch: BatchTasks, queries: Tensor, keys: Tensor, total: int) -> Tensor:
+        """What is added to the attention scores, `[b, 1, q, k]` or `[1, 1, q, k]`; see `ConditionalAttentionBias`."""
         assert self.attention is not None
         condition = self.condition(batch)
-        return condition.rows(self.attention(condition, queries, keys)).unsqueeze(1)
+        term: Tensor = self.attention(condition, queries, keys, total)
+        return (condition.rows(term) if queries.shape[0] == 1 else term).unsqueeze(1)
 
     def norm(
-        self, path: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, batch: BatchTasks, *, rms: bool
+        self, path: str, y: Tensor, x_hat: Tensor, weight: Tensor, bias: Tensor | None, batch: BatchTasks
     ) -> Tensor:
-        """The conditional form of the block's norm `path` for its input `x`."""
-        return self.norms[key_of(path)](x, weight, bias, eps, self.condition(batch), rms=rms)
+        """The conditional form of the block's norm `path`; see `ConditionalNorm`."""
+        return self.norms[key_of(path)](y, x_hat, weight, bias, self.condition(batch))
 
     def top(self, y: Tensor, h: Tensor, eps: float, batch: BatchTasks) -> Tensor:
         """`CB(z', y) + h` behind the top block's output `y`, and its own norm where it has one."""
         condition = self.condition(batch)
         value = self.bottlenecks[0](y, condition) + h
         if isinstance(self.closing_norm, ConditionalLayerNorm):
-            value = self.closing_norm(value, self.closing_norm.weight, self.closing_norm.bias, eps, condition)
+            value = self.closing_norm.norm(value, eps, condition)
         return value
 
-    def final_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, batch: BatchTasks, *, rms: bool
-    ) -> Tensor:
-        """The host's final norm in its conditional form."""
+    def final_norm(self, y: Tensor, x_hat: Tensor, weight: Tensor, bias: Tensor | None, batch: BatchTasks) -> Tensor:
+        """The host's final norm in its conditional form; see `ConditionalNorm`."""
         assert self.closing_norm is not None
-        return self.closing_norm(x, weight, bias, eps, self.condition(batch), rms=rms)
+        return self.closing_norm(y, x_hat, weight, bias, self.condition(batch))
 
     def stream(self, outputs: list[Tensor], batch: BatchTasks) -> Tensor:
         """The end of the side stream over the outputs of all blocks."""

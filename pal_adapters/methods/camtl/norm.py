@@ -10,17 +10,20 @@ from .film import Condition, FiLM
 
 
 class ConditionalNorm(nn.Module):
-    r"""The modulation of a layer norm (or RMS norm) by a condition; the norm's own weights come from the host.
+    r"""What a condition adds to the output of a layer norm or RMS norm; the norm and its weights are the host's.
 
-    $$w' = (1 + \gamma(z')) \odot w + \beta(z'), \qquad y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \odot w' + b$$
+    $$w' = (1 + \gamma(z')) \odot w + \beta(z'), \qquad y' = \hat x \odot w' + b
+    = y + \hat x \odot (\gamma(z') \odot w + \beta(z'))$$
 
-    RMS norm: without mean and shift. With `modulate_bias` the shift is modulated in the same way, as in the paper.
+    with the standardised input `x_hat` and the norm's own output `y = x_hat * w + b`, so that `gamma = beta = 0` is the
+    host's norm to the last bit, whatever it computes in. With `modulate_bias` the shift is modulated in the same way,
+    as in the paper.
 
     Source: Pilault et al., ICLR 2021; the released code modulates the weight alone.
 
     Args:
         size: `d`.
-        modulate_bias: whether the shift is modulated too; it has no effect on an RMS norm.
+        modulate_bias: whether the shift is modulated too; it has no effect on a norm without one.
     """
 
     def __init__(self, size: int, *, modulate_bias: bool = False) -> None:
@@ -34,17 +37,24 @@ class ConditionalNorm(nn.Module):
         if self.bias_film is not None:
             self.bias_film.reset_parameters(identity=identity, generator=generator)
 
-    def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, condition: Condition, *, rms: bool = False
-    ) -> Tensor:
-        """The norm of `x` `[b, n, d]` with the modulated `weight` and `bias` `[d]`, in the dtype of `x`."""
-        scale = _modulated(self.film, weight, condition)
-        shift = bias if bias is None or self.bias_film is None else _modulated(self.bias_film, bias, condition)
-        return rms_norm(x, scale, eps) if rms else layer_norm(x, scale, shift, eps)
+    def forward(self, y: Tensor, x_hat: Tensor, weight: Tensor, bias: Tensor | None, condition: Condition) -> Tensor:
+        """The modulated output, in the dtype of `y`.
+
+        Args:
+            y: `[b, n, d]`, the norm's own output.
+            x_hat: `[b, n, d]`, its standardised input.
+            weight: `[d]`, what it multiplies with.
+            bias: `[d]`, its shift, or None.
+            condition: of the batch.
+        """
+        value = y + x_hat * _change(self.film, weight, condition)
+        if bias is not None and self.bias_film is not None:
+            value = value + _change(self.bias_film, bias, condition)
+        return value.to(y.dtype)
 
 
 class ConditionalLayerNorm(ConditionalNorm):
-    """A conditional layer norm with a weight and a shift of its own, which start at 1 and 0."""
+    """A conditional layer norm with its own weight and shift, which start at 1 and 0."""
 
     def __init__(self, size: int, *, modulate_bias: bool = False) -> None:
         super().__init__(size, modulate_bias=modulate_bias)
@@ -57,25 +67,14 @@ class ConditionalLayerNorm(ConditionalNorm):
             self.weight.fill_(1.0)
             self.bias.zero_()
 
+    def norm(self, x: Tensor, eps: float, condition: Condition) -> Tensor:
+        """The conditional layer norm of `x` `[b, n, d]`, in its dtype."""
+        x_hat = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+        weight, bias = self.weight.to(x_hat.dtype), self.bias.to(x_hat.dtype)
+        return self(torch.addcmul(bias, x_hat, weight), x_hat, weight, bias, condition).to(x.dtype)
 
-def _modulated(film: FiLM, values: Tensor, condition: Condition) -> Tensor:
-    """`(1 + gamma) values + beta` for each row, `[b, 1, d]` (`[1, 1, d]` with one condition)."""
+
+def _change(film: FiLM, values: Tensor, condition: Condition) -> Tensor:
+    """`gamma values + beta` for each example, `[b, 1, d]` (`[1, 1, d]` with one condition)."""
     gamma, beta = film.coefficients(condition.table)
-    return condition.rows(torch.addcmul(beta, values.to(beta.dtype), 1 + gamma)).unsqueeze(1)
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """Layer norm of `x` `[b, n, d]` with a weight `[b, 1, d]` and a bias `[d]` or `[b, 1, d]`, or None."""
-    size = (x.shape[-1],)
-    if weight.shape[0] == 1 and (bias is None or bias.numel() == size[0]):
-        own = weight.flatten().to(x.dtype)
-        return F.layer_norm(x, size, own, None if bias is None else bias.flatten().to(x.dtype), eps)
-    y = F.layer_norm(x, size, eps=eps).to(weight.dtype)
-    return (y * weight if bias is None else torch.addcmul(bias.to(weight.dtype), y, weight)).to(x.dtype)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm of `x` `[b, n, d]` with a weight `[b, 1, d]`, computed in float32 as Llama does."""
-    wide = x.float()
-    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (weight * y.to(x.dtype)).to(x.dtype)
+    return condition.rows(torch.addcmul(beta, values.to(beta.dtype), gamma)).unsqueeze(1)

@@ -81,10 +81,10 @@ def test_the_term_is_added_to_the_scores_of_all_heads(host: str, kind: str) -> N
         z = table["transformation.weight"] @ table["task_embedding"][task] + table["transformation.bias"]
         gamma, beta = (unit.attention.film.modulation.weight @ z + unit.attention.film.modulation.bias).chunk(2)
         blocks = ((1 + gamma) * unit.attention.matrix + beta).split(len(gamma))
-        term = torch.block_diag(*blocks)[:9, :9]
         keep = batch["attention_mask"][row].bool()
+        term = torch.block_diag(*blocks)[: keep.sum(), : keep.sum()]  # by position, on whichever side the padding is
         before = plain[0][row][:, keep][:, :, keep]
-        expected = (before.log() + term[keep][:, keep]).softmax(-1)
+        expected = (before.log() + term).softmax(-1)
         assert not close(before, expected, 1e-2)
         assert close(output[0][row][:, keep][:, :, keep], expected)
 
@@ -443,6 +443,7 @@ def test_a_new_task_trains_alone(host: str, tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("ids", [[1, 1, 1, 1], [0, 2, 0, 2], [3, 0, 1, 2]])
 def test_what_a_task_steers_is_made_once_a_block_and_step(host: str, bottleneck: str, ids: list[int]) -> None:
     network, batch = Network(host, tasks=9, bottleneck=bottleneck), inputs("bert")
+    batch["attention_mask"][:] = 1  # all examples have the same positions
     built: list[int] = []
 
     def note(module: Any, args: Any, output: Tensor) -> None:
@@ -632,16 +633,108 @@ def test_other_structures(host: str, name: str, bottleneck: str) -> None:
     assert not close(network(batch, [1, 1, 1, 1])[0], mixed[0], 1e-3)
 
 
-@both
-def test_gemma_norms_are_refused(host: str) -> None:
-    config = transformers.GemmaConfig(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
-        intermediate_size=32, vocab_size=40,
-    )  # fmt: skip
-    if host == "adapters":
-        pytest.skip("the host does not know the model")
-    with pytest.raises(SiteError, match=r"no layer norm or RMS norm of a known kind"):
-        Network(host, base=transformers.GemmaModel(config))
+_DECODER: dict[str, Any] = {
+    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
+    "intermediate_size": 32, "vocab_size": 40, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+
+
+def decoder(name: str, **config: Any) -> Any:
+    torch.manual_seed(0)
+    made = getattr(transformers, f"{name}Config")(**{**_DECODER, **config})
+    made._attn_implementation = "eager" if name == "GptOss" else "sdpa"
+    model = getattr(transformers, f"{name}ForCausalLM")(made).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.15)
+    return model
+
+
+@pytest.mark.skipif("peft" not in HOSTS, reason="needs peft")
+@pytest.mark.parametrize("name", ["Gemma", "Nemotron", "Olmo", "Cohere"])
+def test_norms_of_other_forms_start_exactly_and_follow_the_formula(name: str) -> None:
+    """Weights that are deviations from one (Gemma, Nemotron), norms without a weight (OLMo) or a shift (Cohere)."""
+    base, batch = decoder(name), inputs("llama")
+    plain = base(**batch).logits
+    network = Network("peft", "llama", base=base, bottleneck="none", attention_layers=[], norm_layers=[0, 1])
+    assert torch.equal(network(batch, IDS), plain)
+    network.randomise()
+    unit, norm = network.units()[0], base.model.layers[0].input_layernorm
+    seen: list[tuple[Tensor, Tensor]] = []
+    norm.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    network(batch, IDS)
+    (x, output), table = seen[0], unit.shared_weights()
+    own = unit.base["input_layernorm__weight"] if "input_layernorm__weight" in unit.base else None
+    weight = torch.ones(24) if own is None else own + (name in ("Gemma", "Nemotron"))
+    centred = x if name == "Gemma" else x - x.mean(-1, keepdim=True)
+    x_hat = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    for example, task in enumerate(IDS):
+        z = table["transformation.weight"] @ table["task_embedding"][task] + table["transformation.bias"]
+        film = unit.norms["input_layernorm"].film.modulation
+        gamma, beta = (film.weight @ z + film.bias).chunk(2)
+        shift = unit.base["input_layernorm__bias"] if "input_layernorm__bias" in unit.base else 0
+        assert close(output[example], x_hat[example] * ((1 + gamma) * weight + beta) + shift, 1e-4)
+
+
+@pytest.mark.skipif("peft" not in HOSTS, reason="needs peft")
+def test_norms_of_an_unknown_form_are_rejected_when_the_network_is_added() -> None:
+    class SquareNorm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(24))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight.square()
+
+    base = decoder("Llama")
+    base.model.layers[1].input_layernorm = SquareNorm()
+    with pytest.raises(SiteError, match=r"layers.1.input_layernorm \(SquareNorm\) cannot become conditional"):
+        Network("peft", "llama", base=base, bottleneck="none")
+    Network("peft", "llama", base=base, bottleneck="none", norm_layers=[])
+
+
+_WINDOW = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+PADDED: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen3": _WINDOW,
+    "Mistral": {"sliding_window": 4},
+    "GptOss": _WINDOW,
+}
+
+
+@pytest.mark.skipif("peft" not in HOSTS, reason="needs peft")
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", PADDED)
+def test_a_padded_example_equals_the_example_alone(name: str, side: str) -> None:
+    """Also where the tokens of a block see a window of earlier ones."""
+    base = decoder(name, **PADDED[name], **({"use_sliding_window": True} if name == "Qwen3" else {}))
+    network = Network("peft", "llama", base=base, bottleneck="none")
+    network.randomise(std=0.4)
+    ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    kept = slice(3, None) if side == "left" else slice(0, 6)
+    mask[0, slice(0, 3) if side == "left" else slice(6, None)] = 0
+    together = network({"input_ids": ids, "attention_mask": mask}, ["rte", "cola"])
+    assert close(together[:1, kept], network({"input_ids": ids[:1, kept]}, ["rte"]))
+    if side == "left":
+        settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "task_ids": torch.tensor([0, 2])}
+        batch = {"input_ids": ids, "attention_mask": mask}
+        cached = network.model.generate(**batch, **settings, use_cache=True)
+        assert torch.equal(cached, network.model.generate(**batch, **settings, use_cache=False))
+        one = network.model.generate(input_ids=ids[:1, kept], **{**settings, "task_ids": torch.tensor([0])})
+        assert torch.equal(one, cached[:1, 3:])
+
+
+@pytest.mark.skipif("peft" not in HOSTS, reason="needs peft")
+def test_texts_packed_in_one_row_equal_each_text_alone() -> None:
+    network = Network("peft", "llama", bottleneck="none")
+    network.randomise(std=0.4)
+    ids = torch.randint(3, 40, (1, 9), generator=torch.Generator().manual_seed(2))
+    packed = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])}
+    whole = network.model(**packed, task_ids=["rte"], use_cache=False).logits
+    for part in (slice(0, 4), slice(4, None)):
+        assert close(whole[:, part], network({"input_ids": ids[:, part]}, ["rte"]))
 
 
 @both

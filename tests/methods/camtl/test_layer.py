@@ -77,14 +77,23 @@ def test_attention_bias(size: int, length: int, modulation: str) -> None:
     assert isinstance(module, ConditionalAttentionBias)
     table = torch.randn(2, size)
     condition = condition_of(table, batch_tasks(INDEX))
-    whole = module(condition, length, length)
+    slots = torch.arange(length)[None]
+    whole = module(condition, slots, slots, length)
     for task in range(2):
         assert torch.allclose(whole[task], written_out(module, table[task], length), atol=1e-6)
     for keys in range(1, length + 1):
-        assert torch.equal(module(condition, keys, keys), whole[:, :keys, :keys])
-        assert torch.equal(module(condition, 1, keys), whole[:, keys - 1 : keys, :keys])
+        seen = slots[:, :keys]
+        assert torch.equal(module(condition, seen, seen, keys), whole[:, :keys, :keys])
+        assert torch.equal(module(condition, seen[:, -1:], seen, keys), whole[:, keys - 1 : keys, :keys])
     with pytest.raises(UnsupportedError, match=f"{length + 1} tokens, but max_length={length}"):
-        module(condition, 1, length + 1)
+        module(condition, slots[:, -1:], slots, length + 1)
+    # Each example at its own positions.
+    generator = torch.Generator().manual_seed(4)
+    queries, keys = (torch.randint(length, (INDEX.numel(), n), generator=generator) for n in (3, 5))
+    term = module(condition, queries, keys, length)
+    for example, task in enumerate(INDEX):
+        expected = written_out(module, table[task], length)[queries[example]][:, keys[example]]
+        assert torch.allclose(term[example], expected, atol=1e-6)
 
 
 def test_released_layouts() -> None:
@@ -94,7 +103,8 @@ def test_released_layouts() -> None:
     assert block_layout(384, 512) == (1, 512)
     module = ConditionalAttentionBias(768, 128)
     module.reset_parameters(identity=False)
-    bias = module(condition_of(torch.randn(1, 768), batch_tasks(torch.tensor([0]))), 128, 128)[0]
+    slots = torch.arange(128)[None]
+    bias = module(condition_of(torch.randn(1, 768), batch_tasks(torch.tensor([0]))), slots, slots, 128)[0]
     assert float((bias != 0).float().mean()) == pytest.approx(0.16748, abs=1e-5)
     assert torch.equal(bias[0, :22], bias[21, :22])  # A = 0: the rows of a block are the same
     bias.sum().backward()
@@ -108,8 +118,10 @@ def test_conditional_layer_norm(tasks: int, modulate_bias: bool) -> None:
     norm, table = fresh(ConditionalNorm(6, modulate_bias=modulate_bias)), torch.randn(tasks, 6)
     assert isinstance(norm, ConditionalNorm)
     x, w, b, index = torch.randn(3, 4, 6), torch.randn(6), torch.randn(6), INDEX % tasks
-    output = norm(x, w, b, 1e-5, condition_of(table, batch_tasks(index)))
-    rms = norm(x, w, None, 1e-5, condition_of(table, batch_tasks(index)), rms=True)
+    condition = condition_of(table, batch_tasks(index))
+    x_hat, x_rms = F.layer_norm(x, (6,), eps=1e-5), F.rms_norm(x, (6,), eps=1e-5)
+    output = norm(x_hat * w + b, x_hat, w, b, condition)
+    rms = norm(x_rms * w, x_rms, w, None, condition)
     for row, task in enumerate(index):
         gamma, beta = halves(norm.film, table[task])
         weight, bias = (1 + gamma) * w + beta, b
@@ -125,7 +137,7 @@ def test_own_norm_starts_as_the_identity_of_a_norm() -> None:
     norm = ConditionalLayerNorm(6)
     norm.reset_parameters(identity=True)
     x = torch.randn(3, 4, 6)
-    output = norm(x, norm.weight, norm.bias, 1e-5, condition_of(torch.randn(2, 6), batch_tasks(INDEX)))
+    output = norm.norm(x, 1e-5, condition_of(torch.randn(2, 6), batch_tasks(INDEX)))
     assert torch.allclose(output, F.layer_norm(x, (6,)), atol=1e-6)
 
 

@@ -1,0 +1,82 @@
+"""The position of each token in its own sequence, read from what a self-attention sees. Knows no method and neither host.
+
+A slot of a batch is not a position: padding on the left shifts a sequence, and a packed row holds several. The mask of
+a self-attention tells both apart, with nothing to keep between the blocks of a call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pal_adapters.errors import UnsupportedError
+
+from .masks import CallMask
+
+
+def keys_seen(mask: Any, total: int) -> int:
+    """How many keys a self-attention sees of `total` tokens: a sliding cache keeps the last ones only."""
+    return min(total, mask.shape[-1]) if isinstance(mask, Tensor) and mask.dim() == 4 else total
+
+
+def token_positions(
+    mask: CallMask, *, queries: int, total: int, ids: Tensor | None = None, what: str = "the self-attention"
+) -> tuple[Tensor, Tensor]:
+    """The positions of the queries and of the keys of one call, counted from 0 in each sequence.
+
+    Args:
+        mask: who sees whom.
+        queries: how many tokens the call has.
+        total: how many there were so far, with them.
+        ids: `[b, q]` or `[1, q]`, the positions that the host counts, for a call that sees a window of earlier tokens.
+        what: names the module in errors.
+
+    Returns:
+        `[b, q]` and `[b, k]` for the `k` keys that are seen; `[1, q]` and `[1, k]` if all examples have the same.
+        The positions of padding mean nothing.
+
+    Raises:
+        UnsupportedError: if the positions cannot be known.
+    """
+    keys = keys_seen(mask.mask, total)
+    slots = torch.arange(total - keys, total, device=mask.device)[None]
+    windowed = mask.window is not None and total > mask.window
+    if windowed and queries < total:
+        if ids is None or ids.dim() != 2:
+            raise UnsupportedError(
+                f"{what} sees a window of {mask.window} tokens, so that the positions of its tokens cannot be known: "
+                "pass position_ids, or use_cache=False."
+            )
+        shift = slots[:, -1:] - ids[:, -1:].to(slots)
+        keys_at = (slots - shift).clamp(min=0)
+        return keys_at[:, -queries:], keys_at
+    visible = mask.visible(queries, keys)
+    if visible is None:
+        return slots[:, -queries:], slots
+    real, start = _sequences(visible) if queries == keys else (visible[:, -1], None)
+    keys_at = _positions(real, start)
+    return keys_at[:, -queries:], keys_at
+
+
+def _sequences(visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens are real and which of them start a sequence, `[b, k]`, where they see each other as `[b, k, k]` says.
+
+    A sequence starts with a token that sees none in front of it. A window does not change that: every later token
+    sees its neighbour.
+    """
+    # Some hosts let padding, which would see nothing, see everything.
+    nothing = visible.all(-1) & ~visible[:, -1]
+    real = visible.diagonal(dim1=-2, dim2=-1) & ~nothing
+    return real, real & ~visible.tril(-1).any(-1)
+
+
+def _positions(real: Tensor, start: Tensor | None) -> Tensor:
+    """The positions of real tokens in their sequences, `[b, k]`; padding behind a token counts on from there."""
+    slots = torch.arange(real.shape[1], device=real.device)
+    count = real.cumsum(-1) - 1
+    if start is not None:
+        count = count - torch.where(start, count, 0).cummax(-1).values
+    latest = torch.where(real, slots, -1).cummax(-1).values
+    return count.clamp(min=-1) + slots - latest
