@@ -62,7 +62,7 @@ def norm_form(norm: nn.Module, width: int) -> NormForm | None:
     names = [name for name, parameter in norm._parameters.items() if parameter is not None]
     with torch.device("cpu"):
         values = {name: torch.randn(width, generator=generator) for name in names}
-        probe._parameters = {name: nn.Parameter(value) for name, value in values.items()}  # type: ignore[assignment]
+        probe._parameters = {name: nn.Parameter(value) for name, value in values.items()}
         probe._parameters |= {name: None for name in norm._parameters if name not in values}
         # Of small numbers too, for which `eps` matters.
         x = torch.randn(4, width, generator=generator) * torch.tensor([3.0, 0.3, 0.02, 0.003])[:, None] + 0.002

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pal_adapters.blocks.signatures import MASK
-from pal_adapters.errors import UnsupportedError
 
 from .masks import normalise_mask
 

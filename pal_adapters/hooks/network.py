@@ -146,7 +146,9 @@ class NetworkHooks:
     def _form(self, norm: nn.Module) -> NormForm:
         form = norm_form(norm, self.block.width)
         if form is None:
-            raise SiteError(f"{type(norm).__name__} of {self.block.name} cannot become conditional: pass norm_layers=[].")
+            raise SiteError(
+                f"{type(norm).__name__} of {self.block.name} cannot become conditional: pass norm_layers=[]."
+            )
         return form
 
     def _install_top(self) -> None:
@@ -159,8 +161,8 @@ class NetworkHooks:
         behind = [norm for path, norm in norms.items() if path != sites.input_norm]
         if len(behind) != 1:
             raise SiteError(
-                f"{self.block.name} has {len(behind)} norms behind its attention: bottleneck='top' needs one, in front "
-                "of the feed-forward part. Use bottleneck='stream' or 'none'."
+                f"{self.block.name} has {len(behind)} norms behind its attention: bottleneck='top' needs one, in "
+                "front of the feed-forward part. Use bottleneck='stream' or 'none'."
             )
         self._handles.append(behind[0].register_forward_pre_hook(self._on_h, with_kwargs=True))
 

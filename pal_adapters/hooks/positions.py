@@ -1,4 +1,4 @@
-"""The position of each token in its own sequence, read from what a self-attention sees. Knows no method and neither host.
+"""The position of each token in its sequence, read from what a self-attention sees. Knows no method and neither host.
 
 A slot of a batch is not a position: padding on the left shifts a sequence, and a packed row holds several. The mask of
 a self-attention tells both apart, with nothing to keep between the blocks of a call.
@@ -61,7 +61,7 @@ def token_positions(
 
 
 def _sequences(visible: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tokens are real and which of them start a sequence, `[b, k]`, where they see each other as `[b, k, k]` says.
+    """Which tokens are real and which of them start a sequence, `[b, k]`, from who sees whom, `[b, k, k]`.
 
     A sequence starts with a token that sees none in front of it. A window does not change that: every later token
     sees its neighbour.

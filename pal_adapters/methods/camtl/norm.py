@@ -15,9 +15,9 @@ class ConditionalNorm(nn.Module):
     $$w' = (1 + \gamma(z')) \odot w + \beta(z'), \qquad y' = \hat x \odot w' + b
     = y + \hat x \odot (\gamma(z') \odot w + \beta(z'))$$
 
-    with the standardised input `x_hat` and the norm's own output `y = x_hat * w + b`, so that `gamma = beta = 0` is the
-    host's norm to the last bit, whatever it computes in. With `modulate_bias` the shift is modulated in the same way,
-    as in the paper.
+    with the standardised input `x_hat` and the norm's own output `y = x_hat * w + b`, so that `gamma = beta = 0` is
+    the host's norm to the last bit, whatever it computes in. With `modulate_bias` the shift is modulated in the same
+    way, as in the paper.
 
     Source: Pilault et al., ICLR 2021; the released code modulates the weight alone.
 

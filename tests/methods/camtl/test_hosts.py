@@ -665,7 +665,7 @@ def test_norms_of_other_forms_start_exactly_and_follow_the_formula(name: str) ->
     norm.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
     network(batch, IDS)
     (x, output), table = seen[0], unit.shared_weights()
-    own = unit.base["input_layernorm__weight"] if "input_layernorm__weight" in unit.base else None
+    own = unit.base.get("input_layernorm__weight")
     weight = torch.ones(24) if own is None else own + (name in ("Gemma", "Nemotron"))
     centred = x if name == "Gemma" else x - x.mean(-1, keepdim=True)
     x_hat = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
@@ -673,7 +673,7 @@ def test_norms_of_other_forms_start_exactly_and_follow_the_formula(name: str) ->
         z = table["transformation.weight"] @ table["task_embedding"][task] + table["transformation.bias"]
         film = unit.norms["input_layernorm"].film.modulation
         gamma, beta = (film.weight @ z + film.bias).chunk(2)
-        shift = unit.base["input_layernorm__bias"] if "input_layernorm__bias" in unit.base else 0
+        shift = unit.base.get("input_layernorm__bias", 0)
         assert close(output[example], x_hat[example] * ((1 + gamma) * weight + beta) + shift, 1e-4)
 
 
