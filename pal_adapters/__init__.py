@@ -20,6 +20,7 @@ from .fusion.report import plot_transfer, transfer_report
 from .fusion.types import Folded, TransferTable
 from .methods import load, register_method
 from .methods.camtl.network import NetworkSize, add_task, network_size, train_tasks
+from .methods.description import SitesTable, StackSites, describe_sites
 
 if TYPE_CHECKING:
     from .fusion.adapters.config import ScaLearnConfig
@@ -64,6 +65,8 @@ __all__ = [
     "ScaLearnConfig",
     "ScaLearnPeftConfig",
     "SiteError",
+    "SitesTable",
+    "StackSites",
     "TopAttentionConfig",
     "TopAttentionPeftConfig",
     "TopBertLayerConfig",
@@ -72,6 +75,7 @@ __all__ = [
     "UnknownAdapterError",
     "UnsupportedError",
     "add_task",
+    "describe_sites",
     "fold",
     "fusion_regularization",
     "network_size",

@@ -174,6 +174,12 @@ def _named(names: Iterable[str], argument: str, patterns: Any) -> set[str]:
     return chosen
 
 
+def chooses(config: TaskPeftConfig) -> bool:
+    """Whether a config says itself which blocks it adapts."""
+    fields = (config.target_modules, config.exclude_modules, config.layers_to_transform, config.sites)
+    return any(value is not None for value in fields)
+
+
 def choose_blocks(config: TaskPeftConfig, blocks: list[Block]) -> tuple[list[Block], set[str]]:
     """The blocks that a config adapts, and the names of those that it leaves out on purpose.
 

@@ -68,10 +68,11 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from pal_adapters.blocks.sites import Block, find_blocks
+from pal_adapters.blocks.survey import partial_reach
 from pal_adapters.errors import ConfigError, MissingHostError, UnsupportedError
 from pal_adapters.hosts.method import Method, parameters_of
 
-from .config import TaskPeftConfig, choose_blocks
+from .config import TaskPeftConfig, choose_blocks, chooses
 from .joint import (
     base_tensors,
     check_trainable,
@@ -189,6 +190,12 @@ class TaskTuner(BaseTuner):
     ) -> TaskPeftConfig:
         blocks = find_blocks(self.model, peft_config.sites)
         chosen, self._excluded = choose_blocks(peft_config, blocks)
+        if not chooses(peft_config) and (reach := partial_reach(self.model)):
+            warnings.warn(
+                f"{self.method.name}: {reach} Pass target_modules=[...] to choose blocks by name, which also silences "
+                "this warning, or sites={...} to name the modules of other blocks; see pal_adapters.describe_sites.",
+                stacklevel=2,
+            )
         ids = task_parameter_ids(self.model)
         added = [p for p in self.model.parameters() if id(p) in ids]
         values = self.method.prepare(peft_config, chosen, parameters_of(self.model, blocks, added))

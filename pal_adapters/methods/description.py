@@ -1,0 +1,121 @@
+"""What each method would do on a model, without adding anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from pal_adapters.blocks import signatures
+from pal_adapters.blocks.norms import full_norms
+from pal_adapters.blocks.sites import resolve
+from pal_adapters.blocks.survey import Stack, missed, survey
+from pal_adapters.errors import SiteError
+from pal_adapters.hooks.attention_bias import refusal
+from pal_adapters.hosts.method import REGISTERED
+
+
+@dataclass(frozen=True)
+class StackSites:
+    """What is known of the blocks of one class in one list of a model.
+
+    Attributes:
+        path: the path of the list, such as `"model.layers"`.
+        block: the class of the blocks.
+        names: the paths of the blocks.
+        kind: `"pre-LN"`, `"post-LN"`, or `"unknown"`; methods leave a block of unknown kind alone.
+        width: `d`, or 0 where the kind is unknown.
+        methods: what each method would do there: `"adapts"`, or why it would not.
+    """
+
+    path: str
+    block: str
+    names: tuple[str, ...]
+    kind: str
+    width: int
+    methods: dict[str, str]
+
+
+@dataclass(frozen=True)
+class SitesTable:
+    """The stacks of a model; iterate over it, or print it."""
+
+    model: str
+    stacks: tuple[StackSites, ...]
+
+    def __iter__(self) -> Iterator[StackSites]:
+        return iter(self.stacks)
+
+    def __len__(self) -> int:
+        return len(self.stacks)
+
+    def __str__(self) -> str:
+        rows = [("stack", "block", "blocks", "kind", "width")]
+        rows += [(s.path, s.block, str(len(s.names)), s.kind, str(s.width or "-")) for s in self.stacks]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+        for stack in self.stacks:
+            verdicts: dict[str, list[str]] = {}
+            for method, verdict in stack.methods.items():
+                verdicts.setdefault(verdict, []).append(method)
+            lines.append(f"\n{stack.path} ({stack.block})")
+            lines += [f"  {', '.join(methods)}: {verdict}" for verdict, methods in verdicts.items()]
+        return "\n".join([self.model, *lines])
+
+
+def describe_sites(model: nn.Module) -> SitesTable:
+    """The blocks that are found in a model and what each method would do there. Changes nothing.
+
+    Args:
+        model: a model of transformers, with or without adapters.
+
+    Returns:
+        A table of `StackSites`, one for each class of block in each list of blocks.
+
+    Example:
+        ```python
+        print(pal_adapters.describe_sites(model))
+        ```
+    """
+    stacks = survey(model)
+    known = [stack for stack in stacks if stack.blocks]
+    lists = {block.stack for stack in known for block in stack.blocks}
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    entries = []
+    for stack in known:
+        first = stack.blocks[0]
+        attention = resolve(first.module, first.sites.attention)
+        assert attention is not None
+        network = _network(stack, attention, implementation, several=len(lists) > 1)
+        methods = _methods("adapts", network)
+        names = tuple(block.name for block in stack.blocks)
+        kind = f"{first.sites.norm}-LN"
+        entries.append(StackSites(stack.path, stack.block, names, kind, first.width, methods))
+    for stack in missed(stacks):
+        why = "not reached: the structure of the blocks is not known, name their sites"
+        entries.append(StackSites(stack.path, stack.block, stack.names, "unknown", 0, _methods(why, why)))
+    return SitesTable(type(model).__name__, tuple(entries))
+
+
+def _methods(single: str, network: str) -> dict[str, str]:
+    """The verdict on each registered method: those of one task, and networks for many."""
+    classes = {name: config.method for host in REGISTERED.values() for name, config in host.items()}
+    return {name: network if method.network else single for name, method in sorted(classes.items())}
+
+
+def _network(stack: Stack, attention: nn.Module, implementation: str | None, *, several: bool) -> str:
+    if several:
+        return "rejected: the model has several stacks of blocks, and a network steers one"
+    if len(stack.blocks) != stack.blocks[0].depth:
+        return "rejected: a network steers all blocks of a stack, and the structure of some is not known"
+    reason = refusal(attention, signatures.positions_of(attention), implementation)
+    if reason is not None:
+        return f"rejected: {reason}; adapts with attention_layers=[]"
+    try:
+        full_norms(stack.blocks[-1])
+    except SiteError as error:
+        return f"rejected: {error}"
+    return "adapts"
