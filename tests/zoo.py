@@ -438,6 +438,8 @@ _GPT = dict(
     vocab_size=40, n_embd=24, n_layer=2, n_head=2, n_positions=64, n_inner=36, resid_pdrop=0.3, attn_pdrop=0.3,
     embd_pdrop=0.3, pad_token_id=1, bos_token_id=2, eos_token_id=3,
 )  # fmt: skip
+_T5GEMMA = Spec("pre_self_attn_layernorm", "post_self_attn_layernorm", "mlp", "post_feedforward_layernorm")
+_T5GEMMA_PART = dict(_DECODER, layer_types=["full_attention"] * 2, query_pre_attn_scalar=6)
 _LOCAL = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=_SLIDING)
 
 HOSTS: tuple[Host, ...] = (
@@ -500,6 +502,18 @@ HOSTS: tuple[Host, ...] = (
              eos_token_id=3, **({} if V5 else dict(reference_compile=False))),
         (Stack("layers", Spec("attn_norm", "attn", "mlp", "mlp"), windows=(None, 2)),),
     ),
+    _encoder(
+        "roberta-prelayernorm", "RobertaPreLayerNormModel", "encoder.layer",
+        Spec("attention.LayerNorm", "attention.output.dropout", "intermediate.dense", "output.dense"),
+    ),
+    _encoder(
+        "xlm-roberta-xl", "XLMRobertaXLModel", "encoder.layer",
+        Spec("attention.self_attn_layer_norm", "attention.output.dropout", "intermediate", "output.dense"),
+    ),
+    _encoder(
+        "nomic-bert", "NomicBertModel", "layers",
+        Spec("post_mlp_layernorm", "post_attention_dropout", "mlp", "mlp", pre=False),
+    ),
     # Decoders
     Host("gpt2", "GPT2LMHeadModel", _GPT, (Stack("transformer.h", _GPT2, causal=True),)),
     Host(
@@ -546,6 +560,28 @@ HOSTS: tuple[Host, ...] = (
     _decoder(
         "olmo2", "Olmo2ForCausalLM", "model.layers",
         Spec("", "post_attention_layernorm", "mlp", "post_feedforward_layernorm"), head_dim=...,
+    ),
+    _decoder(
+        "glm4", "Glm4ForCausalLM", "model.layers",
+        Spec("input_layernorm", "post_self_attn_layernorm", "mlp", "post_mlp_layernorm"), head_dim=8,
+    ),
+    _decoder(
+        "granitemoe", "GraniteMoeForCausalLM", "model.layers",
+        Spec("input_layernorm", "self_attn", "block_sparse_moe", "block_sparse_moe"), residual_multiplier=0.22,
+        num_local_experts=3, num_experts_per_tok=2, head_dim=...,
+    ),
+    _decoder(
+        "apertus", "ApertusForCausalLM", "model.layers", Spec("attention_layernorm", "self_attn", "mlp", "mlp"),
+        head_dim=...,
+    ),
+    _decoder(
+        "vaultgemma", "VaultGemmaForCausalLM", "model.layers", windows=(_SLIDING, None), query_pre_attn_scalar=6,
+        attn_logit_softcapping=None, **_LOCAL,
+    ),
+    _decoder(
+        "llama4", "Llama4ForCausalLM", "model.layers",
+        Spec("input_layernorm", "self_attn", "feed_forward", "feed_forward"), num_local_experts=3,
+        num_experts_per_tok=1, intermediate_size_mlp=36,
     ),
     _decoder("olmo", "OlmoForCausalLM", "model.layers", head_dim=...),
     _decoder(
@@ -633,6 +669,16 @@ HOSTS: tuple[Host, ...] = (
         for name, model, ff in (("t5", "T5Model", "relu"), ("mt5", "MT5Model", "gated-gelu"))
     ),
     Host(
+        "t5gemma",
+        "T5GemmaModel",
+        dict(dropout_rate=0.3, pad_token_id=1, bos_token_id=2, eos_token_id=3, vocab_size=40),
+        (
+            Stack("encoder.layers", _T5GEMMA, part="encoder"),
+            Stack("decoder.layers", _T5GEMMA, causal=True, part="decoder"),
+        ),
+        sub=dict(encoder=_T5GEMMA_PART, decoder=_T5GEMMA_PART),
+    ),
+    Host(
         "whisper",
         "WhisperModel",
         {**_SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 40,
@@ -650,6 +696,10 @@ HOSTS: tuple[Host, ...] = (
         {**_VISION, "layer_scale_init_value": 0.1, "use_relative_position_bias": True, "drop_path_rate": 0.0,
          "use_mean_pooling": False},
         (Stack("layers" if V5 else "encoder.layer", _VIT, part="vision"),),
+    ),
+    Host(
+        "pixio", "PixioModel", {**_VISION, "mlp_ratio": 1, "n_cls_tokens": 1},
+        (Stack("layers", Spec("layernorm_before", "attention", "mlp", "mlp"), part="vision"),),
     ),
     Host("dinov2", "Dinov2Model", {**_VISION, "mlp_ratio": 1}, (Stack("encoder.layer", _DINOV2, part="vision"),)),
     Host(

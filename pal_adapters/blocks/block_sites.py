@@ -28,6 +28,9 @@ class BlockSites:
             out or scales behind that module needs another place, else the term would be dropped out or scaled too.
         residual_at: whether `residual` names a module whose `"output"` or whose `"input"` is changed.
         input_norm: pre-LN: the norm in front of attention; `""` if attention reads the residual stream as it is.
+        ffn_norm: pre-LN: the norm whose input is `h1`; `""` if the feed-forward part reads `h1` as it is. Only a
+            bottleneck at the top of a network needs it, and where the block has one norm behind its attention, it is
+            that one.
     """
 
     norm: Literal["pre", "post"]
@@ -39,6 +42,7 @@ class BlockSites:
     residual: str | None = None
     residual_at: Literal["output", "input"] = "output"
     input_norm: str | None = None
+    ffn_norm: str | None = None
 
     def __post_init__(self) -> None:
         if self.norm not in ("pre", "post"):
@@ -58,7 +62,7 @@ class BlockSites:
     def paths(self) -> list[str]:
         """Every path that has to exist in a block."""
         paths = [self.attention, self.attention_output, self.ffn, self.ffn_output, self.output, self.residual_path]
-        return paths + ([self.input_norm] if self.input_norm else [])
+        return paths + [path for path in (self.input_norm, self.ffn_norm) if path]
 
     def to_dict(self) -> dict[str, str]:
         return {k: v for k, v in asdict(self).items() if v is not None}

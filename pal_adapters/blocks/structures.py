@@ -73,6 +73,32 @@ STRUCTURES: tuple[Structure, ...] = (
         ),
     ),
     Structure(
+        "roberta-prelayernorm",
+        "attention intermediate output [crossattention]",
+        BlockSites(
+            "pre", "attention.self", "attention.output.dropout", "intermediate.dense", "output.dropout",
+            input_norm="attention.LayerNorm",
+        ),
+        inner="intermediate.LayerNorm",
+        classes=("RobertaPreLayerNormLayer",),
+    ),
+    Structure(
+        "xlm-roberta-xl: no dropout behind the feed-forward part",
+        "attention intermediate output LayerNorm [crossattention]",
+        BlockSites(
+            "pre", "attention.self", "attention.output.dropout", "intermediate", "output.dense",
+            input_norm="attention.self_attn_layer_norm",
+        ),
+        classes=("XLMRobertaXLLayer",),
+    ),
+    Structure(
+        "nomic-bert, gte, transformers 5",
+        "self_attn post_attention_dropout post_attention_layernorm mlp post_mlp_dropout post_mlp_layernorm",
+        BlockSites(
+            "post", "self_attn", "post_attention_dropout", "mlp", "post_mlp_dropout", output="post_mlp_layernorm"
+        ),
+    ),
+    Structure(
         "distilbert",
         "attention sa_layer_norm ffn output_layer_norm",
         BlockSites("post", "attention", "attention", "ffn", "ffn", output="output_layer_norm"),
@@ -126,22 +152,68 @@ STRUCTURES: tuple[Structure, ...] = (
         "input_layernorm self_attn post_attention_layernorm pre_feedforward_layernorm mlp post_feedforward_layernorm",
         BlockSites(
             "pre", "self_attn", "post_attention_layernorm", "mlp", "post_feedforward_layernorm",
-            input_norm="input_layernorm",
+            input_norm="input_layernorm", ffn_norm="pre_feedforward_layernorm",
+        ),
+    ),
+    Structure(
+        "t5gemma: a norm stands behind each branch, and one dropout module serves all",
+        "pre_self_attn_layernorm self_attn post_self_attn_layernorm pre_feedforward_layernorm mlp "
+        "post_feedforward_layernorm dropout [pre_cross_attn_layernorm] [cross_attn] [post_cross_attn_layernorm]",
+        BlockSites(
+            "pre", "self_attn", "post_self_attn_layernorm", "mlp", "post_feedforward_layernorm",
+            residual="", input_norm="pre_self_attn_layernorm", ffn_norm="pre_feedforward_layernorm",
+        ),
+    ),
+    Structure(
+        "glm4, glm4v, glm-ocr: a norm stands behind each branch",
+        "input_layernorm self_attn post_self_attn_layernorm post_attention_layernorm mlp post_mlp_layernorm",
+        BlockSites(
+            "pre", "self_attn", "post_self_attn_layernorm", "mlp", "post_mlp_layernorm",
+            input_norm="input_layernorm", ffn_norm="post_attention_layernorm",
         ),
     ),
     Structure(
         "olmo2, olmo3, exaone4: a norm stands behind each branch and none in front",
         "self_attn post_attention_layernorm mlp post_feedforward_layernorm",
         BlockSites(
-            "pre", "self_attn", "post_attention_layernorm", "mlp", "post_feedforward_layernorm", input_norm=""
+            "pre", "self_attn", "post_attention_layernorm", "mlp", "post_feedforward_layernorm",
+            input_norm="", ffn_norm="",
         ),
     ),
     Structure(
         "granite: scales both branches",
         "input_layernorm self_attn post_attention_layernorm mlp",
         BlockSites("pre", "self_attn", "self_attn", "mlp", "mlp", residual="", input_norm="input_layernorm"),
-        classes=("GraniteDecoderLayer", "MiniCPM3DecoderLayer"),
+        classes=("GraniteDecoderLayer", "GraniteSWADecoderLayer", "MiniCPM3DecoderLayer"),
         scales=("residual_multiplier", "residual_scale"),
+    ),
+    Structure(
+        "granitemoe: scales both branches",
+        "input_layernorm self_attn post_attention_layernorm block_sparse_moe",
+        BlockSites(
+            "pre", "self_attn", "self_attn", "block_sparse_moe", "block_sparse_moe",
+            residual="", input_norm="input_layernorm",
+        ),
+        classes=("GraniteMoeDecoderLayer",),
+        scales=("residual_multiplier",),
+    ),
+    Structure(
+        "apertus",
+        "attention_layernorm self_attn feedforward_layernorm mlp",
+        BlockSites("pre", "self_attn", "self_attn", "mlp", "mlp", input_norm="attention_layernorm"),
+    ),
+    Structure(
+        "vaultgemma",
+        "input_layernorm self_attn pre_feedforward_layernorm mlp",
+        BlockSites("pre", "self_attn", "self_attn", "mlp", "mlp", input_norm="input_layernorm"),
+    ),
+    Structure(
+        "llama4: a mixture of experts returns the tokens of all examples in one dimension",
+        "input_layernorm self_attn post_attention_layernorm feed_forward",
+        BlockSites(
+            "pre", "self_attn", "self_attn", "feed_forward", "feed_forward", residual="", input_norm="input_layernorm"
+        ),
+        classes=("Llama4TextDecoderLayer",),
     ),
     Structure(
         "llama, mistral, qwen2, qwen3, gemma, glm, olmo, starcoder2, smollm3, qwen2-moe, and mixtral in "
@@ -174,10 +246,10 @@ STRUCTURES: tuple[Structure, ...] = (
         BlockSites("pre", "self_attn", "self_attn", "mlp", "mlp", residual="", input_norm="input_layernorm"),
     ),
     Structure(
-        "cohere, cohere2",
+        "cohere, cohere2, cohere2-moe",
         "input_layernorm self_attn mlp",
         BlockSites("pre", "self_attn", "self_attn", "mlp", "mlp", input_norm="input_layernorm"),
-        classes=("CohereDecoderLayer", "Cohere2DecoderLayer"),
+        classes=("CohereDecoderLayer", "Cohere2DecoderLayer", "Cohere2MoeDecoderLayer"),
     ),
     Structure(
         "falcon, one norm or two in a row: drops out with a function",
@@ -226,6 +298,12 @@ STRUCTURES: tuple[Structure, ...] = (
         scales=("lambda_1", "lambda_2"),
     ),
     Structure(
+        "pixio, transformers 5: drops out whole branches",
+        "layernorm_before attention layernorm_after mlp dropout drop_path",
+        BlockSites("pre", "attention", "attention", "mlp", "mlp", residual="", input_norm="layernorm_before"),
+        classes=("PixioLayer",),
+    ),
+    Structure(
         "beit, transformers 5",
         "layernorm_before attention layernorm_after mlp dropout drop_path [relative_position_bias]",
         BlockSites("pre", "attention", "attention", "mlp", "mlp", residual="", input_norm="layernorm_before"),
@@ -243,17 +321,19 @@ STRUCTURES: tuple[Structure, ...] = (
         BlockSites("pre", "self_attn", "self_attn", "mlp", "mlp", input_norm="layer_norm1"),
     ),
     Structure(
-        "bart, plbart, marian, blenderbot-small",
+        "bart, plbart, marian, blenderbot-small, mvp, trocr",
         _FC + _CROSS,
         _fc("post"),
-        classes=_layers("Bart", "PLBart", "Marian", "BlenderbotSmall"),
+        classes=_layers("Bart", "PLBart", "Marian", "BlenderbotSmall", "Mvp", "TrOCR"),
         scales=("dropout", "activation_dropout"),
     ),
     Structure(
-        "mbart, whisper, pegasus, m2m100, blenderbot",
+        "mbart, whisper, pegasus, m2m100, blenderbot, speech-to-text, biogpt, xglm, musicgen, the decoder of "
+        "bigbird-pegasus",
         _FC + _CROSS,
         _fc("pre"),
-        classes=_layers("MBart", "Whisper", "Pegasus", "M2M100", "Blenderbot"),
+        classes=_layers("MBart", "Whisper", "Pegasus", "M2M100", "Blenderbot", "Speech2Text")
+        + tuple(f"{name}DecoderLayer" for name in ("BioGpt", "XGLM", "Musicgen", "BigBirdPegasus")),
         scales=("dropout", "activation_dropout"),
     ),
     Structure(
@@ -300,6 +380,7 @@ REFUSED: dict[str, str] = {
     "RfDetrDinov2Layer": _WINDOWS,
     "LongformerLayer": "its attention mask also tells which tokens attend globally",
     "BigBirdLayer": "its sparse attention gets no attention mask",
+    "MptBlock": "its attention mask is True for the tokens that are hidden",
     "CanineLayer": "its attention is local and its masks have another form",
     "BridgeTowerResidualAttention": "its tokens come before the rows of the batch",
     "CLIPSegDecoderLayer": _OTHER_SUMS,

@@ -156,15 +156,16 @@ class NetworkHooks:
         norms = full_norms(self.block)
         if sites.norm == "post":
             self._closing_eps = self._form(list(norms.values())[-1]).eps
-            self._handles.append(self._module(sites.ffn).register_forward_pre_hook(self._on_h, with_kwargs=True))
-            return
-        behind = [norm for path, norm in norms.items() if path != sites.input_norm]
-        if len(behind) != 1:
-            raise SiteError(
-                f"{self.block.name} has {len(behind)} norms behind its attention: bottleneck='top' needs one, in "
-                "front of the feed-forward part. Use bottleneck='stream' or 'none'."
-            )
-        self._handles.append(behind[0].register_forward_pre_hook(self._on_h, with_kwargs=True))
+        at = sites.ffn if sites.norm == "post" or sites.ffn_norm == "" else sites.ffn_norm
+        if at is None:
+            behind = [path for path in norms if path != sites.input_norm]
+            if len(behind) != 1:
+                raise SiteError(
+                    f"{self.block.name} has {len(behind)} norms behind its attention: bottleneck='top' needs one, in "
+                    "front of the feed-forward part. Use bottleneck='stream' or 'none'."
+                )
+            at = behind[0]
+        self._handles.append(self._module(at).register_forward_pre_hook(self._on_h, with_kwargs=True))
 
     def _install_final_norm(self) -> None:
         norm, self._final_form = required_final_norm(self._model[0], self.block, "bottleneck='top'")

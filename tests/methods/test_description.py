@@ -30,8 +30,9 @@ def long_t5() -> Any:
 def test_stacks_of_unknown_structure_are_named_once_when_a_method_is_added() -> None:
     with pytest.warns(UserWarning, match="only a part of LongT5Model is adapted") as seen:
         get_peft_model(long_t5(), PALPeftConfig(hidden_size=12, num_heads=2))
-    message = str(seen[0].message)
-    assert len(seen) == 1
+    messages = [str(warning.message) for warning in seen if "only a part" in str(warning.message)]
+    assert len(messages) == 1
+    message = messages[0]
     assert "decoder.block (LongT5Block, blocks 0, 1)" in message.partition("The structure of")[0]
     assert "encoder.block (LongT5Block, blocks 0, 1)" in message.partition("The structure of")[2]
     assert "target_modules=[...]" in message
@@ -39,7 +40,7 @@ def test_stacks_of_unknown_structure_are_named_once_when_a_method_is_added() -> 
 
 def test_a_choice_of_blocks_is_not_commented_on() -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message=".*only a part")
         get_peft_model(long_t5(), HoulsbyPeftConfig(target_modules=["decoder.block"]))
 
 

@@ -616,12 +616,14 @@ def test_wrong_configs_are_refused(host: str, changes: dict[str, Any], message: 
 
 @both
 @pytest.mark.parametrize("bottleneck", ["top", "stream"])
-@pytest.mark.parametrize("name", ["Mistral", "MPNet", "OPT"])
+@pytest.mark.parametrize("name", ["Mistral", "MPNet", "OPT", "Gemma2", "Glm4", "Olmo2"])
 def test_other_structures(host: str, name: str, bottleneck: str) -> None:
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40}
     more: dict[str, Any] = {"OPT": {"ffn_dim": 32, "word_embed_proj_dim": 24}}.get(name, {"intermediate_size": 32})
-    if name == "Mistral":
+    if name in ("Mistral", "Gemma2", "Glm4", "Olmo2"):
         more["num_key_value_heads"] = 2
+    if name in ("Gemma2", "Glm4"):
+        more |= {"head_dim": 8, "pad_token_id": 0}
     if host == "adapters" and name != "Mistral":
         pytest.skip("the host does not know the model")
     base = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes, **more)).eval()
