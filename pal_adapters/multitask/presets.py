@@ -1,4 +1,4 @@
-"""The recipes of the papers, each by one name: which modules, what trains, how tasks are drawn, the optimiser."""
+"""The recipes of the papers by name: the adapters, what trains, how tasks are sampled, the optimizer settings."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from pal_adapters.multitask.training.arguments import MultiTaskTrainingArguments
 from .defaults import HOSTS, add_adapter, default_host
 
 SHARED = "tasks"
-"""The adapter that all tasks of a recipe share, such as a CA-MTL network."""
+"""Name of the adapter that all tasks of a recipe share, such as a CA-MTL network."""
 
 
 class RecipeWarning(UserWarning):
-    """A preset is used without something that its results depend on."""
+    """A preset is used without a setting that its results depend on."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Preset:
 
     Args:
         name: Its name.
-        source: Where it comes from.
-        base: What happens to the base: `"trained"` with the modules, or `"frozen"`.
-        adapters: `"task"` for one adapter a task, `"shared"` for one network of all tasks, `"combination"` for what
-            each task takes of sources that are there, or `"none"`.
-        config: The adapter's config by host: a name in `pal_adapters`, and its arguments.
-        arguments: Arguments of the training.
-        pooling: What the heads read, if the base has a pooler and if not.
-        steps_per_task: Steps of an epoch for each task; 0 for as many as the rows take.
-        needs: Arguments without which the recipe is known not to work.
+        source: The paper.
+        base: Whether the base model is `"trained"` with the adapters or `"frozen"`.
+        adapters: `"task"` for one adapter per task, `"shared"` for one network for all tasks, `"combination"` for a
+            combination of existing sources per task, or `"none"`.
+        config: By host, the name of the adapter's config in `pal_adapters` and its arguments.
+        arguments: Training arguments.
+        pooling: What the heads read, see `HeadConfig`; `"pooler"` is `"first"` for a base model without a pooler.
+        steps_per_task: Steps per epoch for each task; 0 for one pass over the data.
+        needs: Arguments that the results of the recipe depend on.
     """
 
     name: str
@@ -66,27 +66,27 @@ class Preset:
         sources: Sequence[str] | Mapping[str, str] | None = None,
         **changes: Any,
     ) -> TaskHeads:
-        """The model of the recipe: adapters and heads for the tasks on a base, and only what it trains trainable.
+        """Builds the model of the recipe: adapters and heads on a base model, with what the recipe trains trainable.
 
         Args:
-            base: A model of `transformers`; it is changed. For a recipe that combines sources it may have them.
+            base: A model of `transformers`; it is changed. For a recipe that combines sources, they may be on it.
             tasks: The tasks.
-            host: `"adapters"` or `"peft"`; by default the first that is installed. For recipes with adapters.
-            pooling: What heads of whole rows read, where it shall differ from the recipe's: see `HeadConfig`. A task
-                with a `pooling` or a head of its own keeps that.
-            sources: What a recipe combines: folders of saved adapters by name or, in `adapters`, names of adapters
-                that are on the base.
-            **changes: Arguments of the adapter's config that shall differ.
+            host: `"adapters"` or `"peft"`, for recipes with adapters; by default the first that is installed.
+            pooling: What heads with one vector per example read, instead of the recipe's `pooling`; see `HeadConfig`.
+                A task with its own `pooling` or `head` keeps it.
+            sources: What a recipe combines: folders of saved adapters by name or, in `adapters`, names of adapters on
+                the base model.
+            **changes: Changed arguments of the adapter's config.
 
         Raises:
-            ConfigError: For arguments that do not go together.
+            ConfigError: For arguments that contradict each other.
         """
         named = check_tasks(tasks)
         if pooling is not None:
             require_one_of("pooling", pooling, POOLINGS)
         combines = self.adapters == "combination"
         if host_of(base) is not None and not combines:
-            raise ConfigError(f"base has adapters already: pass a plain model to build the preset {self.name!r}.")
+            raise ConfigError(f"base has adapters already: pass a plain model to the preset {self.name!r}.")
         if combines is not bool(sources):
             raise ConfigError(
                 f"sources={sources!r} is not allowed for the preset {self.name!r}, which "
@@ -136,7 +136,7 @@ class Preset:
         host: str | None,
         changes: Mapping[str, Any],
     ) -> tuple[Any, dict[str, Any]]:
-        """The model with a combination of the sources for each task, and what each task has as its adapter."""
+        """The model with a combination of the sources for each task, and the adapter of each task."""
         there = host_of(base)
         if there is not None and host not in (None, there):
             raise ConfigError(f"host={host!r} is not allowed: the base has adapters of {there!r}.")
@@ -149,7 +149,7 @@ class Preset:
             if not isinstance(sources, Mapping) or there is not None:
                 raise ConfigError(
                     f"sources={sources!r} on a {type(base).__name__} is not allowed: PEFT has one kind of adapter on "
-                    "a model, so pass a plain base and the folders of the sources, {name: folder}."
+                    "a model, so pass a plain base model and the folders of the sources, {name: folder}."
                 )
             for task in tasks:
                 given = {**options, **changes, "adapters": sources, "task_type": "FEATURE_EXTRACTION"}
@@ -169,12 +169,12 @@ class Preset:
         return base, routes
 
     def training_arguments(self, output_dir: str, *, num_tasks: int, **changes: Any) -> MultiTaskTrainingArguments:
-        """The arguments of the recipe.
+        """The training arguments of the recipe.
 
         Args:
             output_dir: Where checkpoints go.
             num_tasks: Number of tasks, which the length of an epoch may depend on.
-            **changes: Arguments that shall differ. One that the recipe is known to need gives a `RecipeWarning`.
+            **changes: Changed arguments. Changing one that the results depend on gives a `RecipeWarning`.
         """
         arguments = {**self.arguments}
         if self.steps_per_task:
@@ -182,7 +182,7 @@ class Preset:
         arguments |= changes
         self._warn_of_needs(arguments)
         if "warmup_ratio" in arguments and not transformers.__version__.startswith("4."):
-            # transformers 5 has one argument for both, where a value below 1 is a share.
+            # transformers 5 has one argument for both: a value below 1 is a ratio.
             arguments["warmup_steps"] = arguments.pop("warmup_ratio")
         return MultiTaskTrainingArguments(output_dir=output_dir, **arguments)
 
@@ -197,11 +197,11 @@ class Preset:
                 )
 
     def check(self, model: TaskHeads, arguments: MultiTaskTrainingArguments | None = None) -> None:
-        """Warns with a `RecipeWarning` if what trains, or how, is not as in the recipe.
+        """Gives a `RecipeWarning` if the model or the training arguments differ from the recipe.
 
         Args:
             model: The model.
-            arguments: Those of the training.
+            arguments: The training arguments.
         """
         if arguments is not None:
             self._warn_of_needs({name: getattr(arguments, name) for name in self.needs})
@@ -225,7 +225,7 @@ class Preset:
 
 
 def _config_maker(name: str) -> Callable[..., Any]:
-    """A config class, or one of its presets (`Class:preset`), in `pal_adapters` or, with a dot, in a host."""
+    """A config class, or a preset of it (`Class:preset`): of `pal_adapters` or, with a dot in its name, of a host."""
     name, _, preset = name.partition(":")
     module, _, attribute = name.rpartition(".")
     found = getattr(importlib.import_module(module or "pal_adapters"), attribute)
@@ -328,10 +328,10 @@ PRESETS: dict[str, Preset] = {
 
 
 def get_preset(name: str) -> Preset:
-    """A recipe by its name.
+    """The recipe with a name.
 
     Raises:
-        ConfigError: If there is none of that name.
+        ConfigError: If there is none.
     """
     require_one_of("preset", name, tuple(PRESETS))
     return PRESETS[name]

@@ -183,13 +183,13 @@ def _run_peft(
     networks = any(adapter_tasks(backbone, name) for name in present)
     if len(known) == 1:
         more = _numbers(backbone, adapters[0], tasks)
-        if ours and names and len(present) == 1 and list(backbone.active_adapters) == names:
-            return run_active(backbone, inputs, more)  # nothing else can become active
         if not ours or networks:
             with pass_under(backbone, partial(active_in_peft, backbone, adapters[0])):
                 return run_active(backbone, inputs, more)
     if ours:
-        return run_active(backbone, inputs, _by_name(adapters))
+        only_one = len(known) == len(present) == 1 and list(backbone.active_adapters) == names
+        # The only adapter is active for good. Naming it would cost time and say nothing.
+        return run_active(backbone, inputs, {} if only_one else _by_name(adapters))
     for name in names:
         config = adapter_config(backbone, name)
         # Methods other than LoRA take the names silently and run the active adapter for all examples.

@@ -1,4 +1,4 @@
-"""Processes that share one run: what can be run, and parameters of which each process holds a part."""
+"""Runs on several processes: which of them are possible, and optimizer states that are split over processes."""
 
 from __future__ import annotations
 
@@ -18,28 +18,30 @@ from .arguments import MultiTaskTrainingArguments
 
 
 def check_processes(args: MultiTaskTrainingArguments, model: TaskHeads, *, mixed: bool) -> None:
-    """Raises `ConfigError` unless the processes can train the model, and save and restore it by name.
+    """Raises `ConfigError` unless the processes can train the model, and save and restore it by parameter name.
 
     Args:
         args: The arguments of the run.
         model: The model.
-        mixed: Whether a batch may have several tasks, so that processes differ in the tasks of a step.
+        mixed: Whether a batch may mix tasks, so that processes may train different tasks in a step.
     """
     if args.n_gpu > 1:
-        raise ConfigError(f"{args.n_gpu} GPUs in one process are not supported: start one process each, by torchrun.")
+        raise ConfigError(
+            f"{args.n_gpu} GPUs in one process are not supported: start one process per GPU with torchrun."
+        )
     fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     deepspeed: Any = getattr(args, "deepspeed_plugin", None)
     if fsdp:
         _check_fsdp(args, model)
     if deepspeed is not None and int(deepspeed.zero_stage or 0) >= 3:
         raise ConfigError(
-            "deepspeed with zero_optimization.stage=3 is not supported: each process has only parts of the tensors, "
-            "but adapters and heads are saved by name, whole. Use stage 1 or 2, or FSDP 2."
+            "deepspeed with zero_optimization.stage=3 is not supported: each process holds only parts of the tensors, "
+            "but adapters and heads are saved whole, by name. Use stage 1 or 2, or FSDP 2."
         )
     if mixed and args.world_size > 1 and (fsdp or deepspeed is not None):
         raise ConfigError(
             f"mixed batches are not possible with {'FSDP' if fsdp else 'DeepSpeed'}, where all processes need the "
-            "gradients of the same parameters in a step: draw one task a batch, or use DDP (torchrun)."
+            "gradients of the same parameters in a step: use batches of one task, or DDP (torchrun)."
         )
 
 
@@ -50,14 +52,14 @@ def _check_fsdp(args: MultiTaskTrainingArguments, model: TaskHeads) -> None:
     kind = None if state is None else state.distributed_type
     if args.device.type == "cpu" and kind in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise ConfigError(
-            "fsdp has no effect on CPU, where accelerate trains with DDP instead and does not say so: leave it out."
+            "fsdp has no effect on CPU, where accelerate silently trains with DDP instead: leave it out."
         )
-    # transformers 4 leaves all of it to the environment.
+    # transformers 4 leaves this to environment variables.
     chosen = {name.removeprefix("FSDP_").lower(): v for name, v in os.environ.items() if name.startswith("FSDP_")}
     chosen |= {name.removeprefix("fsdp_"): v for name, v in (getattr(args, "fsdp_plugin_args", None) or {}).items()}
     if int(chosen.get("version", 1)) != 2:
         raise ConfigError(
-            "FSDP 1 is not supported: it makes one flat tensor of many, but adapters and heads are saved by name. Use "
+            "FSDP 1 is not supported: it flattens tensors into one, but adapters and heads are saved by name. Use "
             "version 2: `accelerate launch --fsdp_version 2`, or FSDP_VERSION=2 in the environment; with transformers "
             "5 also fsdp_config={'version': 2}."
         )
@@ -65,13 +67,13 @@ def _check_fsdp(args: MultiTaskTrainingArguments, model: TaskHeads) -> None:
     shared = [m for m in model.modules() if isinstance(m, TaskUnit) and m.shares]
     if shared and host_of(model.backbone) == "peft" and (layers or int(chosen.get("min_num_params", 0)) > 0):
         raise ConfigError(
-            "FSDP cannot shard block by block here: in PEFT the first block holds weights that all blocks of an "
+            "FSDP cannot shard block by block here: in PEFT, the first block holds the weights that all blocks of an "
             "adapter share. Leave out transformer_layer_cls_to_wrap and min_num_params, or use adapters."
         )
 
 
 def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of an optimiser with whole tensors. torch's own way refuses parameters that had no gradient yet."""
+    """The state of an optimizer with whole tensors. torch's own function rejects parameters without a gradient yet."""
     state = optimizer.state_dict()
     whole = {
         number: {name: gather(value).cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
@@ -81,7 +83,7 @@ def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_whole_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Gives an optimiser what `whole_state` took."""
+    """Loads what `whole_state` returned into an optimizer."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     parts: dict[int, dict[str, Any]] = {}
     for number, values in state["state"].items():

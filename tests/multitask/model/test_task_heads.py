@@ -321,9 +321,9 @@ def test_adding_reusing_and_removing(tiny_encoder: str, batch: dict[str, Tensor]
     ("arguments", "error", "message"),
     [
         (("rte", HeadConfig("regression")), ConfigError, "task='rte' is there already"),
-        (("a.b", HeadConfig("regression")), ConfigError, "without '.' and '/'"),
+        (("a.b", HeadConfig("regression")), ConfigError, "without '.', '/' and"),
         *[((name, HeadConfig("regression")), ConfigError, f"task='{name}' is not allowed") for name in RESERVED],
-        (("keys", "rte"), ConfigError, "Use another, such as 'keys_task'"),
+        (("keys", "rte"), ConfigError, "Use another name, such as 'keys_task'"),
         (("new", "nli"), ConfigError, "head='nli' is not there: rte, stsb"),
         (
             ("new", HeadConfig("regression"), {"adapter": "nli"}),

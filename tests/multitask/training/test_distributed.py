@@ -61,7 +61,7 @@ def test_processes_that_cannot_share_a_run(
 def test_blocks_that_share_weights_are_one_piece(tiny_encoder: str) -> None:
     model = TaskHeads(backbone(tiny_encoder, "peft", ("rte",)))
     layers = {"fsdp_version": 2, "transformer_cls_names_to_wrap": "BertLayer"}
-    with pytest.raises(ConfigError, match="FSDP cannot shard block by block here: in PEFT the first block holds"):
+    with pytest.raises(ConfigError, match="FSDP cannot shard block by block here: in PEFT, the first block holds"):
         check_processes(cast("Any", Processes(fsdp=True, fsdp_plugin_args=layers)), model, mixed=False)
 
 

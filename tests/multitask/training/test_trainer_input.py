@@ -191,7 +191,9 @@ def test_gradients_that_are_scaled_have_no_bound_each(tmp_path: Path, monkeypatc
 def test_fsdp_on_cpu_would_be_ddp(tiny_encoder: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch --use_fsdp`
     monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(ConfigError, match="fsdp has no effect on CPU, where accelerate trains with DDP instead"):
+    with pytest.raises(
+        ConfigError, match="fsdp has no effect on CPU, where accelerate silently trains with DDP instead"
+    ):
         trainer(tiny_encoder, tmp_path, make_tasks("rte"))
 
 
