@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ def transfer_report(
 
 
 def table_of_rows(rows: Iterable[tuple[str, int | None, str, float]], measure: str) -> TransferTable:
-    """A table of `(kind of module, block, source, value)`, in the order of the rows; 0 where a source is missing."""
+    """A table of `(kind of module, block, source, value)`, in the order of the rows; None for a missing source."""
     rows = list(rows)
     kinds = {kind for kind, _, _, _ in rows}
     values: dict[tuple[int | None, str], dict[str, float]] = {}
@@ -64,7 +65,7 @@ def table_of_rows(rows: Iterable[tuple[str, int | None, str, float]], measure: s
     return TransferTable(
         sources,
         [name(*place) for place in values],
-        [[row.get(s, 0.0) for s in sources] for row in values.values()],
+        [[row.get(s) for s in sources] for row in values.values()],
         measure,
     )
 
@@ -105,8 +106,8 @@ def plot_transfer(
         ax = figure.add_subplot()
     else:
         figure = ax.figure
-    columns = [[row[i] for row in table.values] for i in range(sources)]
-    highest = max((v for row in columns for v in row), default=0.0)
+    columns = [[math.nan if (v := row[i]) is None else v for row in table.values] for i in range(sources)]
+    highest = max((v for row in columns for v in row if not math.isnan(v)), default=0.0)
     image = ax.imshow(columns, cmap="viridis", vmin=0.0, vmax=highest or 1.0, aspect="auto")
     ax.set_xticks(range(places), table.places, rotation=45 if max(map(len, table.places)) > 3 else 0)
     ax.set_yticks(range(sources), table.sources)
@@ -116,6 +117,8 @@ def plot_transfer(
     if places <= 24:
         for y, row in enumerate(columns):
             for x, value in enumerate(row):
+                if math.isnan(value):
+                    continue
                 dark = value < 0.6 * highest
                 ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
     figure.colorbar(image, ax=ax, label=table.measure)

@@ -37,13 +37,13 @@ class TransferTable:
     Attributes:
         sources: names, the columns.
         places: names of the rows, from the first block to the last; `"all"` where blocks share their coefficients.
-        values: one row a place, one number a source.
+        values: one row a place, one number a source; None where a source does not act.
         measure: what the numbers are, such as `"mean |coefficient|"`.
     """
 
     sources: Sequence[str]
     places: Sequence[str]
-    values: Sequence[Sequence[float]]
+    values: Sequence[Sequence[float | None]]
     measure: str = "mean |coefficient|"
 
     def __post_init__(self) -> None:
@@ -54,8 +54,9 @@ class TransferTable:
             )
 
     def totals(self) -> dict[str, float]:
-        """The mean of each source over the places."""
-        return {s: sum(row[i] for row in self.values) / len(self.values) for i, s in enumerate(self.sources)}
+        """The mean of each source over the places where it acts."""
+        columns = [[v for row in self.values if (v := row[i]) is not None] for i in range(len(self.sources))]
+        return {s: sum(c) / len(c) if c else 0.0 for s, c in zip(self.sources, columns, strict=True)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, for a JSON file."""
@@ -72,6 +73,6 @@ class TransferTable:
         rows = [*zip(self.places, self.values, strict=True), ("mean", list(self.totals().values()))]
         lines = [" ".join([" " * left, *(s.rjust(w) for s, w in zip(self.sources, widths, strict=True))])]
         for place, values in rows:
-            numbers = (f"{v:.3f}".rjust(w) for v, w in zip(values, widths, strict=True))
+            numbers = (("" if v is None else f"{v:.3f}").rjust(w) for v, w in zip(values, widths, strict=True))
             lines.append(" ".join([place.rjust(left), *numbers]))
         return "\n".join([self.measure, *lines])

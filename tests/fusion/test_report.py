@@ -31,7 +31,11 @@ def test_table_of_rows() -> None:
     table = table_of_rows([*rows, ("pooler", None, "b", 5.0)], "mean attention")
     assert list(table.sources) == ["a", "b"]
     assert list(table.places) == ["0.query", "0.value", "1.query", "pooler"]
-    assert table.values == [[1.0, 2.0], [3.0, 0.0], [0.0, 4.0], [0.0, 5.0]]
+    assert table.values == [[1.0, 2.0], [3.0, None], [None, 4.0], [None, 5.0]]
+    assert table.totals() == {"a": 2.0, "b": 11 / 3}
+    assert str(table).splitlines()[3].split() == ["0.value", "3.000"]
+    drawn = plot_transfer(table).axes[0]
+    assert [text.get_text() for text in drawn.texts] == ["1.00", "3.00", "2.00", "4.00", "5.00"]
     assert table.measure == "mean attention"
     assert list(table_of_rows(rows[:2], "x").places) == ["0"]
 

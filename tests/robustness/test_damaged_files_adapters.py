@@ -302,6 +302,51 @@ def test_another_base(kind: str, changed: dict[str, int], tmp_path: pathlib.Path
     assert not changes(before, state(model))
 
 
+SETUPS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "cut": lambda s: json.dumps(s)[:-9],
+    "empty": lambda s: "",
+    "a list": lambda s: [s],
+    "no setup": lambda s: {},
+    "another class": lambda s: {**s, "adapter_setup": {**s["adapter_setup"], "type": "ABC"}},
+    "a function": lambda s: {**s, "adapter_setup": {**s["adapter_setup"], "type": "parse_composition"}},
+    "a class inside": lambda s: {**s, "adapter_setup": {"type": "Stack", "children": [{"type": "sys"}]}},
+    "a number as a name": lambda s: {
+        **s, "adapter_setup": {"type": "Stack", "children": [{"type": "single", "children": [3]}]},
+    },
+    "a path": lambda s: {
+        **s, "adapter_setup": {"type": "Stack", "children": [{"type": "single", "children": ["../a"]}]},
+    },
+    "a path of a fusion": lambda s: {**s, "adapter_setup": {**s["adapter_setup"], "kwargs": {"name": "/tmp"}}},
+    "a path of a head": lambda s: {**s, "head_setup": ["../../a"]},
+    "an option that does not exist": lambda s: {**s, "adapter_setup": {**s["adapter_setup"], "kwargs": {"x": 1}}},
+    "an adapter that is not there": lambda s: {
+        **s, "adapter_setup": {"type": "Stack", "children": [{"type": "single", "children": ["nothing"]}]},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", SETUPS)
+def test_setups(damage: str, tmp_path: pathlib.Path) -> None:
+    source = _base()
+    for name in ("c", "d"):
+        source.add_adapter(name, config=pa.PALConfig(hidden_size=6, num_heads=2))
+    fuse = adapters.composition.Fuse("c", "d")
+    source.add_adapter_fusion(fuse, config="scalearn")
+    source.save_adapter_setup(str(tmp_path), fuse)
+    path = tmp_path / host_files.SETUP_CONFIG_NAME
+    whole = path.read_text()
+    damaged = SETUPS[damage](json.loads(whole))
+    path.write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
+    model = _base()
+    before = state(model)
+    with pytest.raises(pa.PalAdaptersError, match=str(tmp_path)):
+        model.load_adapter_setup(str(tmp_path), set_active=True)
+    assert not changes(before, state(model))
+    path.write_text(whole)
+    model.load_adapter_setup(str(tmp_path), set_active=True)
+    assert model.active_adapters == fuse
+
+
 def test_what_was_rejected_can_be_loaded_afterwards(tmp_path: pathlib.Path) -> None:
     for kind in [*CONFIGS, "scalearn"]:
         config, tensors = _saved(kind)

@@ -29,16 +29,18 @@ def report_adapters(
     if data is not None:
         raise ConfigError("data has no effect: the coefficients do not depend on the input. Leave it out.")
     layers = list(places(model, key))
-    rows = []
+    rows: list[list[float | None]] = []
     for _, layer in layers:
         place = layer.adapter_fusion_layer[key]
         mode = place.training
         with torch.no_grad():
-            rows.append(place.eval()().abs().float().mean(1).tolist())
+            values = place.eval()().abs().float().mean(1).tolist()
         place.train(mode)
+        rows.append([value if _acts(layer, name) else None for name, value in zip(names, values, strict=True)])
     labels = _labels(layers)
     if layers[0][1].adapter_fusion_layer[key].shared:
-        labels, rows = ["all"], rows[:1]
+        columns = [[v for row in rows if (v := row[i]) is not None] for i in range(len(names))]
+        labels, rows = ["all"], [[next(iter(column), None) for column in columns]]
     return TransferTable(list(names), labels, rows)
 
 
@@ -107,7 +109,10 @@ def _attention(model: Any, key: str, names: list[str], data: Iterable[Mapping[st
             module.training = mode
     if not tokens:
         raise ConfigError("data is empty: pass at least one batch of model inputs.")
-    rows = [(total / total.sum()).tolist() for total in sums.values()]
+    rows = []
+    for (_, layer), total in zip(layers, sums.values(), strict=True):
+        shares = (total / total.sum()).tolist()
+        rows.append([share if _acts(layer, name) else None for name, share in zip(names, shares, strict=True)])
     return TransferTable(list(names), _labels(layers), rows, "mean attention")
 
 

@@ -19,7 +19,7 @@ def _has_ours(layer: Any, setup: AdapterCompositionBlock) -> bool:
     return any(is_ours(architectures(layer.adapters_config.get(name))) for name in setup.flatten())
 
 
-def fill(layer: Any, states: list[Any]) -> list[Any]:
+def complete_states(layer: Any, states: list[Any]) -> list[Any]:
     """The states of the children, where a child without LoRA gets a state that leaves the layer's output unchanged.
 
     Raises:
@@ -50,7 +50,7 @@ def pad_and_concat(original: Any) -> Any:
     """`LoRALinear.pad_and_concat`, with children without LoRA."""
 
     def wrapper(self: Any, states: list[Any]) -> Any:
-        return original(self, fill(self, states))
+        return original(self, complete_states(self, states))
 
     return wrapper
 
@@ -69,7 +69,7 @@ def compose_average(original: Any) -> Any:
                 states.append(self._get_compose_func(type(child))(child, state, lvl=lvl + 1))
             else:
                 states.append(self.compose_single(child, state, lvl=lvl + 1) if child in self.loras else state)
-        states = fill(self, states)
+        states = complete_states(self, states)
         hidden: list[Tensor] = [w * s.hidden_states for w, s in zip(adapter_setup.weights, states, strict=True)]
         return states[-1]._replace(hidden_states=torch.stack(hidden).sum(0))
 

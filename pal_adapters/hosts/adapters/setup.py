@@ -1,15 +1,22 @@
-"""Saved setups: they keep the name of a fusion, and are loaded whole or not at all."""
+"""Saved setups: they keep a fusion's name, name nothing outside their folder, and are loaded whole or not at all."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from adapters.composition import Fuse
+from adapters.composition import ALLOWED_NESTINGS, AdapterCompositionBlock, Fuse
 from adapters.model_mixin import ModelAdaptersMixin
+from adapters.utils import SETUP_CONFIG_NAME, resolve_adapter_path
 
 from pal_adapters.errors import ConfigError
 
+from .penalty import fusions_in
 from .transactions import changing
+
+_BLOCKS = {block.__name__ for block in ALLOWED_NESTINGS}
 
 
 def fuse_kwargs(original: Any) -> Any:
@@ -22,15 +29,59 @@ def fuse_kwargs(original: Any) -> Any:
 
 
 def load_adapter_setup(original: Any) -> Any:
-    """`load_adapter_setup`, whole or not at all, with an error that names the setup."""
+    """`load_adapter_setup`, whole or not at all, for a file that names compositions and folders inside its own."""
 
-    def wrapper(self: ModelAdaptersMixin, adapter_setup_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(
+        self: ModelAdaptersMixin,
+        adapter_setup_name_or_path: str,
+        version: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        options = {name: kwargs[name] for name in kwargs.keys() - _OWN_ARGUMENTS}
         try:
+            folder = resolve_adapter_path(
+                adapter_setup_name_or_path, version=version, do_exists_check=False, **options
+            )
+            _check(Path(folder))
             with changing(self):
-                return original(self, adapter_setup_name_or_path, *args, **kwargs)
+                return original(self, folder, version, *args, **kwargs)
         except OSError as error:
             raise ConfigError(
                 f"the setup in {adapter_setup_name_or_path} cannot be loaded: {str(error).strip()}"
             ) from error
 
     return wrapper
+
+
+_OWN_ARGUMENTS = {"custom_weights_loaders", "set_active", "use_safetensors"}
+
+
+def _check(folder: Path) -> None:
+    path = folder / SETUP_CONFIG_NAME
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        head = saved["head_setup"]
+        blocks = [saved["adapter_setup"], *([head] if isinstance(head, dict) else [])]
+        unknown = [kind for block in blocks for kind in _kinds(block) if kind not in _BLOCKS]
+        setups = [] if unknown else [AdapterCompositionBlock.from_dict(block) for block in blocks]
+        names = [head] if isinstance(head, str) else list(head) if isinstance(head, list) else []
+        for setup in setups:
+            names += [*setup.flatten(), *(fuse.name for fuse in fusions_in(setup))]
+        outside = [n for n in names if not (folder / n).resolve().is_relative_to(folder.resolve())]
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is not a readable setup ({type(error).__name__}: {error}): save it again with save_adapter_setup."
+        ) from error
+    if unknown:
+        raise ConfigError(f"{path} has {unknown[0]!r}, which is not a composition of adapters.")
+    if outside:
+        raise ConfigError(f"{path} names {outside[0]!r}, which is outside its folder.")
+
+
+def _kinds(block: dict[str, Any]) -> Iterator[Any]:
+    """The types of a composition and of those inside."""
+    if block["type"] != "single":
+        yield block["type"]
+        for child in block["children"]:
+            yield from _kinds(child)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import SeqBnConfig
 from adapters.composition import Fuse, Stack
 from torch import Tensor, nn
 
@@ -49,6 +50,18 @@ def test_shared_and_normalised_coefficients(bert: nn.Module) -> None:
     assert list(table.places) == ["all"]
     (omega,) = omegas(bert)
     torch.testing.assert_close(torch.tensor(table.values[0]), omega.softmax(0).mean(1))
+
+
+@pytest.mark.parametrize("config", ["scalearn", "scalearn_pp", "dynamic"])
+def test_a_block_without_a_source_has_no_number_for_it(config: str, bert: nn.Module, batch: dict[str, Tensor]) -> None:
+    bert.add_adapter("a", config=SeqBnConfig(leave_out=[1]))
+    bert.add_adapter("b", config=SeqBnConfig())
+    fuse = Fuse("a", "b")
+    bert.add_adapter_fusion(fuse, config=config)
+    table = transfer_report(bert, fuse, data=[batch] if config == "dynamic" else None)
+    blank = [[value is None for value in row] for row in table.values]
+    assert blank == ([[False, False]] if config == "scalearn_pp" else [[False, False], [True, False], [False, False]])
+    assert "None" not in str(table)
 
 
 def test_attention_is_averaged_over_real_tokens(bert: nn.Module, batch: dict[str, Tensor]) -> None:
