@@ -88,21 +88,21 @@ def _check_arguments(
 
 
 def _check_sources(model: Any, key: str, sources: list[str]) -> None:
-    refused = f"the fusion {key!r} has no exact fold: "
+    no_fold = f"the fusion {key!r} has no exact fold: "
     config, _ = model.adapters_config.get_fusion(key)
     if combination_config(config) is None:
         raise UnsupportedError(
-            f"{refused}AdapterFusion attends over its sources, so their weights depend on the input. Fold a "
+            f"{no_fold}AdapterFusion attends over its sources, so their weights depend on the input. Fold a "
             "ScaLearn fusion."
         )
     for name in sources:
         whole = model.adapters_config.get(name)
         if whole is None:
-            raise UnknownAdapterError(f"{refused}its source {name!r} is no longer on the model.")
+            raise UnknownAdapterError(f"{no_fold}its source {name!r} is no longer on the model.")
         ours = [c.architecture for c in task_configs(whole)]
         if ours:
             raise UnsupportedError(
-                f"{refused}{name!r} ({ours[0]}) is not a bottleneck: it attends, or acts elsewhere."
+                f"{no_fold}{name!r} ({ours[0]}) is not a bottleneck: it attends, or acts elsewhere."
             )
 
 
@@ -112,23 +112,23 @@ def _fold_place(layer: BottleneckLayer, key: str, index: int) -> Bottleneck | No
     if not rows:
         return None
     adapters = [layer.adapters[combination.names[row]] for row in rows]
-    refused = f"the fusion {key!r} has no exact fold: in block {index}, "
+    no_fold = f"the fusion {key!r} has no exact fold: in block {index}, "
     reason = unlike(adapters)
     if reason is not None:
-        raise UnsupportedError(f"{refused}{reason}.")
+        raise UnsupportedError(f"{no_fold}{reason}.")
     if len({a.add_layer_norm_before for a in adapters}) > 1:
-        raise UnsupportedError(f"{refused}the sources differ in ln_before.")
+        raise UnsupportedError(f"{no_fold}the sources differ in ln_before.")
     training = combination.training
     coefficients = combination.eval()()[rows].double()
     combination.train(training)
     scales = torch.stack([scaling_of(a) for a in adapters]).double()
-    return widen([_weights(a, refused) for a in adapters], coefficients * scales.to(coefficients.device))
+    return widen([_weights(a, no_fold) for a in adapters], coefficients * scales.to(coefficients.device))
 
 
-def _weights(adapter: Adapter, refused: str) -> Bottleneck:
+def _weights(adapter: Adapter, no_fold: str) -> Bottleneck:
     """The weights in float64; those of a norm in front go into the down-projection."""
-    down, down_bias = _linear(down_of(adapter), adapter.input_size, refused)
-    up, up_bias = _linear(adapter.adapter_up, adapter.down_sample, refused)
+    down, down_bias = _linear(down_of(adapter), adapter.input_size, no_fold)
+    up, up_bias = _linear(adapter.adapter_up, adapter.down_sample, no_fold)
     if adapter.add_layer_norm_before:
         norm = adapter.adapter_norm_before
         down_bias = down_bias + down @ norm.bias.double()
@@ -136,11 +136,11 @@ def _weights(adapter: Adapter, refused: str) -> Bottleneck:
     return Bottleneck(down, down_bias, up, up_bias)
 
 
-def _linear(module: nn.Module, width: int, refused: str) -> tuple[Tensor, Tensor]:
+def _linear(module: nn.Module, width: int, no_fold: str) -> tuple[Tensor, Tensor]:
     if type(module) is nn.Linear:
         return module.weight.double(), module.bias.double()
     if not isinstance(module, PHMLayer):
-        raise UnsupportedError(f"{refused}a projection is a {type(module).__name__}, not a plain linear map.")
+        raise UnsupportedError(f"{no_fold}a projection is a {type(module).__name__}, not a plain linear map.")
     inputs = torch.cat([torch.eye(width), torch.zeros(1, width)]).to(next(module.parameters()))
     outputs = module(inputs).double()  # Compacter's matrix is a sum of Kronecker products
     return (outputs[:-1] - outputs[-1]).t(), outputs[-1]

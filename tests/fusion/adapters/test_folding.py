@@ -1,4 +1,4 @@
-"""A fusion of bottlenecks folded into one: equal outputs, plain files, and reasons where there is no fold."""
+"""Folding a fusion of bottlenecks into one: equal outputs, plain files, and the reasons why some have no fold."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_truncation_reports_its_error(with_data: bool, bert: nn.Module, batch: d
 
 
 def test_the_error_of_truncation_is_that_of_the_data(bert: nn.Module, batch: dict[str, Tensor]) -> None:
-    """At the first place, which no earlier truncation changes."""
+    """At the first place, whose input does not depend on other truncations."""
     fused(bert, "seq_bn", "scalearn")
     pal_adapters.fold(bert, FUSE, name="exact")
     folded = pal_adapters.fold(bert, FUSE, name="cut", truncate=4, data=[batch])

@@ -1,4 +1,4 @@
-"""What was learned, as a table."""
+"""Transfer reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ScaLearn in `adapters`: what the coefficients do, what trains, and what sources may be."""
+"""ScaLearn in `adapters`: values, trained parameters, and allowed sources."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def with_sources(model: nn.Module, kind: str, names: tuple[str, ...] = NAMES) ->
 
 
 def omegas(model: nn.Module, fusion: str = "a,b,c") -> list[nn.Parameter]:
-    """The coefficients of a fusion, each once."""
+    """The coefficients of a fusion, shared ones once."""
     return [p for n, p in model.named_parameters() if f"adapter_fusion_layer.{fusion}." in n]
 
 
@@ -142,7 +142,7 @@ def test_wide_equals_one_source_after_the_other(
         value = bert(**batch).last_hidden_state
         (value * torch.linspace(0, 1, value.numel()).view_as(value)).sum().backward()
         grads.append([value.detach(), *(p.grad for p in omegas(bert)), *(p.grad for p in source_parameters(bert))])
-    assert len(calls) == len(list(layers_of(bert)))  # once a place, and only then
+    assert len(calls) == len(list(layers_of(bert)))  # once per place
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-4)
 
@@ -188,7 +188,7 @@ def test_a_hook_or_dropout_of_a_source_is_heeded(bert: nn.Module, batch: dict[st
 
 @pytest.mark.parametrize("kind", ["seq_bn", "mixture"])
 def test_a_block_is_linear_in_the_coefficients(kind: str, bert: nn.Module, batch: dict[str, Tensor]) -> None:
-    """In the last block, whose norm is undone here."""
+    """In the last block, whose norm is inverted here."""
     with_sources(bert, kind)
     bert.add_adapter_fusion(FUSE, config="scalearn_uniform")
     fill(bert, [0.0] * 3)
@@ -312,7 +312,7 @@ def test_dropout_is_of_the_coefficients_alone(variant: str, base_path: Any, batc
         place.register_forward_hook(lambda m, args, out, calls=calls: calls.append(out))
         drawn.append(calls)
     first = model(**batch).last_hidden_state
-    assert all(len(calls) == 1 for calls in drawn)  # one mask a place and call, for all rows and tokens
+    assert all(len(calls) == 1 for calls in drawn)  # one mask per place and call, for all examples and tokens
     for place, (coefficients,) in zip(places, drawn, strict=True):
         scaled = place.get_omega() / (1 - p)
         kept = coefficients != 0
@@ -478,7 +478,7 @@ def test_the_penalty_is_in_the_loss(variant: str, batch: dict[str, Tensor]) -> N
         torch.testing.assert_close(with_it, without + own, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(pal_adapters.fusion_regularization(model), extra)
     model.eval()
-    assert torch.equal(model(**batch, labels=labels).loss.detach(), losses[0])  # a measure of the task alone
+    assert torch.equal(model(**batch, labels=labels).loss.detach(), losses[0])  # measures the task alone
 
 
 def test_loss_scaling_applies_to_the_penalty(batch: dict[str, Tensor]) -> None:
@@ -525,7 +525,7 @@ def test_accumulated_gradients_hold_the_penalty_as_they_hold_the_loss(
     with_sources(model, "seq_bn")
     ids = torch.randint(1, 40, (4, 6), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
-    labels[2:, :3] = -100  # batches of different numbers of tokens
+    labels[2:, :3] = -100  # batches with different numbers of tokens
     rows = [
         {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": own if kind == "llama" else i % 2}
         for i, (row, own) in enumerate(zip(ids, labels, strict=True))
@@ -768,7 +768,7 @@ def test_misspelt_argument() -> None:
         ScaLearnConfig.from_dict({"architecture": "scalearn", "omega_droput": 0.1})
 
 
-def test_stacks_of_two_kinds_are_refused(bert: nn.Module, batch: dict[str, Tensor]) -> None:
+def test_stacks_of_two_kinds_are_rejected(bert: nn.Module, batch: dict[str, Tensor]) -> None:
     with_sources(bert, "par_bn")
     bert.add_adapter("s", config=config_of("seq_bn"))
     bert.add_adapter_fusion(FUSE, config="scalearn")

@@ -1,4 +1,4 @@
-"""Tiny models of the `adapters` host, built once a module and copied for each test."""
+"""Tiny models of the `adapters` host, built once per session and copied for each test."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def base_path(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A `BertModel` on disk, 3 blocks of width 24."""
     torch.manual_seed(7)
     model = BertModel(tiny_config())
-    for name, parameter in model.named_parameters():  # away from the even start, so that a swap of tensors shows
+    for (
+        name,
+        parameter,
+    ) in model.named_parameters():  # not the usual initialisation, so that swapped tensors are noticed
         nn.init.normal_(parameter, mean=float("LayerNorm.weight" in name), std=0.2)
     path = tmp_path_factory.mktemp("base")
     model.save_pretrained(path)
@@ -40,13 +43,13 @@ def plain_bert(base_path: pathlib.Path) -> nn.Module:
 
 @pytest.fixture
 def bert(plain_bert: nn.Module) -> nn.Module:
-    """A copy that the test may change."""
+    """A copy that a test may change."""
     return copy.deepcopy(plain_bert)
 
 
 @pytest.fixture(scope="session")
 def batch() -> dict[str, torch.Tensor]:
-    """Four rows of six tokens, two of them padded."""
+    """Four examples of six tokens, two of them padded."""
     generator = torch.Generator().manual_seed(3)
     mask = torch.ones(4, 6, dtype=torch.long)
     mask[1, 4:] = 0
@@ -56,7 +59,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def python(tmp_path: pathlib.Path) -> Callable[[str], str]:
-    """Runs code in a new process, in the test's folder, and gives what it prints."""
+    """Runs code in a new process, in the test's folder, and returns what it prints."""
 
     def run(code: str) -> str:
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

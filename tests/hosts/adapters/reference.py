@@ -43,7 +43,7 @@ def low_rank(x: Tensor, weights: Weights, prefix: str = "") -> Tensor:
 
 
 def bottleneck(u: Tensor, adapter: nn.Module) -> Tensor:
-    """The term that a bottleneck of the host adds for the input `u`."""
+    """The term that one of the host's bottlenecks adds for the input `u`."""
     down, up = adapter.adapter_down[0], adapter.adapter_up
     inner = adapter.non_linearity(u @ down.weight.T + down.bias)
     return adapter.scaling * (inner @ up.weight.T + up.bias)
@@ -58,7 +58,7 @@ def fusion(query: Tensor, terms: list[Tensor], layer: nn.Module) -> tuple[Tensor
 
 
 class Block:
-    """What one block computes, for functions that change it.
+    """What one block computes, passed to functions that change it.
 
     Attributes:
         index: the block's index.
@@ -74,7 +74,7 @@ class Block:
         self.norm: Callable[[Tensor], Tensor] = lambda t: t
 
     def part(self, rows: slice | list[int] = slice(None), tokens: slice = slice(None)) -> Block:
-        """The same block for some rows or tokens."""
+        """The same block for some examples or tokens."""
         block = Block(self.index, self.x[rows, tokens], self.mask[rows, tokens])
         block.h1, block.norm = self.h1[rows, tokens], self.norm
         return block
@@ -115,7 +115,7 @@ def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def weights_of(model: nn.Module, name: str, method: str) -> list[Weights]:
-    """The weights of one of our adapters, block by block, as the host hands them out; tied ones in every block."""
+    """The weights of one adapter per block, as returned by the host; tied ones in every block."""
     adapter = model.get_adapter(name)
     shared: Weights = {}
     for key, value in adapter.get(-1, {}).get("shared", {}).items():

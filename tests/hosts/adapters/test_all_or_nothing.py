@@ -60,7 +60,7 @@ ADDED: dict[str, tuple[str, Any]] = {
 
 @pytest.fixture
 def model(bert: nn.Module) -> nn.Module:
-    """With an adapter of each kind, of which one is active."""
+    """With one adapter of each kind, one of them active."""
     add(bert, "old", "pal")
     for name in ("a", "b"):
         bert.add_adapter(name, config=SeqBnConfig(reduction_factor=4))
@@ -99,7 +99,7 @@ def test_an_adapter_that_was_to_be_overwritten_stays(what: str, model: nn.Module
 def test_an_interruption_in_the_middle(
     model: nn.Module, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever stops a call, at whichever block."""
+    """Even an interruption in the middle of a block leaves nothing behind."""
     layer = type(model.encoder.layer[0].task_layer)
     add_to_layer = layer.add_adapter
 

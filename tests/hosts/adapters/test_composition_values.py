@@ -1,4 +1,4 @@
-"""Every composition gives the values that it means, against plain torch and against single-adapter runs."""
+"""The values of every composition, against plain torch and against runs of single adapters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Run = Callable[..., Tensor]
 
 @pytest.fixture(scope="module")
 def model(plain_bert: nn.Module) -> nn.Module:
-    """All of `CONFIGS` on one model; tests change nothing but the active setup."""
+    """All of `CONFIGS` on one model; tests change only the active setup."""
     model = copy.deepcopy(plain_bert)
     for name, config in CONFIGS.items():
         model.add_adapter(name, config=config)
@@ -91,7 +91,7 @@ class Plain:
         return term
 
     def terms(self, site: Any, setup: Any, block: ref.Block, value: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The value behind a setup, and what its last adapter added."""
+        """The value after a setup, and what its last adapter added."""
         if all(site(name, block, value) is None for name in ([setup] if isinstance(setup, str) else setup.flatten())):
             return value, None
         if isinstance(setup, str):
@@ -169,7 +169,7 @@ def test_order_of_a_stack_matters_to_a_bottleneck(run: Run) -> None:
 
 
 def rows(run: Run, names: list[str]) -> Tensor:
-    """Each row from the run of its adapter alone."""
+    """Each example from a run of its adapter alone."""
     return torch.stack([run(name)[row] for row, name in enumerate(names)])
 
 
@@ -227,7 +227,7 @@ def test_nested_compositions(setup: Any, run: Run, plain: Plain, batch: dict[str
     tasks = [1, 0, 1, 0]
     more = {"task_ids": torch.tensor(tasks)} if "MultiTask" in str(setup) else {}
     actual, expected = run(setup, **more), plain.run(setup, tasks)
-    kept = batch["attention_mask"].bool().repeat(setup.parallel_channels, 1)  # a part may have nothing but padding
+    kept = batch["attention_mask"].bool().repeat(setup.parallel_channels, 1)  # a part may be all padding
     close(actual[kept], expected[kept])
 
 
@@ -246,7 +246,7 @@ FUSIONS = [
 
 @pytest.fixture
 def fused(model: nn.Module) -> Iterator[nn.Module]:
-    """The model with the fusions of `FUSIONS`, whose layers are random."""
+    """The model with the fusions of `FUSIONS` and random fusion layers."""
     names = {fuse.name for setup in FUSIONS for fuse in [setup, *setup] if isinstance(fuse, Fuse)}
     torch.manual_seed(5)
     for name in sorted(names):
@@ -286,7 +286,7 @@ def test_order_of_the_children_does_not_matter(fused: nn.Module, run: Run) -> No
 
 
 def test_fusion_with_zero_values_is_the_host(fused: nn.Module, run: Run) -> None:
-    """`V = 0` leaves what the host does around a fusion: its norm is applied to `o2 + h1` once."""
+    """With `V = 0`, only what the host does around a fusion remains: its norm of `o2 + h1`, once."""
     for layer in fused.encoder.layer:
         nn.init.zeros_(layer.output.adapter_fusion_layer["pal,low"].value.weight)
     close(run(Fuse("pal", "low")), run(None))
@@ -302,13 +302,13 @@ def test_a_fusion_of_parallel_bottlenecks_adds_the_stream_once(model: nn.Module,
     model.delete_adapter_fusion(setup)
 
 
-def test_a_fusion_that_was_not_added_is_refused(model: nn.Module, run: Run) -> None:
+def test_a_fusion_that_was_not_added_is_rejected(model: nn.Module, run: Run) -> None:
     with pytest.raises(UnsupportedError, match=r"Fuse\[pal, low\].*add_adapter_fusion first"):
         run(Fuse("pal", "low"))
 
 
 @pytest.mark.parametrize("names", [("pal", "par"), ("par", "seq"), ("lhuc", "pal"), ("lhuc", "lhuc2")], ids="-".join)
-def test_what_cannot_be_fused_is_refused_and_leaves_no_trace(names: tuple[str, str], bert: nn.Module) -> None:
+def test_what_cannot_be_fused_is_rejected_and_leaves_no_trace(names: tuple[str, str], bert: nn.Module) -> None:
     for name in names:
         bert.add_adapter(name, config=CONFIGS.get(name, LHUCConfig()))
     before = {key: value.clone() for key, value in bert.state_dict().items()}
@@ -318,7 +318,7 @@ def test_what_cannot_be_fused_is_refused_and_leaves_no_trace(names: tuple[str, s
     assert before.keys() == bert.state_dict().keys()
 
 
-def test_a_fusion_that_the_host_refuses_leaves_no_trace(bert: nn.Module) -> None:
+def test_a_fusion_that_the_host_rejects_leaves_no_trace(bert: nn.Module) -> None:
     bert.add_adapter("pal", config=CONFIGS["pal"])
     bert.add_adapter("both", config="double_seq_bn")
     with pytest.raises(ValueError, match="mh_adapter"):

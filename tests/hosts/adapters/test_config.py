@@ -1,4 +1,4 @@
-"""Our configs as the host's own tests use its configs."""
+"""Our configs, used as the host's own tests use its configs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OURS = {name: c for name, c in ADAPTER_CONFIG_MAP.items() if type(c).__module__.
 
 @pytest.mark.parametrize("name", OURS)
 def test_arguments_of_other_methods_cannot_be_set(name: str) -> None:
-    """The host's configs take attributes of any name; what would have no effect is refused."""
+    """The host's configs accept attributes of any name; those without an effect are rejected."""
     config: Any = OURS[name]
     for argument in {"r", "prompt_length", "prefix_length"} - set(config.__dataclass_fields__):
         with pytest.raises(FrozenInstanceError, match=f"{argument} is not an argument of {type(config).__name__}"):

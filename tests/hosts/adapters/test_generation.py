@@ -70,7 +70,7 @@ def generate(
 
 
 def same(model: nn.Module, name: str, setup: Any, **more: Any) -> Tensor:
-    """The sequences, which are equal with and without the cache, as the logits are."""
+    """The sequences, after checking that they and the logits are equal with and without the cache."""
     cached, cached_logits = generate(model, name, setup, cache=True, **more)
     plain, plain_logits = generate(model, name, setup, cache=False, **more)
     assert torch.equal(cached, plain)
@@ -109,7 +109,7 @@ def test_rows_of_a_mixed_batch_generate_what_they_do_alone(name: str) -> None:
     "setup", [MultiTask("low", "wide"), BatchSplit("wide", "low", "wide", batch_sizes=2)], ids=str
 )
 def test_beams_of_a_mixed_batch(setup: Any) -> None:
-    """`task_ids` are repeated with the rows; `BatchSplit` counts the rows that there are, which are beams."""
+    """`task_ids` are repeated with the examples; `BatchSplit` counts beams."""
     model = model_of("qwen3")
     alone = {adapter: same(model, "qwen3", adapter, num_beams=2) for adapter in ("wide", "low")}
     more = {"task_ids": torch.tensor([1, 0, 1])} if isinstance(setup, MultiTask) else {}
@@ -119,7 +119,7 @@ def test_beams_of_a_mixed_batch(setup: Any) -> None:
 
 
 def test_parallel() -> None:
-    """The host repeats the tokens, but no mask: without padding."""
+    """The host repeats the tokens but not the mask, so there is no padding here."""
     model = model_of("gpt2")
     found = []
     for setup in ("a", "wide", Parallel("a", "wide")):
@@ -154,7 +154,7 @@ def test_inside_a_setup_of_the_context() -> None:
 
 
 def test_padding_on_the_left_changes_nothing() -> None:
-    """A short row generates in a padded batch what it does alone."""
+    """A short example generates the same in a padded batch as alone."""
     model = model_of("qwen3")
     batch = prompt("qwen3")
     together = same(model, "qwen3", "a")
@@ -170,7 +170,7 @@ def test_padding_on_the_left_changes_nothing() -> None:
 
 
 def test_causality() -> None:
-    """A later token changes nothing before it."""
+    """A later token does not change earlier positions."""
     model = model_of("gpt2")
     batch = prompt("gpt2", rows=1)
     other = copy.deepcopy(batch)
@@ -183,7 +183,7 @@ def test_causality() -> None:
         assert (first[:, -1] - second[:, -1]).abs().max() > 1e-3
 
 
-def test_split_with_a_cache_is_refused() -> None:
+def test_split_with_a_cache_is_rejected() -> None:
     model = model_of("gpt2")
     model.set_active_adapters(adapters.Split("a", "low", splits=[4, 5]))
     with pytest.raises(UnsupportedError, match="use_cache=False"), torch.no_grad():

@@ -97,7 +97,7 @@ def test_union_of_two_of_ours_and_built_in_ones(bert: nn.Module, batch: dict[str
     bert.add_adapter("prefix", config="prefix_tuning|pal[hidden_size=12]")
     randomise(bert, "u")
     pal, low = ref.weights_of(bert, "u", "pal"), ref.weights_of(bert, "u", "low_rank")
-    merged = copy.deepcopy(bert)  # LoRA by itself changes weights: fold it into the base by hand
+    merged = copy.deepcopy(bert)  # LoRA changes weights: fold it into the base by hand
     for layer in merged.encoder.layer:
         for linear in (layer.attention.self.query, layer.attention.self.value):
             lora = linear.loras["u"]
@@ -113,7 +113,7 @@ def test_union_of_two_of_ours_and_built_in_ones(bert: nn.Module, batch: dict[str
 
 
 def test_a_pal_beside_prefix_tuning_adds_its_own_term(bert: nn.Module, batch: dict[str, Tensor]) -> None:
-    """Prefixes lengthen the keys of the host's attention, not those of the PAL."""
+    """Prefixes lengthen the keys of the host's attention but not those of the PAL."""
     bert.add_adapter(
         "u", config=adapters.ConfigUnion(PALConfig(hidden_size=12), adapters.PrefixTuningConfig(prefix_length=3))
     )
@@ -222,7 +222,7 @@ def test_leave_out(bert: nn.Module, batch: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("first", ["ours", "theirs"])
 def test_leave_out_beside_a_bottleneck(first: str, bert: nn.Module, batch: dict[str, Tensor]) -> None:
-    """A block without our adapter still gives its rows to the host's bottleneck, and the other way round."""
+    """A block without our adapter still runs the host's bottleneck on its examples, and vice versa."""
     bert.add_adapter("a", config=LowRankConfig(hidden_size=4, leave_out=[0]))
     bert.add_adapter("b", config=adapters.SeqBnConfig(leave_out=[2]))
     randomise(bert, "a", "b")
@@ -329,7 +329,7 @@ def test_average_of_a_union_with_lora_and_a_bottleneck(bert: nn.Module) -> None:
         torch.testing.assert_close(bert.state_dict()[key], 0.25 * a + 0.75 * b)
 
 
-def test_average_refuses_other_strategies_and_other_configs(bert: nn.Module) -> None:
+def test_average_rejects_other_strategies_and_other_configs(bert: nn.Module) -> None:
     add(bert, "a", "pal")
     add(bert, "b", "pal")
     add(bert, "c", "low_rank")
@@ -372,7 +372,7 @@ def test_get_adapter_and_summary_count_shared_tensors_once(bert: nn.Module) -> N
 
 
 def test_published_parameter_counts() -> None:
-    """The counts of the paper's settings on BERT-base, without its memory."""
+    """The paper's parameter counts for BERT-base, without allocating its weights."""
     from transformers import BertConfig, BertModel
 
     with torch.device("meta"):
@@ -427,7 +427,7 @@ def test_delete_one_of_two(bert: nn.Module, batch: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("method", STRINGS)
-def test_merge_is_refused(method: str, bert: nn.Module) -> None:
+def test_merge_is_rejected(method: str, bert: nn.Module) -> None:
     add(bert, "a", method)
     bert.add_adapter("u", config=adapters.ConfigUnion(SMALL[method], adapters.LoRAConfig()))
     before = state(bert)
@@ -544,7 +544,7 @@ def test_what_a_model_supports(bert: nn.Module) -> None:
     assert_untouched(t5, before)
 
 
-def test_a_misspelt_argument_is_refused(bert: nn.Module) -> None:
+def test_a_misspelt_argument_is_rejected(bert: nn.Module) -> None:
     with pytest.raises(ConfigError, match=r"hiden_size=12 is not an argument of PALConfig: use .*hidden_size"):
         bert.add_adapter("a", config={"architecture": "pal", "hiden_size": 12})
     with pytest.raises(ConfigError, match=r"hiden_size is not an argument of PALConfig: use .*hidden_size"):

@@ -1,4 +1,4 @@
-"""Every model class of the `adapters` host: identity, the same values as in PEFT, rows of mixed batches, files."""
+"""Every model class of `adapters`: identity, values equal to PEFT's, mixed batches, files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .tiny import tiny_config
 
 pytestmark = [
     *zoo.HOST_WARNINGS,
-    # adapters 1.3 calls T5's blocks with the name that transformers 4.57 is giving up.
+    # adapters 1.3 passes T5's blocks an argument name that transformers 4.57 deprecates.
     pytest.mark.filterwarnings("ignore:`past_key_value` is deprecated:FutureWarning"),
 ]
 
@@ -69,7 +69,7 @@ def _plain(name: str) -> nn.Module:
         model = (CLIPTextModel if name == "clip-text" else CLIPVisionModel)(part)
         zoo.randomise(model)
         return model.eval()
-    # The host cannot run an X-MOD without a norm for its language adapters.
+    # The host cannot run X-MOD without a norm for its language adapters.
     changes = {"adapter_reuse_layer_norm": True} if name.startswith("xmod") else {}
     return (zoo.ALBERT if name == "albert" else zoo.BY_NAME[name]).build(**changes)
 
@@ -79,7 +79,7 @@ def plain(name: str) -> nn.Module:
 
 
 def init(model: nn.Module) -> None:
-    """`adapters.init`, which gives a fused projection without a bias (DeBERTa, ModernBERT) a random one."""
+    """`adapters.init`, which adds a random bias to a fused projection without one (DeBERTa, ModernBERT)."""
     before = {name for name, _ in model.named_parameters()}
     adapters.init(model)
     for name, parameter in model.named_parameters():
@@ -103,7 +103,7 @@ def adapted(name: str) -> nn.Module:
 
 
 def units(model: nn.Module, method: str, *, seed: int | None = None) -> list[Any]:
-    """The units of an adapter in module order; with a seed, their weights become random."""
+    """The units of an adapter in module order, with random weights if a seed is given."""
     found = [m.pal_adapters[method][method] for m in model.modules() if isinstance(m, TaskLayer) and m.methods(method)]
     if seed is not None:
         for index, unit in enumerate(found):
@@ -196,7 +196,7 @@ def test_same_values_as_in_peft(name: str) -> None:
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
-    """Up to rounding at the size of the largest value: a batch is summed in another order than its rows."""
+    """Up to rounding relative to the largest value: batches are summed in another order than single examples."""
     torch.testing.assert_close(actual, expected, atol=5e-5 * max(1.0, float(expected.abs().max())), rtol=1e-4)
 
 
@@ -249,7 +249,7 @@ def test_gradients_reach_every_tensor(name: str) -> None:
                 assert value.grad.abs().max() > 0 or key.endswith("key.bias"), key
 
 
-def test_a_module_on_top_is_refused_where_blocks_are_used_again() -> None:
+def test_a_module_on_top_is_rejected_where_blocks_are_used_again() -> None:
     model = plain("albert")
     adapters.init(model)
     with pytest.raises(UnsupportedError, match="ALBERT"):
@@ -257,7 +257,7 @@ def test_a_module_on_top_is_refused_where_blocks_are_used_again() -> None:
     assert "top" not in model.adapters_config
 
 
-def test_fusing_is_refused_where_a_norm_stands_behind_the_hosts_bottleneck() -> None:
+def test_fusing_is_rejected_where_a_norm_stands_behind_the_hosts_bottleneck() -> None:
     model = adapted("gemma2")
     with pytest.raises(UnsupportedError, match=r"Fuse\(pal, low_rank\).*Gemma2DecoderLayer"):
         model.add_adapter_fusion(Fuse("pal", "low_rank"))
@@ -266,7 +266,7 @@ def test_fusing_is_refused_where_a_norm_stands_behind_the_hosts_bottleneck() -> 
 
 @pytest.mark.parametrize("name", ["qwen3", "modernbert", "t5", "bart", "vit", "distilbert", "gpt2"])
 def test_fusion_with_one_value_matrix_of_ones_is_a_weighted_sum(name: str) -> None:
-    """With zero queries every child weighs the same, and with `V = I` the fusion is their mean."""
+    """With zero queries all children weigh the same, and with `V = I` the fusion is their mean."""
     model = adapted(name)
     setup = Fuse("pal", "low_rank")
     model.add_adapter_fusion(setup)
@@ -275,7 +275,7 @@ def test_fusion_with_one_value_matrix_of_ones_is_a_weighted_sum(name: str) -> No
             nn.init.zeros_(parameter) if "value" not in key else nn.init.eye_(parameter)
     model.eval()
     fused = run(model, name, setup)
-    for method in ("pal", "low_rank"):  # both halves of the mean, by halving what each adds
+    for method in ("pal", "low_rank"):  # the mean, by halving what each adds
         for unit in units(model, method):
             unit.register_forward_hook(lambda module, args, result: args[1] + 0.5 * (result - args[1]))
     halves = run(model, name, adapters.Stack("pal", "low_rank"))
@@ -297,7 +297,7 @@ def test_parallel_equals_single_runs(name: str) -> None:
 
 
 def test_an_unknown_model_gets_a_site_error() -> None:
-    """A block whose residual sums are not known is refused, with what to pass."""
+    """A block of unknown structure is rejected, with what to pass."""
     model = plain("gpt2")
     for block in model.transformer.h:
         block.add_module("another", nn.Linear(2, 2))

@@ -1,4 +1,4 @@
-"""Compositions by rows: every form of `task_ids`, wrong sizes, and LoRA beside ours."""
+"""Compositions over examples: every form of `task_ids`, wrong sizes, and LoRA beside task modules."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_three_kinds_in_one_batch(run: Run) -> None:
 
 
 def test_average_with_lora_is_the_average_of_outputs(run: Run, model: nn.Module, batch: dict[str, Tensor]) -> None:
-    """Both only add: a share of a quarter is an adapter of a quarter of the size."""
+    """Both only add a term, so a weight of 1/4 equals an adapter scaled by 1/4."""
     scaled = copy.deepcopy(model)
     for key, value in scaled.state_dict().items():
         if "loras.lora.lora_B" in key:
@@ -204,21 +204,21 @@ def test_average_with_lora_is_the_average_of_outputs(run: Run, model: nn.Module,
     close(run(Average("low", "lora", weights=[3.0, 1.0])), expected)
 
 
-def test_dora_refuses_other_rows(run: Run) -> None:
+def test_dora_rejects_other_rows(run: Run) -> None:
     with pytest.raises(UnsupportedError, match=r"'dora' \(DoRA\) scales all examples"):
         run(BatchSplit("a", "dora", batch_sizes=2))
 
 
 @pytest.mark.parametrize("pair", [("a", "top"), ("lhuc", "top"), ("seq", "top"), ("top", "low")], ids="-".join)
 def test_rows_with_a_module_on_top(pair: tuple[str, str], run: Run) -> None:
-    """The module on top still sees the mask, whatever ran in the last block before it."""
+    """The module on top still sees the mask, whatever ran before it in the last block."""
     first, second = pair
     close(run(BatchSplit(first, second, batch_sizes=[2, 2])), rows(run, [first, first, second, second]))
     close(run(Parallel(first, second)), torch.cat([run(first), run(second)]))
 
 
 def test_stack_with_a_module_on_top_keeps_the_mask(run: Run, model: nn.Module, batch: dict[str, Tensor]) -> None:
-    """Padded tokens may hold anything, also behind a bottleneck and a fusion."""
+    """The values of padding do not matter, also after a bottleneck and a fusion."""
     model.add_adapter_fusion(adapters.Fuse("a", "seq"))
     model.eval()
     changed = {**batch, "input_ids": torch.where(batch["attention_mask"].bool(), batch["input_ids"], 7)}
@@ -264,7 +264,7 @@ def test_parallel_heads_and_batch_split_heads(batch: dict[str, Tensor], base_pat
 @pytest.mark.parametrize("setup", [MultiTask("a", "b", "c"), BatchSplit("a", "b", batch_sizes=[2, 2]),
                                    Parallel("a", "seq"), Average("a", "low")], ids=str)  # fmt: skip
 def test_gradients_equal_those_of_single_runs(setup: Any, model: nn.Module, batch: dict[str, Tensor]) -> None:
-    """Each adapter gets the gradient of its own rows; one without rows gets none, or zero."""
+    """Each adapter gets the gradient of its own examples; without examples it gets none, or zero."""
     model = copy.deepcopy(model)
     names = sorted(setup.flatten())
     ids = [0, 1, 0, 0]

@@ -213,7 +213,7 @@ def test_whole_flexible_model(base_path: pathlib.Path, batch: dict[str, Tensor],
 def test_new_process(
     base_path: pathlib.Path, batch: dict[str, Tensor], tmp_path: pathlib.Path, python: Callable[[str], str]
 ) -> None:
-    """All methods, both kinds of file, other head classes and whole models, read where nothing of this process is."""
+    """All methods, both kinds of file, other head classes and whole models, read in a new process."""
     model = fresh(base_path, BertForSequenceClassification)
     names = {"a": "pal", "ab": "low_rank", "abc": "parallel_houlsby", "b": "houlsby_pal", "bc": "lhuc",
              "c": "top_attention", "ca": "top_bert_layer"}  # fmt: skip
@@ -279,7 +279,7 @@ def test_deepcopy(bert: nn.Module, batch: dict[str, Tensor]) -> None:
 
 
 def test_pickle(bert: nn.Module, batch: dict[str, Tensor]) -> None:
-    """A model of the host cannot be pickled: its classes and hooks are made at run time. What is ours can."""
+    """Models of the host cannot be pickled, as their classes are made at run time; our parts can."""
     with pytest.raises((pickle.PicklingError, AttributeError)):
         pickle.dumps(bert)
     add(bert, "a", "pal")
@@ -308,7 +308,7 @@ def test_pickle(bert: nn.Module, batch: dict[str, Tensor]) -> None:
 
 
 def test_state_dict_round_trip(bert: nn.Module, batch: dict[str, Tensor]) -> None:
-    """`load_state_dict` reaches the tied projections, once each, and replacing a parameter is seen."""
+    """`load_state_dict` sets the tied projections, once each, and a replaced parameter is used."""
     add(bert, "a", "pal")
     twin = copy.deepcopy(bert)
     randomise(twin, "a")

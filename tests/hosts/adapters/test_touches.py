@@ -1,4 +1,4 @@
-"""What of `adapters` is replaced or relied on: what moves upstream is named, here and when the package is imported."""
+"""What is replaced or relied on in `adapters`: a change upstream is named here and when the package is imported."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_installing_twice_replaces_once() -> None:
 
 
 class _Moved:
-    """A host in which something is not where it was."""
+    """A host whose interface has changed."""
 
     fields: int
 

@@ -1,4 +1,4 @@
-"""Training: the host's trainer, activation checkpointing, compilation, narrow dtypes and a base that trains too."""
+"""Training: the host's trainer, activation checkpointing, compilation, low precision and a trained base."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Remember(TrainerCallback):
 def trainer_for(
     model: nn.Module, folder: pathlib.Path, scores: list[float] | None = None
 ) -> tuple[AdapterTrainer, Remember]:
-    """Four steps, each with a checkpoint; with scores, the best of which is restored in the end."""
+    """Four steps with a checkpoint each; with scores, the best one is restored at the end."""
     given, remember = iter(scores or []), Remember()
     best: dict[str, Any] = {} if scores is None else dict(
         eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, metric_for_best_model="score"
@@ -153,7 +153,7 @@ def test_checkpointing_keeps_the_setup_of_the_forward_pass(every: nn.Module, bat
 
 
 def test_compiled_in_one_graph(every: nn.Module, batch: dict[str, Tensor]) -> None:
-    """The host's forward pass traces as a whole, and so does ours; another setup is another graph."""
+    """The forward pass traces as one graph, as the host's own does; another setup is another graph."""
     torch._dynamo.reset()
     every.eval()
     compiled = torch.compile(every, backend="eager", fullgraph=True)

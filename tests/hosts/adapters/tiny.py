@@ -1,4 +1,4 @@
-"""Tiny models, one small config of each method, and what tests do with them all the time."""
+"""Tiny models, one small config of each method, and helpers that many tests share."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tiny_config(**changes: Any) -> BertConfig:
 
 
 def fresh(path: pathlib.Path, model_class: Any = BertModel) -> nn.Module:
-    """A model from disk, made an `adapters` model, in evaluation mode."""
+    """A model read from disk, initialised for `adapters`, in evaluation mode."""
     model = model_class.from_pretrained(path).eval()
     adapters.init(model)
     return model
@@ -74,6 +74,6 @@ def hidden(model: nn.Module, batch: dict[str, Tensor], setup: Any) -> Tensor:
 
 
 def parameters_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """Everything that one of our adapters has in a model, tied projections once."""
+    """All parameters of an adapter, tied projections once."""
     parts = (f"pal_adapters.{name}.", f"shared_parameters.{name}.")
     return {n: p for n, p in model.named_parameters() if any(part in n for part in parts)}
