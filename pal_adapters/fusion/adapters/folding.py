@@ -17,7 +17,7 @@ from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedErr
 from pal_adapters.fusion.truncation import cut_to_width, moments, noise
 from pal_adapters.fusion.types import Folded
 from pal_adapters.hosts.adapters.config import task_configs
-from pal_adapters.hosts.adapters.fusion import Combination, combination_config, place_names, places
+from pal_adapters.hosts.adapters.fusion import Combination, combination_config, fusion_name, place_names, places
 from pal_adapters.hosts.adapters.sources import down_of, scaling_of, unlike
 from pal_adapters.hosts.adapters.transactions import changing
 from pal_adapters.hosts.names import require_adapter_name
@@ -33,9 +33,8 @@ def fold_adapters(
     data: Iterable[Mapping[str, Any]] | None = None,
 ) -> Folded:
     """See `pal_adapters.fold`."""
-    key = fusion.name if isinstance(fusion, Fuse) else fusion
-    _check_arguments(model, key, name, truncate, data)
-    assert key is not None
+    key = fusion_name(model, fusion)
+    _check_arguments(model, name, truncate, data)
     assert name is not None
     _, sources = model.adapters_config.get_fusion(key)
     _check_sources(model, key, sources)
@@ -70,14 +69,7 @@ def _fold(
     )
 
 
-def _check_arguments(
-    model: Any, key: str | None, name: str | None, width: int | None, data: Iterable[Any] | None
-) -> None:
-    known = model.adapters_config.fusions
-    if key not in known:
-        raise UnknownAdapterError(
-            f"no fusion {key!r} on the model: pass the Fuse(...) of one of {', '.join(map(repr, known)) or '(none)'}."
-        )
+def _check_arguments(model: Any, name: str | None, width: int | None, data: Iterable[Any] | None) -> None:
     require_adapter_name("name", name)
     if name in model.adapters_config:
         raise ConfigError(f"name={name!r} is not allowed: the model has an adapter with that name.")

@@ -10,9 +10,9 @@ from adapters.composition import Fuse
 from adapters.methods.bottleneck import BottleneckLayer
 from torch import Tensor
 
-from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
+from pal_adapters.errors import ConfigError, UnsupportedError
 from pal_adapters.fusion.types import TransferTable
-from pal_adapters.hosts.adapters.fusion import combination_config, place_names, places
+from pal_adapters.hosts.adapters.fusion import combination_config, fusion_name, place_names, places
 from pal_adapters.hosts.adapters.penalty import fusions_in
 
 _SHORT = {"mh_adapter": "attention", "output_adapter": "output", "cross_adapter": "cross"}
@@ -54,12 +54,7 @@ def _key(model: Any, fusion: Fuse | str | None) -> str:
                 f"{', '.join(map(repr, known)) or '(none)'}."
             )
         fusion = active[0]
-    key = fusion.name if isinstance(fusion, Fuse) else fusion
-    if key not in known:
-        raise UnknownAdapterError(
-            f"no fusion {key!r} on the model: pass the Fuse(...) of one of {', '.join(map(repr, known)) or '(none)'}."
-        )
-    return str(key)
+    return fusion_name(model, fusion)
 
 
 def _labels(layers: list[tuple[int, BottleneckLayer]]) -> list[str]:

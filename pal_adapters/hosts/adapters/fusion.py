@@ -18,7 +18,7 @@ from adapters.methods.bottleneck import BottleneckLayer, BottleneckState
 from adapters.methods.modeling import Adapter, ParallelAdapter
 from torch import Tensor, nn
 
-from pal_adapters.errors import UnknownAdapterError, UnsupportedError
+from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
 
 from .sources import WideSources, added
 
@@ -189,6 +189,27 @@ def add_layer(layer: BottleneckLayer, name: str, config: CombinationConfig, name
     if here is not None:
         combination.to(next(here.parameters()).device)
     layer.adapter_fusion_layer[name] = combination
+
+
+def fusion_name(model: Any, fusion: Any) -> str:
+    """The name of a fusion on a model.
+
+    Args:
+        model: the model.
+        fusion: the `Fuse` block, or its name.
+
+    Raises:
+        ConfigError: for anything else, such as a list of sources.
+        UnknownAdapterError: for a fusion that is not on the model.
+    """
+    name = fusion.name if isinstance(fusion, Fuse) else fusion
+    known = model.adapters_config.fusions
+    listed = ", ".join(map(repr, known)) or "(none)"
+    if isinstance(name, str) and name in known:
+        return name
+    if isinstance(name, str):
+        raise UnknownAdapterError(f"the model has no fusion {name!r}: pass the Fuse(...) of one of {listed}.")
+    raise ConfigError(f"fusion={fusion!r} is not allowed: pass Fuse('a', 'b'), or the name of one of {listed}.")
 
 
 def places(model: nn.Module, name: str) -> Iterator[tuple[int, BottleneckLayer]]:

@@ -258,7 +258,8 @@ def test_no_fold_has_a_reason(case: str, bert: nn.Module) -> None:
     ("arguments", "error", "message"),
     [
         ({"fusion": "b,a", "name": "x"}, UnknownAdapterError, "no fusion 'b,a'.*'a,b,c'"),
-        ({"fusion": None, "name": "x"}, UnknownAdapterError, "no fusion None"),
+        ({"fusion": None, "name": "x"}, ConfigError, r"fusion=None .*pass Fuse"),
+        ({"fusion": ["a", "b"], "name": "x"}, ConfigError, r"fusion=\['a', 'b'\] is not allowed: pass Fuse"),
         ({"fusion": FUSE}, ConfigError, "name=None"),
         ({"fusion": FUSE, "name": "a"}, ConfigError, "name='a'"),
         ({"fusion": FUSE, "name": "a.b"}, ConfigError, r"name='a\.b'"),
