@@ -347,6 +347,26 @@ def test_setups(damage: str, tmp_path: pathlib.Path) -> None:
     assert model.active_adapters == fuse
 
 
+@pytest.mark.parametrize("safe", [True, False])
+def test_sources_of_a_setup(safe: bool, tmp_path: pathlib.Path) -> None:
+    """The host alone would leave what a source lacks at random values."""
+    fuse = adapters.composition.Fuse("a", "b")
+    source = _base()
+    for name in ("a", "b"):
+        source.add_adapter(name, config=adapters.SeqBnConfig(reduction_factor=4))
+    source.add_adapter_fusion(fuse, config="scalearn")
+    source.save_adapter_setup(str(tmp_path), fuse, use_safetensors=safe)
+    (file,) = [path for path in (tmp_path / "b").iterdir() if path.suffix in (".safetensors", ".bin")]
+    whole = load_file(file) if safe else torch.load(file, weights_only=True)
+    half = dict(sorted(whole.items())[::2])
+    save_file(half, file) if safe else torch.save(half, file)
+    model = _base()
+    before = state(model)
+    with pytest.raises(pa.ConfigError, match=f"{tmp_path}/b cannot be loaded: .* missing"):
+        model.load_adapter_setup(str(tmp_path), use_safetensors=safe)
+    assert not changes(before, state(model))
+
+
 def test_what_was_rejected_can_be_loaded_afterwards(tmp_path: pathlib.Path) -> None:
     for kind in [*CONFIGS, "scalearn"]:
         config, tensors = _saved(kind)

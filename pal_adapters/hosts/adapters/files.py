@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +18,18 @@ from pal_adapters.hosts.unchanged import keep_values
 from .config import task_configs
 from .fusion import combination_config
 from .layer import base_parameters, trains_originals
+
+_CHECK_ALL: ContextVar[bool] = ContextVar("pal_adapters_check_all_files", default=False)
+
+
+@contextmanager
+def all_files_checked() -> Iterator[None]:
+    """Check the files of the host's own adapters too, which it loads whatever they lack."""
+    token = _CHECK_ALL.set(True)
+    try:
+        yield
+    finally:
+        _CHECK_ALL.reset(token)
 
 
 class OwnTensors:
@@ -53,7 +67,8 @@ def filter_func(original: Any) -> Any:
         table = f"shared_parameters.{adapter_name}."
         prefix = _prefix(model)
         if not configs:
-            return lambda key: keep(key) or key.startswith(table)
+            kept_by_host = OwnTensors(lambda key: keep(key) or key.startswith(table))
+            return kept_by_host if _CHECK_ALL.get() else kept_by_host.kept
         ours = tuple(f"{table}{config.method.name}_stack" for config in configs)
         trains_base = any(map(trains_originals, configs))
         base = {prefix + name for name in base_parameters(model.base_model)} if trains_base else set()

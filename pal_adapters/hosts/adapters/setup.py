@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from adapters.composition import ALLOWED_NESTINGS, AdapterCompositionBlock, Fuse
 from adapters.model_mixin import ModelAdaptersMixin
-from adapters.utils import SETUP_CONFIG_NAME, resolve_adapter_path
+from adapters.utils import ADAPTERFUSION_CONFIG_NAME, SETUP_CONFIG_NAME, resolve_adapter_path
 
 from pal_adapters.errors import ConfigError
 
+from .files import all_files_checked
+from .fusion import combination_config
 from .penalty import fusions_in
 from .transactions import changing
 
@@ -43,8 +46,9 @@ def load_adapter_setup(original: Any) -> Any:
             folder = resolve_adapter_path(
                 adapter_setup_name_or_path, version=version, do_exists_check=False, **options
             )
-            _check(Path(folder))
-            with changing(self):
+            fusions = _fusions(Path(folder))
+            # Sources are the host's own adapters, as a rule.
+            with changing(self), all_files_checked() if fusions else nullcontext():
                 return original(self, folder, version, *args, **kwargs)
         except OSError as error:
             raise ConfigError(
@@ -57,7 +61,8 @@ def load_adapter_setup(original: Any) -> Any:
 _OWN_ARGUMENTS = {"custom_weights_loaders", "set_active", "use_safetensors"}
 
 
-def _check(folder: Path) -> None:
+def _fusions(folder: Path) -> list[Fuse]:
+    """The fusions of a saved setup, after checking its file."""
     path = folder / SETUP_CONFIG_NAME
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -77,6 +82,15 @@ def _check(folder: Path) -> None:
         raise ConfigError(f"{path} has {unknown[0]!r}, which is not a composition of adapters.")
     if outside:
         raise ConfigError(f"{path} names {outside[0]!r}, which is outside its folder.")
+    return [fuse for setup in setups for fuse in fusions_in(setup) if _is_ours(folder / fuse.name)]
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        saved = json.loads((folder / ADAPTERFUSION_CONFIG_NAME).read_text(encoding="utf-8"))
+        return combination_config(saved["config"]) is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        return True  # its loader says what is wrong
 
 
 def _kinds(block: dict[str, Any]) -> Iterator[Any]:
