@@ -367,6 +367,16 @@ def test_sources_of_a_setup(safe: bool, tmp_path: pathlib.Path) -> None:
     assert not changes(before, state(model))
 
 
+@pytest.mark.parametrize("kind", [*CONFIGS, "scalearn"])
+def test_every_tensor_is_needed(kind: str, tmp_path: pathlib.Path) -> None:
+    config, tensors = _saved(kind)
+    pooler = {name for name in tensors if name.startswith("pooler.")}  # which classes of a model may lack
+    for name in tensors.keys() - pooler:
+        _write(tmp_path, kind, config, {k: v for k, v in tensors.items() if k != name}, True)
+        with pytest.raises(pa.PalAdaptersError, match=f"{name} is missing"):
+            _load(tmp_path, kind, True)
+
+
 def test_what_was_rejected_can_be_loaded_afterwards(tmp_path: pathlib.Path) -> None:
     for kind in [*CONFIGS, "scalearn"]:
         config, tensors = _saved(kind)

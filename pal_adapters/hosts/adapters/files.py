@@ -86,9 +86,9 @@ def filter_func(original: Any) -> Any:
 
         def optional(key: str) -> bool:
             """Blocks left out on loading, and base weights that some classes of a model lack (a pooler)."""
-            if key.startswith(blocks) and keep(key):
-                return True
-            return trains_base and not keep(key) and key.partition(".")[0] not in inner
+            if keep(key) or key.startswith(table):
+                return key.startswith(blocks)
+            return trains_base and key.partition(".")[0] not in inner
 
         return OwnTensors(kept, optional)
 
