@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pal_adapters.errors import UnsupportedError
-from pal_adapters.hosts.which import host_of
+from .arguments import require_host
 
 
 def fusion_regularization(model: nn.Module) -> Tensor:
@@ -21,17 +20,14 @@ def fusion_regularization(model: nn.Module) -> Tensor:
         UnsupportedError: if the model has no adapters.
     """
     penalty: Tensor | None
-    host = host_of(model)
-    if host == "peft":
+    if require_host(model) == "peft":
         from pal_adapters.fusion.peft.penalty import regularization_loss  # the host may be missing
 
         penalty = regularization_loss(model)
-    elif host == "adapters":
+    else:
         from pal_adapters.hosts.adapters.penalty import active_penalty  # the host may be missing
 
         penalty = active_penalty(model)
-    else:
-        raise UnsupportedError(no_adapters(model))
     return next(model.parameters()).new_zeros(()).float() if penalty is None else penalty
 
 
@@ -42,7 +38,7 @@ def penalty_of(model: nn.Module, name: str) -> Tensor | None:
         model: a model of `adapters`, or a `PeftModel`.
         name: of the fusion, or of the PEFT adapter that is a combination.
     """
-    if host_of(model) == "peft":
+    if require_host(model) == "peft":
         from pal_adapters.fusion.peft.penalty import regularization_loss  # the host may be missing
 
         penalty: Tensor | None = regularization_loss(model, name)
@@ -50,8 +46,3 @@ def penalty_of(model: nn.Module, name: str) -> Tensor | None:
     from pal_adapters.hosts.adapters.penalty import penalty_of as penalty_in_adapters  # the host may be missing
 
     return penalty_in_adapters(model, name)
-
-
-def no_adapters(model: object) -> str:
-    """The message for a model that no host has adapted."""
-    return f"{type(model).__name__} has no adapters: pass a model after adapters.init(model) or get_peft_model(...)."

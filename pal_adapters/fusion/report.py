@@ -1,4 +1,4 @@
-"""Which source matters where: a table of a learned combination, and its heat map."""
+"""Transfer reports: how much each source of a fusion counts in each block, as a table and a heat map."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pal_adapters.errors import ConfigError, UnsupportedError
-from pal_adapters.hosts.which import host_of
+from pal_adapters.errors import ConfigError
 
-from .penalty import no_adapters
+from .arguments import require_fusion, require_host
 from .types import TransferTable
 
 
@@ -20,28 +19,25 @@ def transfer_report(
 ) -> TransferTable:
     """How much each source of a fusion counts in each block.
 
-    For coefficients, the mean over the channels of their absolute values, without dropout and after the normalisation
-    of an ablation. For AdapterFusion, the mean attention that the tokens of a data set pay to each source, which sums
-    to one in each block.
+    ScaLearn: the mean absolute coefficient over the channels, without dropout and after an ablation's normalisation.
+    AdapterFusion: the attention that tokens pay to each source, averaged over a data set; it sums to one per block.
 
     Args:
         model: a model of `adapters`, or a `PeftModel`.
-        fusion: the `Fuse` block, or the name of the fusion or PEFT adapter; None is the active one.
-        data: batches (dicts of the base model's inputs, on its device), for AdapterFusion alone. Padding does not
-            count.
+        fusion: the `Fuse` block, or the name of the fusion or PEFT adapter; None for the active one.
+        data: AdapterFusion only: batches (dicts of the base model's inputs, on its device). Padding is ignored.
 
     Raises:
-        ConfigError: for data that has no effect, or that is missing or empty.
-        UnknownAdapterError: for a fusion that is not on the model.
-        UnsupportedError: for a model without adapters, or without a single active fusion.
+        ConfigError: if `fusion` is not a fusion, or `data` has no effect, is missing or is empty.
+        UnknownAdapterError: if the fusion is not on the model.
+        UnsupportedError: if the model has no adapters, or not exactly one active fusion.
     """
-    host = host_of(model)
+    host = require_host(model)
+    require_fusion(host, fusion)
     if host == "adapters":
         from pal_adapters.fusion.adapters.report import report_adapters  # the host may be missing
 
         return report_adapters(model, fusion, data)
-    if host is None:
-        raise UnsupportedError(no_adapters(model))
     from pal_adapters.fusion.peft.report import transfer_rows  # the host may be missing
 
     rows = transfer_rows(model, fusion, data=data)
@@ -49,7 +45,7 @@ def transfer_report(
 
 
 def table_of_rows(rows: Iterable[tuple[str, int | None, str, float]], measure: str) -> TransferTable:
-    """A table of `(kind of module, block, source, value)`, in the order of the rows; None for a missing source."""
+    """A table from rows `(kind of module, block, source, value)`, in their order; None if a source is missing."""
     rows = list(rows)
     kinds = {kind for kind, _, _, _ in rows}
     values: dict[tuple[int | None, str], dict[str, float]] = {}
@@ -73,29 +69,29 @@ def table_of_rows(rows: Iterable[tuple[str, int | None, str, float]], measure: s
 def plot_transfer(
     table: Any, path: str | os.PathLike[str] | None = None, *, title: str = "", ax: Any = None, **options: Any
 ) -> Any:
-    """Draw a heat map, sources by blocks. Needs matplotlib.
+    """Draw a heat map of sources by blocks. Needs matplotlib.
 
     Args:
-        table: a `TransferTable`, or a model, whose `transfer_report(model, **options)` is drawn.
-        path: where to save it, `.png` or `.svg`; None does not save.
-        title: over the map.
-        ax: axes of matplotlib to draw into; None makes a figure. Without `path`.
-        **options: for `transfer_report`.
+        table: a `TransferTable`, or a model to call `transfer_report(model, **options)` on.
+        path: where to save the figure, `.png` or `.svg`; None to not save it.
+        title: title of the figure.
+        ax: matplotlib axes to draw into, not together with `path`; None creates a figure.
+        **options: arguments of `transfer_report`.
 
     Returns:
-        The figure of matplotlib.
+        The matplotlib figure.
 
     Raises:
-        ConfigError: for a file name of another kind, or options that have no effect.
+        ConfigError: for another file format, or options that have no effect.
     """
     if path is not None and Path(path).suffix.lower() not in (".png", ".svg"):
-        raise ConfigError(f"path={os.fspath(path)!r} is not allowed: use a name that ends with .png or .svg.")
+        raise ConfigError(f"path={os.fspath(path)!r} is not allowed: use a file name ending in .png or .svg.")
     if path is not None and ax is not None:
-        raise ConfigError("path is not allowed together with ax: save the figure that the axes belong to.")
+        raise ConfigError("path is not allowed together with ax: save the figure of the axes yourself.")
     if not isinstance(table, TransferTable):
         table = transfer_report(table, **options)
     elif options:
-        raise ConfigError(f"{next(iter(options))} has no effect on a table: leave it out.")
+        raise ConfigError(f"{next(iter(options))} has no effect on a table: remove it.")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

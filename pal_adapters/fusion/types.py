@@ -11,13 +11,13 @@ from pal_adapters.errors import ConfigError
 
 @dataclass(frozen=True)
 class Folded:
-    """What `fold` made.
+    """The result of `fold` in `adapters`.
 
     Attributes:
-        name: the adapter.
+        name: name of the new adapter.
         widths: its width at each place, such as `{"0.output_adapter": 384}`.
-        errors: at each place that was truncated, the error of what the adapter adds, relative to its size (root mean
-            squares over tokens and channels). Empty for an exact fold.
+        errors: the error of the adapter's output at each truncated place, relative to that output (root mean squares
+            over tokens and channels). Empty for an exact fold.
     """
 
     name: str
@@ -26,18 +26,18 @@ class Folded:
 
     @property
     def error(self) -> float:
-        """The largest of `errors`, 0 for an exact fold."""
+        """The largest of `errors`; 0 for an exact fold."""
         return max(self.errors.values(), default=0.0)
 
 
 @dataclass(frozen=True)
 class TransferTable:
-    """How much each source counts in each place.
+    """How much each source counts at each place.
 
     Attributes:
-        sources: names, the columns.
-        places: names of the rows, from the first block to the last; `"all"` where blocks share their coefficients.
-        values: one row a place, one number a source; None where a source does not act.
+        sources: names of the columns.
+        places: names of the rows, from the first block to the last; `"all"` if blocks share their coefficients.
+        values: one row per place with one number per source; None where a source does not act.
         measure: what the numbers are, such as `"mean |coefficient|"`.
     """
 
@@ -49,8 +49,8 @@ class TransferTable:
     def __post_init__(self) -> None:
         if len(self.values) != len(self.places) or any(len(row) != len(self.sources) for row in self.values):
             raise ConfigError(
-                f"values of {[len(row) for row in self.values]} columns are not allowed: give {len(self.places)} rows "
-                f"of {len(self.sources)} numbers."
+                f"values with rows of {[len(row) for row in self.values]} numbers are not allowed: pass "
+                f"{len(self.places)} rows of {len(self.sources)} numbers."
             )
 
     def totals(self) -> dict[str, float]:
@@ -59,7 +59,7 @@ class TransferTable:
         return {s: sum(c) / len(c) if c else 0.0 for s, c in zip(self.sources, columns, strict=True)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, for a JSON file."""
+        """Plain lists that can be written as JSON."""
         return {
             "measure": self.measure,
             "sources": list(self.sources),

@@ -64,7 +64,7 @@ class SourceGroup(nn.Module):
         return combine(omega, self.outputs(site, value, inputs))
 
 
-class WideSources(SourceGroup):
+class StackedSources(SourceGroup):
     """Low-rank pairs or bottlenecks of several sources, side by side.
 
     `down` `[m, i]` and `up` `[m, d]` are those of all sources on top of each other. The coefficients go into `up`, so
@@ -229,7 +229,7 @@ class HeldWeights(nn.Module):
         return {name: getattr(self, f"weight_{index}") for index, name in enumerate(self.names)}
 
 
-class Combination(TaskUnit):
+class CombinedUnit(TaskUnit):
     r"""The sources of one target at one place.
 
     $$v' = v + \sum_s \omega_s \odot a_s, \qquad\text{or}\qquad v' = v + \mathrm{attention}(v, a_1, ..., a_S)$$

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from adapters.methods.modeling import Adapter, PHMLayer
 from torch import Tensor, nn
 
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
+from pal_adapters.fusion.measuring import moments_of_data
 from pal_adapters.fusion.truncation import cut_to_width, moments, noise
 from pal_adapters.fusion.types import Folded
 from pal_adapters.hosts.adapters.config import task_configs
@@ -210,35 +212,9 @@ def _moments_of_noise(adapter: Adapter) -> Tensor:
 def _moments_of_data(
     model: Any, name: str, layers: list[BottleneckLayer], data: Iterable[Mapping[str, Any]]
 ) -> dict[BottleneckLayer, Tensor]:
-    sums: dict[BottleneckLayer, Tensor] = {}
-    keep: list[Tensor | None] = [None]
-
-    def hook_of(place: BottleneckLayer) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            hidden = args[0].detach()
-            mask = keep[0]
-            if mask is not None and mask.shape == hidden.shape[:2]:
-                hidden = hidden[mask]
-            sums[place] = sums.get(place, 0) + moments(hidden.flatten(0, -2))
-
-        return hook
-
-    setup, modes = model.active_adapters, {module: module.training for module in model.modules()}
-    handles = [m.adapters[name].adapter_up.register_forward_pre_hook(hook_of(m)) for m in layers]
+    setup = model.active_adapters
     try:
         model.set_active_adapters(name)
-        model.eval()
-        for batch in data:
-            mask = batch.get("attention_mask")
-            keep[0] = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-            with torch.no_grad():
-                model(**batch)
+        return moments_of_data(model, {m: (m.adapters[name].adapter_up, itemgetter(0)) for m in layers}, data)
     finally:
-        for handle in handles:
-            handle.remove()
         model.adapters_config.active_setup = setup
-        for module, mode in modes.items():
-            module.training = mode
-    if not sums:
-        raise ConfigError("data=[] is not allowed: pass at least one batch of model inputs, or None.")
-    return sums

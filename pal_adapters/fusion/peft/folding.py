@@ -20,7 +20,8 @@ from torch import Tensor
 from pal_adapters.checks import require_int
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
 from pal_adapters.fusion.layer import SourceAttention
-from pal_adapters.fusion.units import Combination, WideSources
+from pal_adapters.fusion.units import CombinedUnit, StackedSources
+from pal_adapters.hosts.peft.change import changing, check_adapter_name
 
 from .config import CombinationPeftConfig
 from .folding_houlsby import fold_houlsby
@@ -80,6 +81,7 @@ def fold(
     elif data is not None:
         raise ConfigError("data has no effect without truncate: leave it out.")
     name = target if name is None else name
+    check_adapter_name(name)
     found = list(combinations(model.get_base_model(), target))
     kind = _check(model, target, found)
     if data is not None and kind == "lora":
@@ -90,25 +92,31 @@ def fold(
         "modules_to_save": config.modules_to_save,
         "inference_mode": config.inference_mode,
     }
+    folded: PeftConfig
     with torch.no_grad():
-        folded: PeftConfig
         if kind == "lora":
             folded, weights, errors = fold_lora(found, truncate, common)
         else:
             folded, weights, errors = fold_houlsby(model, found, truncate, data, common)
-        training = model.training
-        for module in model.modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                module.set_adapter([])  # else `unload` leaves the trained head in the place of the model's own
-        wrapped = get_peft_model(model.base_model.unload(), folded, adapter_name=name)  # type: ignore[operator]
-        loaded: Any = set_peft_model_state_dict(wrapped, {**weights, **head}, adapter_name=name)
-    assert not loaded.unexpected_keys, loaded.unexpected_keys
-    wrapped.train(training)
+        with changing(model):
+            wrapped = _replaced(model, folded, name, {**weights, **head})
     wrapped.truncation_errors = errors  # type: ignore[assignment]
     if errors:
         worst = max(errors, key=lambda key: errors[key])
-        logger.info("fold: truncated to %s; greatest relative error %.3g, at %s.", truncate, errors[worst], worst)
+        logger.info("fold: truncated to %s; largest relative error %.3g, at %s.", truncate, errors[worst], worst)
     return wrapped
+
+
+def _replaced(model: PeftModel, folded: PeftConfig, name: str, weights: dict[str, Tensor]) -> PeftModel:
+    """The base model with the folded adapter in the place of the combination."""
+    training = model.training
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.set_adapter([])  # else `unload` leaves the trained head in the place of the model's own
+    wrapped = get_peft_model(model.base_model.unload(), folded, adapter_name=name)  # type: ignore[operator]
+    loaded: Any = set_peft_model_state_dict(wrapped, weights, adapter_name=name)
+    assert not loaded.unexpected_keys, loaded.unexpected_keys
+    return wrapped.train(training)
 
 
 def _target(model: Any, adapter: str | None) -> tuple[str, CombinationPeftConfig]:
@@ -129,7 +137,7 @@ def _target(model: Any, adapter: str | None) -> tuple[str, CombinationPeftConfig
     return adapter, config
 
 
-def _check(model: PeftModel, target: str, found: list[tuple[str, FusionLayer, Combination]]) -> str:
+def _check(model: PeftModel, target: str, found: list[tuple[str, FusionLayer, CombinedUnit]]) -> str:
     """What it can be folded to, "lora" or "houlsby"."""
     others = [name for name in model.peft_config if name != target]
     if others:
@@ -150,7 +158,7 @@ def _check(model: PeftModel, target: str, found: list[tuple[str, FusionLayer, Co
                 "a block: no single module of their kind computes their sum. LoRA and Houlsby sources can be folded."
             )
         for group in unit.groups:
-            if isinstance(group, WideSources):
+            if isinstance(group, StackedSources):
                 kinds.add("lora" if group.activations is None else "houlsby")
             else:
                 kinds.add("houlsby")

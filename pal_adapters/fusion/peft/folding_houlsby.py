@@ -9,12 +9,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from pal_adapters.errors import ConfigError
+from pal_adapters.fusion.measuring import moments_of_data
 from pal_adapters.fusion.truncation import cut_to_width, moments, noise
-from pal_adapters.fusion.units import Combination, NormCopies, WideSources
+from pal_adapters.fusion.units import CombinedUnit, NormCopies, StackedSources
 from pal_adapters.methods.houlsby.peft import HoulsbyPeftConfig
 from pal_adapters.nn.bottleneck import Bottleneck
-from pal_adapters.nn.unit import UnitInputs
 
 from .layers import VALUE, FusionLayer, FusionNormLayer
 from .sources import PREFIX, innermost
@@ -22,7 +21,7 @@ from .sources import PREFIX, innermost
 
 def fold_houlsby(
     model: PeftModel,
-    found: list[tuple[str, FusionLayer, Combination]],
+    found: list[tuple[str, FusionLayer, CombinedUnit]],
     truncate: int | None,
     data: Iterable[Mapping[str, Any]] | None,
     common: Mapping[str, Any],
@@ -32,7 +31,7 @@ def fold_houlsby(
     norms: dict[str, dict[str, Tensor]] = {}
     errors: dict[str, float] = {}
     activation = "gelu_new"
-    sums = {} if data is None else _moments_of_data(model, [unit for _, _, unit in found], data)
+    sums = {} if data is None else _moments(model, [unit for _, _, unit in found], data)
     for place, layer, unit in found:
         group, omega = unit.groups[0], unit.learned(VALUE)
         if isinstance(layer, FusionNormLayer):
@@ -40,7 +39,7 @@ def fold_houlsby(
             own = dict(innermost(layer.base_layer).named_parameters(recurse=False))
             norms[place] = group.weights(omega, own)
             continue
-        assert isinstance(group, WideSources)
+        assert isinstance(group, StackedSources)
         assert group.down_bias is not None
         assert group.activations is not None
         activation = group.activations[0]
@@ -71,37 +70,16 @@ def fold_houlsby(
     return folded, {key: value.detach().clone().contiguous() for key, value in weights.items()}, errors
 
 
-def _moments_of_data(
-    model: PeftModel, units: Iterable[Combination], data: Iterable[Mapping[str, Any]]
-) -> dict[Combination, Tensor]:
-    """What the hidden values of the sources at each place are like."""
-    sums: dict[Combination, Tensor] = {}
-    keep: list[Tensor | None] = [None]
-
-    def hook(unit: Combination, args: tuple[str, Tensor, UnitInputs, Any]) -> None:
-        value, group = args[1], unit.groups[0]
-        assert isinstance(group, WideSources)
-        hidden, mask = group.hidden(value), keep[0]
-        if mask is not None and mask.shape == hidden.shape[:2]:
-            hidden = hidden[mask]
-        sums[unit] = sums.get(unit, 0) + moments(hidden.flatten(0, -2))
-
-    modes = {module: module.training for module in model.modules()}
-    handles = [u.register_forward_pre_hook(hook) for u in units if isinstance(u.groups[0], WideSources)]
-    try:
-        model.eval()
-        for batch in data:
-            mask = batch.get("attention_mask")
-            keep[0] = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-            model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    if not sums:
-        raise ConfigError("data=[] is not allowed: pass at least one batch of model inputs, or None.")
-    return sums
+def _moments(
+    model: PeftModel, units: Iterable[CombinedUnit], data: Iterable[Mapping[str, Any]]
+) -> dict[CombinedUnit, Tensor]:
+    """The moments of the sources' hidden values at each place."""
+    read = {
+        unit: (unit, lambda args, group=group: group.hidden(args[1]))
+        for unit in units
+        if isinstance(group := unit.groups[0], StackedSources)
+    }
+    return moments_of_data(model, read, data)
 
 
 def _padded(bottle: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:

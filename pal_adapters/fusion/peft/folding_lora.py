@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from pal_adapters.errors import UnsupportedError
-from pal_adapters.fusion.units import Combination, WideSources
+from pal_adapters.fusion.units import CombinedUnit, StackedSources
 
 from .layers import VALUE, FusionLayer
 from .sources import PREFIX, innermost
 
 
 def fold_lora(
-    found: list[tuple[str, FusionLayer, Combination]], truncate: int | None, common: Mapping[str, Any]
+    found: list[tuple[str, FusionLayer, CombinedUnit]], truncate: int | None, common: Mapping[str, Any]
 ) -> tuple[LoraConfig, dict[str, Tensor], dict[str, float]]:
     """Config, tensors and errors of the LoRA adapter that a combination of LoRA sources is."""
     weights: dict[str, Tensor] = {}
@@ -30,7 +30,7 @@ def fold_lora(
     biased, transposed = {}, set()
     for place, layer, unit in found:
         group = unit.groups[0]
-        assert isinstance(group, WideSources)
+        assert isinstance(group, StackedSources)
         up, bias = group.scaled(unit.learned(VALUE).to(group.up.device))
         down, up = group.down, up.T
         if truncate is not None and truncate < down.shape[0]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pal_adapters.blocks.sites import Block
 from pal_adapters.errors import UnsupportedError
-from pal_adapters.fusion.units import Combination, NormCopies, SourceGroup
+from pal_adapters.fusion.units import CombinedUnit, NormCopies, SourceGroup
 from pal_adapters.hosts.method import Method
 from pal_adapters.hosts.peft.layer import TaskTunerLayer, TunerLayer, tuner_layers
 from pal_adapters.methods.houlsby.peft_layers import HoulsbyNorm
@@ -37,7 +37,7 @@ class _Names:
     def add(
         self,
         adapter_name: str,
-        unit: Combination,
+        unit: CombinedUnit,
         groups: Sequence[SourceGroup],
         shared: nn.Module | None,
         *,
@@ -178,7 +178,7 @@ class FusionNormLayer(_Names, HoulsbyNorm):
         for name in names:
             if name in self.units:
                 unit = self.units[name]
-                assert isinstance(unit, Combination)
+                assert isinstance(unit, CombinedUnit)
                 assert isinstance(unit.groups[0], NormCopies)
                 weights = unit.groups[0].weights(unit.omega(VALUE), weights)
         dtype = next(iter(weights.values())).dtype
@@ -203,7 +203,7 @@ class FusionBlockLayer(_Names, TaskTunerLayer):
         self._belong_to(method)
         super().__init__(model, block)
 
-    def add(self, adapter_name: str, unit: Combination, *args: Any, **kwargs: Any) -> None:
+    def add(self, adapter_name: str, unit: CombinedUnit, *args: Any, **kwargs: Any) -> None:
         super().add(adapter_name, unit, *args, **kwargs)
         self.attachment.require(unit.sites, unit.needs)
 
@@ -211,7 +211,7 @@ class FusionBlockLayer(_Names, TaskTunerLayer):
 FusionLayer = FusionModuleLayer | FusionNormLayer | FusionBlockLayer
 
 
-def combinations(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, FusionLayer, Combination]]:
+def combinations(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, FusionLayer, CombinedUnit]]:
     """The combinations of a target, or of the active targets, with the names of their modules."""
     for path, layer in tuner_layers(model):
         if not isinstance(layer, FusionLayer):
@@ -221,7 +221,7 @@ def combinations(model: nn.Module, adapter: str | None = None) -> Iterator[tuple
             if name in layer.units:
                 place = path if isinstance(layer, FusionNormLayer) else path.rpartition(".")[0]
                 unit = layer.units[name]
-                assert isinstance(unit, Combination)
+                assert isinstance(unit, CombinedUnit)
                 yield place, layer, unit
 
 

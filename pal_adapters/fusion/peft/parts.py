@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from pal_adapters.blocks.sites import Block, find_blocks
 from pal_adapters.errors import ConfigError, UnsupportedError
 from pal_adapters.hosts.method import Method
-from pal_adapters.hosts.peft.tuner import lora_extras, lora_scaling
+from pal_adapters.hosts.peft.saved import lora_extras, lora_scaling
 from pal_adapters.nn.unit import TaskUnit
 
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(?:\.(?P<kind>weight|bias))?$")
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class LowRank(NamedTuple):
+class LoraPart(NamedTuple):
     """LoRA at one module: `up (down x) + bias`, `down [r, i]`, `up [o, r]` and `bias [o]` with the scaling in them."""
 
     down: Tensor
@@ -29,7 +29,7 @@ class LowRank(NamedTuple):
     embedding: bool
 
 
-class Bottle(NamedTuple):
+class BottleneckPart(NamedTuple):
     """A Houlsby bottleneck at one module, without its residual."""
 
     down: Tensor
@@ -39,7 +39,7 @@ class Bottle(NamedTuple):
     activation: str
 
 
-class NormCopy(NamedTuple):
+class NormPart(NamedTuple):
     """A layer norm of a source's own: its weights by name."""
 
     weights: dict[str, Tensor]
@@ -55,7 +55,7 @@ class UnitPart(NamedTuple):
     shapes: dict[str, list[int]]
 
 
-Part = LowRank | Bottle | NormCopy | UnitPart
+Part = LoraPart | BottleneckPart | NormPart | UnitPart
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def lora_parts(name: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> 
             )
         scaling = lora_scaling(config, module, down.shape[0])
         bias = given.get("B.bias")
-        parts[module] = LowRank(down, up * scaling, None if bias is None else bias * scaling, embedding)
+        parts[module] = LoraPart(down, up * scaling, None if bias is None else bias * scaling, embedding)
     return parts, used
 
 
@@ -104,11 +104,11 @@ def houlsby_parts(config: Any, tensors: Mapping[str, Tensor], method: Method) ->
         if unit is not None:
             prefix = key.removesuffix("down.weight")
             keys = [prefix + name for name in ("down.weight", "down.bias", "up.weight", "up.bias")]
-            parts[unit[1]] = Bottle(*[_wide(tensors[k]) for k in keys], config.activation)  # type: ignore[call-arg,arg-type]
+            parts[unit[1]] = BottleneckPart(*[_wide(tensors[k]) for k in keys], config.activation)  # type: ignore[call-arg,arg-type]
             used |= set(keys)
         elif norm is not None:
-            copy = parts.setdefault(norm[1], NormCopy({}))
-            assert isinstance(copy, NormCopy)
+            copy = parts.setdefault(norm[1], NormPart({}))
+            assert isinstance(copy, NormPart)
             copy.weights[norm[2]] = _wide(tensor)
             used.add(key)
     return parts, used

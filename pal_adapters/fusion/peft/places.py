@@ -11,7 +11,7 @@ from pal_adapters.blocks.sites import Block
 from pal_adapters.errors import UnsupportedError
 
 from .layers import VALUE
-from .parts import LowRank, NormCopy, UnitPart
+from .parts import LoraPart, NormPart, UnitPart
 from .sources import Source
 
 
@@ -46,7 +46,7 @@ class Place:
     @property
     def label(self) -> str:
         """The kind of module, the same in every block."""
-        if any(isinstance(part, LowRank) for part in self.parts.values()):
+        if any(isinstance(part, LoraPart) for part in self.parts.values()):
             return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", self.path)
         return f"width {self.width}"
 
@@ -62,7 +62,7 @@ def places_of(sources: Mapping[str, Source]) -> dict[str, Place]:
         for path, part in source.parts.items():
             if isinstance(part, UnitPart):
                 kind, width, block = "block", part.block.width, part.block
-            elif isinstance(part, NormCopy):
+            elif isinstance(part, NormPart):
                 kind, width, block = "norm", next(iter(part.weights.values())).shape[0], None
             else:
                 kind, width, block = "module", part.up.shape[0], None

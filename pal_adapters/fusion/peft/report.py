@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
 from pal_adapters.fusion.layer import SourceAttention
-from pal_adapters.fusion.units import Combination
+from pal_adapters.fusion.measuring import batches_of, evaluating
+from pal_adapters.fusion.units import CombinedUnit
 
 from .layers import active_combinations, combinations
 
@@ -73,7 +73,7 @@ def transfer_rows(
     return _attention(model, attentive, data)
 
 
-def _named(place: str, unit: Combination, site: str) -> tuple[str, int | None]:
+def _named(place: str, unit: CombinedUnit, site: str) -> tuple[str, int | None]:
     """Kind of module and number of the block, of a module's name."""
     place = place.removeprefix("base_model.model.")
     number = re.search(r"\.(\d+)(?:\.|$)", place)
@@ -83,43 +83,34 @@ def _named(place: str, unit: Combination, site: str) -> tuple[str, int | None]:
     return kind, None if number is None else int(number[1])
 
 
-def _coefficients(place: str, unit: Combination, site: str) -> list[TransferRow]:
+def _coefficients(place: str, unit: CombinedUnit, site: str) -> list[TransferRow]:
     values = unit.learned(site).float().abs().mean(1).tolist()
     return [TransferRow(*_named(place, unit, site), s, v) for s, v in zip(unit.names[site], values, strict=True)]
 
 
-@torch.no_grad()
 def _attention(
-    model: nn.Module, attentive: list[tuple[str, Combination, str]], data: Iterable[Any]
+    model: nn.Module, attentive: list[tuple[str, CombinedUnit, str]], data: Iterable[Any]
 ) -> list[TransferRow]:
     sums: dict[int, Tensor] = {}
-    mask: list[Tensor | None] = [None]
+    mask: Tensor | None = None
     counts: dict[int, float] = {}
 
     def record(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
         given = output[1].double()
         rows = given.flatten(0, -2)
-        kept = mask[0]
-        if kept is not None and kept.shape == given.shape[:-1]:
-            rows = rows[kept.flatten().bool()]
+        if mask is not None and mask.shape == given.shape[:-1]:
+            rows = rows[mask.flatten()]
         sums[id(module)] = sums.get(id(module), 0) + rows.sum(0)
         counts[id(module)] = counts.get(id(module), 0) + len(rows)
 
-    training = model.training
     handles = [unit.mixer(site).register_forward_hook(record) for _, unit, site in attentive]
     try:
-        model.eval()
-        for batch in data:
-            if not isinstance(batch, Mapping):
-                raise ConfigError(f"data has a {type(batch).__name__}: pass batches that are mappings of arguments.")
-            mask[0] = batch.get("attention_mask")
-            model(**batch)
+        with evaluating(model):
+            for batch, mask in batches_of(data):  # noqa: B007  (the hook reads it)
+                model(**batch)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
-    if not sums:
-        raise ConfigError("data is empty: pass at least one batch of model inputs.")
     return [
         TransferRow(*_named(place, unit, site), source, value)
         for place, unit, site in attentive

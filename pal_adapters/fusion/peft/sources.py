@@ -16,9 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from pal_adapters.blocks.sites import Block, iter_blocks
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
-from pal_adapters.hosts.peft.tuner import adapter_on, method_of, read_adapter
+from pal_adapters.hosts.peft.registry import method_of
+from pal_adapters.hosts.peft.saved import adapter_on, read_adapter
 
-from .parts import LowRank, NormCopy, Part, UnitPart, houlsby_parts, lora_parts, unit_parts
+from .parts import LoraPart, NormPart, Part, UnitPart, houlsby_parts, lora_parts, unit_parts
 
 PREFIX = "base_model.model."
 
@@ -185,7 +186,7 @@ def _check_fit(
         raise ConfigError(f"source {source.name!r} adapts {path!r}, which the model does not have.{other}")
     given: Any = None
     expected: Any = None
-    if isinstance(part, LowRank):
+    if isinstance(part, LoraPart):
         expected = widths_of(module)
         if expected is None or part.embedding is not isinstance(innermost(module), nn.Embedding):
             raise UnsupportedError(
@@ -193,7 +194,7 @@ def _check_fit(
                 "modules and embeddings can be combined."
             )
         given = part.down.shape[1], part.up.shape[0]
-    elif isinstance(part, NormCopy):
+    elif isinstance(part, NormPart):
         weights = dict(innermost(module).named_parameters(recurse=False))
         given = {name: list(tensor.shape) for name, tensor in part.weights.items()}
         expected = {name: list(tensor.shape) for name, tensor in weights.items()}

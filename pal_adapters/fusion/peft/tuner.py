@@ -13,13 +13,13 @@ from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedErr
 from pal_adapters.fusion.config import VARIANTS
 from pal_adapters.fusion.layer import Scales, SourceAttention
 from pal_adapters.fusion.units import (
-    Combination,
+    CombinedUnit,
     FixedScales,
     HeldWeights,
     NormCopies,
     SourceGroup,
+    StackedSources,
     UnitSources,
-    WideSources,
 )
 from pal_adapters.hooks.penalty import unwatch, watch
 from pal_adapters.hosts.peft.tuner import TaskTuner, register
@@ -34,7 +34,7 @@ from .config import (
     ScaLearnPeftConfig,
 )
 from .layers import FusionBlockLayer, FusionLayer, FusionModuleLayer, FusionNormLayer, combinations
-from .parts import Bottle, LowRank, UnitPart
+from .parts import BottleneckPart, LoraPart, UnitPart
 from .penalty import add_regularization, regularization_loss
 from .places import Place, places_of
 from .sources import Source, check_bases, check_model, innermost, read_source
@@ -137,7 +137,7 @@ class CombinationTuner(TaskTuner):
             mixers[site] = self._mixers[key]
             here = place.names(site)
             rows[site] = None if here == names else [names.index(name) for name in here]
-        unit = Combination(
+        unit = CombinedUnit(
             place.sites,
             mixers,
             owned,
@@ -198,11 +198,11 @@ class CombinationTuner(TaskTuner):
         if place.kind == "block":
             return [self._units(place, parts)]
         groups: list[SourceGroup] = []
-        pairs = [(row, part) for row, part in enumerate(parts) if isinstance(part, LowRank)]
+        pairs = [(row, part) for row, part in enumerate(parts) if isinstance(part, LoraPart)]
         if pairs:
             rows, low = zip(*pairs, strict=True)
             groups.append(
-                WideSources(
+                StackedSources(
                     rows,
                     [p.down for p in low],
                     [p.up for p in low],
@@ -210,11 +210,11 @@ class CombinationTuner(TaskTuner):
                     embedding=low[0].embedding,
                 )
             )
-        bottles = [(row, part) for row, part in enumerate(parts) if isinstance(part, Bottle)]
+        bottles = [(row, part) for row, part in enumerate(parts) if isinstance(part, BottleneckPart)]
         if bottles:
             rows, wide = zip(*bottles, strict=True)
             groups.append(
-                WideSources(
+                StackedSources(
                     rows,
                     [p.down for p in wide],
                     [p.up for p in wide],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import pal_adapters as pa
 from pal_adapters.fusion.peft.tuner import combinations
-from pal_adapters.fusion.units import Combination
+from pal_adapters.fusion.units import CombinedUnit
 from tests.hosts.peft import cases, reference
 
 # Ranks, scalings and modules all differ, and each adapts a module that the other does not.
@@ -149,7 +149,7 @@ def combined_logits(
         return model(**given).logits
 
 
-def units(model: nn.Module, adapter: str | None = None) -> dict[str, Combination]:
+def units(model: nn.Module, adapter: str | None = None) -> dict[str, CombinedUnit]:
     """The combinations of a target by place, without the prefix of `PeftModel`."""
     return {p.removeprefix("base_model.model."): u for p, _, u in combinations(model, adapter)}
 

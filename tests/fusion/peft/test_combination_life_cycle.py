@@ -538,6 +538,7 @@ def test_a_loaded_target_trains_on(saved: Paths, tmp_path: pathlib.Path, low_cpu
     assert not [n for n, p in frozen.named_parameters() if p.requires_grad]
 
 
+@pytest.mark.usefixtures("transformers_takes_this_peft")
 def test_transformers_own_api(saved: Paths, tmp_path: pathlib.Path) -> None:
     config = pa.ScaLearnPeftConfig(adapters=dict(saved["lora"]), variant="scalearn_pp")
     model = get_peft_model(cases.bert(), config).eval()

@@ -74,7 +74,7 @@ def test_sources_of_several_kinds_do_not_see_each_other(saved: Paths, tmp_path: 
     }
     model = target(paths)
     place = sources.units(model)["bert.encoder.layer.0.output.dense"]
-    assert [type(group).__name__ for group in place.groups] == ["WideSources", "WideSources"]
+    assert [type(group).__name__ for group in place.groups] == ["StackedSources", "StackedSources"]
     expected = sources.combined_logits(
         cases.bert(), paths, sources.learned(model), cases.inputs(), sources.head_of(model)
     )
