@@ -13,7 +13,16 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from .blocks.sites import BlockSites, register_block
-from .errors import ConfigError, MissingHostError, PalAdaptersError, SiteError, UnknownAdapterError, UnsupportedError
+from .errors import (
+    ConfigError,
+    MissingHostError,
+    PalAdaptersError,
+    SiteError,
+    StorageError,
+    UnknownAdapterError,
+    UnsupportedError,
+    UntestedVersionWarning,
+)
 from .fusion.folding import fold
 from .fusion.penalty import fusion_regularization
 from .fusion.report import plot_transfer, transfer_report
@@ -67,6 +76,7 @@ __all__ = [
     "SiteError",
     "SitesTable",
     "StackSites",
+    "StorageError",
     "TopAttentionConfig",
     "TopAttentionPeftConfig",
     "TopBertLayerConfig",
@@ -74,6 +84,7 @@ __all__ = [
     "TransferTable",
     "UnknownAdapterError",
     "UnsupportedError",
+    "UntestedVersionWarning",
     "add_task",
     "describe_sites",
     "fold",

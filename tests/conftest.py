@@ -33,3 +33,15 @@ def _seed() -> None:
 def _own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers 4 keeps the precision of the last arguments in the environment, for all that follow."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
+@pytest.fixture
+def transformers_takes_this_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.24's own `add_adapter` asks for peft 0.22, which is not released, and works with this one."""
+    if importlib.util.find_spec("peft") is not None:
+        import peft
+        from packaging.version import Version
+        from transformers.integrations import peft as integration
+
+        if Version(peft.__version__) < Version(integration.MIN_PEFT_VERSION):
+            monkeypatch.setattr(integration, "MIN_PEFT_VERSION", peft.__version__)

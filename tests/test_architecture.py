@@ -100,6 +100,6 @@ def test_no_import_goes(rule: str) -> None:
 
 
 def test_the_graph_is_read() -> None:
-    assert "pal_adapters.hosts.which" in GRAPH["pal_adapters.fusion.penalty"]
+    assert "pal_adapters.hosts.which" in GRAPH["pal_adapters.fusion.arguments"]
     assert "pal_adapters.fusion.peft.penalty" in GRAPH["pal_adapters.fusion.penalty"], "imports inside functions too"
     assert len(GRAPH) > 100

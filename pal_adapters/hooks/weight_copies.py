@@ -115,6 +115,15 @@ def fill(into: nn.ParameterDict, slots: Slots) -> None:
         into[key_of(key)] = nn.Parameter(original.detach().clone())
 
 
+def match_dtypes(copies: nn.ParameterDict, slots: Slots) -> None:
+    """Bring copies back to the precision of the pretrained weights, so that no call has to convert them."""
+    for key, places in slots.items():
+        module, name = places[0]
+        original, copy = module._parameters[name], copies[key_of(key)]
+        assert original is not None
+        copy.data = copy.data.to(original.dtype)
+
+
 def scratch(into: nn.ParameterDict, slots: Slots, generator: torch.Generator | None, std: float = 0.02) -> None:
     """Draw the copies anew: `N(0, std^2)` matrices, zero biases, norms of weight 1."""
     with torch.no_grad():

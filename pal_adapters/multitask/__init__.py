@@ -3,7 +3,7 @@
 Needs the packages of the extra `train`.
 """
 
-from pal_adapters.multitask.model.files import StorageError
+from pal_adapters.errors import StorageError
 from pal_adapters.multitask.model.heads import HeadConfig
 from pal_adapters.multitask.model.routes import Route
 from pal_adapters.multitask.model.task_heads import TaskHeads, TaskHeadsOutput

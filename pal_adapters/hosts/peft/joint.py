@@ -11,9 +11,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from pal_adapters.errors import UnsupportedError
+from pal_adapters.errors import StorageError, UnsupportedError
 
 from .config import TaskPeftConfig
+from .loading import check_values
 
 _PREFIX = "base_model.model."
 
@@ -98,6 +99,17 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
+def check_restorable(configs: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedError` if a model without its adapters would not be the pretrained one."""
+    joint = [name for name, config in configs.items() if is_joint(config)]
+    if joint:
+        raise UnsupportedError(
+            f"the adapters cannot be disabled: {joint[0]!r} trains the pretrained weights in place (train_base=True), "
+            "so what is left is not the pretrained model. Where you need it, load the base model a second time (for "
+            "DPO: as ref_model)."
+        )
+
+
 def check_transformers_loading(model: nn.Module, adapter_name: str, others: list[str], *, loads: bool) -> None:
     """What holds where transformers 5 loads pretrained weights itself, past `load_base`.
 
@@ -128,12 +140,14 @@ def check_transformers_loading(model: nn.Module, adapter_name: str, others: list
         )
 
 
-def load_base(model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bring the pretrained weights of a checkpoint into the model, tied ones as one, and return the rest.
+def match_base(
+    model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Split a checkpoint into pretrained weights, each with the tensor on the model that it replaces, and the rest.
 
     Raises:
-        UnsupportedError: if other adapters are on the model and compute with other pretrained weights. The new adapter
-            is taken off again.
+        StorageError: if pretrained weights are missing or do not fit the model.
+        UnsupportedError: if other adapters on the model compute with other pretrained weights.
     """
     configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     others = [name for name in configs if name != adapter_name]
@@ -145,23 +159,29 @@ def load_base(model: nn.Module, config: Any, adapter_name: str, state_dict: dict
                 f"{', '.join(map(repr, joint))} (train_base=True): it computes with them, whatever it was trained on.",
                 stacklevel=2,
             )
-        return state_dict
+        return [], state_dict
     # Which modules are wrapped depends on the other adapters, there and here.
     own = {plain_name(name): tensor for name, tensor in base_tensors(model, tied="each").items()}
     plain = {key: plain_name(key) for key in state_dict}
     names = {key: name if name in own else name.removeprefix(_PREFIX) for key, name in plain.items()}
-    loaded = {names[k]: v for k, v in state_dict.items() if names[k] in own and own[names[k]].shape == v.shape}
-    loaded = {name: value for name, value in loaded.items() if not own[name].is_meta}
+    found = {name: state_dict[key] for key, name in names.items() if name in own}
+    tied = {plain_name(name): id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    there = {tied.get(name, name) for name in found}
+    missing = [name for name in own if tied.get(name, name) not in there]
+    if missing:
+        raise StorageError(
+            f"adapter {adapter_name!r} comes with its own pretrained weights (train_base=True), and {missing[0]} is "
+            "not among them: load it into the model that it was saved with."
+        )
+    check_values(adapter_name, ((name, value, own[name]) for name, value in found.items()))
+    loaded = {name: value for name, value in found.items() if not own[name].is_meta}
     if others and any(not torch.equal(own[n], v.to(own[n])) for n, v in loaded.items()):
         message = (
             f"adapter {adapter_name!r} comes with its own pretrained weights (train_base=True), which differ from "
             f"those that {', '.join(map(repr, others))} compute with on this model"
         )
         if config.inference_mode:
-            model.delete_adapter(adapter_name)  # type: ignore[operator]
             raise UnsupportedError(f"{message}: load each into its own copy of the base model.")
         warnings.warn(f"{message}: from now on all compute with the loaded ones.", stacklevel=2)
-    with torch.no_grad():
-        for name, value in loaded.items():
-            own[name].copy_(value)
-    return {key: value for key, value in state_dict.items() if names[key] not in loaded}
+    rest = {key: value for key, value in state_dict.items() if names[key] not in loaded}
+    return [(own[name], value) for name, value in loaded.items()], rest

@@ -13,7 +13,7 @@ from pal_adapters.blocks.sites import Block, find_blocks
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.network import NetworkHooks
 from pal_adapters.hooks.task_ids import ARGUMENT, CARRIED, TaskRows
-from pal_adapters.hooks.weight_copies import Slots, block_slots, fill, outer_slots, scratch
+from pal_adapters.hooks.weight_copies import Slots, block_slots, fill, match_dtypes, outer_slots, scratch
 from pal_adapters.nn.unit import BatchTasks, TaskUnit
 
 from .joint import check_trainable, task_parameter_ids
@@ -140,6 +140,15 @@ class NetworkTuner(TaskTuner):
         carried = kwargs.pop(CARRIED, None)
         with task_rows(self.model).in_force(carried if ids is None else ids, repeated=generates(self.model, kwargs)):
             yield
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """The host's own cast of half precision to float32, which copies of pretrained weights do not follow."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self.model.modules():
+            if isinstance(layer, NetworkTunerLayer) and adapter_name in layer.units:
+                unit: Any = layer.units[adapter_name]
+                for slots, copies in zip(unit.slots, (unit.base, unit.outer), strict=True):
+                    match_dtypes(copies, slots)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, which may repeat the rows of a batch."""

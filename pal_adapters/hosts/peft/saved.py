@@ -5,18 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from typing import cast
 
-import peft
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft import LoraConfig, PeftConfig, PeftType, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
 from torch import nn
-
-from pal_adapters.hosts.method import Method
 
 
 def read_adapter(
@@ -52,12 +48,6 @@ def adapter_on(model: nn.Module, adapter_name: str) -> tuple[PeftConfig, dict[st
         return None
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     return config, {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-
-
-def method_of(config: PeftConfig) -> Method | None:
-    """The method that an adapter belongs to, if it is one of ours."""
-    tuner = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(cast("PeftType", config.peft_type))
-    return getattr(tuner, "method", None)
 
 
 def lora_scaling(config: LoraConfig, module: str, rank: int) -> float:

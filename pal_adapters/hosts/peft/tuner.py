@@ -1,60 +1,16 @@
-"""Registration with PEFT and the base of the tuners: where its internals are extended.
-
-Every touch, for peft 0.21, also those in `peft_saved` (the last rows) and in the files of single ideas beside:
-
-| upstream symbol                                   | what and why                                                   |
-|---------------------------------------------------|----------------------------------------------------------------|
-| `PeftType`                                        | gets a member a method: the enum is closed                     |
-| `register_peft_method`                            | the host's own registration                                    |
-| `BaseTuner._prepare_adapter_config`               | overridden: blocks are found from the model                    |
-| `BaseTuner._check_target_module_exists`           | overridden: the host's `layers_to_transform` misses `layers.0` |
-| `_ExcludedModule`                                 | the host's sign for a module that is left out on purpose       |
-| `check_target_module_exists`                      | the host's matching, for module names as LoRA takes them       |
-| `_maybe_include_all_linear_layers`                | the same, for `all-linear`                                     |
-| `BaseTuner.inject_adapter`                        | extended: an error leaves the model as it was                  |
-| `BaseTuner._create_and_replace`                   | overridden: the layer becomes a child of the block             |
-| `BaseTuner._mark_only_adapters_as_trainable`      | extended: `train_base`                                         |
-| `BaseTunerLayer.set_adapter`                      | extended: `train_base` follows the active adapters             |
-| `BaseTunerLayer.enable_adapters`                  | the same                                                       |
-| `BaseTunerLayer._get_base_layer_device_and_dtype` | overridden: packed weights                                     |
-| `BaseTuner._get_adapter_state_dict`               | extended: `train_base`; adapters named like a module           |
-| `BaseTuner._remove_adapter_name_from_key`         | overridden: several parts stand behind the adapter's name      |
-| `BaseTuner._remap_adapter_state_dict_for_load`    | extended: `train_base`                                         |
-| `BaseTuner.delete_adapter`                        | extended: no empty layer stays, one adapter is active in all   |
-| `BaseTuner._check_merge_allowed`                  | overridden: refuses before anything changes                    |
-| `BaseTuner._unload_and_optionally_merge`          | extended: takes our layers out                                 |
-| `BaseTuner._enable_peft_forward_hooks`            | provided: `adapter_names`, in training too                     |
-| `ModulesToSaveWrapper.forward`                    | replaced while `adapter_names` is in force: the host's mixes   |
-|                                                   | single linear modules only, and no repeated rows               |
-| `PeftModel.forward`                               | hooked, to refuse `task_ids` or to let them pass: the host     |
-|                                                   | drops them silently                                            |
-| `PeftModel.special_peft_forward_args`             | gets `task_ids` for tuners that route rows by it               |
-| `register_module_module_registration_hook`        | (torch) shows us the `PeftModel` that holds a tuner            |
-| `PreTrainedModel._hf_peft_config_loaded`          | reset if transformers' `add_adapter` failed on a plain model   |
-| `PreTrainedModel._gradient_checkpointing_func`    | wrapped while `adapter_names` is in force, so that a block     |
-|                                                   | that runs again has the same rows                              |
-| `load_peft_weights`                               | reads the tensors of a saved adapter, from disk or the hub     |
-| `get_peft_model_state_dict`                       | reads those of an adapter that is on the model                 |
-| `get_pattern_key`                                 | the scaling of a LoRA adapter at a module                      |
-| `LoraConfig`                                      | which LoRA adapters are more than `scaling * B A x`            |
-| `PEFT_TYPE_TO_TUNER_MAPPING`                      | finds the method of a saved adapter of ours                    |
-
-`tests/hosts/peft/test_touches.py` fails when one of them moves.
-"""
+"""The base of the tuners: where the host's internals are extended. `expected.py` lists every touch."""
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-import peft
 import torch
 import transformers
 from packaging.version import Version
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -62,60 +18,35 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from peft.utils import register_peft_method
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from pal_adapters.blocks.sites import Block, find_blocks
 from pal_adapters.blocks.survey import partial_reach
-from pal_adapters.errors import ConfigError, MissingHostError, UnsupportedError
+from pal_adapters.errors import UnknownAdapterError, UnsupportedError
 from pal_adapters.hosts.method import Method, parameters_of
+from pal_adapters.hosts.unchanged import keep_values
 
+from .change import changing, check_adapter_name
 from .config import TaskPeftConfig, choose_blocks, chooses
 from .joint import (
     base_tensors,
+    check_restorable,
     check_trainable,
     check_transformers_loading,
     is_joint,
-    load_base,
     mark_base,
+    match_base,
     name_alone,
     task_parameter_ids,
 )
 from .layer import TaskTunerLayer, TunerLayer, remove_adapter_name, tuner_layers
+from .loading import adapter_tensors, check_tensors
+from .registry import register as register
 from .routing import Routing
-from .saved import adapter_on as adapter_on
-from .saved import lora_extras as lora_extras
-from .saved import lora_scaling as lora_scaling
-from .saved import method_of as method_of
-from .saved import read_adapter as read_adapter
 
 EXCLUDED = _ExcludedModule()
 _TRANSFORMERS_5 = Version(transformers.__version__) >= Version("5")
-
-
-def register(method: Method, config_class: type[PeftConfig], tuner_class: type[BaseTuner]) -> None:
-    """Make a method known to the host. Idempotent.
-
-    Raises:
-        ConfigError: if the host or another plugin owns the name already.
-    """
-    if Version(peft.__version__) < Version("0.21"):
-        raise MissingHostError(f"peft {peft.__version__} is not supported: install 'peft>=0.21'.")
-    name = method.name.upper()
-    known = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(name)  # type: ignore[call-overload]
-    if known is config_class:
-        return
-    if known is not None or name in PeftType.__members__:
-        raise ConfigError(f"PEFT has a method named {name!r} already ({known}).")
-    member = str.__new__(PeftType, name)
-    member._name_ = member._value_ = name
-    type.__setattr__(PeftType, name, member)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
-    PeftType._member_names_.append(name)
-    register_peft_method(name=method.name, config_cls=config_class, model_cls=tuner_class)
 
 
 def matching_modules(config: TaskPeftConfig, model: nn.Module) -> tuple[dict[str, nn.Module], set[str]]:
@@ -132,6 +63,21 @@ def matching_modules(config: TaskPeftConfig, model: nn.Module) -> tuple[dict[str
         elif match:
             found[name] = module
     return found, excluded
+
+
+@contextmanager
+def adapters_off(model: PeftModel) -> Iterator[None]:
+    """The base model as it is now: without adapters, with the pretrained weights that `train_base` has changed."""
+    tuner = model.base_model
+    if not isinstance(tuner, TaskTuner):
+        with model.disable_adapter():
+            yield
+        return
+    BaseTuner.disable_adapter_layers(tuner)
+    try:
+        yield
+    finally:
+        tuner.enable_adapter_layers()
 
 
 def _refuse_task_ids(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -211,23 +157,18 @@ class TaskTuner(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         kwargs.pop("state_dict", None)  # the config names the blocks; the keys of a checkpoint would only repeat them
         config = self.peft_config[adapter_name]
-        before = [(p, p.requires_grad) for p in model.parameters()]
         try:
-            if is_joint(config):
-                check_trainable(model)
-                if _TRANSFORMERS_5 and not self._of_peft_model and hasattr(model, "load_adapter"):
-                    others = [name for name in self.peft_config if name != adapter_name]
-                    check_transformers_loading(model, adapter_name, others, loads=config.inference_mode)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except Exception:
+            check_adapter_name(adapter_name)
+            with changing(self, config):
+                if is_joint(config):
+                    check_trainable(model)
+                    if _TRANSFORMERS_5 and not self._of_peft_model and hasattr(model, "load_adapter"):
+                        others = [name for name in self.peft_config if name != adapter_name]
+                        check_transformers_loading(model, adapter_name, others, loads=config.inference_mode)
+                        keep_values(base_tensors(model).values())  # transformers 5 overwrites them before it checks
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
             self.peft_config.pop(adapter_name, None)
-            for _, layer in list(tuner_layers(model)):
-                if isinstance(layer, TunerLayer):
-                    layer.forget(adapter_name)
-            for parameter, required in before:
-                parameter.requires_grad = required
-            if getattr(model, "_hf_peft_config_loaded", False) and not getattr(model, "peft_config", None):
-                model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
 
     def _create_and_replace(  # type: ignore[override]
@@ -280,7 +221,7 @@ class TaskTuner(BaseTuner):
 
         # The host drops every key with the name of another adapter in it: with adapters "0" and "1" half of layer 0.
         # What it selects and what it saves of `modules_to_save` next is taken from this dictionary.
-        own = {key: value for key, value in _adapter_tensors(model, adapter_name).items() if dropped(key)}
+        own = {key: value for key, value in adapter_tensors(model, adapter_name).items() if dropped(key)}
         state_dict.update(own)
         state_dict.update({key: value for key, value in base.items() if dropped(key)})
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
@@ -295,8 +236,14 @@ class TaskTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        state_dict = load_base(model, config, adapter_name, state_dict)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        base, state_dict = match_base(model, config, adapter_name, state_dict)
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        meta = base_tensors(model, tied="each") if is_joint(config) else ()
+        state_dict = check_tensors(model, adapter_name, state_dict, meta)
+        with torch.no_grad():
+            for old, new in base:
+                old.copy_(new)
+        return state_dict
 
     # Taking it out again
 
@@ -317,13 +264,21 @@ class TaskTuner(BaseTuner):
                 if id(parameter) not in added:
                     parameter.requires_grad = False
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """The host's own, which accepts unknown names and then computes with the base model alone."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise UnknownAdapterError(f"no adapter {unknown[0]!r} on the model, which has {list(self.peft_config)}.")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
     def disable_adapter_layers(self) -> None:
-        if any(is_joint(self.peft_config.get(name)) for name in self.active_adapters):
-            warnings.warn(
-                "The active adapter trains the pretrained weights (train_base=True): without it the model is not the "
-                "original one.",
-                stacklevel=2,
-            )
+        """The host's own, if it gives the pretrained model back.
+
+        Raises:
+            UnsupportedError: if an adapter trains the pretrained weights in place.
+        """
+        check_restorable(self.peft_config)
         super().disable_adapter_layers()
 
     def _check_merge_allowed(self) -> None:
@@ -371,16 +326,3 @@ class TaskTuner(BaseTuner):
         if self._routing is not None:
             self._routing.repeated = True
         return self.model.generate(*args, **kwargs)
-
-
-def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, (TunerLayer, AuxiliaryTrainingWrapper)):
-            continue
-        for container in module.adapter_layer_names:
-            units = getattr(module, container, None)
-            if isinstance(units, nn.ModuleDict) and adapter_name in units:
-                prefix = f"{name}.{container}.{adapter_name}.".removeprefix(".")
-                tensors.update(units[adapter_name].state_dict(prefix=prefix))
-    return tensors

@@ -11,10 +11,10 @@ from typing import Any, cast
 import transformers
 from torch import nn
 
-from pal_adapters.errors import ConfigError
+from pal_adapters.errors import ConfigError, StorageError
 
 from .base import is_saved_class, model_class, source_of
-from .files import StorageError, cause_of, inside, read_json
+from .files import cause_of, inside, read_json
 from .heads import HeadConfig
 from .names import name_fault, require_task_name
 from .routes import Route, adapter_host, adapter_names, read_adapter, stored_names, write_adapter

@@ -17,15 +17,11 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pal_adapters.errors import PalAdaptersError
+from pal_adapters.errors import StorageError
 
 from .parts import part_of
 
 SHARD_SIZE = "5GB"
-
-
-class StorageError(PalAdaptersError, OSError):
-    """A file cannot be written, is missing or damaged, or does not fit the model. The message names it."""
 
 
 def cause_of(error: BaseException) -> str:

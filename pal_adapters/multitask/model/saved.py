@@ -13,13 +13,12 @@ import huggingface_hub
 import torch
 from torch import Tensor, nn
 
-from pal_adapters.errors import ConfigError
+from pal_adapters.errors import ConfigError, StorageError
 from pal_adapters.hosts.unchanged import keep_values
 
 from .base import added_parameters, base_tensors, embedding_tensors, has_resized_embeddings
 from .description import DESCRIPTION_FILE, Description, describe, read_description
 from .files import (
-    StorageError,
     cause_of,
     check_fit,
     copy_into,

@@ -117,8 +117,10 @@ def active_in_peft(backbone: Any, adapter: str | None, key: object = None) -> It
 
 def _switch(backbone: Any, adapter: str | None, turns: _Turns) -> None:
     if adapter is None:
+        from pal_adapters.hosts.peft.tuner import adapters_off  # the host may be missing
+
         with _what_trains(backbone):
-            turns.disabled.enter_context(backbone.disable_adapter())
+            turns.disabled.enter_context(adapters_off(backbone))
     elif list(backbone.active_adapters) != [adapter]:
         with _what_trains(backbone):
             backbone.set_adapter(adapter)

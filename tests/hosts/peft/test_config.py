@@ -84,11 +84,11 @@ def test_registration_is_idempotent_and_owns_no_other_name() -> None:
     before = list(PeftType)
     host.register(HOULSBY, pa.HoulsbyPeftConfig, HoulsbyModel)
     assert list(PeftType) == before
-    with pytest.raises(ConfigError, match="PEFT has a method named 'HOULSBY' already"):
+    with pytest.raises(ConfigError, match="PEFT already has a method named 'HOULSBY'"):
         host.register(HOULSBY, pa.PALPeftConfig, HoulsbyModel)
     import dataclasses
 
-    with pytest.raises(ConfigError, match="PEFT has a method named 'LORA' already"):
+    with pytest.raises(ConfigError, match="PEFT already has a method named 'LORA'"):
         host.register(dataclasses.replace(HOULSBY, name="lora"), pa.HoulsbyPeftConfig, HoulsbyModel)
 
 

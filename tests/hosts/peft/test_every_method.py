@@ -107,6 +107,7 @@ print((model(**stored["batch"]).last_hidden_state - stored["expected"]).abs().ma
     assert float(done.stdout.splitlines()[-1]) <= 1e-6
 
 
+@pytest.mark.usefixtures("transformers_takes_this_peft")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_transformers_own_integration(name: str, tmp_path: pathlib.Path) -> None:
     model = base()
@@ -278,6 +279,7 @@ def test_a_model_without_known_blocks_says_what_to_pass() -> None:
         peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config("pal"))
 
 
+@pytest.mark.usefixtures("transformers_takes_this_peft")
 def test_beside_lora() -> None:
     model = base()
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False), adapter_name="lora")

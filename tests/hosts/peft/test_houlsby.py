@@ -210,6 +210,7 @@ def test_hooks_on_a_norm_act_whichever_copy_runs() -> None:
     assert not unloaded.bert.embeddings.LayerNorm._forward_hooks
 
 
+@pytest.mark.usefixtures("transformers_takes_this_peft")
 def test_a_norm_beside_another_method() -> None:
     """A module on top hooks the final norm, which Houlsby then replaces."""
     base = cases.llama()

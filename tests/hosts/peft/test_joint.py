@@ -15,8 +15,10 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from pal_adapters import UnsupportedError
+from pal_adapters.hosts.peft.tuner import adapters_off
 
 from . import cases
+from .unchanged import rejected
 
 CHILD = """
 import json, pathlib, sys
@@ -134,7 +136,13 @@ def test_the_base_trains_with_joint_adapters_only(method: str) -> None:
     model.set_adapter("joint", inference_mode=True)
     assert not trained()
     model.set_adapter("joint")
-    with pytest.warns(UserWarning, match="not the original one"), model.disable_adapter():
+    for active in ("joint", "frozen"):  # which compute with the same weights
+        model.set_adapter(active, inference_mode=True)
+        with rejected(model, error=UnsupportedError, match=r"'joint' trains the pretrained weights in place"):
+            with model.disable_adapter():
+                pass
+    model.set_adapter("joint")
+    with adapters_off(model):
         assert not trained()
     assert trained() >= base
     model.delete_adapter("joint")

@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification, PeftConfig, PeftModel, get_peft_model_state_dict
+from huggingface_hub import ModelCard
+from peft import (
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 
 from . import cases
@@ -208,3 +216,21 @@ def test_sizes_chosen_from_the_model_are_stored(tmp_path: pathlib.Path) -> None:
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
     given = cases.inputs()
     assert torch.equal(cases.run(loaded, "default", given), cases.run(model.eval(), "default", given))
+
+
+def test_the_card_says_how_to_load(method: str, tmp_path: pathlib.Path) -> None:
+    model = cases.peft_model(method)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "rte" / "README.md").write_text("---\ntags:\n- mine\n---\nTrained on RTE.\n")
+    for _ in range(2):  # a second save repeats nothing
+        model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "rte" / "README.md")
+    assert {"pal_adapters", model.base_model.method.name} <= set(card.data.tags)
+    assert card.data.library_name == "peft"
+    assert card.text.count("import pal_adapters\n") == 1
+    assert "Trained on RTE." in card.text
+
+
+def test_cards_of_other_methods_are_left_alone(tmp_path: pathlib.Path) -> None:
+    get_peft_model(cases.bert(), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path)
+    assert "pal_adapters" not in (tmp_path / "README.md").read_text()

@@ -1,11 +1,10 @@
-"""One test for each row of the table in `hosts/peft/tuner.py`: fails when upstream moves or starts to do our work."""
+"""One test for each entry of `hosts/peft/expected.py`: fails when upstream moves or starts to do our work."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
 import inspect
-import re
 import tempfile
 import types
 from collections.abc import Callable
@@ -22,8 +21,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import peft_types
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+from transformers.integrations import PeftAdapterMixin
 
 import pal_adapters
+from pal_adapters.hosts.peft import expected
 from pal_adapters.hosts.peft import saved as peft_saved
 from pal_adapters.hosts.peft import tuner as host
 from pal_adapters.methods.houlsby.peft import HoulsbyModel
@@ -294,16 +295,6 @@ def _() -> None:
     assert not module._global_module_registration_hooks
 
 
-@touch("PreTrainedModel._hf_peft_config_loaded")
-def _() -> None:
-    # The reason for resetting it: the host sets it before it knows that the adapter can be added.
-    model = cases.bert()
-    assert model._hf_peft_config_loaded is False
-    with pytest.raises(ValueError, match="not found in the base model"):
-        model.add_adapter(LoraConfig(target_modules=["nothing"]))
-    assert model._hf_peft_config_loaded is True
-
-
 @touch("PreTrainedModel._gradient_checkpointing_func")
 def _() -> None:
     model = cases.llama()
@@ -329,7 +320,7 @@ def _() -> None:
     assert parameters(peft_saved.load_peft_weights) == ["model_id", "device", "key_mapping", "hf_hub_download_kwargs"]
     with tempfile.TemporaryDirectory() as folder:
         lora().save_pretrained(folder)
-        config, tensors, commit = host.read_adapter(cases.bert(), folder)
+        config, tensors, commit = peft_saved.read_adapter(cases.bert(), folder)
     assert isinstance(config, LoraConfig)
     assert commit is None
     assert "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight" in tensors
@@ -338,11 +329,11 @@ def _() -> None:
 @touch("get_peft_model_state_dict")
 def _() -> None:
     model = lora()
-    found = host.adapter_on(model.get_base_model(), "default")
+    found = peft_saved.adapter_on(model.get_base_model(), "default")
     assert found is not None
     assert "bert.encoder.layer.0.attention.self.query.lora_A.weight" in found[1]
-    assert host.adapter_on(model.get_base_model(), "other") is None
-    assert host.adapter_on(cases.bert(), "default") is None
+    assert peft_saved.adapter_on(model.get_base_model(), "other") is None
+    assert peft_saved.adapter_on(cases.bert(), "default") is None
 
 
 @touch("get_pattern_key")
@@ -352,32 +343,87 @@ def _() -> None:
         model = lora(use_rslora=rslora, **settings)
         for name, module in model.get_base_model().named_modules():
             if isinstance(module, LoraLayer):
-                assert module.scaling["default"] == host.lora_scaling(model.peft_config["default"], name, 2)
+                assert module.scaling["default"] == peft_saved.lora_scaling(model.peft_config["default"], name, 2)
 
 
 @touch("LoraConfig")
 def _() -> None:
-    assert not host.lora_extras(LoraConfig(use_rslora=True, lora_bias=True))
+    assert not peft_saved.lora_extras(LoraConfig(use_rslora=True, lora_bias=True))
     for extra in ({"use_dora": True}, {"bias": "all"}, {"init_lora_weights": "pissa"}, {"target_parameters": ["a"]}):
-        assert len(host.lora_extras(LoraConfig(**extra))) == 1, extra
+        assert len(peft_saved.lora_extras(LoraConfig(**extra))) == 1, extra
     known = {f.name for f in dataclasses.fields(LoraConfig)}
     assert {"target_parameters", "layer_replication", "trainable_token_indices", "alpha_pattern"} <= known
 
 
-@touch("PEFT_TYPE_TO_TUNER_MAPPING")
+@touch("PeftModel.__init__")
 def _() -> None:
-    assert host.method_of(cases.config("houlsby")) is HoulsbyModel.method
-    assert host.method_of(LoraConfig()) is None
+    for cls in {PeftModel, *peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}:
+        if "__init__" in vars(cls):
+            assert parameters(cls.__init__)[:3] == ["model", "peft_config", "adapter_name"]
+    # The reason for putting things back: the host adds the adapter before it finds the model unfit.
+    model = cases.bert().bert
+    with pytest.raises(AttributeError):
+        get_peft_model(model, LoraConfig(target_modules=["query"], task_type="SEQ_2_SEQ_LM"))
+    assert any(isinstance(module, LoraLayer) for module in model.modules())
 
 
-def rows() -> list[str]:
-    return re.findall(r"^\| `(.+?)` ", host.__doc__ or "", re.MULTILINE)
+@touch("PeftModel.add_adapter")
+def _() -> None:
+    for cls in {PeftModel, *peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}:
+        assert parameters(cls.add_adapter)[:2] == ["adapter_name", "peft_config"]
 
 
-def test_every_row_has_a_test() -> None:
-    assert rows() == list(TOUCHES)
+@touch("PeftModel.load_adapter")
+def _() -> None:
+    assert parameters(PeftModel.load_adapter)[:2] == ["model_id", "adapter_name"]
+    source = inspect.getsource(PeftModel.load_adapter)
+    assert source.index("self.add_adapter(") < source.index("load_peft_weights(")  # the reason for putting things back
 
 
-@pytest.mark.parametrize("symbol", rows())
+@touch("PeftModel.from_pretrained")
+def _() -> None:
+    assert parameters(PeftModel.from_pretrained)[:2] == ["model", "model_id"]
+    assert not any("from_pretrained" in vars(cls) for cls in peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values())
+
+
+@touch("PeftModel.disable_adapter")
+def _() -> None:
+    # The reason for the check in front: an error inside turns layers on, and what they hold trainable.
+    assert "finally" in inspect.getsource(PeftModel.disable_adapter)
+
+
+@touch("PeftAdapterMixin.add_adapter")
+def _() -> None:
+    assert parameters(PeftAdapterMixin.add_adapter) == ["adapter_config", "adapter_name"]
+
+
+@touch("PeftAdapterMixin.load_adapter")
+def _() -> None:
+    assert parameters(PeftAdapterMixin.load_adapter)[:2] == ["peft_model_id", "adapter_name"]
+    assert "inject_adapter_in_model(peft_config, self, adapter_name" in inspect.getsource(
+        PeftAdapterMixin.load_adapter
+    )
+    if cases.TRANSFORMERS_5:
+        from transformers.modeling_utils import LoadStateDictInfo
+
+        fields = {field.name for field in dataclasses.fields(LoadStateDictInfo)}
+        assert fields >= {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}
+
+
+@touch("PeftAdapterMixin.disable_adapters")
+def _() -> None:
+    assert parameters(PeftAdapterMixin.disable_adapters) == []
+
+
+@touch("PeftModel.create_or_update_model_card")
+def _() -> None:
+    assert "self.create_or_update_model_card(save_directory)" in inspect.getsource(PeftModel.save_pretrained)
+
+
+def test_every_touch_has_a_test() -> None:
+    assert [touch.symbol for touch in expected.TOUCHES] == list(TOUCHES)
+
+
+@pytest.mark.parametrize("symbol", list(TOUCHES))
 def test_touch(symbol: str) -> None:
     TOUCHES[symbol]()

@@ -95,6 +95,7 @@ def test_trainer_trains_the_network_and_its_half_of_the_base(host: str, tmp_path
         assert close(again(**batch, task_ids=ids).logits, after)
 
 
+@pytest.mark.usefixtures("transformers_takes_this_peft")
 @pytest.mark.skipif("peft" not in HOSTS, reason="peft is not installed")
 def test_transformers_own_interface(tmp_path: pathlib.Path) -> None:
     network, batch = Network("peft"), inputs("bert")

@@ -1,0 +1,173 @@
+"""Checks of the tensors of a saved adapter, before any of them reaches the model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from pal_adapters.errors import StorageError
+
+_PREFIX = "base_model.model."
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The tensors of one adapter by their names on the model, copies of saved modules included."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        for container in module.adapter_layer_names:
+            units = getattr(module, container, None)
+            if isinstance(units, nn.ModuleDict) and adapter_name in units:
+                prefix = f"{name}.{container}.{adapter_name}.".removeprefix(".")
+                tensors.update(units[adapter_name].state_dict(prefix=prefix))
+    return tensors
+
+
+def check_tensors(
+    model: nn.Module, adapter_name: str, given: Mapping[str, Tensor], base: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """The tensors that belong on the model, by their names there.
+
+    Args:
+        model: the base model, or the `PeftModel` around it.
+        adapter_name: the adapter, whose modules are on the model already.
+        given: the tensors of a file, by their names on the model.
+        base: names of pretrained tensors that may be among them.
+
+    Raises:
+        StorageError: if a tensor is missing, unknown, of another shape or kind, or not finite.
+    """
+    wrapped = any(name.startswith(_PREFIX) for name, _ in model.named_parameters())
+    given = {name if wrapped else name.removeprefix(_PREFIX): tensor for name, tensor in given.items()}
+    expected = adapter_tensors(model, adapter_name)
+    missing = [name for name in expected if name not in given]
+    others = {**_embeddings(model), **{name: given[name] for name in base if name in given}}
+    unknown = [name for name in given if name not in expected and name not in others]
+    if missing or unknown:
+        parts = [f"it lacks {_some(missing)}"] if missing else []
+        parts += [f"it has {_some(unknown)}, which the model has no place for"] if unknown else []
+        raise StorageError(
+            f"the weights do not fit adapter {adapter_name!r}: {' and '.join(parts)}. Use the model and "
+            "the config that they were saved with."
+        )
+    check_values(adapter_name, ((name, tensor, {**others, **expected}[name]) for name, tensor in given.items()))
+    return given
+
+
+def check_values(adapter_name: str, pairs: Iterable[tuple[str, Tensor, Tensor]]) -> None:
+    """Raise `StorageError` unless each new tensor fits the one that it is for: `(name, new, old)`."""
+    for name, new, old in pairs:
+        if new.shape != old.shape:
+            raise StorageError(
+                f"the weights do not fit adapter {adapter_name!r}: {name} is {list(new.shape)} in the file and "
+                f"{list(old.shape)} on the model."
+            )
+        if new.is_floating_point() is not old.is_floating_point() or new.is_complex() is not old.is_complex():
+            raise StorageError(
+                f"the weights do not fit adapter {adapter_name!r}: {name} is {new.dtype} in the file and {old.dtype} "
+                "on the model."
+            )
+        if new.is_floating_point() and not new.is_meta and not torch.isfinite(new.to(old.dtype)).all():
+            raise StorageError(
+                f"the weights of adapter {adapter_name!r} are damaged: {name} has values that are not finite."
+            )
+
+
+# What may differ between an adapter and the folder that its weights come from: no part of what it computes, or, for
+# `modules_to_save`, seen from the weights.
+_FREE = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type",
+         "modules_to_save", "adapters", "revisions", "bundle", "fingerprints"}  # fmt: skip
+
+
+def check_settings(config: PeftConfig, path: str | os.PathLike[str], subfolder: str | None = None) -> None:
+    """Raise `StorageError` if a local folder holds an adapter with other settings than the one on the model."""
+    folder = Path(path, subfolder or "")
+    if not (folder / CONFIG_NAME).is_file():
+        return
+    mine, saved = config.to_dict(), type(config).from_pretrained(str(folder)).to_dict()
+    changed = [key for key in mine if key not in _FREE and mine[key] != saved.get(key)]
+    if changed:
+        key = changed[0]
+        raise StorageError(
+            f"the adapter in {str(path)!r} has {key}={saved.get(key)!r}, the one on the model {key}={mine[key]!r}: "
+            "load it under another name."
+        )
+
+
+def check_config_file(path: Any, subfolder: str | None = None) -> None:
+    """Raise `StorageError` if a local folder has a config that PEFT cannot attribute to a method."""
+    file = Path(path, subfolder or "", CONFIG_NAME) if isinstance(path, (str, os.PathLike)) else None
+    if file is None or not file.is_file():
+        return
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StorageError(f"{str(file)!r} is damaged: {error}.") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise StorageError(
+            f"{str(file)!r} has peft_type={kind!r}, which no installed package has registered with PEFT."
+        )
+
+
+def check_loaded(model: nn.Module, adapter_name: str, info: Any, kinds: Iterable[str]) -> None:
+    """What `check_tensors` says of weights that transformers 5 has loaded by itself.
+
+    Args:
+        model: the base model.
+        adapter_name: the adapter.
+        info: what transformers reports of the load.
+        kinds: the dtypes in the file, which transformers converts without a word.
+    """
+    tensors = adapter_tensors(model, adapter_name)
+    other = [kind for kind in kinds if not kind.startswith(("F", "BF"))]
+    if other and all(tensor.is_floating_point() for tensor in tensors.values()):
+        raise StorageError(
+            f"the weights do not fit adapter {adapter_name!r}: the file has tensors of kind {other[0]}."
+        )
+    missing = sorted(set(info.missing_keys) & set(tensors))
+    faults = [*map(str, info.unexpected_keys), *map(str, info.mismatched_keys), *map(str, info.error_msgs)]
+    if missing or faults:
+        what = f"it lacks {_some(missing)}" if missing else f"{_some(faults)} cannot be loaded"
+        raise StorageError(f"the weights do not fit adapter {adapter_name!r}: {what}.")
+    check_values(adapter_name, ((name, tensor, tensor) for name, tensor in tensors.items()))
+
+
+def kinds_in(path: str | os.PathLike[str] | None) -> list[str]:
+    """The dtypes of the tensors in a local folder, as safetensors calls them; none for what is not a local folder."""
+    file = Path(path or "", SAFETENSORS_WEIGHTS_NAME)
+    if path is None or not file.is_file():
+        return []
+    with safe_open(file, framework="pt") as tensors:
+        return [tensors.get_slice(name).get_dtype() for name in tensors.keys()]  # noqa: SIM118
+
+
+def _embeddings(model: nn.Module) -> dict[str, Tensor]:
+    """Weights of embeddings and of the language model's head, which the host saves too when they were resized."""
+    found: dict[str, Tensor] = {}
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, get)()
+        except (AttributeError, NotImplementedError):  # not a language model
+            continue
+        if module is not None:
+            ids = {id(parameter) for parameter in module.parameters()}
+            found |= {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) in ids}
+    return found
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(names[:2]) + more

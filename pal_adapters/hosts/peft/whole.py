@@ -1,0 +1,154 @@
+"""Adding and loading in PEFT happen whole or not at all.
+
+The host adds an adapter first and reads its weights next, so that an error in the second step leaves an adapter with
+random weights behind. Its own methods are therefore run inside `all_or_nothing`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
+
+from pal_adapters.errors import PalAdaptersError, StorageError
+
+from .change import changing
+from .joint import check_restorable
+from .loading import check_config_file, check_loaded, check_settings, kinds_in
+from .registry import method_of
+from .tuner import TaskTuner
+
+_DAMAGE = (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, EOFError, pickle.UnpicklingError)
+
+
+@contextmanager
+def _reading(path: Any) -> Iterator[None]:
+    """Turn what a damaged file makes the host raise into an error that names the file."""
+    try:
+        yield
+    except PalAdaptersError:
+        raise
+    except _DAMAGE as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise StorageError(f"the adapter in {str(path)!r} cannot be loaded: {what}.") from error
+
+
+def _construct(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: PeftModel, model: nn.Module, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        if method_of(peft_config) is None:
+            return original(self, model, peft_config, *args, **kwargs)
+        with changing(model, peft_config):
+            return original(self, model, peft_config, *args, **kwargs)
+
+    return __init__
+
+
+def _add(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def add_adapter(self: PeftModel, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        if method_of(peft_config) is None:
+            return original(self, adapter_name, peft_config, *args, **kwargs)
+        with changing(self, peft_config, self.peft_config):
+            return original(self, adapter_name, peft_config, *args, **kwargs)
+
+    return add_adapter
+
+
+def _load(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self.base_model, TaskTuner):
+            return original(self, model_id, adapter_name, *args, **kwargs)
+        check_config_file(model_id, kwargs.get("subfolder"))
+        if adapter_name in self.peft_config:  # whose config the host keeps, whatever the folder says
+            check_settings(self.peft_config[adapter_name], model_id, kwargs.get("subfolder"))
+        with changing(self, self.peft_config), _reading(model_id):
+            return original(self, model_id, adapter_name, *args, **kwargs)
+
+    return load_adapter
+
+
+def _from_pretrained(original: Callable[..., Any]) -> Any:
+    @functools.wraps(original)
+    def from_pretrained(cls: type[PeftModel], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        configs = [value for value in (*args, *kwargs.values()) if isinstance(value, PeftConfig)]
+        path = args[0] if args else kwargs.get("model_id")
+        check_config_file(path, kwargs.get("subfolder"))
+        with changing(model, *configs):
+            return original(cls, model, *args, **kwargs)
+
+    return classmethod(from_pretrained)
+
+
+def _add_by_transformers(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def add_adapter(self: Any, adapter_config: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(adapter_config, PeftConfig) or method_of(adapter_config) is None:
+            return original(self, adapter_config, *args, **kwargs)
+        with changing(self, adapter_config, getattr(self, "peft_config", None)):
+            return original(self, adapter_config, *args, **kwargs)
+
+    return add_adapter
+
+
+def _load_by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        name = (args[1] if len(args) > 1 else kwargs.get("adapter_name")) or "default"
+        path = args[0] if args else kwargs.get("peft_model_id")
+        check_config_file(path, (kwargs.get("adapter_kwargs") or {}).get("subfolder"))
+        with changing(self, kwargs.get("peft_config"), getattr(self, "peft_config", None)):
+            info = original(self, *args, **kwargs)
+            config = self.peft_config[name]
+            if info is not None and method_of(config) is not None:  # transformers 5 loads by itself
+                check_loaded(self, name, info, kinds_in(path))
+            return info
+
+    return load_adapter
+
+
+def _disable(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def disable_adapter(self: PeftModel) -> Any:
+        # Ahead of the host's own, which turns the adapters on, and with it trainable, when its start fails.
+        if isinstance(self.base_model, TaskTuner):
+            check_restorable(self.peft_config)
+        return original(self)
+
+    return disable_adapter
+
+
+def _disable_by_transformers(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def disable_adapters(self: Any) -> None:
+        check_restorable(getattr(self, "peft_config", {}))
+        original(self)
+
+    return disable_adapters
+
+
+def install() -> None:
+    """Replace the host's methods, once."""
+    classes: set[Any] = {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}
+    replaced: list[tuple[Any, str, Callable[..., Any]]] = [
+        *((cls, "__init__", _construct) for cls in classes),
+        *((cls, "add_adapter", _add) for cls in classes),
+        (PeftModel, "load_adapter", _load),
+        (PeftModel, "disable_adapter", _disable),
+        (PeftAdapterMixin, "add_adapter", _add_by_transformers),
+        (PeftAdapterMixin, "load_adapter", _load_by_transformers),
+        (PeftAdapterMixin, "disable_adapters", _disable_by_transformers),
+    ]
+    for cls, name, replacement in replaced:
+        if name in vars(cls):
+            setattr(cls, name, replacement(vars(cls)[name]))
+    PeftModel.from_pretrained = _from_pretrained(vars(PeftModel)["from_pretrained"].__func__)  # type: ignore[method-assign]

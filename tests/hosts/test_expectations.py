@@ -1,0 +1,70 @@
+"""What is said of hosts that are not as expected, and of newer ones."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from pal_adapters import MissingHostError, UntestedVersionWarning
+from pal_adapters.hosts import expectations
+from pal_adapters.hosts.expectations import Touch, check_touches, has, takes, warn_untested
+
+
+class Host:
+    def add(self, name: str, more: int = 0) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    installed = {"peft": "0.21.2", "transformers": "5.24.0", "adapters": "1.3.0"}
+    monkeypatch.setattr(expectations, "version", installed.__getitem__)
+    monkeypatch.setattr(expectations, "_warned", set())
+    return installed
+
+
+def test_what_holds() -> None:
+    check_touches(
+        "peft", [Touch("Host.add", "adds", takes(Host, "add", "name")), Touch("Host", "is", has(Host, "add"))]
+    )
+
+
+@pytest.mark.parametrize(
+    "holds", [takes(Host, "add", "adapter_name"), takes(Host, "remove"), has(Host, "add", "remove"), lambda: {}["x"]]
+)
+def test_what_does_not(holds: object) -> None:
+    with pytest.raises(
+        MissingHostError,
+        match=r"peft 0\.21\.2 has changed Host\.add, .* \(it adds\)\. Tested versions are 0\.21\.0 to 0\.21\.x",
+    ):
+        check_touches("peft", [Touch("Host.add", "it adds", holds)])  # type: ignore[arg-type]
+
+
+def test_too_old(versions: dict[str, str]) -> None:
+    versions["peft"] = "0.20.4"
+    with pytest.raises(MissingHostError, match=r"peft 0\.20\.4 is not supported: install 'peft>=0\.21\.0'"):
+        check_touches("peft", [])
+
+
+@pytest.mark.parametrize(
+    ("library", "installed", "warned"),
+    [
+        ("peft", "0.21.9", False),
+        ("peft", "0.22.0", True),
+        ("peft", "0.21.3.dev0", False),
+        ("transformers", "4.58.0", False),
+        ("transformers", "5.24.3", False),
+        ("transformers", "5.25.0", True),
+        ("transformers", "6.0.0", True),
+        ("adapters", "1.3.1", False),
+        ("adapters", "1.4.0", True),
+    ],
+)
+def test_newer_versions_are_stated_once(versions: dict[str, str], library: str, installed: str, warned: bool) -> None:
+    versions[library] = installed
+    for first in (True, False):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            warn_untested("peft", "transformers", "adapters")
+        assert [w.category for w in seen] == [UntestedVersionWarning] * (warned and first)
+        assert all(f"{library} " in str(w.message) and installed in str(w.message) for w in seen)
