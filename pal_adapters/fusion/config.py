@@ -1,4 +1,4 @@
-"""What the configs of both hosts share: the four sizes of ScaLearn, and checks."""
+"""The four sizes of ScaLearn, and the checks that its configs in both hosts share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from pal_adapters.errors import ConfigError
 
-# variant: (one coefficient a channel?, own in each block?, dropout)
+# variant: (one coefficient per channel?, separate ones per block?, dropout)
 VARIANTS: dict[str, tuple[bool, bool, float]] = {
     "scalearn": (True, True, 0.3),
     "scalearn_uniform": (False, True, 0.3),
@@ -14,14 +14,14 @@ VARIANTS: dict[str, tuple[bool, bool, float]] = {
     "scalearn_uniform_pp": (False, False, 0.0),
 }
 ALIASES = {"scalearn++": "scalearn_pp", "scalearn_uniform++": "scalearn_uniform_pp"}
-"""Also accepted names of variants."""
+"""Other accepted names of variants."""
 
 
 def variant_of(name: Any) -> str:
-    """The variant that a name means.
+    """The variant with a name.
 
     Raises:
-        ConfigError: for an unknown name.
+        ConfigError: if the name is unknown.
     """
     name = ALIASES.get(name, name)
     if name not in VARIANTS:
@@ -30,15 +30,15 @@ def variant_of(name: Any) -> str:
 
 
 def validate_scalearn(config: Any) -> None:
-    """Check the fields that both hosts' ScaLearn configs have, and fill in `omega_dropout` from the variant.
+    """Check the fields that ScaLearn has in both hosts, and set `omega_dropout` to the variant's if it is None.
 
     Raises:
-        ConfigError: names the field, its value and what is allowed.
+        ConfigError: with the field, its value and what is allowed.
     """
     variant = variant_of(config.variant)
     object.__setattr__(config, "variant", variant)
     if config.omega_dropout is None:
-        # The authors' runs of both ablations have none.
+        # The authors' runs of both ablations have no dropout.
         object.__setattr__(config, "omega_dropout", VARIANTS[variant][2] if config.ablation is None else 0.0)
     if not 0 <= config.omega_dropout < 1:
         raise ConfigError(f"omega_dropout={config.omega_dropout!r} is not allowed: use a number in [0, 1).")

@@ -1,4 +1,4 @@
-"""Learned scales of several sources (ScaLearn), and attention over them (AdapterFusion), in plain torch."""
+"""Learned scales of several sources (ScaLearn) and attention over sources (AdapterFusion), in plain torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RegularizationForm = Literal["mean", "code"]
 
 
 class Scales(nn.Module):
-    r"""Coefficients of `S` sources, `omega` `[S, d]` (one a channel) or `[S, 1]` (one a source).
+    r"""Coefficients `omega` of `S` sources, `[S, d]` (one per channel) or `[S, 1]` (one per source).
 
     $$\omega \sim N(c / S, \sigma^2)$$
 
@@ -25,10 +25,10 @@ class Scales(nn.Module):
         width: `d`, or 1.
         init_scale: `c`; the reported runs use 2.
         init_std: `sigma`.
-        dropout: probability with which an entry of `omega` is dropped in training; kept ones grow by `1 / (1 - p)`.
-            One mask a call, the same for all tokens and rows.
+        dropout: probability of dropping an entry of `omega` in training; the others are scaled by `1 / (1 - p)`. Each
+            call draws one mask for all tokens and examples.
         ablation: "mean" divides `omega` by its sum over the sources, "softmax" takes the softmax over the sources,
-            both for each channel and after the dropout; None is the method.
+            both per channel and after dropout; None for the method itself.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Scales(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw `omega` anew, with the global random state."""
+        """Draw `omega` from the global random state."""
         nn.init.normal_(self.omega, self.init_scale / self.omega.shape[0], self.init_std)
 
     def forward(self) -> Tensor:
@@ -58,15 +58,14 @@ class Scales(nn.Module):
         return self.coefficients(self.omega)
 
     def coefficients(self, omega: Tensor) -> Tensor:
-        """What a call gives for an `omega` that may be registered elsewhere, where places share one."""
+        """The coefficients from an `omega` that may be registered elsewhere, as places can share one."""
         return normalise(F.dropout(omega, self.dropout, self.training), self.ablation)
 
 
 def normalise(omega: Tensor, ablation: Ablation | None) -> Tensor:
-    """`omega` `[S, ...]` as an ablation of the method normalises it over the sources.
+    """`omega` `[S, ...]`, normalised over the sources as an ablation does.
 
-    Where "mean" would divide by 0, since a channel's entries are all dropped, the result is 0 (the authors' code:
-    NaN).
+    If dropout has set all entries of a channel to 0, "mean" gives 0 (the authors' code: NaN).
     """
     if ablation == "mean":
         total = omega.sum(0, keepdim=True)
@@ -82,15 +81,15 @@ def combine(coefficients: Tensor, outputs: Tensor) -> Tensor:
 
 
 def regularization(omegas: Sequence[Tensor], weight: float, form: RegularizationForm = "mean") -> Tensor:
-    r"""A penalty on sources that are not used with a mean coefficient of one.
+    r"""A penalty that pulls the mean coefficient of each source towards one.
 
         $$\frac{\lambda}{S} \sum_l \sum_s \Big(1 - \frac{1}{d} \sum_i \omega^{(l)}_{s,i}\Big)^2$$
 
     Args:
-        omegas: one `[S, d]` or `[S, 1]` a block, or a single one that all blocks share.
+        omegas: one `[S, d]` or `[S, 1]` per block, or a single one that all blocks share.
         weight: `lambda`.
-        form: "mean" is the formula above. "code" is what the authors' code computes for coefficients that blocks
-            share, the sum over the channels in the place of the mean and no division by `S`; for a single `omega`.
+        form: "mean" for the formula above. "code" for what the authors' code computes for shared coefficients: the sum
+            over the channels instead of the mean, and no division by `S`; for a single `omega`.
 
     Returns:
         A scalar in float32.
@@ -106,7 +105,7 @@ def regularization(omegas: Sequence[Tensor], weight: float, form: Regularization
 
 
 class SourceAttention(nn.Module):
-    r"""AdapterFusion: attention of each token over what the sources give for it.
+    r"""AdapterFusion: each token attends over the outputs of the sources for it.
 
     $$q = Q u + b_q, \quad k_s = K a_s + b_k, \quad v_s = V a_s$$
     $$c = \sum_s \mathrm{softmax}_s(D(q \cdot k_s) / \tau) \, v_s$$
@@ -119,10 +118,10 @@ class SourceAttention(nn.Module):
     Args:
         width: `d`.
         dropout: of `D`.
-        value: whether there is a `V`; without one, the sources themselves are mixed.
-        value_init_noise: entries of `V` beside the diagonal at the start, "constant" 1e-6 or "random" N(0, 1e-6^2) as
-            the paper says.
-        temperature: whether `tau` falls from 50 to 1, by 0.05 with each forward pass in training; else it is 1.
+        value: whether there is a `V`; without one, the outputs of the sources are mixed unprojected.
+        value_init_noise: initial off-diagonal entries of `V`: "constant" 1e-6, or "random" N(0, 1e-6^2) as in the
+            paper.
+        temperature: whether `tau` falls from 50 to 1, by 0.05 per forward pass in training; otherwise it is 1.
         score_scale: factor on the scores.
     """
 
@@ -145,12 +144,12 @@ class SourceAttention(nn.Module):
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width, bias=False) if value else None
-        # Not a parameter, but a run that goes on has to know how far it has fallen.
+        # Not a parameter, but a resumed run needs its value.
         self.register_buffer("tau", torch.tensor(50.0) if temperature else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew, with the global random state."""
+        """Draw all weights from the global random state."""
         for linear in (self.query, self.key):
             nn.init.normal_(linear.weight, 0.0, 0.02)
             nn.init.zeros_(linear.bias)
@@ -169,7 +168,7 @@ class SourceAttention(nn.Module):
         scores = (keys @ self.query(query).unsqueeze(-1)).squeeze(-1) * self.score_scale
         scores = F.dropout(scores, self.dropout, self.training)
         if self.tau is not None:
-            scores = scores / self.tau.clone()  # the backward pass needs it as it is now
+            scores = scores / self.tau.clone()  # the update below must not change what the backward pass sees
             if self.training:
                 self.tau.sub_(0.05).clamp_(min=1.0)
         probabilities = scores.softmax(-1)

@@ -38,7 +38,9 @@ def batches_of(data: Iterable[Any]) -> Iterator[tuple[Mapping[str, Any], Tensor 
     empty = True
     for batch in data:
         if not isinstance(batch, Mapping):
-            raise ConfigError(f"data has a {type(batch).__name__}: pass batches that are mappings of model inputs.")
+            raise ConfigError(
+                f"data contains an object of type {type(batch).__name__}: pass mappings of model inputs."
+            )
         empty = False
         mask = batch.get("attention_mask")
         yield batch, mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None

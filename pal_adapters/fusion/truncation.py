@@ -1,4 +1,4 @@
-"""A bottleneck of fewer units that gives nearly the same, in plain torch."""
+"""Approximation of a bottleneck by one with fewer units, in plain torch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ _SAMPLES = 4096
 
 
 def cut_to_width(source: Bottleneck, moments: Tensor, width: int) -> tuple[Bottleneck, float]:
-    r"""The bottleneck of the `width` units that matter most, and its relative error.
+    r"""Keep the `width` most important units of a bottleneck.
 
-    With hidden values $h$ of covariance $C$, the centred output is $W_u (h - \bar h)$. Two choices of units are made
-    and the better one is kept: those that span the first right singular vectors of $W_u C^{1/2}$, by column pivoting;
-    and those that are left when, one after the other, the unit goes without which the error grows least. $W_u$ is then
-    fitted to them by least squares, which also gives the bias.
+    With hidden values $h$ of covariance $C$, the centred output is $W_u (h - \bar h)$. Two selections of units
+    are compared and the better one is kept: the units that span the leading right singular vectors of
+    $W_u C^{1/2}$ (by column pivoting), and backward elimination, which repeatedly removes the unit whose loss adds the
+    least error. $W_u$ and the bias are then refitted by least squares.
 
     Args:
         source: the wide bottleneck, width `R`.
-        moments: `[R + 1, R + 1]`, the mean of `[h, 1]^T [h, 1]` over tokens, or anything proportional to it.
+        moments: `[R + 1, R + 1]`, the mean of `[h, 1]^T [h, 1]` over tokens, or a multiple of it.
         width: `k <= R`.
 
     Returns:
-        The bottleneck, and the root mean square of its error over that of the output.
+        The bottleneck, and the root mean square of its error relative to that of the output.
     """
     moments = moments.to(source.up.device).double()
     moments = moments / moments[-1, -1]
@@ -41,7 +41,7 @@ def cut_to_width(source: Bottleneck, moments: Tensor, width: int) -> tuple[Bottl
 
 
 def _fit(up: Tensor, covariance: Tensor, chosen: Tensor) -> tuple[Tensor, float]:
-    """The up-projection of some units that gives best what that of all gave, and the mean square that is missing."""
+    """The least-squares up-projection from the chosen units, and the mean square error that remains."""
     inner = covariance[chosen][:, chosen]
     fitted = up @ covariance[:, chosen] @ torch.linalg.pinv(inner, hermitian=True, rtol=1e-10)
     left = torch.trace(up @ covariance @ up.t() - fitted @ covariance[chosen] @ up.t())
@@ -56,11 +56,11 @@ def _spanning(up: Tensor, covariance: Tensor, width: int) -> Tensor:
 
 
 def _remaining(up: Tensor, covariance: Tensor, width: int) -> Tensor:
-    """The units that are left when the cheapest goes again and again: without unit $j$, whose work the others take
-    over, the error grows by $|u_j|^2 / (C^{-1})_{jj}$.
+    """The units that are left by backward elimination: removing unit $j$, with the others refitted, adds an error of
+    $|u_j|^2 / (C^{-1})_{jj}$.
     """
     count = covariance.shape[0]
-    floor = 1e-9 * covariance.diagonal().mean() + 1e-30  # units may be copies of each other, or always off
+    floor = 1e-9 * covariance.diagonal().mean() + 1e-30  # units may be copies of each other, or never active
     inverse = torch.linalg.inv(covariance + floor * torch.eye(count).to(covariance))
     fitted, left = up.clone(), torch.ones(count, dtype=torch.bool, device=up.device)
     for _ in range(count - width):
@@ -75,7 +75,7 @@ def _remaining(up: Tensor, covariance: Tensor, width: int) -> Tensor:
 
 
 def _pivots(columns: Tensor, count: int) -> Tensor:
-    """Indices of `count` columns that span the most, by Gram-Schmidt with pivoting."""
+    """Indices of `count` columns that span the largest volume, by Gram-Schmidt with pivoting."""
     rest = columns.clone()
     chosen: list[int] = []
     for _ in range(count):
@@ -97,5 +97,5 @@ def moments(hidden: Tensor) -> Tensor:
 
 
 def noise(width: int, like: Tensor) -> Tensor:
-    """What stands for the inputs of a bottleneck where there are no data, `[t, d]` of N(0, 1), always the same."""
+    """Fixed N(0, 1) samples `[t, d]` that replace a bottleneck's inputs if there is no data."""
     return torch.randn(_SAMPLES, width, generator=torch.Generator().manual_seed(0)).to(like)

@@ -1,6 +1,6 @@
-"""What combines several sources at one place, in plain torch: all sources of a kind are computed as one.
+"""Several sources combined at one place, in plain torch: all sources of one kind are computed as one.
 
-Legend: S sources, b rows, n tokens, i input width, d output width, m the inner widths of all sources together.
+Legend: S sources, b examples, n tokens, i input width, d output width, m sum of the sources' inner widths.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from .layer import RegularizationForm, Scales, SourceAttention, combine, normali
 
 
 class FixedScales(nn.Module):
-    """Coefficients `[S, 1]` that nothing trains."""
+    """Coefficients `[S, 1]` that are not trained."""
 
     omega: Tensor
+    ablation = None
 
     def __init__(self, coefficients: Sequence[float]) -> None:
         super().__init__()
@@ -36,10 +37,10 @@ Coefficients = Scales | FixedScales
 
 
 class SourceGroup(nn.Module):
-    """Sources of one kind at one place. Their weights are buffers that are not saved: nothing can train them.
+    """Sources of one kind at one place. Their weights are non-persistent buffers, so that they never train.
 
     Args:
-        rows: which of the place's sources these are.
+        rows: the indices of these sources among those of the place.
     """
 
     rows: tuple[int, ...]
@@ -49,14 +50,24 @@ class SourceGroup(nn.Module):
         self.rows = tuple(rows)
 
     def keep(self, name: str, tensor: Tensor | None) -> None:
-        """Hold a weight of the sources."""
+        """Register a weight of the sources."""
         self.register_buffer(name, tensor, persistent=False)
 
     def acts_at(self, site: str) -> bool:
         return True
 
+    def equals(self, other: nn.Module) -> bool:
+        """Whether another group is of the same sources, so that two targets may share one."""
+        if type(self) is not type(other) or self.rows != other.rows:
+            return False
+        mine, theirs = dict(self.named_buffers()), dict(other.named_buffers())
+        return list(mine) == list(theirs) and all(
+            value.shape == theirs[name].shape and torch.equal(value.cpu(), theirs[name].cpu())
+            for name, value in mine.items()
+        )
+
     def outputs(self, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
-        """What each source adds to the value, `[..., S, d]`."""
+        """The term that each source adds to the value, `[..., S, d]`."""
         raise NotImplementedError
 
     def combined(self, omega: Tensor, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
@@ -67,8 +78,8 @@ class SourceGroup(nn.Module):
 class StackedSources(SourceGroup):
     """Low-rank pairs or bottlenecks of several sources, side by side.
 
-    `down` `[m, i]` and `up` `[m, d]` are those of all sources on top of each other. The coefficients go into `up`, so
-    that the sum over the sources costs what one adapter of width `m` costs.
+    `down` `[m, i]` and `up` `[m, d]` are the stacked projections of all sources. The coefficients scale `up`, so that
+    the sum over the sources costs as much as one adapter of width `m`.
     """
 
     down: Tensor
@@ -102,8 +113,11 @@ class StackedSources(SourceGroup):
         self.keep("up_bias", None if zeros is None else torch.stack([zeros if b is None else b for b in biases]))
         self.keep("owner", torch.repeat_interleave(torch.arange(len(self.widths)), torch.tensor(self.widths)))
 
+    def equals(self, other: nn.Module) -> bool:
+        return isinstance(other, StackedSources) and self.activations == other.activations and super().equals(other)
+
     def hidden(self, x: Tensor) -> Tensor:
-        """`[..., i]` (ids for an embedding) -> `[..., m]`."""
+        """`[..., i]` (token IDs for an embedding) -> `[..., m]`."""
         if self.embedding:
             return F.embedding(x, self.down.T)
         hidden = linear(x, self.down, self.down_bias)
@@ -118,7 +132,7 @@ class StackedSources(SourceGroup):
         return value if self.reads_value else inputs.read("x")
 
     def scaled(self, omega: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`up` `[m, d]` and its bias `[d]` of the sum."""
+        """The up-projection `[m, d]` and the bias `[d]` of the weighted sum."""
         omega = omega.to(self.up.dtype)
         bias = None if self.up_bias is None else (omega * self.up_bias).sum(0)
         return self.up * omega.index_select(0, self.owner), bias
@@ -139,8 +153,8 @@ class StackedSources(SourceGroup):
 
 
 class NormCopies(SourceGroup):
-    """Layer norms of the sources' own. A norm is linear in its weights, so what source `s` adds is
-    `LN_s(x) - LN(x)`, and the sum over the sources is one norm with the weights `w + sum_s omega_s (w_s - w)`.
+    """The sources' own copies of a layer norm. A norm is linear in its weights: source `s` adds `LN_s(x) - LN(x)`, and
+    the weighted sum is one norm with the weights `w + sum_s omega_s (w_s - w)`.
 
     Args:
         copies: the weights of each source by name.
@@ -157,7 +171,7 @@ class NormCopies(SourceGroup):
             self.keep(f"{name}_change", torch.stack([copy[name].float() - weight for copy in copies]))
 
     def weights(self, omega: Tensor, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of the one norm."""
+        """The weights of the merged norm."""
         merged = {}
         for name in self.names:
             change = getattr(self, f"{name}_change")
@@ -166,13 +180,13 @@ class NormCopies(SourceGroup):
 
 
 class UnitSources(SourceGroup):
-    """Task modules of the sources in one block, such as PALs; each is computed by itself, without dropout.
+    """Task modules of the sources in one block, such as PALs; each is computed separately, without dropout.
 
     Args:
         units: the modules, without weights.
-        own: the weights of each in this block.
-        shared: those that it shares with other blocks.
-        registers: whether the shared ones are registered here.
+        own: each module's weights in this block.
+        shared: the weights each module shares with other blocks.
+        registers: whether the shared weights are registered here.
     """
 
     def __init__(
@@ -188,7 +202,7 @@ class UnitSources(SourceGroup):
         self._units = tuple(units)
         self._shared = tuple(shared)
         self.own = nn.ModuleList([HeldWeights(weights) for weights in own])
-        # So that they follow the model to another device, from the first block of a stack on.
+        # The first block of a stack registers them, so that they follow the model to other devices.
         self.shared = nn.ModuleList(shared if registers else [])
 
     @property
@@ -206,6 +220,10 @@ class UnitSources(SourceGroup):
     def acts_at(self, site: str) -> bool:
         return site in self.sites
 
+    def equals(self, other: nn.Module) -> bool:
+        """False: the modules have settings of their own, and share weights that one block alone registers."""
+        return False
+
     def outputs(self, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
         given = []
         for s in self.members(site):
@@ -217,7 +235,7 @@ class UnitSources(SourceGroup):
 
 
 class HeldWeights(nn.Module):
-    """Tensors by name, as buffers that are not saved."""
+    """Tensors by name, as non-persistent buffers."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -230,19 +248,19 @@ class HeldWeights(nn.Module):
 
 
 class CombinedUnit(TaskUnit):
-    r"""The sources of one target at one place.
+    r"""The sources of one combination at one place.
 
     $$v' = v + \sum_s \omega_s \odot a_s, \qquad\text{or}\qquad v' = v + \mathrm{attention}(v, a_1, ..., a_S)$$
 
-    `a_s` is what source `s` alone adds to the value `v` there: the sources do not see each other.
+    `a_s` is the term that source `s` alone adds to the value `v`: the sources do not see each other.
 
     Args:
-        sites: where in a block it acts; `("value",)` behind a module.
-        mixers: coefficients or attention for each site. Those that other places share are not registered here.
+        sites: where in a block it acts; `("value",)` at the output of a module.
+        mixers: the coefficients or attention of each site. Shared ones are registered at one place only.
         owned: the sites whose mixer is registered here.
-        rows: for each site the rows of its coefficients that belong to this place's sources, None for all in order.
+        rows: for each site the rows of the coefficients that belong to this place's sources; None for all, in order.
         names: the sources at each site, in the order of the coefficients.
-        regularization: weight and form.
+        regularization: weight and form of the regulariser.
     """
 
     needs: tuple[str, ...]  # type: ignore[misc]
@@ -270,7 +288,7 @@ class CombinedUnit(TaskUnit):
         self.groups = nn.ModuleList()
 
     def mixer(self, site: str) -> nn.Module:
-        """The coefficients or the attention at a site, wherever they are registered."""
+        """The coefficients or the attention of a site, wherever they are registered."""
         return self._mixers[0][site]
 
     def omega(self, site: str) -> Tensor:
@@ -278,13 +296,13 @@ class CombinedUnit(TaskUnit):
         return self.select(site, self.mixer(site)())
 
     def learned(self, site: str) -> Tensor:
-        """The coefficients as in inference, without dropout and behind an ablation, `[S, d]` or `[S, 1]`."""
+        """The coefficients used in inference, without dropout and after an ablation, `[S, d]` or `[S, 1]`."""
         mixer = self.mixer(site)
         assert isinstance(mixer, (Scales, FixedScales))
-        return self.select(site, normalise(mixer.omega.detach(), getattr(mixer, "ablation", None)))
+        return self.select(site, normalise(mixer.omega.detach(), mixer.ablation))
 
     def select(self, site: str, omega: Tensor) -> Tensor:
-        """Of the coefficients that places share, the rows of this place's sources."""
+        """The rows of shared coefficients that belong to this place's sources."""
         rows = self._rows[site]
         return omega if rows is None else omega[rows]
 
@@ -292,7 +310,7 @@ class CombinedUnit(TaskUnit):
         return (type(self), id(self))
 
     def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
-        """Nothing: mixers draw their weights when they are made."""
+        """Nothing to do: mixers draw their weights when they are created."""
 
     def forward(self, site: str, value: Tensor, inputs: UnitInputs, weights: Weights) -> Tensor:
         groups = [g for g in self.groups if isinstance(g, SourceGroup) and g.acts_at(site)]

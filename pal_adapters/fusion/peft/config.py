@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from pal_adapters.checks import require_bool, require_one_of, require_probability
 from pal_adapters.errors import ConfigError
 from pal_adapters.fusion.config import validate_scalearn
+from pal_adapters.fusion.layer import RegularizationForm
 from pal_adapters.hosts.method import Method
 
 from .sources import Source
@@ -23,19 +24,19 @@ _BUNDLE = "sources"
 SCALEARN = Method(
     name="scalearn",
     build=lambda config, block: None,
-    unmergeable="its sources are kept apart while it trains. fold(model) makes one ordinary adapter of it; of LoRA "
-    "sources a LoRA adapter, which can be merged.",
+    unmergeable="its sources are kept separate while it trains. fold(model) turns it into one ordinary adapter; LoRA "
+    "sources become a LoRA adapter, which can be merged.",
 )
 ADAPTER_FUSION = Method(
     name="adapter_fusion",
     build=lambda config, block: None,
-    unmergeable="how it weighs its sources depends on the input, so no fixed weight can take them up.",
+    unmergeable="its attention over the sources depends on the input, so no fixed weight is equivalent.",
 )
 FIXED_COMBINATION = Method(
     name="fixed_combination",
     build=lambda config, block: None,
-    unmergeable="its sources are kept apart. fold(model) makes one ordinary adapter of it; of LoRA sources a LoRA "
-    "adapter, which can be merged.",
+    unmergeable="its sources are kept separate. fold(model) turns it into one ordinary adapter; LoRA sources become a "
+    "LoRA adapter, which can be merged.",
 )
 
 
@@ -43,42 +44,44 @@ FIXED_COMBINATION = Method(
 class CombinationPeftConfig(PeftConfig):
     """Base of the configs that combine frozen source adapters for a new task.
 
-    What source `s` alone would add to the output of a module (LoRA: `scaling * B A x`; a Houlsby bottleneck: its term
-    without the residual; a layer norm of its own: `LN_s(x) - LN(x)`) or to a value of a block (PALs and the other task
-    modules) is `a_s`. The sources do not see each other, and their dropout is off.
+    `a_s` is the term that source `s` alone adds to the output of a module (LoRA: `scaling * B A x`; a Houlsby
+    bottleneck: its output without the residual; its own layer norm: `LN_s(x) - LN(x)`) or to a value in a block (PALs
+    and other task modules). The sources do not see each other, and their dropout is off.
 
     Args:
-        adapters: the sources by name: a folder, a hub id, a folder in a hub repository (`"user/repo/folder"`), or
-            None for an adapter that is on the model or that another target has loaded. A list of names means None
-            for each. A model takes no config without any.
-        revisions: revision of the hub repository of a source; filled with the commit that was read.
+        adapters: the sources by name: a folder, a Hub repo ID, a folder in a Hub repo (`"user/repo/folder"`), or None
+            for an adapter that is on the model or that another combination has loaded. A list of names means None for
+            each. At least one source is required.
+        revisions: the revision of each source on the Hub; set to the commit that was read.
         modules_to_save: modules outside the blocks that are trained and saved, such as a head.
-        bundle: save copies of the sources in `sources/` beside the coefficients. Otherwise the saved config names
-            them, their revisions and fingerprints.
-        check_base: refuse sources whose configs name different base models.
-        fingerprints: of the sources' weights, filled in; loading refuses sources that are others. None: no check.
-        order: of the sources, filled in: the host sorts names when it saves, and rows of coefficients have none.
+        bundle: save copies of the sources in `sources/` with the coefficients. Otherwise the saved config refers to
+            their locations, revisions and fingerprints.
+        check_base: reject sources whose configs name different base models.
+        fingerprints: hashes of the sources' weights, set by the package; loading rejects sources that differ. None
+            skips the check.
+        order: the order of the sources, set by the package: PEFT sorts names when it saves, but the rows of the
+            coefficients keep this order.
 
     Raises:
-        ConfigError: for a value that is not allowed.
+        ConfigError: if a value is not allowed.
     """
 
     method: ClassVar[Method]
-    # The host reads it; the sources say which modules are adapted.
+    # PEFT reads this field; here the sources decide which modules are adapted.
     target_modules: ClassVar[None] = None
 
-    adapters: Any = field(default=None, metadata={"help": "Sources: {name: folder, hub id or None}, or names."})
-    revisions: dict[str, str] | None = field(default=None, metadata={"help": "Revisions of sources on the hub."})
+    adapters: Any = field(default=None, metadata={"help": "Sources: {name: folder, Hub repo ID or None}, or names."})
+    revisions: dict[str, str] | None = field(default=None, metadata={"help": "Revisions of sources on the Hub."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
     bundle: bool = field(default=False, metadata={"help": "Save copies of the sources too."})
-    check_base: bool = field(default=True, metadata={"help": "Refuse sources of different base models."})
+    check_base: bool = field(default=True, metadata={"help": "Reject sources of different base models."})
     fingerprints: dict[str, str] | None = field(default=None, metadata={"help": "Fingerprints of the sources."})
     order: list[str] | None = field(default=None, metadata={"help": "The sources in the order of their rows."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(self.method.name.upper())
-        # The host makes configs of every type without arguments; what needs sources asks for them with a model.
+        # PEFT creates configs of every type without arguments, so sources are required only when a model is adapted.
         sources = {} if self.adapters is None else _sources(self.adapters)
         if sorted(self.order if self.order is not None else sources) != sorted(sources):
             raise ConfigError(f"order={self.order!r} is not allowed: name each of {list(sources)} once.")
@@ -91,7 +94,7 @@ class CombinationPeftConfig(PeftConfig):
             given = getattr(self, argument) or {}
             unknown = [name for name in given if name not in sources]
             if unknown:
-                raise ConfigError(f"{argument} has {unknown[0]!r}, which is no source: {list(sources)}.")
+                raise ConfigError(f"{argument} names {unknown[0]!r}, which is not one of the sources {list(sources)}.")
         if isinstance(self.modules_to_save, str):
             raise ConfigError(f"modules_to_save={self.modules_to_save!r} is not allowed: pass a list of module names.")
         self._origin: tuple[str, str | None] | None = None
@@ -99,26 +102,31 @@ class CombinationPeftConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """The host's own, which also remembers where a bundle's sources are."""
+        """PEFT's own method; also remembers the folder of bundled sources."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         path = str(pretrained_model_name_or_path)
         config._origin = (path if subfolder is None else f"{path}/{subfolder}", kwargs.get("revision"))
         return config
 
+    @property
+    def penalty(self) -> tuple[float, RegularizationForm]:
+        """Weight and form of the regulariser."""
+        return 0.0, "mean"
+
     def check_adapters(self) -> None:
-        """Raise `ConfigError` if no sources are named, which only a config that is put on no model may leave out."""
+        """Raise `ConfigError` if there are no sources."""
         if self.adapters is None:
             _sources(None)
 
     def place_of(self, name: str) -> tuple[str | None, str | None]:
-        """Where a source is read: path and revision."""
+        """Path and revision from which a source is read."""
         if self.bundle and self._origin is not None:
             path, revision = self._origin
             return f"{path}/{_BUNDLE}/{name}", revision
         return self.adapters[name], (self.revisions or {}).get(name)
 
     def check_weights(self) -> None:
-        """Raise `ConfigError` for a damaged or missing file of coefficients, before the host changes the model."""
+        """Raise `ConfigError` if the file of coefficients is damaged or missing, before the model changes."""
         if self._origin is None:
             return
         folder = self._origin[0]
@@ -126,17 +134,17 @@ class CombinationPeftConfig(PeftConfig):
         if os.path.isfile(file):
             try:
                 safe_open(file, "pt").keys()
-            except Exception as error:  # safetensors has errors of its own, beside those of the file system
+            except Exception as error:  # safetensors has its own errors besides those of the file system
                 raise ConfigError(f"{file} cannot be read: {error}. Restore it, or save the model again.") from error
         elif (
             self.inference_mode
             and os.path.isdir(folder)
             and not os.path.isfile(os.path.join(folder, "adapter_model.bin"))
         ):
-            raise ConfigError(f"{file} is not there. Restore it, or save the model again.")
+            raise ConfigError(f"{file} is missing. Restore it, or save the model again.")
 
     def remember(self, sources: Mapping[str, Source]) -> None:
-        """Take over what reading the sources has told."""
+        """Store fingerprints, locations and revisions of the sources that were read."""
         self.fingerprints = {name: source.fingerprint for name, source in sources.items()}
         if not (self.bundle and self._origin):
             self.adapters = {name: source.path for name, source in sources.items()}
@@ -145,7 +153,7 @@ class CombinationPeftConfig(PeftConfig):
         self._read = dict(sources) if self.bundle else {}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """The host's own, and with `bundle=True` the sources as ordinary adapters in `sources/<name>`."""
+        """PEFT's own method; `bundle=True` also saves the sources as ordinary adapters in `sources/<name>`."""
         super().save_pretrained(save_directory, **kwargs)
         for name, source in self._read.items():
             folder = os.path.join(save_directory, _BUNDLE, name)
@@ -162,15 +170,15 @@ def _sources(adapters: Any) -> dict[str, str | None]:
         adapters = dict.fromkeys(adapters)
     if not isinstance(adapters, Mapping) or not adapters:
         raise ConfigError(
-            f"adapters={adapters!r} is not allowed: name at least one source, adapters={{'<name>': '<folder or hub "
-            "id>'}, or ['<name>', ...] for adapters that are on the model."
+            f"adapters={adapters!r} is not allowed: name at least one source, adapters={{'<name>': '<folder or Hub "
+            "repo ID>'}, or ['<name>', ...] for adapters that are on the model."
         )
     found: dict[str, str | None] = {}
     for name, path in adapters.items():
         if not isinstance(name, str) or not name or "." in name or "/" in name:
             raise ConfigError(f"adapters has the name {name!r}: use a string without '.' and '/'.")
         if path is not None and not isinstance(path, (str, os.PathLike)):
-            raise ConfigError(f"adapters[{name!r}]={path!r} is not allowed: use a folder, a hub id or None.")
+            raise ConfigError(f"adapters[{name!r}]={path!r} is not allowed: use a folder, a Hub repo ID or None.")
         found[name] = None if path is None else os.fspath(path)
     places: dict[str, str] = {}
     for name, path in found.items():
@@ -189,11 +197,10 @@ class ScaLearnPeftConfig(CombinationPeftConfig):
 
     $$v' = v + \sum_s D(\omega_s) \odot a_s, \qquad \omega \sim N(c / S, \sigma^2)$$
 
-    `omega_s` `[d]` (one coefficient a channel) or `[1]` trains, and nothing else but a head. At a module that only
-    some sources adapt, only those have coefficients. `D` is dropout on the coefficients, one mask for each place and
-    call.
+    Only `omega_s` `[d]` (one coefficient per channel) or `[1]` and a head are trained. At a module that only some
+    sources adapt, only those have coefficients. `D` is dropout on the coefficients, with one mask per place and call.
 
-    | variant               | shape of `omega` | own in each                                                  |
+    | variant               | shape of `omega` | separate for each                                            |
     |-----------------------|------------------|--------------------------------------------------------------|
     | `scalearn`            | `[S, d]`         | place                                                        |
     | `scalearn_uniform`    | `[S, 1]`         | place                                                        |
@@ -201,17 +208,17 @@ class ScaLearnPeftConfig(CombinationPeftConfig):
     | `scalearn_uniform_pp` | `[S, 1]`         | one for all                                                  |
 
     A *place* is a module that sources adapt (LoRA, Houlsby, layer norms) or a block (PALs). Source: Frohmann et al.,
-    ScaLearn, Findings of ACL 2024. Differs from the paper in: LoRA sources and layer norms, which it does not have,
-    and the regulariser, which is part of the loss.
+    ScaLearn, Findings of ACL 2024. Differences from the paper: LoRA sources and layer norms are supported, and the
+    regulariser is part of the loss.
 
     Args:
         variant: `"scalearn"`, `"scalearn_uniform"`, `"scalearn_pp"` or `"scalearn_uniform_pp"` (`++` for `_pp`).
         init_scale: `c`.
         init_std: `sigma`.
-        omega_dropout: probability with which a coefficient is dropped; None for 0.3, or 0 for `scalearn_uniform_pp`.
+        omega_dropout: probability of dropping a coefficient; None for 0.3, or 0 for `scalearn_uniform_pp`.
         ablation: `"mean"` divides `omega` by its sum over the sources, `"softmax"` takes the softmax over them.
         regularization: weight of `1/S sum_s (1 - mean omega_s)^2`, summed over the places, in the loss.
-        regularization_form: `"mean"`, or `"code"` for what the released code computes for shared coefficients.
+        regularization_form: `"mean"`, or `"code"` for the form of the released code for shared coefficients.
 
     Raises:
         ConfigError: for a value that is not allowed.
@@ -225,11 +232,15 @@ class ScaLearnPeftConfig(CombinationPeftConfig):
     omega_dropout: float | None = field(default=None, metadata={"help": "Dropout on the coefficients."})
     ablation: str | None = field(default=None, metadata={"help": "None, 'mean' or 'softmax'."})
     regularization: float = field(default=0.0, metadata={"help": "Weight of the regulariser."})
-    regularization_form: str = field(default="mean", metadata={"help": "'mean' or 'code'."})
+    regularization_form: RegularizationForm = field(default="mean", metadata={"help": "'mean' or 'code'."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         validate_scalearn(self)
+
+    @property
+    def penalty(self) -> tuple[float, RegularizationForm]:
+        return self.regularization, self.regularization_form
 
 
 @dataclass
@@ -239,17 +250,18 @@ class AdapterFusionPeftConfig(CombinationPeftConfig):
     $$c = \sum_s \mathrm{softmax}_s(D(q \cdot k_s)) \, V a_s, \qquad v' = v + c$$
 
     with `q = Q u + b`, `k_s = K a_s + b` at each place, see `pal_adapters.fusion.layer.SourceAttention`. The query
-    reads the value that the sources add to, `u = v`: for a Houlsby bottleneck its input, for LoRA the output `W x + b`
-    of the module that it adapts, which has the width of `a_s`. For PALs and the other task modules, `u` is the block's
-    input. LoRA therefore costs `3 d^2` for each adapted module of output width `d`. Where one source alone acts, its
-    attention is 1 and only `V` learns. Sources with layer norms of their own are refused. Source: Pfeiffer et al.,
-    EACL 2021. Differs from the paper in: LoRA sources, and the regulariser, which is part of the loss.
+    reads the value that the sources add to, `u = v`: the input of a Houlsby bottleneck, or the output `W x + b` of the
+    module that LoRA adapts, which has the width of `a_s`. For PALs and other task modules, `u` is the block's input.
+    With LoRA sources, attention therefore has `3 d^2` parameters per adapted module of output width `d`. If only one
+    source acts at a place, its attention is 1 and only `V` learns. Sources with their own layer norms are rejected.
+    Source: Pfeiffer et al., EACL 2021. Differences from the paper: LoRA sources are supported, and the regulariser is
+    part of the loss.
 
     Args:
-        score_dropout: of `D`.
+        score_dropout: dropout probability of `D`.
         value: whether there is a `V`.
-        value_init_noise: `"constant"` 1e-6 beside the diagonal of `V`, or `"random"`.
-        temperature: divide the scores by a temperature that falls from 50 to 1.
+        value_init_noise: initial off-diagonal entries of `V`: `"constant"` 1e-6, or `"random"`.
+        temperature: whether to divide the scores by a temperature that falls from 50 to 1.
         score_scale: factor on the scores.
         regularization: weight of `||I - V||_F^2`, summed over the places, in the loss.
 
@@ -279,10 +291,14 @@ class AdapterFusionPeftConfig(CombinationPeftConfig):
         if self.regularization < 0 or (self.regularization > 0 and not self.value):
             raise ConfigError(
                 f"regularization={self.regularization!r} is not allowed"
-                + (": use a weight >= 0." if self.value else " with value=False: it is about V, use 0.")
+                + (": use a weight >= 0." if self.value else " with value=False: it applies to V, use 0.")
             )
         if not self.value and self.value_init_noise != "constant":
             raise ConfigError(f"value_init_noise={self.value_init_noise!r} has no effect with value=False.")
+
+    @property
+    def penalty(self) -> tuple[float, RegularizationForm]:
+        return self.regularization or 0.0, "mean"
 
 
 @dataclass
@@ -291,11 +307,11 @@ class FixedCombinationPeftConfig(CombinationPeftConfig):
 
     $$v' = v + \sum_s c_s \, a_s$$
 
-    The average of what the sources compute, or a sum with given weights: the baselines of learned combinations. Only a
-    head trains. For LoRA this equals PEFT's `add_weighted_adapter(..., combination_type="cat")`.
+    The average of the sources' outputs or a weighted sum of them, as a baseline for learned combinations. Only a head
+    is trained. For LoRA this equals PEFT's `add_weighted_adapter(..., combination_type="cat")`.
 
     Args:
-        coefficients: `"mean"` for `1/S` each, or a number for every source by name.
+        coefficients: `"mean"` for `1/S` each, or one number per source by name.
 
     Raises:
         ConfigError: for a value that is not allowed.
@@ -321,5 +337,5 @@ class FixedCombinationPeftConfig(CombinationPeftConfig):
         self.coefficients = dict(given)
 
     def coefficient(self, name: str) -> float:
-        """That of one source."""
+        """The coefficient of one source."""
         return 1 / len(self.adapters) if self.coefficients == "mean" else float(self.coefficients[name])

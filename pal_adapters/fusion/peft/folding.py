@@ -1,4 +1,4 @@
-"""Folding in PEFT: a learned combination becomes one ordinary adapter, which needs neither its sources nor us."""
+"""Folding in PEFT: a learned combination becomes one ordinary adapter, without its sources."""
 
 from __future__ import annotations
 
@@ -40,52 +40,51 @@ def fold(
     truncate: int | None = None,
     data: Iterable[Mapping[str, Any]] | None = None,
 ) -> PeftModel:
-    r"""One ordinary adapter that computes what a combination of sources does.
+    r"""Turn a combination of sources into one ordinary adapter that computes the same.
 
-    LoRA sources give a LoRA adapter, of the sum of their ranks:
+    LoRA sources become a LoRA adapter whose rank is the sum of theirs:
 
     $$\sum_s \omega_s \odot (\gamma_s B_s A_s x) = [\omega_1 \odot \gamma_1 B_1, ..., \omega_S \odot \gamma_S B_S]
     \, [A_1; ...; A_S] \, x$$
 
-    It loads in PEFT without `pal_adapters`, and `merge_and_unload()` brings it into the base weights. Houlsby
-    bottlenecks of one activation give a Houlsby adapter, of the sum of their widths: the coefficients go into `W_2`
-    and `b_2`, the layer norms become one copy each, `w + sum_s omega_s (w_s - w)`. Both are exact for every variant,
-    with the ablations too. Biases of the sources are weighed as their outputs are.
+    It loads in PEFT without `pal_adapters`, and `merge_and_unload()` merges it into the base weights. Houlsby
+    bottlenecks with the same activation become a Houlsby adapter whose width is the sum of theirs: the coefficients
+    scale `W_2` and `b_2`, and each layer norm becomes one copy, `w + sum_s omega_s (w_s - w)`. Both are exact for
+    every variant and ablation.
 
-    The base model inside `model` is taken over: the combination is taken off it, and what is returned holds it. Save
-    `model` before. The head of the target becomes the head of the new adapter.
+    The returned model takes over the base model of `model` and removes the combination from it, so save `model` first.
+    The head of the combination becomes the head of the new adapter. If anything fails, `model` is unchanged.
 
     Args:
         model: a model with a ScaLearn or fixed combination.
-        adapter: the target; the active one by default.
-        name: of the new adapter; `adapter` by default.
-        truncate: greatest rank, or width of a bottleneck. LoRA: the best approximation of that rank, by singular
-            values. Houlsby: the units that matter most, found by a singular value decomposition of what they
-            contribute, and `W_2` fitted anew, see `pal_adapters.fusion.truncation.cut_to_width`.
-        data: with `truncate`, for Houlsby: batches (mappings of model inputs) whose tokens are weighed; without them,
-            the inputs of a bottleneck are taken as N(0, 1).
+        adapter: name of the combination; the active one by default.
+        name: name of the new adapter; `adapter` by default.
+        truncate: maximum rank (LoRA) or width (bottleneck). LoRA: the best approximation of that rank, by SVD.
+            Houlsby: the most important units, with `W_2` refitted, see `pal_adapters.fusion.truncation.cut_to_width`.
+        data: with `truncate`, for Houlsby: batches (mappings of model inputs) over whose tokens the error is measured.
+            Without data, the inputs of a bottleneck are assumed to be N(0, 1).
 
     Returns:
-        A `PeftModel` with the folded adapter. `truncation_errors` on it names for each module what `truncate` has
-        cost: the root mean square of the error over that of what the adapter adds (LoRA: for N(0, 1) inputs, the
-        error in the Frobenius norm). It is empty where nothing was cut.
+        A `PeftModel` with the folded adapter. Its `truncation_errors` has the error of each truncated module: the root
+        mean square of the error relative to that of the adapter's output (LoRA: for N(0, 1) inputs, which is the error
+        in the Frobenius norm). It is empty if nothing was truncated.
 
     Raises:
-        UnknownAdapterError: if there is no such target.
-        UnsupportedError: where no exact fold exists, with the reason. Nothing has changed then.
-        ConfigError: for a value of `truncate` that is not allowed, or `data` that are empty or have no effect.
+        UnknownAdapterError: if there is no such combination.
+        UnsupportedError: if there is no exact fold, with the reason.
+        ConfigError: if `truncate` or `name` is not allowed, or `data` is empty or has no effect.
     """
     target, config = _target(model, adapter)
     if truncate is not None:
         require_int("truncate", truncate, minimum=1)
     elif data is not None:
-        raise ConfigError("data has no effect without truncate: leave it out.")
+        raise ConfigError("data has no effect without truncate: remove it.")
     name = target if name is None else name
     check_adapter_name(name)
     found = list(combinations(model.get_base_model(), target))
     kind = _check(model, target, found)
     if data is not None and kind == "lora":
-        raise ConfigError("data has no effect on LoRA, whose best approximation needs none: leave it out.")
+        raise ConfigError("data has no effect on LoRA, which needs none for its best approximation: remove it.")
     head = _head(model, target)
     common = {
         "task_type": config.task_type,
@@ -108,11 +107,11 @@ def fold(
 
 
 def _replaced(model: PeftModel, folded: PeftConfig, name: str, weights: dict[str, Tensor]) -> PeftModel:
-    """The base model with the folded adapter in the place of the combination."""
+    """The base model with the folded adapter instead of the combination."""
     training = model.training
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
-            module.set_adapter([])  # else `unload` leaves the trained head in the place of the model's own
+            module.set_adapter([])  # otherwise `unload` replaces the model's own head by the trained one
     wrapped = get_peft_model(model.base_model.unload(), folded, adapter_name=name)  # type: ignore[operator]
     loaded: Any = set_peft_model_state_dict(wrapped, weights, adapter_name=name)
     assert not loaded.unexpected_keys, loaded.unexpected_keys
@@ -127,35 +126,35 @@ def _target(model: Any, adapter: str | None) -> tuple[str, CombinationPeftConfig
         active = [name for name in model.active_adapters if name in known]
         if len(active) != 1:
             raise UnknownAdapterError(
-                f"fold needs one active combination, but {active} are: pass adapter=, of {known}."
+                f"fold needs exactly one active combination, but {active} are active: name one of {known}."
             )
         adapter = active[0]
     if adapter not in known:
-        raise UnknownAdapterError(f"adapter={adapter!r} is no combination on this model: use one of {known}.")
+        raise UnknownAdapterError(f"adapter={adapter!r} is not a combination on this model: use one of {known}.")
     config = model.peft_config[adapter]
     assert isinstance(config, CombinationPeftConfig)
     return adapter, config
 
 
 def _check(model: PeftModel, target: str, found: list[tuple[str, FusionLayer, CombinedUnit]]) -> str:
-    """What it can be folded to, "lora" or "houlsby"."""
+    """What the combination folds to, "lora" or "houlsby"."""
     others = [name for name in model.peft_config if name != target]
     if others:
         raise UnsupportedError(
-            f"the model has other adapters, {others}, and fold takes the base model over: delete them from this model "
+            f"the model has other adapters, {others}, and fold takes over the base model: delete them from this model "
             "(model.delete_adapter), or fold a copy.deepcopy of it."
         )
     kinds = set()
     for place, layer, unit in found:
         if any(isinstance(unit.mixer(site), SourceAttention) for site in unit.sites):
             raise UnsupportedError(
-                "AdapterFusion cannot be folded: how it weighs its sources depends on the input, so no fixed adapter "
-                "computes the same."
+                "AdapterFusion cannot be folded: its attention over the sources depends on the input, so no fixed "
+                "adapter computes the same."
             )
         if isinstance(layer, FusionBlockLayer):
             raise UnsupportedError(
                 f"the sources at {place!r} are task modules such as PALs, which attend over the tokens or act beside "
-                "a block: no single module of their kind computes their sum. LoRA and Houlsby sources can be folded."
+                "a block: no single module of that kind computes their sum. LoRA and Houlsby sources can be folded."
             )
         for group in unit.groups:
             if isinstance(group, StackedSources):
@@ -168,12 +167,16 @@ def _check(model: PeftModel, target: str, found: list[tuple[str, FusionLayer, Co
             "of one kind."
         )
     activations = {
-        name for _, _, unit in found for group in unit.groups for name in getattr(group, "activations", None) or ()
+        name
+        for _, _, unit in found
+        for group in unit.groups
+        if isinstance(group, StackedSources)
+        for name in group.activations or ()
     }
     if len(activations) > 1:
         raise UnsupportedError(
-            f"the sources have the activations {sorted(activations)}, and one bottleneck has one: fold sources with "
-            "one activation."
+            f"the sources have the activations {sorted(activations)}, and a bottleneck has one: fold sources with the "
+            "same activation."
         )
     return kinds.pop()
 

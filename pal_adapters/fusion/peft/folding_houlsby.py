@@ -1,4 +1,4 @@
-"""Houlsby bottlenecks as one Houlsby adapter, in PEFT."""
+"""Folding of Houlsby sources into one Houlsby adapter, in PEFT."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def fold_houlsby(
     data: Iterable[Mapping[str, Any]] | None,
     common: Mapping[str, Any],
 ) -> tuple[HoulsbyPeftConfig, dict[str, Tensor], dict[str, float]]:
-    """Config, tensors and errors of the Houlsby adapter that a combination of Houlsby bottlenecks is."""
+    """Config, tensors and truncation errors of the Houlsby adapter."""
     bottles: dict[str, dict[str, Tensor]] = {}
     norms: dict[str, dict[str, Tensor]] = {}
     errors: dict[str, float] = {}
@@ -57,7 +57,7 @@ def fold_houlsby(
     for place, bottle in bottles.items():
         for key, value in _padded(bottle, width).items():
             weights[f"{PREFIX}{place}.houlsby.houlsby_units.{key}"] = value
-    for place, norm in norms.items():  # a norm that no source has a copy of becomes a copy of the base model's
+    for place, norm in norms.items():  # a norm without copies becomes a copy of the base model's
         for key, value in norm.items():
             weights[f"{PREFIX}{place}.houlsby_norms.{key}"] = value
     folded = HoulsbyPeftConfig(
@@ -83,7 +83,7 @@ def _moments(
 
 
 def _padded(bottle: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
-    """With units that give nothing, where fewer sources adapt a module: an adapter has one width."""
+    """Padded with zero units: an adapter has one width, but fewer sources may adapt a module."""
     missing = width - bottle["down.bias"].shape[0]
     pad = torch.nn.functional.pad
     return {

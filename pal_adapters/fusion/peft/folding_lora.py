@@ -1,4 +1,4 @@
-"""LoRA sources as one LoRA adapter, in PEFT."""
+"""Folding of LoRA sources into one LoRA adapter, in PEFT."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .sources import PREFIX, innermost
 def fold_lora(
     found: list[tuple[str, FusionLayer, CombinedUnit]], truncate: int | None, common: Mapping[str, Any]
 ) -> tuple[LoraConfig, dict[str, Tensor], dict[str, float]]:
-    """Config, tensors and errors of the LoRA adapter that a combination of LoRA sources is."""
+    """Config, tensors and truncation errors of the LoRA adapter."""
     weights: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     errors: dict[str, float] = {}
@@ -47,7 +47,7 @@ def fold_lora(
     if has_bias:
         if any(key.endswith("embedding_A") for key in weights):
             raise UnsupportedError(
-                "sources with lora_bias=True and LoRA on embeddings: PEFT has no adapter with both."
+                "the sources have lora_bias=True and LoRA on embeddings, which no PEFT adapter combines."
             )
         weights |= {f"{PREFIX}{place}.lora_B.bias": bias for place, bias in biased.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -66,7 +66,7 @@ def fold_lora(
 
 
 def _truncated(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best approximation of `up @ down` of a rank, and its relative error; never makes the product itself."""
+    """The best approximation of `up @ down` of a given rank and its relative error, without forming the product."""
     q_up, r_up = torch.linalg.qr(up.double())
     q_down, r_down = torch.linalg.qr(down.double().T)
     u, s, v = torch.linalg.svd(r_up @ r_down.T)
@@ -74,7 +74,7 @@ def _truncated(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, flo
     kept_up, kept_down = (q_up @ u[:, :rank]) * root, (root.unsqueeze(1) * v[:rank]) @ q_down.T
     rest = len(root)
     error = math.sqrt(s[rest:].square().sum().item() / max(s.square().sum().item(), 1e-300))
-    if rest < rank:  # the module is narrower than that
+    if rest < rank:  # the module is narrower than `rank`
         kept_up = torch.nn.functional.pad(kept_up, (0, rank - rest))
         kept_down = torch.nn.functional.pad(kept_down, (0, 0, 0, rank - rest))
     return kept_down.to(down.dtype), kept_up.to(up.dtype), error

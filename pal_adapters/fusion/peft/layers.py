@@ -1,4 +1,4 @@
-"""The layers that hold a target's combination in PEFT: behind a module, in the place of a norm, and in a block."""
+"""The PEFT layers that hold combinations: at the output of a module, in place of a norm, and in a block."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NONE = Method(name="fusion", build=lambda config, block: None, unmergeable="")
 
 
 class _Names:
-    """Mixed into the layers: one set of classes serves all methods, whose names the containers carry."""
+    """Mixin: the same layer classes serve all methods, whose names are in those of the containers."""
 
     if TYPE_CHECKING:
         adapter_layer_names: tuple[str, ...]
@@ -43,11 +43,11 @@ class _Names:
         *,
         inference_mode: bool,
     ) -> None:
-        """Add a target.
+        """Add a combination.
 
         Args:
-            groups: its sources here. Those that another target holds already are taken over from it.
-            shared: coefficients that other places share and that are registered here.
+            groups: its sources at this place; reused from another combination if that has the same ones.
+            shared: coefficients shared with other places that are registered here.
         """
         assert isinstance(self, TunerLayer)
         units, registered = (getattr(self, name) for name in self.adapter_layer_names)
@@ -55,8 +55,8 @@ class _Names:
         if shared is not None:
             registered[adapter_name] = shared.train(self.training)
         units[adapter_name] = unit.train(self.training)
-        # `place` brings an adapter to the dtype of the base model, and the host only parameters back to float32. Fixed
-        # coefficients, temperatures and sources keep theirs.
+        # `place` casts an adapter to the base model's dtype, and PEFT casts only parameters back to float32. Buffers
+        # (fixed coefficients, temperatures, sources) keep their dtype.
         kept = [(m, n, b) for m in unit.mixers.modules() for n, b in m.named_buffers(recurse=False)]
         self.place(adapter_name, inference_mode=inference_mode)
         device = self._get_base_layer_device_and_dtype(innermost(self._near[0]))[0]
@@ -65,33 +65,18 @@ class _Names:
         unit.groups = nn.ModuleList(groups).to(device).train(self.training) if known is None else known
 
 
-def _same(one: Iterable[nn.Module], other: Iterable[nn.Module]) -> bool:
+def _same(one: Iterable[Any], other: Iterable[Any]) -> bool:
     one, other = list(one), list(other)
-    return len(one) == len(other) and all(_equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def _equal(a: nn.Module, b: nn.Module) -> bool:
-    mine, theirs = dict(a.named_buffers()), dict(b.named_buffers())
-    if type(a) is not type(b) or list(mine) != list(theirs) or a.rows != b.rows:
-        return False
-    if getattr(a, "activations", None) != getattr(b, "activations", None):
-        return False
-    # Task modules share weights that only one block registers, and have settings of their own.
-    if getattr(a, "_units", None):
-        return False
-    return all(
-        value.shape == theirs[name].shape and torch.equal(value.cpu(), theirs[name].cpu())
-        for name, value in mine.items()
-    )
+    return len(one) == len(other) and all(a.equals(b) for a, b in zip(one, other, strict=True))
 
 
 class FusionModuleLayer(_Names, TunerLayer):
-    """What the targets add behind a module: a child of it, as a Houlsby bottleneck is.
+    """The combinations at the output of a module: a child of the module, like a Houlsby bottleneck.
 
     Args:
         model: the base model.
         target: the module.
-        method: the method of the targets.
+        method: the method of the combinations.
         width: `d`, the width of the module's output.
     """
 
@@ -99,7 +84,7 @@ class FusionModuleLayer(_Names, TunerLayer):
         self._belong_to(method)
         super().__init__(model, width, innermost(target))
         self._target = (target,)
-        # In front of other hooks: transformers 5 records what modules return in hooks of its own.
+        # Ahead of other hooks: transformers 5 records the outputs of modules in hooks of its own.
         self._handle = target.register_forward_hook(self._behind, prepend=True, with_kwargs=True)
 
     @property
@@ -120,31 +105,31 @@ class FusionModuleLayer(_Names, TunerLayer):
             return None
         x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
         value = output[0] if isinstance(output, tuple) else output
-        if value.dim() == 2 and self.plan is not None:  # OPT runs its feed-forward part on all tokens in one dimension
+        if value.dim() == 2 and self.plan is not None:  # OPT flattens examples and tokens in its feed-forward part
             rows = len((self.plan.origin or self.plan).names)
             x = x.view(rows, -1, *x.shape[1:])
         new = self.run_active(self.units, VALUE, value, UnitInputs(x=x, batch=value.shape[0]))
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedError("a combination is not called: its hook acts when its module is.")
+        raise UnsupportedError("a combination is not called directly: its hook runs when its module is called.")
 
 
 class FusionNormLayer(_Names, HoulsbyNorm):
-    """Takes the place of a layer norm of which sources have copies.
+    """Replaces a layer norm of which sources have copies.
 
     Args:
         model: the base model.
         base_layer: the norm.
-        parent: the module that holds it.
-        name: its name there.
-        method: the method of the targets.
+        parent: the module that contains it.
+        name: its name in `parent`.
+        method: the method of the combinations.
     """
 
     def __init__(self, model: nn.Module, base_layer: nn.Module, parent: nn.Module, name: str, method: Method) -> None:
         self._belong_to(method)
         super().__init__(model, base_layer, parent, name)
-        if isinstance(base_layer, HoulsbyNorm):  # of a source on the model, whose place is inside now
+        if isinstance(base_layer, HoulsbyNorm):  # of a source on the model, which is now nested inside this layer
             base_layer._place = (self, "base_layer")
 
     def detach(self) -> None:
@@ -172,7 +157,7 @@ class FusionNormLayer(_Names, HoulsbyNorm):
         return new
 
     def _norm(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """The norm with what the targets `names` add to its weights."""
+        """The norm with the weights that the combinations `names` give it."""
         norm = innermost(self.base_layer)
         weights: dict[str, Tensor] = dict(norm.named_parameters(recurse=False))
         for name in names:
@@ -189,12 +174,12 @@ class FusionNormLayer(_Names, HoulsbyNorm):
 
 
 class FusionBlockLayer(_Names, TaskTunerLayer):
-    """What the targets make of task modules, such as PALs, in one block.
+    """The combinations of task modules, such as PALs, in one block.
 
     Args:
         model: the base model.
         block: the block.
-        method: the method of the targets.
+        method: the method of the combinations.
     """
 
     method = _NONE  # type: ignore[misc]
@@ -212,7 +197,7 @@ FusionLayer = FusionModuleLayer | FusionNormLayer | FusionBlockLayer
 
 
 def combinations(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, FusionLayer, CombinedUnit]]:
-    """The combinations of a target, or of the active targets, with the names of their modules."""
+    """The units of one combination, or of the active ones, with the names of their modules."""
     for path, layer in tuner_layers(model):
         if not isinstance(layer, FusionLayer):
             continue
@@ -226,7 +211,7 @@ def combinations(model: nn.Module, adapter: str | None = None) -> Iterator[tuple
 
 
 def active_combinations(model: nn.Module) -> list[str]:
-    """The targets that act now."""
+    """The names of the combinations that are active now."""
     layers = [layer for _, layer in tuner_layers(model) if isinstance(layer, FusionLayer)]
     names = [n for layer in layers if not layer.disable_adapters for n in layer.active_adapters if n in layer.units]
     return list(dict.fromkeys(names))

@@ -1,4 +1,4 @@
-"""What a source of a combination in PEFT has at each module, out of its tensors."""
+"""The weights of a source at each module, read from its tensors (PEFT)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class LoraPart(NamedTuple):
-    """LoRA at one module: `up (down x) + bias`, `down [r, i]`, `up [o, r]` and `bias [o]` with the scaling in them."""
+    """LoRA at one module: `up (down x) + bias` with `down [r, i]`, `up [o, r]` and `bias [o]`, scaling included."""
 
     down: Tensor
     up: Tensor
@@ -40,13 +40,13 @@ class BottleneckPart(NamedTuple):
 
 
 class NormPart(NamedTuple):
-    """A layer norm of a source's own: its weights by name."""
+    """A source's own copy of a layer norm: its weights by name."""
 
     weights: dict[str, Tensor]
 
 
 class UnitPart(NamedTuple):
-    """What a task module has in one block: the module without its weights, these, and the shapes that it needs."""
+    """A task module in one block: the module without weights, its weights, and their expected shapes."""
 
     block: Block
     unit: TaskUnit
@@ -63,12 +63,12 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def lora_parts(name: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Part], set[str]]:
-    """LoRA at each module, and the names of the tensors that it has."""
+    """The LoRA weights at each module, and the names of the tensors used."""
     extras = lora_extras(config)
     if extras:
         raise UnsupportedError(
-            f"source {name!r} is a LoRA adapter with {', '.join(extras)}: only the plain form, scaling * B A x on an "
-            "unchanged base model, can be combined. Convert it to a plain LoRA adapter first."
+            f"source {name!r} is a LoRA adapter with {', '.join(extras)}: only plain LoRA, scaling * B A x on an "
+            "unchanged base model, can be combined. Convert it to plain LoRA first."
         )
     found: dict[str, dict[str, Tensor]] = {}
     used = set()
@@ -95,7 +95,7 @@ def lora_parts(name: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> 
 
 
 def houlsby_parts(config: Any, tensors: Mapping[str, Tensor], method: Method) -> tuple[dict[str, Part], set[str]]:
-    """The bottleneck or norm of each module, and the names of their tensors."""
+    """The bottleneck or layer norm at each module, and the names of the tensors used."""
     parts: dict[str, Part] = {}
     used = set()
     for key, tensor in tensors.items():
@@ -117,7 +117,7 @@ def houlsby_parts(config: Any, tensors: Mapping[str, Tensor], method: Method) ->
 def unit_parts(
     config: Any, tensors: Mapping[str, Tensor], method: Method, model: nn.Module
 ) -> tuple[dict[str, Part], set[str]]:
-    """The task module of each block, and the names of its tensors."""
+    """The task module in each block, and the names of the tensors used."""
     blocks = {block.name: block for block in find_blocks(model, config.sites)}
     own: dict[str, dict[str, Tensor]] = {}
     shared: dict[int, dict[str, Tensor]] = {}
@@ -129,10 +129,12 @@ def unit_parts(
         used.add(key)
         block = blocks.get(match[1])
         if block is None:
-            raise ConfigError(f"{match[1]!r} is no block of {type(model).__name__}: was it another base model?")
+            raise ConfigError(
+                f"{type(model).__name__} has no block {match[1]!r}: the adapter may belong to another base model."
+            )
         into = own.setdefault(match[1], {}) if match[2] == "units" else shared.setdefault(block.stack, {})
         into[match[3]] = _wide(tensor)
-    if not own and shared:  # an adapter whose blocks share everything
+    if not own and shared:  # an adapter that shares all weights across blocks
         own = {name: {} for name in blocks}
     parts: dict[str, Part] = {}
     for name, weights in own.items():
@@ -143,7 +145,7 @@ def unit_parts(
 
 
 def _empty_unit(config: Any, method: Method, block: Block) -> tuple[TaskUnit, dict[str, list[int]]]:
-    """A unit without weights, and the shapes of those that it needs."""
+    """A unit without weights, and the shapes of the weights it needs."""
     with torch.device("meta"):
         unit = method.build(config, block)
         shared = method.build_shared(config, block)

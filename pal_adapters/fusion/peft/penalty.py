@@ -14,13 +14,13 @@ from .layers import combinations
 
 
 def regularization_loss(model: nn.Module, adapter: str | None = None) -> Tensor | None:
-    """The regulariser of a target, or of the active targets; None where there is none.
+    """The regulariser of one combination or of the active ones; None if there is none.
 
-    The model's own loss contains it already in training. Add it where the loss is computed from the logits.
+    In training, the loss that the model returns already contains it. Add it only to a loss of your own.
 
     Args:
-        model: a `PeftModel` or the model inside.
-        adapter: the target; the active ones by default.
+        model: a `PeftModel` or its base model.
+        adapter: name of the combination; the active ones by default.
     """
     scales: dict[tuple[float, Any], dict[int, Tensor]] = {}
     terms = []
@@ -37,7 +37,7 @@ def regularization_loss(model: nn.Module, adapter: str | None = None) -> Tensor 
 
 
 def add_regularization(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Hook of the base model: adds the regulariser to the loss that it returns, in training."""
+    """Forward hook of the base model: adds the regulariser to the loss in training."""
     if not module.training or not torch.is_grad_enabled() or is_by_caller():
         return None
     term = regularization_loss(module)

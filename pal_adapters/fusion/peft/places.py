@@ -1,4 +1,4 @@
-"""Where the sources of a combination act in a model of PEFT."""
+"""The places at which the sources of a combination act, in PEFT."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .sources import Source
 
 @dataclass
 class Place:
-    """Where sources act.
+    """One module or block that sources adapt.
 
     Attributes:
-        path: the module or block.
+        path: name of the module or block.
         kind: "module", "norm" or "block".
         width: `d`.
-        block: the block, where task modules act.
-        parts: what the sources have there, by source.
+        block: the block, for task modules.
+        parts: the weights of each source at this place.
     """
 
     path: str
@@ -45,17 +45,17 @@ class Place:
 
     @property
     def label(self) -> str:
-        """The kind of module, the same in every block."""
+        """The kind of module, which is the same in every block."""
         if any(isinstance(part, LoraPart) for part in self.parts.values()):
             return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", self.path)
         return f"width {self.width}"
 
 
 def places_of(sources: Mapping[str, Source]) -> dict[str, Place]:
-    """Where sources act, by module or block.
+    """The places of all sources, by the name of the module or block.
 
     Raises:
-        UnsupportedError: for a module that is one thing to one source and another to another.
+        UnsupportedError: if two sources adapt the same module in different ways.
     """
     places: dict[str, Place] = {}
     for name, source in sources.items():
@@ -68,6 +68,9 @@ def places_of(sources: Mapping[str, Source]) -> dict[str, Place]:
                 kind, width, block = "module", part.up.shape[0], None
             place = places.setdefault(path, Place(path, kind, width, block))
             if place.kind != kind:
-                raise UnsupportedError(f"{path!r} is a {place.kind} to one source and a {kind} to {name!r}.")
+                raise UnsupportedError(
+                    f"source {name!r} adapts {path!r} as a {kind}, and another one as a {place.kind}: use sources of "
+                    "one method."
+                )
             place.parts[name] = part
     return places

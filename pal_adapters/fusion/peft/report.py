@@ -1,4 +1,4 @@
-"""Which source matters where, of a combination in PEFT: the rows of a table."""
+"""The rows of a transfer report for a combination in PEFT."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class TransferRow(NamedTuple):
 
     Attributes:
         place: the kind of module, the same in every block, such as `"attention.self.query"`.
-        block: the number of the block, None outside the blocks.
-        source: the source.
-        value: its mean absolute coefficient there, or the mean attention that it gets.
+        block: the index of the block; None outside the blocks.
+        source: name of the source.
+        value: its mean absolute coefficient at this place, or the mean attention it receives.
     """
 
     place: str
@@ -37,18 +37,17 @@ def transfer_rows(
 ) -> list[TransferRow]:
     """Mean absolute coefficient, or mean attention, of each source at each place.
 
-    Coefficients are those of inference, behind an ablation. What blocks share is listed for each.
+    Coefficients are those of inference, after an ablation. Shared ones are listed once per block.
 
     Args:
         model: a `PeftModel` with a combination.
-        adapter: the target; the active one by default. AdapterFusion: the active one only.
-        data: AdapterFusion: batches (mappings of arguments) over which attention is averaged, all tokens but those
-            that `attention_mask` hides.
+        adapter: name of the combination; the active one by default. AdapterFusion: only the active one.
+        data: AdapterFusion: batches (mappings of model inputs) over which attention is averaged. Padding is ignored.
 
     Raises:
-        UnknownAdapterError: if there is no such target.
-        UnsupportedError: if not exactly one combination is active, and none is named.
-        ConfigError: for AdapterFusion without `data`, or `data` that are empty, no mappings or without effect.
+        UnknownAdapterError: if there is no such combination.
+        UnsupportedError: if no name is given and not exactly one combination is active.
+        ConfigError: if AdapterFusion gets no `data`, or `data` is empty, has no mappings or has no effect.
     """
     if adapter is None:
         active = active_combinations(model)
@@ -57,7 +56,7 @@ def transfer_rows(
         adapter = active[0]
     found = list(combinations(model, adapter))
     if not found:
-        raise UnknownAdapterError(f"adapter={adapter!r} is no combination on this model.")
+        raise UnknownAdapterError(f"adapter={adapter!r} is not a combination on this model.")
     attentive = [
         (place, unit, site) for place, _, unit in found for site in unit.sites
         if isinstance(unit.mixer(site), SourceAttention)
@@ -67,14 +66,14 @@ def transfer_rows(
             raise ConfigError("data has no effect: coefficients do not depend on the input.")
         return [row for place, _, unit in found for site in unit.sites for row in _coefficients(place, unit, site)]
     if data is None:
-        raise ConfigError("the attention of AdapterFusion depends on the input: pass data=, some batches.")
+        raise ConfigError("the attention of AdapterFusion depends on the input: pass data=, batches of model inputs.")
     if adapter not in active_combinations(model):
-        raise UnsupportedError(f"{adapter!r} is not active, and attention is what it pays: call set_adapter first.")
+        raise UnsupportedError(f"{adapter!r} is not active, so it computes no attention: call set_adapter first.")
     return _attention(model, attentive, data)
 
 
 def _named(place: str, unit: CombinedUnit, site: str) -> tuple[str, int | None]:
-    """Kind of module and number of the block, of a module's name."""
+    """Kind of module and index of the block, from a module's name."""
     place = place.removeprefix("base_model.model.")
     number = re.search(r"\.(\d+)(?:\.|$)", place)
     kind = place if number is None else place[number.end() :]

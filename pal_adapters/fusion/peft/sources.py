@@ -1,4 +1,4 @@
-"""Sources of a combination in PEFT: adapters that are saved or on the model, taken apart by module."""
+"""Sources of a combination in PEFT: saved adapters, or adapters on the model, split by module."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from pal_adapters.blocks.sites import Block, iter_blocks
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
+from pal_adapters.hosts.peft.config import TaskPeftConfig
 from pal_adapters.hosts.peft.registry import method_of
 from pal_adapters.hosts.peft.saved import adapter_on, read_adapter
+from pal_adapters.methods.houlsby.peft import HoulsbyPeftConfig
 
 from .parts import LoraPart, NormPart, Part, UnitPart, houlsby_parts, lora_parts, unit_parts
 
@@ -31,11 +33,11 @@ class Source:
     Attributes:
         name: its name.
         config: its config.
-        tensors: its tensors by name, as in the file.
-        used: the names of those that are combined, all but a head's.
-        parts: what it has at each module of the base model, by the module's name.
-        path: where it was read, None for an adapter on the model.
-        revision: the commit, if it was read from the hub.
+        tensors: its tensors, by their names in the file.
+        used: the names of the tensors that are combined: all but those of a head.
+        parts: its weights at each module of the base model, by the module's name.
+        path: where it was read; None for an adapter on the model.
+        revision: the commit, if it was read from the Hub.
     """
 
     name: str
@@ -48,7 +50,7 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """The same for two sources that compute the same."""
+        """A hash of the combined weights."""
         digest = hashlib.sha256()
         for name in sorted(self.used):
             tensor = self.tensors[name]
@@ -58,7 +60,7 @@ class Source:
 
 
 def locate(path: str) -> tuple[str, str | None]:
-    """A folder, a hub id, or a folder inside a hub repository (`"user/repo/folder"`), as path and subfolder."""
+    """Path and subfolder of a folder, a Hub repo ID, or a folder inside a Hub repo (`"user/repo/folder"`)."""
     if os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") < 2:
         return os.path.expanduser(path), None
     owner, repository, subfolder = path.split("/", 2)
@@ -66,35 +68,36 @@ def locate(path: str) -> tuple[str, str | None]:
 
 
 def read_source(model: nn.Module, name: str, path: str | None, revision: str | None) -> Source:
-    """Read one source and take it apart.
+    """Read one source and split it by module.
 
     Args:
         model: the base model.
+        name: name of the source.
         path: where it is saved; None if the adapter is on the model.
-        revision: of a hub repository.
+        revision: revision of a Hub repo.
 
     Raises:
-        UnknownAdapterError: for a name that is not on the model.
-        ConfigError: for a source that cannot be read or does not fit the model.
-        UnsupportedError: for a source of a kind that cannot be combined.
+        UnknownAdapterError: if the adapter is not on the model.
+        ConfigError: if the source cannot be read or does not fit the model.
+        UnsupportedError: if sources of this kind cannot be combined.
     """
     if path is None:
         found = adapter_on(model, name)
         if found is None:
             names = sorted(getattr(model, "peft_config", {}))
             raise UnknownAdapterError(
-                f"source {name!r} is not on the model, which has {names}: pass the path or hub id of a saved adapter, "
-                f"adapters={{{name!r}: '<path>'}}, or add the adapter to the model first."
+                f"source {name!r} is not on the model, which has {names}: pass the path or Hub repo ID of a saved "
+                f"adapter, adapters={{{name!r}: '<path>'}}, or add the adapter to the model first."
             )
         config, tensors = found
     else:
         where, subfolder = locate(path)
         try:
             config, tensors, commit = read_adapter(model, where, subfolder=subfolder, revision=revision)
-        except Exception as error:  # the hub, the file system and safetensors raise errors without a common base
+        except Exception as error:  # the Hub, the file system and safetensors raise errors without a common base
             raise ConfigError(
-                f"source {name!r} could not be read from {path!r}: {type(error).__name__}: {error}. It has to be a "
-                "folder or a hub repository with adapter_config.json and adapter_model.safetensors."
+                f"source {name!r} could not be read from {path!r}: {type(error).__name__}: {error}. Pass a folder or "
+                "Hub repo with adapter_config.json and adapter_model.safetensors."
             ) from error
         revision = commit or revision
     source = Source(name, config, {}, path=path, revision=revision)
@@ -103,21 +106,22 @@ def read_source(model: nn.Module, name: str, path: str | None, revision: str | N
 
 
 def _take_apart(source: Source, tensors: dict[str, Tensor], model: nn.Module) -> None:
-    method = method_of(source.config)
-    if getattr(source.config, "train_base", False):
+    config, method = source.config, method_of(source.config)
+    sites = config.sites if isinstance(config, TaskPeftConfig) else None
+    if isinstance(config, TaskPeftConfig) and config.train_base:
         raise UnsupportedError(
-            f"source {source.name!r} trained the base model too (train_base=True), so it computes with other weights "
-            "than the other sources: use sources of a frozen base model."
+            f"source {source.name!r} has also trained the base model (train_base=True), so its base weights differ "
+            "from those of other sources: use sources trained on a frozen base model."
         )
-    if isinstance(source.config, LoraConfig):
-        source.parts, used = lora_parts(source.name, source.config, tensors)
-    elif method is not None and hasattr(source.config, "train_layernorm"):
-        source.parts, used = houlsby_parts(source.config, tensors, method)
-    elif method is not None and hasattr(source.config, "sites"):
-        source.parts, used = unit_parts(source.config, tensors, method, model)
+    if isinstance(config, LoraConfig):
+        source.parts, used = lora_parts(source.name, config, tensors)
+    elif isinstance(config, HoulsbyPeftConfig) and method is not None:
+        source.parts, used = houlsby_parts(config, tensors, method)
+    elif isinstance(config, TaskPeftConfig) and method is not None:
+        source.parts, used = unit_parts(config, tensors, method, model)
     else:
         raise UnsupportedError(
-            f"source {source.name!r} is of the type {source.config.peft_type}: sources are LoRA adapters and adapters "
+            f"source {source.name!r} has peft_type {source.config.peft_type}: sources are LoRA adapters, or adapters "
             "of pal_adapters that change a block (PALs, low-rank layers, Houlsby bottlenecks, ...)."
         )
     if not source.parts:
@@ -125,22 +129,22 @@ def _take_apart(source: Source, tensors: dict[str, Tensor], model: nn.Module) ->
     broken = sorted(key for key in used if not bool(tensors[key].isfinite().all()))
     if broken:
         raise ConfigError(
-            f"source {source.name!r} from {source.path!r} has {broken[0]} with values that are not finite: its "
-            "training went wrong, so leave it out."
+            f"source {source.name!r} from {source.path!r} has values in {broken[0]} that are not finite: its training "
+            "diverged, so leave it out."
         )
     _check_rest(source, {key: value for key, value in tensors.items() if key not in used}, model)
     source.tensors, source.used = tensors, used
     modules = dict(model.named_modules())
-    blocks = list(iter_blocks(model, getattr(source.config, "sites", None)))
+    blocks = list(iter_blocks(model, sites))
     for path, part in source.parts.items():
         _check_fit(source, path, part, modules, blocks)
 
 
 def _check_rest(source: Source, rest: Mapping[str, Tensor], model: nn.Module) -> None:
-    """A head of a source is not used, but nothing else is dropped, unless it is the base model's own."""
+    """Reject tensors that would be dropped silently: all but a head's, and copies of base weights."""
     own = {key.replace(".base_layer.", "."): value for key, value in model.state_dict().items()} if rest else {}
 
-    def unchanged(key: str) -> bool:  # the host saves embeddings with an adapter that targets them
+    def unchanged(key: str) -> bool:  # PEFT saves embeddings with an adapter that targets them
         mine = own.get(key.replace(".base_layer.", "."))
         return mine is not None and mine.shape == rest[key].shape and torch.equal(mine.cpu(), rest[key].to(mine.dtype))
 
@@ -152,7 +156,7 @@ def _check_rest(source: Source, rest: Mapping[str, Tensor], model: nn.Module) ->
         raise UnsupportedError(
             f"source {source.name!r} has also trained {lost[0]!r}"
             + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
-            + ", which is neither its head nor something that can be combined: train sources without it."
+            + ", which is neither a head nor something that can be combined: train sources without it."
         )
 
 
@@ -161,7 +165,7 @@ def _module_of(key: str, model: nn.Module) -> nn.Module | None:
 
 
 def innermost(module: nn.Module) -> nn.Module:
-    """The module of the base model, whatever PEFT has put around it."""
+    """The base model's own module inside any PEFT wrappers."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
@@ -181,7 +185,7 @@ def _check_fit(
 ) -> None:
     module = modules.get(path)
     of = source.config.base_model_name_or_path
-    other = f" Source {source.name!r} was trained on {of!r}: use sources of one base model." if of else ""
+    other = f" Source {source.name!r} was trained on {of!r}: use sources of the same base model." if of else ""
     if module is None:
         raise ConfigError(f"source {source.name!r} adapts {path!r}, which the model does not have.{other}")
     given: Any = None
@@ -210,7 +214,7 @@ def _check_fit(
 
 
 def check_bases(sources: Iterable[Source], model: nn.Module) -> None:
-    """Raise `ConfigError` if sources, or a source and the model, name different base models."""
+    """Raise `ConfigError` if the sources and the model name different base models."""
     names = {f"source {s.name!r}": s.config.base_model_name_or_path for s in sources}
     names["the model"] = model.__dict__.get("name_or_path")
     known = {who: str(name).rstrip("/") for who, name in names.items() if name}
@@ -218,14 +222,14 @@ def check_bases(sources: Iterable[Source], model: nn.Module) -> None:
         raise ConfigError(
             "the sources belong to different base models: "
             + ", ".join(f"{who} to {name!r}" for who, name in known.items())
-            + ". Use sources of the model's own weights, or check_base=False if these are copies of one."
+            + ". Use sources trained on this base model, or check_base=False if these names mean the same weights."
         )
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise `UnsupportedError` for a model that PEFT has wrapped."""
+    """Raise `UnsupportedError` if the model is a `PeftModel`."""
     if isinstance(model, PeftModel):
         raise UnsupportedError(
-            "the base model is a PeftModel: pass its get_base_model(), on which its adapters still are and can be "
+            "the base model is a PeftModel: pass its get_base_model(), which keeps the adapters, so that they can be "
             "named as sources."
         )

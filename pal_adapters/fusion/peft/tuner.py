@@ -1,4 +1,4 @@
-"""ScaLearn, AdapterFusion and fixed combinations of source adapters in PEFT: the tuners."""
+"""The PEFT tuners of ScaLearn, AdapterFusion and fixed combinations of source adapters."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ __all__ = [
 class CombinationTuner(TaskTuner):
     """Base of the tuners that combine sources."""
 
-    tuner_layer_cls = BaseTunerLayer  # layers of adapters on the model are switched off with the rest
+    tuner_layer_cls = BaseTunerLayer  # layers of other adapters on the model are disabled too
 
     def _prepare_adapter_config(  # type: ignore[override]
         self, peft_config: CombinationPeftConfig, model_config: dict[str, Any]
@@ -69,7 +69,7 @@ class CombinationTuner(TaskTuner):
                 )
         if peft_config.check_base:
             check_bases(sources.values(), self.model)
-        # As everywhere in PEFT: what is trained and saved as a whole gets no adapter.
+        # As elsewhere in PEFT, modules that are trained and saved as a whole get no adapter.
         trained = peft_config.modules_to_save or ()
         places = places_of(sources)
         self._plan = {p: v for p, v in places.items() if not any(f".{name}." in f".{p}." for name in trained)}
@@ -83,28 +83,28 @@ class CombinationTuner(TaskTuner):
     def _source(self, config: CombinationPeftConfig, name: str) -> Source:
         path, revision = config.place_of(name)
         if path is None and name not in self._adapters_on_model():
-            for other in self.peft_config.values():  # loaded by another target
+            for other in self.peft_config.values():  # loaded by another combination
                 if isinstance(other, CombinationPeftConfig) and other is not config and name in other.adapters:
                     path, revision = other.place_of(name)
                     break
         if path is None and name not in self._adapters_on_model():
             raise UnknownAdapterError(
-                f"source {name!r} is not on the model, which has {self._adapters_on_model()}: pass the path or hub id "
-                f"of a saved adapter, adapters={{{name!r}: '<path>'}}, or add the adapter to the model first."
+                f"source {name!r} is not on the model, which has {self._adapters_on_model()}: pass the path or Hub "
+                f"repo ID of a saved adapter, adapters={{{name!r}: '<path>'}}, or add the adapter to the model first."
             )
         if config.bundle and config.fingerprints and config._origin is None and path is not None:
-            # Configs that PEFT's base class or transformers read do not know their folder.
+            # Configs read by PEFT's base class or by transformers do not know their folder.
             try:
                 return read_source(self.model, name, path, revision)
             except ConfigError as error:
-                raise ConfigError(f"{error} Its bundled copy is found by PeftModel.from_pretrained alone.") from error
+                raise ConfigError(f"{error} Only PeftModel.from_pretrained finds its bundled copy.") from error
         return read_source(self.model, name, path, revision)
 
     def _adapters_on_model(self) -> list[str]:
         return sorted(n for n, c in self.peft_config.items() if not isinstance(c, CombinationPeftConfig))
 
     def _check_plan(self, config: Any) -> None:
-        """Refuse places that a method cannot combine at."""
+        """Reject places at which the method cannot combine sources."""
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         return key in self._plan
@@ -144,9 +144,7 @@ class CombinationTuner(TaskTuner):
             rows,
             {site: place.names(site) for site in place.sites},
             needs=self._needs(place),
-            regularization=(peft_config.regularization, getattr(peft_config, "regularization_form", "mean"))
-            if self.method is not FIXED_COMBINATION
-            else (0.0, "mean"),
+            regularization=peft_config.penalty,
         )
         layer = self._layer(place, target, parent, target_name)
         layer.add(adapter_name, unit, self._groups(place, target), shared, inference_mode=peft_config.inference_mode)
@@ -160,7 +158,7 @@ class CombinationTuner(TaskTuner):
         return False
 
     def _mixer_key(self, config: Any, place: Place, site: str) -> tuple[str, list[str], int]:
-        """What names the coefficients of a place, which sources they are for, and their width."""
+        """The key of a place's coefficients, the sources they are for, and their width."""
         return f"{place.path} {site}", place.names(site), place.width
 
     def _make_mixer(self, config: Any, names: Sequence[str], width: int) -> nn.Module:
@@ -290,9 +288,9 @@ class AdapterFusionModel(CombinationTuner):
             for name, part in self._plan[path].parts.items():
                 if any(not torch.equal(part.weights[k].cpu(), w.detach().float().cpu()) for k, w in base.items()):
                     raise UnsupportedError(
-                        f"source {name!r} has layer norms of its own ({path!r}), and attention over what norms add is "
-                        "not defined: train the sources with train_layernorm=False, or use ScaLearnPeftConfig, which "
-                        "combines norms."
+                        f"source {name!r} has its own layer norms ({path!r}), over which attention is not defined: "
+                        "train the sources with train_layernorm=False, or use ScaLearnPeftConfig, which combines "
+                        "norms."
                     )
             del self._plan[path]
 

@@ -1,4 +1,4 @@
-"""The fields that every method's config has in PEFT, and how they choose blocks."""
+"""The fields that every method's PEFT config has, and how they select blocks."""
 
 from __future__ import annotations
 
@@ -48,20 +48,21 @@ _INDICES = list_of(integer(0), "block indices from 0")
 
 @dataclass
 class TaskPeftConfig(Options, PeftConfig):
-    """Base of our configs in PEFT.
+    """Base class of the PEFT configs.
 
     Args:
-        target_modules: the blocks to adapt, by name (`"encoder.layer.0"`), by the name of the list that holds them
-            (`"encoder.layer"`) or by a regular expression that matches the whole name; None for all blocks.
-        exclude_modules: blocks to leave out, in the same forms.
+        target_modules: the blocks to adapt: names (`"encoder.layer.0"`), the name of the list that contains them
+            (`"encoder.layer"`), or a regular expression that matches the whole name; None for all blocks.
+        exclude_modules: the blocks to exclude, in the same forms.
         layers_to_transform: indices of the blocks to adapt, from 0 in each stack.
-        layers_pattern: name of the list of blocks that `layers_to_transform` counts in, such as `"layer"`.
+        layers_pattern: name of the list of blocks to which `layers_to_transform` refers, such as `"layer"`.
         modules_to_save: modules outside the blocks that are trained and saved with the adapter, such as a head.
-        init_weights: True for an initialisation that leaves the model as it is, False for `N(0, 0.02^2)`.
-        train_base: train the pretrained weights together with the adapter (`joint`); they are saved and loaded with
-            it. They train while such an adapter is active. All adapters of a model compute with one set of them, so
-            loading another set for one of several is refused.
-        sites: names of the modules inside the model's blocks, for a model whose structure is not known: the fields of
+        init_weights: True for an initialisation that leaves the model's outputs unchanged, False for `N(0, 0.02^2)`.
+        train_base: train the pretrained weights in place, together with the adapter, and save and load them with it.
+            They are trainable while such an adapter is active. All adapters of a model share one set of pretrained
+            weights, so an adapter with a different set is rejected. `disable_adapter` raises, as the original weights
+            are gone.
+        sites: names of the modules inside the model's blocks, for models with an unknown structure: the fields of
             `BlockSites` plus `"block"`, the class name.
     """
 
@@ -118,7 +119,7 @@ class TaskPeftConfig(Options, PeftConfig):
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ConfigError(
                 f"layers_to_transform={self.layers_to_transform!r} has no effect with target_modules="
-                f"{self.target_modules!r}: a regular expression names the blocks by itself."
+                f"{self.target_modules!r}: a regular expression already selects the blocks."
             )
         if self.init_weights and not self.method.identity:
             raise ConfigError(
@@ -146,7 +147,7 @@ def _matches_inside(name: str, pattern: str) -> bool:
 
 
 def names_blocks(target_modules: Any, blocks: list[Block]) -> bool:
-    """Whether `target_modules` names blocks (None: all of them) rather than modules inside."""
+    """Whether `target_modules` names blocks (None: all of them) rather than modules inside blocks."""
     if target_modules is None:
         return True
     if isinstance(target_modules, str):
@@ -168,7 +169,7 @@ def _named(names: Iterable[str], argument: str, patterns: Any) -> set[str]:
         if not found:
             raise ConfigError(
                 f"{argument} has {pattern!r}, which names no block: use block names such as {names[0]!r}, or the name "
-                f"of the list that holds them, such as {names[0].rpartition('.')[0]!r}."
+                f"of the list that contains them, such as {names[0].rpartition('.')[0]!r}."
             )
         chosen |= found
     return chosen
@@ -181,10 +182,10 @@ def chooses(config: TaskPeftConfig) -> bool:
 
 
 def choose_blocks(config: TaskPeftConfig, blocks: list[Block]) -> tuple[list[Block], set[str]]:
-    """The blocks that a config adapts, and the names of those that it leaves out on purpose.
+    """The blocks that a config adapts, and the names of those it excludes.
 
     Raises:
-        ConfigError: for names that match no block and indices that no stack has.
+        ConfigError: if a name matches no block, or no stack has an index.
     """
     chosen = list(blocks)
     if config.target_modules is not None:
@@ -194,7 +195,7 @@ def choose_blocks(config: TaskPeftConfig, blocks: list[Block]) -> tuple[list[Blo
     if config.exclude_modules:
         excluded = _named((b.name for b in blocks), "exclude_modules", config.exclude_modules)
         chosen = [b for b in chosen if b.name not in excluded]
-    # As everywhere in PEFT: what is trained and saved as a whole gets no adapter.
+    # As elsewhere in PEFT, modules that are trained and saved as a whole get no adapter.
     saved = {b.name for b in chosen for name in config.modules_to_save or () if _matches_inside(b.name, name)}
     excluded |= saved
     chosen = [b for b in chosen if b.name not in saved]
@@ -207,8 +208,8 @@ def choose_blocks(config: TaskPeftConfig, blocks: list[Block]) -> tuple[list[Blo
         bad = [i for i in indices if isinstance(i, bool) or not isinstance(i, int) or i not in known]
         if bad:
             raise ConfigError(
-                f"layers_to_transform={config.layers_to_transform!r} is not allowed: {bad[0]!r} is no block, the "
-                f"blocks are 0 to {max(known)}."
+                f"layers_to_transform={config.layers_to_transform!r} is not allowed: there is no block {bad[0]!r}, "
+                f"the blocks are 0 to {max(known)}."
             )
         if patterns:
             chosen = [b for b in chosen if any(_matches(b.name.rpartition(".")[0], p) for p in patterns)]

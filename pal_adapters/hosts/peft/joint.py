@@ -1,4 +1,4 @@
-"""`train_base` in PEFT: the pretrained weights train, are saved and are loaded together with an adapter."""
+"""`train_base` in PEFT: the pretrained weights are trained, saved and loaded together with an adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PREFIX = "base_model.model."
 
 
 def task_parameter_ids(model: nn.Module) -> set[int]:
-    """Parameters that PEFT methods added, and copies that it trains: all but the pretrained ones."""
+    """IDs of the parameters that PEFT has added, including its copies of saved modules."""
     ids: set[int] = set()
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -33,7 +33,7 @@ def task_parameter_ids(model: nn.Module) -> set[int]:
 
 
 def base_tensors(model: nn.Module, *, tied: Literal["once", "each"] = "once") -> dict[str, Tensor]:
-    """The pretrained weights and floating-point buffers of a model by name; tied ones once, or under each name."""
+    """The pretrained weights and floating-point buffers of a model by name; tied ones once or under each name."""
     added = task_parameter_ids(model)
     inside = [name + "." for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     named = model.named_parameters(remove_duplicate=tied == "once")
@@ -48,12 +48,12 @@ def base_tensors(model: nn.Module, *, tied: Literal["once", "each"] = "once") ->
 
 
 def plain_name(name: str) -> str:
-    """The name of a pretrained tensor without the wrappers around its module."""
+    """The name of a pretrained tensor without any wrappers around its module."""
     return name.replace(".base_layer.", ".")
 
 
 def name_alone(model: nn.Module, name: str, adapter_name: str) -> str:
-    """The name of a pretrained tensor on a model that has this adapter alone: wrappers of other adapters are gone."""
+    """The name of a pretrained tensor on a model with this adapter only, without the wrappers of other adapters."""
     path, wrapped, _ = name.rpartition(".base_layer.")
     if not wrapped:
         return name
@@ -63,19 +63,19 @@ def name_alone(model: nn.Module, name: str, adapter_name: str) -> str:
 
 
 def is_joint(config: Any) -> bool:
-    """Whether the model's own pretrained weights belong to an adapter (not copies of them)."""
+    """Whether an adapter trains the model's own pretrained weights, rather than copies of them."""
     return isinstance(config, TaskPeftConfig) and config.train_base and not config.method.copies_base
 
 
 def mark_base(model: nn.Module, active: Iterable[str], configs: Mapping[str, Any] | None = None) -> None:
-    """Let the pretrained weights train while an adapter with `train_base` is active, and freeze them otherwise.
+    """Make the pretrained weights trainable while an adapter with `train_base` is active, and freeze them otherwise.
 
-    Without such an adapter on the model, nothing is touched: users may have unfrozen weights themselves.
+    Without such an adapter, nothing changes: users may have unfrozen weights themselves.
 
     Args:
         model: the base model.
         active: names of the active adapters.
-        configs: the adapters' configs; by default those that the host keeps on the model.
+        configs: the adapters' configs; by default those on the model.
     """
     if configs is None:
         configs = getattr(model, "peft_config", {})
@@ -89,7 +89,7 @@ def mark_base(model: nn.Module, active: Iterable[str], configs: Mapping[str, Any
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise `UnsupportedError` if the pretrained weights of a model are packed and cannot be trained."""
+    """Raise `UnsupportedError` if the pretrained weights are quantised and cannot be trained."""
     packed = [n for n, p in model.named_parameters() if not (p.is_floating_point() or p.is_complex())]
     if packed or getattr(model, "is_quantized", False):
         raise UnsupportedError(
@@ -111,7 +111,7 @@ def check_restorable(configs: Mapping[str, Any]) -> None:
 
 
 def check_transformers_loading(model: nn.Module, adapter_name: str, others: list[str], *, loads: bool) -> None:
-    """What holds where transformers 5 loads pretrained weights itself, past `load_base`.
+    """Check a model into which transformers 5 loads pretrained weights itself, without `match_base`.
 
     Args:
         model: the base model.
@@ -120,7 +120,7 @@ def check_transformers_loading(model: nn.Module, adapter_name: str, others: list
         loads: whether weights are about to be loaded.
 
     Raises:
-        UnsupportedError: for tied weights, of which only one would be loaded.
+        UnsupportedError: if weights are tied, as only one of them would be loaded.
     """
     added = task_parameter_ids(model)
     names: dict[int, str] = {}
@@ -129,13 +129,13 @@ def check_transformers_loading(model: nn.Module, adapter_name: str, others: list
         if first != name and id(parameter) not in added:
             raise UnsupportedError(
                 f"train_base=True is not allowed here: {first} and {name} are tied, and transformers' own load_adapter"
-                " would load one of them. Use get_peft_model, and PeftModel.from_pretrained to load."
+                " would load only one of them. Use get_peft_model, and load with PeftModel.from_pretrained."
             )
     if loads and others:
         warnings.warn(
             f"Adapter {adapter_name!r} comes with its own pretrained weights (train_base=True), and transformers' "
-            f"load_adapter does not compare them: unless {', '.join(map(repr, others))} belong to the same ones, they "
-            "will compute something else. PeftModel.load_adapter compares them.",
+            f"load_adapter does not compare them with those of {', '.join(map(repr, others))}, whose outputs will "
+            "change if they differ. PeftModel.load_adapter compares them.",
             stacklevel=2,
         )
 
@@ -143,11 +143,11 @@ def check_transformers_loading(model: nn.Module, adapter_name: str, others: list
 def match_base(
     model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Split a checkpoint into pretrained weights, each with the tensor on the model that it replaces, and the rest.
+    """Split a checkpoint into pretrained weights, each paired with the tensor on the model it replaces, and the rest.
 
     Raises:
         StorageError: if pretrained weights are missing or do not fit the model.
-        UnsupportedError: if other adapters on the model compute with other pretrained weights.
+        UnsupportedError: if other adapters on the model use different pretrained weights.
     """
     configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     others = [name for name in configs if name != adapter_name]
@@ -156,11 +156,11 @@ def match_base(
         if joint and config.inference_mode:
             warnings.warn(
                 f"Adapter {adapter_name!r} comes without pretrained weights, and those of the model belong to "
-                f"{', '.join(map(repr, joint))} (train_base=True): it computes with them, whatever it was trained on.",
+                f"{', '.join(map(repr, joint))} (train_base=True): it uses them, whatever it was trained on.",
                 stacklevel=2,
             )
         return [], state_dict
-    # Which modules are wrapped depends on the other adapters, there and here.
+    # Which modules are wrapped depends on the other adapters, when saving and when loading.
     own = {plain_name(name): tensor for name, tensor in base_tensors(model, tied="each").items()}
     plain = {key: plain_name(key) for key in state_dict}
     names = {key: name if name in own else name.removeprefix(_PREFIX) for key, name in plain.items()}
@@ -178,10 +178,10 @@ def match_base(
     if others and any(not torch.equal(own[n], v.to(own[n])) for n, v in loaded.items()):
         message = (
             f"adapter {adapter_name!r} comes with its own pretrained weights (train_base=True), which differ from "
-            f"those that {', '.join(map(repr, others))} compute with on this model"
+            f"those that {', '.join(map(repr, others))} use on this model"
         )
         if config.inference_mode:
             raise UnsupportedError(f"{message}: load each into its own copy of the base model.")
-        warnings.warn(f"{message}: from now on all compute with the loaded ones.", stacklevel=2)
+        warnings.warn(f"{message}: from now on all adapters use the loaded ones.", stacklevel=2)
     rest = {key: value for key, value in state_dict.items() if names[key] not in loaded}
     return [(own[name], value) for name, value in loaded.items()], rest

@@ -1,4 +1,4 @@
-"""Checks of the tensors of a saved adapter, before any of them reaches the model."""
+"""Checks of a saved adapter's files, before any tensor reaches the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PREFIX = "base_model.model."
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """The tensors of one adapter by their names on the model, copies of saved modules included."""
+    """The tensors of one adapter by their names on the model, including copies of `modules_to_save`."""
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -38,16 +38,19 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 def check_tensors(
     model: nn.Module, adapter_name: str, given: Mapping[str, Tensor], base: Iterable[str] = ()
 ) -> dict[str, Tensor]:
-    """The tensors that belong on the model, by their names there.
+    """Check the tensors of an adapter against those on the model.
 
     Args:
         model: the base model, or the `PeftModel` around it.
-        adapter_name: the adapter, whose modules are on the model already.
-        given: the tensors of a file, by their names on the model.
-        base: names of pretrained tensors that may be among them.
+        adapter_name: the adapter, whose modules are already on the model.
+        given: the tensors from the file, by their names on the model.
+        base: names of pretrained tensors that the file may contain too.
+
+    Returns:
+        The tensors, with the `PeftModel`'s prefix only if `model` has it.
 
     Raises:
-        StorageError: if a tensor is missing, unknown, of another shape or kind, or not finite.
+        StorageError: if a tensor is missing or unexpected, has another shape or kind, or is not finite.
     """
     wrapped = any(name.startswith(_PREFIX) for name, _ in model.named_parameters())
     given = {name if wrapped else name.removeprefix(_PREFIX): tensor for name, tensor in given.items()}
@@ -57,7 +60,7 @@ def check_tensors(
     unknown = [name for name in given if name not in expected and name not in others]
     if missing or unknown:
         parts = [f"it lacks {_some(missing)}"] if missing else []
-        parts += [f"it has {_some(unknown)}, which the model has no place for"] if unknown else []
+        parts += [f"it has {_some(unknown)}, which the adapter does not have on this model"] if unknown else []
         raise StorageError(
             f"the weights do not fit adapter {adapter_name!r}: {' and '.join(parts)}. Use the model and "
             "the config that they were saved with."
@@ -67,7 +70,7 @@ def check_tensors(
 
 
 def check_values(adapter_name: str, pairs: Iterable[tuple[str, Tensor, Tensor]]) -> None:
-    """Raise `StorageError` unless each new tensor fits the one that it is for: `(name, new, old)`."""
+    """Raise `StorageError` unless each new tensor can replace the old one; pairs are `(name, new, old)`."""
     for name, new, old in pairs:
         if new.shape != old.shape:
             raise StorageError(
@@ -85,14 +88,14 @@ def check_values(adapter_name: str, pairs: Iterable[tuple[str, Tensor, Tensor]])
             )
 
 
-# What may differ between an adapter and the folder that its weights come from: no part of what it computes, or, for
-# `modules_to_save`, seen from the weights.
+# Fields that may differ between an adapter and a folder loaded over it: they do not change what the adapter computes,
+# or, for `modules_to_save`, a difference shows in the weights.
 _FREE = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type",
          "modules_to_save", "adapters", "revisions", "bundle", "fingerprints"}  # fmt: skip
 
 
 def check_settings(config: PeftConfig, path: str | os.PathLike[str], subfolder: str | None = None) -> None:
-    """Raise `StorageError` if a local folder holds an adapter with other settings than the one on the model."""
+    """Raise `StorageError` if the adapter in a local folder has different settings from the one on the model."""
     folder = Path(path, subfolder or "")
     if not (folder / CONFIG_NAME).is_file():
         return
@@ -123,13 +126,13 @@ def check_config_file(path: Any, subfolder: str | None = None) -> None:
 
 
 def check_loaded(model: nn.Module, adapter_name: str, info: Any, kinds: Iterable[str]) -> None:
-    """What `check_tensors` says of weights that transformers 5 has loaded by itself.
+    """Check weights that transformers 5 has loaded itself, past `check_tensors`.
 
     Args:
         model: the base model.
         adapter_name: the adapter.
-        info: what transformers reports of the load.
-        kinds: the dtypes in the file, which transformers converts without a word.
+        info: transformers' report of the load.
+        kinds: the dtypes in the file, as transformers converts integers silently.
     """
     tensors = adapter_tensors(model, adapter_name)
     other = [kind for kind in kinds if not kind.startswith(("F", "BF"))]
@@ -155,7 +158,7 @@ def kinds_in(path: str | os.PathLike[str] | None) -> list[str]:
 
 
 def _embeddings(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of embeddings and of the language model's head, which the host saves too when they were resized."""
+    """Embeddings and language-model head, which PEFT also saves if they were resized."""
     found: dict[str, Tensor] = {}
     for get in ("get_input_embeddings", "get_output_embeddings"):
         try:

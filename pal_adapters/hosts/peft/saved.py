@@ -1,4 +1,4 @@
-"""PEFT adapters as they were saved, or as they are on a model: config and tensors, and what LoRA does with its own."""
+"""Configs and tensors of PEFT adapters, saved or on a model, and the rules of LoRA for its own."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from torch import nn
 def read_adapter(
     model: nn.Module, path: str, *, subfolder: str | None = None, revision: str | None = None
 ) -> tuple[PeftConfig, dict[str, torch.Tensor], str | None]:
-    """Config and tensors of a saved adapter, and the commit if it is on the hub; names of tensors as in the file.
+    """Config and tensors of a saved adapter, by their names in the file, and the commit if it is on the Hub.
 
     Args:
-        model: the base model, whose own renaming of old checkpoints applies.
-        path: a folder or a hub repository.
-        subfolder: in either.
-        revision: of the repository.
+        model: the base model, whose renaming rules for old checkpoints apply.
+        path: a folder or a Hub repo ID.
+        subfolder: a subfolder of either.
+        revision: revision of the Hub repo.
     """
     commit = None
     if not os.path.isdir(path):
-        # The host's own download looks for a subfolder inside itself where there is no network.
+        # Without a network, PEFT's own download looks for the subfolder inside itself.
         file = hf_hub_download(path, "adapter_config.json", subfolder=subfolder, revision=revision)
         commit = file.rpartition("/snapshots/")[2].partition("/")[0]
         try:
@@ -42,7 +42,7 @@ def read_adapter(
 
 
 def adapter_on(model: nn.Module, adapter_name: str) -> tuple[PeftConfig, dict[str, torch.Tensor]] | None:
-    """Config and tensors of an adapter that is on a model, as if they had been saved; None if there is none."""
+    """Config and tensors of an adapter on a model, as if it had been saved; None if there is no such adapter."""
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is None:
         return None
@@ -51,14 +51,14 @@ def adapter_on(model: nn.Module, adapter_name: str) -> tuple[PeftConfig, dict[st
 
 
 def lora_scaling(config: LoraConfig, module: str, rank: int) -> float:
-    """What LoRA multiplies `B A x` with at a module."""
+    """The factor by which LoRA scales `B A x` at a module."""
     patterns = config.alpha_pattern or {}
     alpha = patterns.get(get_pattern_key(list(patterns), module), config.lora_alpha)
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
 
 
 def lora_extras(config: LoraConfig) -> list[str]:
-    """Settings with which an adapter is not `scaling * B A x` on a base that stays as it is."""
+    """Settings that make a LoRA adapter more than `scaling * B A x` on an unchanged base model."""
     found = [
         field.name
         for field in dataclasses.fields(config)
@@ -70,5 +70,5 @@ def lora_extras(config: LoraConfig) -> list[str]:
         found.append("bias")
     init = config.init_lora_weights
     if isinstance(init, str) and init not in ("gaussian", "orthogonal", "eva"):
-        found.append("init_lora_weights")  # these take their start out of the base weights
+        found.append("init_lora_weights")  # these are initialised from the base weights and change them
     return [f"{name}={getattr(config, name)!r}" for name in dict.fromkeys(found)]

@@ -1,4 +1,4 @@
-"""The base of the tuners: where the host's internals are extended. `expected.py` lists every touch."""
+"""The base class of the tuners, which extends PEFT's internals. `expected.py` lists every touch."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import (
 )
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import PreTrainedModel
 
 from pal_adapters.blocks.sites import Block, find_blocks
 from pal_adapters.blocks.survey import partial_reach
@@ -42,6 +43,7 @@ from .joint import (
 )
 from .layer import TaskTunerLayer, TunerLayer, remove_adapter_name, tuner_layers
 from .loading import adapter_tensors, check_tensors
+from .registry import method_of
 from .registry import register as register
 from .routing import Routing
 
@@ -50,7 +52,7 @@ _TRANSFORMERS_5 = Version(transformers.__version__) >= Version("5")
 
 
 def matching_modules(config: TaskPeftConfig, model: nn.Module) -> tuple[dict[str, nn.Module], set[str]]:
-    """The modules that a config names as it would for LoRA, and the names of those that it leaves out on purpose."""
+    """The modules that a config selects, by LoRA's rules, and the names of those it excludes."""
     _maybe_include_all_linear_layers(config, model)
     inner = [f"{name}." for name, _ in tuner_layers(model)]
     found, excluded = {}, set()
@@ -67,7 +69,7 @@ def matching_modules(config: TaskPeftConfig, model: nn.Module) -> tuple[dict[str
 
 @contextmanager
 def adapters_off(model: PeftModel) -> Iterator[None]:
-    """The base model as it is now: without adapters, with the pretrained weights that `train_base` has changed."""
+    """Run the model without adapters, on its current base weights, which `train_base` may have changed."""
     tuner = model.base_model
     if not isinstance(tuner, TaskTuner):
         with model.disable_adapter():
@@ -83,15 +85,15 @@ def adapters_off(model: PeftModel) -> Iterator[None]:
 def _refuse_task_ids(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     if kwargs.get("task_ids") is not None:
         raise UnsupportedError(
-            "task_ids is not supported, and PEFT drops it silently: pass adapter_names=[...], one adapter name for "
-            "each row."
+            "task_ids is not supported, and PEFT drops it silently: pass adapter_names=[...] with one adapter name "
+            "per example."
         )
 
 
 def _watch_task_ids(tuner: TaskTuner) -> None:
-    """Give the `PeftModel` that is about to hold `tuner` a hook that sees `task_ids`.
+    """Hook the `PeftModel` that is about to hold `tuner`, so that `task_ids` is noticed.
 
-    `PeftModelFor*.forward` takes `task_ids` and passes it on for POLY alone, and a tuner never meets its `PeftModel`.
+    `PeftModelFor*.forward` accepts `task_ids` but passes it on only for POLY, and a tuner never sees its `PeftModel`.
     """
     reference = weakref.ref(tuner)
 
@@ -107,26 +109,26 @@ def _watch_task_ids(tuner: TaskTuner) -> None:
 
 
 class TaskTuner(BaseTuner):
-    """Base of the tuners: one for each method."""
+    """Base class of the tuners; each method has one."""
 
     method: Method
     prefix: str
     tuner_layer_cls: type[BaseTunerLayer] = TaskTunerLayer
     target_module_mapping: dict[str, list[str]] = {}
-    # A hook in front of `PeftModel.forward`; tuners that are steered by tasks replace it.
+    # Pre-hook of `PeftModel.forward`; tuners that route by task override it.
     _on_task_ids = staticmethod(_refuse_task_ids)
-    # Arguments that only `_enable_peft_forward_hooks` is to see.
+    # Arguments meant for `_enable_peft_forward_hooks` only.
     forward_arguments: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        self._of_peft_model = isinstance(peft_config, dict)  # else it only serves to inject one adapter
+        self._of_peft_model = isinstance(peft_config, dict)  # otherwise the tuner is only used to inject one adapter
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         if self._of_peft_model:  # which registers the tuner next
             _watch_task_ids(self)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if hasattr(cls, "method"):
+        if "method" in vars(cls):  # not an intermediate base class
             cls.prefix = f"{cls.method.name}_"
 
     # Where to attach
@@ -155,17 +157,17 @@ class TaskTuner(BaseTuner):
         return EXCLUDED if key in self._excluded else key in self._chosen
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        kwargs.pop("state_dict", None)  # the config names the blocks; the keys of a checkpoint would only repeat them
+        kwargs.pop("state_dict", None)  # the config selects the blocks; the keys of a checkpoint add nothing
         config = self.peft_config[adapter_name]
         try:
             check_adapter_name(adapter_name)
             with changing(self, config):
                 if is_joint(config):
                     check_trainable(model)
-                    if _TRANSFORMERS_5 and not self._of_peft_model and hasattr(model, "load_adapter"):
+                    if _TRANSFORMERS_5 and not self._of_peft_model and isinstance(model, PreTrainedModel):
                         others = [name for name in self.peft_config if name != adapter_name]
                         check_transformers_loading(model, adapter_name, others, loads=config.inference_mode)
-                        keep_values(base_tensors(model).values())  # transformers 5 overwrites them before it checks
+                        keep_values(base_tensors(model).values())  # transformers 5 overwrites them before any check
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             self.peft_config.pop(adapter_name, None)
@@ -219,8 +221,8 @@ class TaskTuner(BaseTuner):
                 f".{name}." in key or key.endswith(f".{name}") for name in unwanted_adapter_names
             )
 
-        # The host drops every key with the name of another adapter in it: with adapters "0" and "1" half of layer 0.
-        # What it selects and what it saves of `modules_to_save` next is taken from this dictionary.
+        # PEFT drops every key that contains another adapter's name: with adapters "0" and "1", half of layer 0. Put
+        # them back, as PEFT also takes `modules_to_save` from this dictionary.
         own = {key: value for key, value in adapter_tensors(model, adapter_name).items() if dropped(key)}
         state_dict.update(own)
         state_dict.update({key: value for key, value in base.items() if dropped(key)})
@@ -245,7 +247,7 @@ class TaskTuner(BaseTuner):
                 old.copy_(new)
         return state_dict
 
-    # Taking it out again
+    # Deletion
 
     def delete_adapter(self, adapter_name: str) -> None:
         joint = is_joint(self.peft_config.get(adapter_name))
@@ -254,7 +256,7 @@ class TaskTuner(BaseTuner):
         for layer in layers:
             layer.forget(adapter_name)
         left = [name for name in self.active_adapters if name in self.peft_config]
-        if not left and self.peft_config:  # the first layer had no other adapter, but the model has
+        if not left and self.peft_config:  # the first layer had no other adapter, but the model does
             left = [min(self.peft_config)]
         if left and any(layer.active_adapters != left for layer in layers):
             self.set_adapter(left[0] if len(left) == 1 else left)
@@ -265,15 +267,17 @@ class TaskTuner(BaseTuner):
                     parameter.requires_grad = False
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """The host's own, which accepts unknown names and then computes with the base model alone."""
+        """PEFT's own method, which would silently run the base model for an unknown name."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
-            raise UnknownAdapterError(f"no adapter {unknown[0]!r} on the model, which has {list(self.peft_config)}.")
+            raise UnknownAdapterError(
+                f"adapter {unknown[0]!r} is not on the model, which has {list(self.peft_config)}."
+            )
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def disable_adapter_layers(self) -> None:
-        """The host's own, if it gives the pretrained model back.
+        """PEFT's own method, if the result is the pretrained model.
 
         Raises:
             UnsupportedError: if an adapter trains the pretrained weights in place.
@@ -296,10 +300,10 @@ class TaskTuner(BaseTuner):
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not offered: averaging weights of two task modules is not the average of what they compute."""
+        """Not supported: averaging the weights of two task modules does not average their outputs."""
         raise UnsupportedError(f"add_weighted_adapter is not supported for {self.method.name}.")
 
-    # One adapter a row
+    # One adapter per example
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -309,9 +313,7 @@ class TaskTuner(BaseTuner):
         if names is None:
             yield
             return
-        known = [
-            name for name, config in self.peft_config.items() if isinstance(getattr(config, "method", None), Method)
-        ]
+        known = [name for name, config in self.peft_config.items() if method_of(config) is not None]
         self._routing = Routing(self.model, names, known, kwargs)
         try:
             with self._routing:
@@ -322,7 +324,7 @@ class TaskTuner(BaseTuner):
     _routing: Routing | None = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own, which may repeat the rows of a batch."""
+        """The model's own method, which may repeat the examples of a batch."""
         if self._routing is not None:
             self._routing.repeated = True
         return self.model.generate(*args, **kwargs)

@@ -1,7 +1,7 @@
-"""Adding and loading in PEFT happen whole or not at all.
+"""Makes adding and loading adapters in PEFT all-or-nothing.
 
-The host adds an adapter first and reads its weights next, so that an error in the second step leaves an adapter with
-random weights behind. Its own methods are therefore run inside `all_or_nothing`.
+PEFT adds an adapter before it reads the weights, so that an error in the second step leaves an adapter with random
+weights. PEFT's own methods therefore run inside `all_or_nothing`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DAMAGE = (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, 
 
 @contextmanager
 def _reading(path: Any) -> Iterator[None]:
-    """Turn what a damaged file makes the host raise into an error that names the file."""
+    """Turn the errors that PEFT raises for a damaged file into one that names the folder."""
     try:
         yield
     except PalAdaptersError:
@@ -69,7 +69,7 @@ def _load(original: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(self.base_model, TaskTuner):
             return original(self, model_id, adapter_name, *args, **kwargs)
         check_config_file(model_id, kwargs.get("subfolder"))
-        if adapter_name in self.peft_config:  # whose config the host keeps, whatever the folder says
+        if adapter_name in self.peft_config:  # PEFT keeps its config, whatever the folder says
             check_settings(self.peft_config[adapter_name], model_id, kwargs.get("subfolder"))
         with changing(self, self.peft_config), _reading(model_id):
             return original(self, model_id, adapter_name, *args, **kwargs)
@@ -109,7 +109,7 @@ def _load_by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
         with changing(self, kwargs.get("peft_config"), getattr(self, "peft_config", None)):
             info = original(self, *args, **kwargs)
             config = self.peft_config[name]
-            if info is not None and method_of(config) is not None:  # transformers 5 loads by itself
+            if info is not None and method_of(config) is not None:  # transformers 5 has loaded the weights itself
                 check_loaded(self, name, info, kinds_in(path))
             return info
 
@@ -119,7 +119,7 @@ def _load_by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
 def _disable(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def disable_adapter(self: PeftModel) -> Any:
-        # Ahead of the host's own, which turns the adapters on, and with it trainable, when its start fails.
+        # Before PEFT's own method, which on an error enables the adapters and makes them trainable.
         if isinstance(self.base_model, TaskTuner):
             check_restorable(self.peft_config)
         return original(self)
@@ -137,7 +137,7 @@ def _disable_by_transformers(original: Callable[..., None]) -> Callable[..., Non
 
 
 def install() -> None:
-    """Replace the host's methods, once."""
+    """Wrap the host's methods."""
     classes: set[Any] = {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
         *((cls, "__init__", _construct) for cls in classes),

@@ -19,6 +19,7 @@ import pal_adapters as pa
 from pal_adapters.fusion.peft.folding import fold
 from pal_adapters.fusion.peft.report import transfer_rows
 from tests.hosts.peft import cases, reference
+from tests.hosts.peft.unchanged import rejected
 
 from . import sources
 
@@ -234,10 +235,8 @@ def test_truncated_houlsby_reports_its_error(saved: Paths, with_data: bool) -> N
 
 def test_refusals(saved: Paths, tmp_path: pathlib.Path) -> None:
     def refuses(model: Any, match: str, error: type[Exception] = pa.UnsupportedError, **arguments: Any) -> None:
-        before = cases.state(model)
-        with pytest.raises(error, match=match):
+        with rejected(model, error=error, match=match):
             fold(model, **arguments)
-        cases.assert_same_state(model, before)
 
     lora, cls = saved["lora"], {"task_type": "SEQ_CLS"}
     fusion = get_peft_model(cases.bert(), pa.AdapterFusionPeftConfig(adapters=dict(lora), **cls))
@@ -250,13 +249,45 @@ def test_refusals(saved: Paths, tmp_path: pathlib.Path) -> None:
     refuses(model, "truncate=0", pa.ConfigError, truncate=0)
     refuses(model, "no effect without truncate", pa.ConfigError, data=[cases.inputs()])
     refuses(model, "no effect on LoRA", pa.ConfigError, truncate=2, data=[cases.inputs()])
-    refuses(target(saved["houlsby"]), r"data=\[\]", pa.ConfigError, truncate=2, data=[])
-    refuses(model, "'other' is no combination", pa.UnknownAdapterError, adapter="other")
+    refuses(target(saved["houlsby"]), "data is empty", pa.ConfigError, truncate=2, data=[])
+    refuses(target(saved["houlsby"]), "data contains an object of type int", pa.ConfigError, truncate=2, data=[1])
+    for name in ("__base__", "a.b", "keys"):
+        refuses(model, "is not allowed", pa.ConfigError, name=name)
+    refuses(model, "'other' is not a combination", pa.UnknownAdapterError, adapter="other")
     model.add_adapter("second", pa.ScaLearnPeftConfig(adapters=["qqp"], **cls))
     refuses(model, "other adapters")
-    refuses(get_peft_model(cases.bert(), LoraConfig(target_modules=["query"])), "one active", pa.UnknownAdapterError)
+    refuses(
+        get_peft_model(cases.bert(), LoraConfig(target_modules=["query"])),
+        "one active combination",
+        pa.UnknownAdapterError,
+    )
     with pytest.raises(pa.UnsupportedError, match="takes a PeftModel"):
         fold(cases.bert())
+
+
+@pytest.mark.parametrize("fusion", [["mnli", "qqp"], ("mnli", "qqp"), 3])
+def test_what_is_not_a_fusion(saved: Paths, fusion: Any) -> None:
+    model = target(saved["lora"])
+    for call in (pa.fold, pa.transfer_report):
+        with rejected(
+            model, error=pa.ConfigError, match=r"is not allowed: pass the name of the adapter .*\(adapters=\["
+        ):
+            call(model, fusion)
+
+
+def test_an_error_in_the_middle_of_a_fold(saved: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The combination is off the base model by then, and comes back."""
+    model = target(saved["houlsby"])
+    expected = logits(model)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("in the middle")
+
+    with monkeypatch.context() as patch, rejected(model, error=RuntimeError, run=lambda: logits(model)):
+        patch.setattr("pal_adapters.fusion.peft.folding.set_peft_model_state_dict", fail)
+        fold(model)
+    assert torch.equal(logits(model), expected)
+    assert (logits(fold(model)) - expected).abs().max() < 1e-5
 
 
 # The table of what was learned

@@ -573,7 +573,7 @@ def test_a_config_without_sources_is_for_no_model() -> None:
         assert type(config) is kind
         assert kind(**config.to_dict()) == config
         refuses(pa.ConfigError, "adapters=None is not allowed: name at least one source", config)
-    with pytest.raises(pa.ConfigError, match="revisions has 'a', which is no source"):
+    with pytest.raises(pa.ConfigError, match="revisions names 'a', which is not one of the sources"):
         pa.ScaLearnPeftConfig(revisions={"a": "main"})
     with pytest.raises(pa.ConfigError, match="order="):
         pa.ScaLearnPeftConfig(order=["a"])
@@ -659,7 +659,7 @@ def test_sources_that_are_not_finite(saved: Paths, tmp_path: pathlib.Path, kind:
     tensors[name].view(-1)[-1] = value
     save_file(tensors, file, metadata={"format": "pt"})
     config = pa.ScaLearnPeftConfig(adapters={"mnli": good, "bad": str(folder)})
-    refuses(pa.ConfigError, "'bad' from .*diverged.* not finite: its training went wrong", config)
+    refuses(pa.ConfigError, "'bad' from .*diverged.* not finite: its training diverged", config)
 
 
 @pytest.mark.parametrize("damage", [lambda whole: b"\x01" * 100, lambda whole: whole[:-8]], ids=["corrupted", "cut"])
@@ -686,7 +686,7 @@ def test_a_target_without_its_file_changes_nothing(saved: Paths, tmp_path: pathl
     file = tmp_path / "first" / "adapter_model.safetensors"
     file.unlink()
     before, hooked = cases.state(model), cases.hooks(model)
-    with pytest.raises(pa.ConfigError, match=f"{file} is not there"):
+    with pytest.raises(pa.ConfigError, match=f"{file} is missing"):
         model.load_adapter(str(file.parent), "second")
     cases.assert_same_state(model, before)
     assert cases.hooks(model) == hooked
@@ -775,7 +775,7 @@ def test_other_methods_are_no_sources(tmp_path: pathlib.Path) -> None:
 
     settings = IA3Config(target_modules=["query"], feedforward_modules=[])
     path = sources.save(tmp_path / "ia3", settings, seed=0)
-    refuses(pa.UnsupportedError, "of the type", pa.ScaLearnPeftConfig(adapters={"a": path}))
+    refuses(pa.UnsupportedError, "has peft_type", pa.ScaLearnPeftConfig(adapters={"a": path}))
     joint = sources.save(tmp_path / "joint", pa.LowRankPeftConfig(hidden_size=3, train_base=True), seed=0)
     refuses(pa.UnsupportedError, "train_base=True", pa.ScaLearnPeftConfig(adapters={"a": joint}))
 

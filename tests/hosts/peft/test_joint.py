@@ -174,7 +174,7 @@ def test_several_joint_adapters_on_one_base(method: str, tmp_path: pathlib.Path)
     for name in ("rte", "sst"):
         model.set_adapter(name)
         train(model, given)
-    with pytest.warns(UserWarning, match="from now on all compute with the loaded ones"):
+    with pytest.warns(UserWarning, match="from now on all adapters use the loaded ones"):
         model.load_adapter(tmp_path / "rte", "rte", is_trainable=True)
     model.load_adapter(tmp_path / "sst", "sst", is_trainable=True)
     for name in ("rte", "sst"):
@@ -203,7 +203,7 @@ def test_another_base_is_refused(method: str, tmp_path: pathlib.Path) -> None:
     # The same for an adapter that was trained on the base model as it came.
     plain = cases.peft_model(method, adapters=("mrpc",))
     expected = cases.run(plain, "mrpc", given)
-    with pytest.raises(UnsupportedError, match="'mrpc' compute with"):
+    with pytest.raises(UnsupportedError, match="'mrpc' use"):
         plain.load_adapter(tmp_path / "two" / "sst", "sst")
     assert torch.equal(cases.run(plain, "mrpc", given), expected)
     plain.save_pretrained(tmp_path / "three")

@@ -116,7 +116,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": "nothing"}, "target_modules='nothing'"),
     ({"exclude_modules": ["layer.7"]}, "exclude_modules has 'layer.7'"),
     ({"exclude_modules": ["layer"]}, "exclude_modules={'layer'}"),
-    ({"layers_to_transform": 3}, "layers_to_transform=3 is not allowed: 3 is no block, the blocks are 0 to 2"),
+    ({"layers_to_transform": 3}, "layers_to_transform=3 is not allowed: there is no block 3, the blocks are 0 to 2"),
     ({"layers_to_transform": [0, -1]}, "layers_to_transform"),
     ({"layers_to_transform": [True]}, "layers_to_transform"),
     ({"layers_to_transform": []}, "layers_to_transform"),
