@@ -64,6 +64,8 @@ class TaskPeftConfig(Options, PeftConfig):
             are gone.
         sites: names of the modules inside the model's blocks, for models with an unknown structure: the fields of
             `BlockSites` plus `"block"`, the class name.
+        base_model_type: the base model's `model_type`, such as `"bert"`, set by the package; a saved adapter is
+            rejected by a base model of another type, whose tensors may have the same names. None skips the check.
     """
 
     host: ClassVar[str] = "peft"
@@ -101,9 +103,14 @@ class TaskPeftConfig(Options, PeftConfig):
         ),
     )
 
+    base_model_type: str | None = field(
+        default=None, metadata=option("The base model's model_type, filled in.", optional(string()))
+    )
+
     def __post_init__(self) -> None:
         check_options(self)
         super().__post_init__()
+        self._saved_model_type = self.base_model_type
         own = PeftType(self.method.name.upper())
         if self.peft_type not in (None, own):
             raise ConfigError(f"peft_type={self.peft_type!r} is not allowed here: leave it out.")
@@ -127,6 +134,17 @@ class TaskPeftConfig(Options, PeftConfig):
                 "it is. Use init_weights=False."
             )
         self.validate()
+
+    def check_base_model(self, model_config: Mapping[str, Any]) -> None:
+        """Note the type of the base model; raise `ConfigError` if the adapter was saved for another one."""
+        found = model_config.get("model_type")
+        if self._saved_model_type is not None and found not in (None, "custom", self._saved_model_type):
+            raise ConfigError(
+                f"the adapter was saved for a base model of type {self._saved_model_type!r}, and this one is of type "
+                f"{found!r}: load it into the base model it was trained on, or set base_model_type=None in its config "
+                "if both have the same weights."
+            )
+        self.base_model_type = None if found == "custom" else found
 
     @property
     def identity_init(self) -> bool:

@@ -100,7 +100,8 @@ def check_settings(config: PeftConfig, path: str | os.PathLike[str], subfolder: 
     if not (folder / CONFIG_NAME).is_file():
         return
     mine, saved = config.to_dict(), type(config).from_pretrained(str(folder)).to_dict()
-    changed = [key for key in mine if key not in _FREE and mine[key] != saved.get(key)]
+    # None leaves a value to the model.
+    changed = [key for key in mine if key not in _FREE and saved.get(key) not in (None, mine[key])]
     if changed:
         key = changed[0]
         raise StorageError(

@@ -162,6 +162,8 @@ class TaskTuner(BaseTuner):
         try:
             check_adapter_name(adapter_name)
             with changing(self, config):
+                if isinstance(config, TaskPeftConfig):
+                    config.check_base_model(self.get_model_config(model))
                 if is_joint(config):
                     check_trainable(model)
                     if _TRANSFORMERS_5 and not self._of_peft_model and isinstance(model, PreTrainedModel):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -160,6 +161,35 @@ def test_a_base_of_another_width(method: str, tmp_path: pathlib.Path) -> None:
     base = cases.bert(hidden_size=36)
     with rejected(base, error=pa.PalAdaptersError):
         PeftModel.from_pretrained(base, folder, adapter_name="new")
+
+
+@pytest.mark.parametrize("door", ["from_pretrained", "load_adapter"])
+def test_a_base_of_another_type(method: str, door: str, tmp_path: pathlib.Path) -> None:
+    """Its tensors have the same names and shapes."""
+    sizes = {
+        key: getattr(cases.bert_config(), key) for key in ("hidden_size", "num_hidden_layers", "intermediate_size")
+    }
+    settings = transformers.ElectraConfig(vocab_size=40, num_attention_heads=4, embedding_size=24, **sizes)
+    base = transformers.ElectraModel(settings)
+    one = cases.bert().bert
+    get_peft_model(one, cases.config(method), adapter_name="new").save_pretrained(tmp_path / "bare")
+    folder = tmp_path / "bare" / "new"
+    with rejected(base, error=pa.ConfigError, match="for a base model of type 'bert', and this one is of type"):
+        if door == "from_pretrained":
+            PeftModel.from_pretrained(base, folder, adapter_name="new")
+        else:
+            base.load_adapter(str(folder), "new")
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "base_model_type": None}))
+    PeftModel.from_pretrained(base, folder, adapter_name="new")
+
+
+def test_one_config_for_two_types_of_models(method: str) -> None:
+    config = cases.config(method)
+    get_peft_model(cases.bert().bert, config)
+    assert config.base_model_type == "bert"
+    get_peft_model(cases.roberta().roberta, config)
+    assert config.base_model_type == "roberta"
 
 
 def _not_a_language_model(method: str) -> tuple[Any, Any]:
