@@ -1,6 +1,6 @@
-"""What the package relies on in its hosts, and what it says when an installed host is different.
+"""Checks of what the package relies on in its hosts, with an error that names what an installed host has changed.
 
-Each binding lists its expectations in a file of its own; this one only knows how to check them.
+Each binding lists its expectations in its own file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from pkgutil import resolve_name
 
 from packaging.version import Version
 
@@ -24,11 +24,11 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class Touch:
-    """One thing in a host that is not public, or that is replaced, and that the package relies on.
+    """A part of a host that the package relies on or replaces, beyond its public interface.
 
     Attributes:
         symbol: its name upstream.
-        reason: what it is used or replaced for.
+        reason: why the package uses or replaces it.
         holds: whether the installed host still has it in the expected form; must be cheap, as it runs on import.
     """
 
@@ -37,25 +37,25 @@ class Touch:
     holds: Callable[[], bool]
 
 
-def takes(owner: Any, name: str, *parameters: str) -> Callable[[], bool]:
-    """A check that a function exists and takes parameters of these names; it may take more."""
-    return lambda: set(parameters) <= set(inspect.signature(getattr(owner, name)).parameters)
+def takes(path: str, *parameters: str) -> Callable[[], bool]:
+    """A check that a function such as `"peft:PeftModel.load_adapter"` has parameters of these names, among others."""
+    return lambda: set(parameters) <= set(inspect.signature(resolve_name(path)).parameters)
 
 
-def has(owner: Any, *names: str) -> Callable[[], bool]:
-    """A check that an object has attributes of these names."""
-    return lambda: all(hasattr(owner, name) for name in names)
+def has(path: str, *names: str) -> Callable[[], bool]:
+    """A check that an object such as `"peft:PeftModel"` exists and has attributes of these names."""
+    return lambda: resolve_name(path) is not None and all(hasattr(resolve_name(path), name) for name in names)
 
 
 def check_touches(library: str, touches: Iterable[Touch]) -> None:
-    """Raise `MissingHostError` for a library that is too old, or for the first expectation that it does not meet."""
+    """Raise `MissingHostError` if a library is too old, or for the first expectation it does not meet."""
     oldest = TESTED[library][0]
     if Version(version(library)) < Version(oldest):
         raise MissingHostError(f"{library} {version(library)} is not supported: install '{library}>={oldest}'.")
     for touch in touches:
         try:
             holds = touch.holds()
-        except (AttributeError, ImportError, LookupError, TypeError, ValueError):  # what it looks at is gone
+        except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError):  # the symbol is gone
             holds = False
         if not holds:
             raise MissingHostError(
@@ -65,13 +65,13 @@ def check_touches(library: str, touches: Iterable[Touch]) -> None:
 
 
 def tested(library: str) -> str:
-    """The tested versions of a library, to be read."""
+    """The tested versions of a library, for messages."""
     oldest, newest = TESTED[library]
     return f"{oldest} to {newest}.x"
 
 
 def warn_untested(*libraries: str) -> None:
-    """Warn once, by `UntestedVersionWarning`, of a library that is newer than the tests have seen."""
+    """Warn once, with `UntestedVersionWarning`, about a library that is newer than the tested versions."""
     for library in libraries:
         installed = Version(version(library))
         if installed.release[:2] > Version(TESTED[library][1]).release[:2] and library not in _warned:

@@ -15,6 +15,10 @@ class Host:
     def add(self, name: str, more: int = 0) -> None: ...
 
 
+HOST = f"{__name__}:Host"
+ADD = f"{HOST}.add"
+
+
 @pytest.fixture(autouse=True)
 def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     installed = {"peft": "0.21.2", "transformers": "5.24.0", "adapters": "1.3.0"}
@@ -24,13 +28,18 @@ def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def test_what_holds() -> None:
-    check_touches(
-        "peft", [Touch("Host.add", "adds", takes(Host, "add", "name")), Touch("Host", "is", has(Host, "add"))]
-    )
+    check_touches("peft", [Touch("Host.add", "adds", takes(ADD, "name")), Touch("Host", "is", has(HOST, "add"))])
 
 
 @pytest.mark.parametrize(
-    "holds", [takes(Host, "add", "adapter_name"), takes(Host, "remove"), has(Host, "add", "remove"), lambda: {}["x"]]
+    "holds",
+    [
+        takes(ADD, "adapter_name"),
+        takes(f"{HOST}.remove"),
+        has(HOST, "add", "remove"),
+        has("no_such_library:Host"),
+        lambda: {}["x"],
+    ],
 )
 def test_what_does_not(holds: object) -> None:
     with pytest.raises(

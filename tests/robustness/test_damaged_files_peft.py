@@ -31,11 +31,13 @@ from tests.hosts.peft.unchanged import differences, picture
 
 CASES = 125 * int(os.environ.get("PAL_ADAPTERS_FUZZ", "1"))
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+SOURCES: dict[str, str] = {}
 METHODS: dict[str, Callable[[], Any]] = {
     "pal": lambda: pa.PALPeftConfig(hidden_size=4, num_heads=2, init_weights=False),
     "joint pal": lambda: pa.PALPeftConfig(hidden_size=4, num_heads=2, init_weights=False, train_base=True),
     "houlsby": lambda: pa.HoulsbyPeftConfig(hidden_size=3, init_weights=False),
     "lhuc": lambda: pa.LHUCPeftConfig(init_weights=False),
+    "scalearn": lambda: pa.ScaLearnPeftConfig(adapters=dict(SOURCES)),
     "camtl": lambda: pa.CAMTLPeftConfig(tasks=["a", "b"], max_length=8, init_weights=False),
 }
 # What an error may be: ours, or the host's and safetensors' own for a folder that they cannot read. No KeyError,
@@ -52,6 +54,11 @@ def base(layers: int = 2) -> nn.Module:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
     folders = {}
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        source = tmp_path_factory.mktemp("sources")
+        get_peft_model(base(), METHODS["houlsby"]()).save_pretrained(source)
+        SOURCES[name] = str(source)
     for name, config in METHODS.items():
         folders[name] = tmp_path_factory.mktemp("saved")
         get_peft_model(base(), config()).save_pretrained(folders[name])

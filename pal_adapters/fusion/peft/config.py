@@ -11,11 +11,25 @@ from peft import PeftConfig, PeftType
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pal_adapters.checks import require_bool, require_one_of, require_probability
+from pal_adapters.checks import (
+    Check,
+    boolean,
+    check_fields,
+    either,
+    list_of,
+    mapping_of,
+    number,
+    one_of,
+    option,
+    optional,
+    probability,
+    string,
+)
 from pal_adapters.errors import ConfigError
 from pal_adapters.fusion.config import validate_scalearn
 from pal_adapters.fusion.layer import RegularizationForm
 from pal_adapters.hosts.method import Method
+from pal_adapters.hosts.peft.config import PEFT_CHECKS
 
 from .sources import Source
 
@@ -67,18 +81,29 @@ class CombinationPeftConfig(PeftConfig):
     """
 
     method: ClassVar[Method]
+    inherited_checks: ClassVar[Mapping[str, Check]] = PEFT_CHECKS
     # PEFT reads this field; here the sources decide which modules are adapted.
     target_modules: ClassVar[None] = None
 
     adapters: Any = field(default=None, metadata={"help": "Sources: {name: folder, Hub repo ID or None}, or names."})
-    revisions: dict[str, str] | None = field(default=None, metadata={"help": "Revisions of sources on the Hub."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
-    bundle: bool = field(default=False, metadata={"help": "Save copies of the sources too."})
-    check_base: bool = field(default=True, metadata={"help": "Reject sources of different base models."})
-    fingerprints: dict[str, str] | None = field(default=None, metadata={"help": "Fingerprints of the sources."})
-    order: list[str] | None = field(default=None, metadata={"help": "The sources in the order of their rows."})
+    revisions: dict[str, str] | None = field(
+        default=None, metadata=option("Revisions of sources on the Hub.", optional(mapping_of(string(), "revisions")))
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata=option("Other modules to train and save.", optional(list_of(string(), "module names"))),
+    )
+    bundle: bool = field(default=False, metadata=option("Save copies of the sources too.", boolean()))
+    check_base: bool = field(default=True, metadata=option("Reject sources of different base models.", boolean()))
+    fingerprints: dict[str, str] | None = field(
+        default=None, metadata=option("Hashes of the sources.", optional(mapping_of(string(), "hashes")))
+    )
+    order: list[str] | None = field(
+        default=None, metadata=option("The sources in the order of their rows.", optional(list_of(string(), "names")))
+    )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         super().__post_init__()
         self.peft_type = PeftType(self.method.name.upper())
         # PEFT creates configs of every type without arguments, so sources are required only when a model is adapted.
@@ -88,15 +113,11 @@ class CombinationPeftConfig(PeftConfig):
         if sources:
             self.order = self.order or list(sources)
             self.adapters = {name: sources[name] for name in self.order}
-        require_bool("bundle", self.bundle)
-        require_bool("check_base", self.check_base)
         for argument in ("revisions", "fingerprints"):
             given = getattr(self, argument) or {}
             unknown = [name for name in given if name not in sources]
             if unknown:
                 raise ConfigError(f"{argument} names {unknown[0]!r}, which is not one of the sources {list(sources)}.")
-        if isinstance(self.modules_to_save, str):
-            raise ConfigError(f"modules_to_save={self.modules_to_save!r} is not allowed: pass a list of module names.")
         self._origin: tuple[str, str | None] | None = None
         self._read: dict[str, Source] = {}
 
@@ -271,27 +292,24 @@ class AdapterFusionPeftConfig(CombinationPeftConfig):
 
     method: ClassVar[Method] = ADAPTER_FUSION
 
-    score_dropout: float = field(default=0.1, metadata={"help": "Dropout on the scores."})
-    value: bool = field(default=True, metadata={"help": "Whether the outputs are projected."})
-    value_init_noise: str = field(default="constant", metadata={"help": "'constant' or 'random'."})
-    temperature: bool = field(default=False, metadata={"help": "Whether a temperature falls from 50 to 1."})
-    score_scale: float = field(default=1.0, metadata={"help": "Factor on the scores."})
-    regularization: float | None = field(default=None, metadata={"help": "Weight of the regulariser; 0.01 with V."})
+    score_dropout: float = field(default=0.1, metadata=option("Dropout on the scores.", probability()))
+    value: bool = field(default=True, metadata=option("Whether the outputs are projected.", boolean()))
+    value_init_noise: str = field(
+        default="constant", metadata=option("Initial off-diagonal entries of V.", one_of("constant", "random"))
+    )
+    temperature: bool = field(default=False, metadata=option("Whether a temperature falls from 50 to 1.", boolean()))
+    score_scale: float = field(default=1.0, metadata=option("Factor on the scores.", number(above=True)))
+    regularization: float | None = field(
+        default=None, metadata=option("Weight of the regulariser; by default 0.01 with V.", optional(number()))
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_probability("score_dropout", self.score_dropout)
-        require_bool("value", self.value)
-        require_one_of("value_init_noise", self.value_init_noise, ("constant", "random"))
-        require_bool("temperature", self.temperature)
-        if self.score_scale <= 0:
-            raise ConfigError(f"score_scale={self.score_scale!r} is not allowed: use a number > 0.")
         if self.regularization is None:
             self.regularization = 0.01 if self.value else 0.0
-        if self.regularization < 0 or (self.regularization > 0 and not self.value):
+        if self.regularization > 0 and not self.value:
             raise ConfigError(
-                f"regularization={self.regularization!r} is not allowed"
-                + (": use a weight >= 0." if self.value else " with value=False: it applies to V, use 0.")
+                f"regularization={self.regularization!r} is not allowed with value=False: it applies to V, use 0."
             )
         if not self.value and self.value_init_noise != "constant":
             raise ConfigError(f"value_init_noise={self.value_init_noise!r} has no effect with value=False.")
@@ -319,17 +337,19 @@ class FixedCombinationPeftConfig(CombinationPeftConfig):
 
     method: ClassVar[Method] = FIXED_COMBINATION
 
-    coefficients: Any = field(default="mean", metadata={"help": "'mean', or a number for each source."})
+    coefficients: Any = field(
+        default="mean",
+        metadata=option(
+            "'mean', or one number per source.", either(one_of("mean"), mapping_of(number(-1e6), "numbers"))
+        ),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.coefficients == "mean":
             return
         given = self.coefficients
-        numbers = isinstance(given, Mapping) and all(
-            isinstance(v, (int, float)) and not isinstance(v, bool) for v in given.values()
-        )
-        if not numbers or set(given) != set(self.adapters or ()):
+        if set(given) != set(self.adapters or ()):
             raise ConfigError(
                 f"coefficients={given!r} is not allowed: use 'mean', or one number for each of "
                 f"{list(self.adapters or ())}."

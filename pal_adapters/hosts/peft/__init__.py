@@ -1,13 +1,13 @@
-"""The binding to PEFT: configs, tuners and layers for every method, and what is changed in PEFT itself.
+"""The binding to PEFT: base classes of configs, tuners and layers, and the changes to PEFT itself.
 
-Names no method. What both hosts share belongs one folder up, and what knows no host in `hooks/`.
+Names no method. What both hosts share belongs one folder up; what knows no host belongs in `hooks/`.
 """
 
 from .expected import check
 
 check()
 
-from . import card, whole  # noqa: E402  (they import what was checked)
+from . import card, whole  # noqa: E402  (importing these needs what was checked)
 
 whole.install()
 card.install()

@@ -45,6 +45,17 @@ _NAMES_OR_PATTERN = Check(
 )
 _INDICES = list_of(integer(0), "block indices from 0")
 
+PEFT_CHECKS: Mapping[str, Check] = {
+    "task_type": optional(one_of(*(task.value for task in TaskType))),
+    "peft_type": optional(string()),
+    "auto_mapping": optional(mapping_of(optional(string()), "class names")),
+    "peft_version": optional(string()),
+    "base_model_name_or_path": optional(string()),
+    "revision": optional(string()),
+    "inference_mode": boolean(),
+}
+"""The fields that PEFT's own base class brings."""
+
 
 @dataclass
 class TaskPeftConfig(Options, PeftConfig):
@@ -69,15 +80,7 @@ class TaskPeftConfig(Options, PeftConfig):
     """
 
     host: ClassVar[str] = "peft"
-    inherited_checks: ClassVar[Mapping[str, Check]] = {
-        "task_type": optional(one_of(*(task.value for task in TaskType))),
-        "peft_type": optional(string()),
-        "auto_mapping": optional(mapping_of(optional(string()), "class names")),
-        "peft_version": optional(string()),
-        "base_model_name_or_path": optional(string()),
-        "revision": optional(string()),
-        "inference_mode": boolean(),
-    }
+    inherited_checks: ClassVar[Mapping[str, Check]] = PEFT_CHECKS
 
     target_modules: list[str] | str | None = field(
         default=None, metadata=option("Blocks to adapt; all by default.", _NAMES_OR_PATTERN)

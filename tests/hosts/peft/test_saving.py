@@ -221,10 +221,10 @@ def test_sizes_chosen_from_the_model_are_stored(tmp_path: pathlib.Path) -> None:
 def test_the_card_says_how_to_load(method: str, tmp_path: pathlib.Path) -> None:
     model = cases.peft_model(method)
     model.save_pretrained(tmp_path)
-    (tmp_path / "rte" / "README.md").write_text("---\ntags:\n- mine\n---\nTrained on RTE.\n")
+    (tmp_path / "README.md").write_text("---\ntags:\n- mine\n---\nTrained on RTE.\n")
     for _ in range(2):  # a second save repeats nothing
         model.save_pretrained(tmp_path)
-    card = ModelCard.load(tmp_path / "rte" / "README.md")
+    card = ModelCard.load(tmp_path / "README.md")
     assert {"pal_adapters", model.base_model.method.name} <= set(card.data.tags)
     assert card.data.library_name == "peft"
     assert card.text.count("import pal_adapters\n") == 1
