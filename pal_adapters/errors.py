@@ -27,10 +27,6 @@ class StorageError(PalAdaptersError, OSError):
     """Files are missing or damaged, cannot be written, or do not fit the model; the message names the folder."""
 
 
-class UntestedVersionWarning(UserWarning):
-    """A host is newer than the versions this package was tested with; stated once when the package is imported."""
-
-
 class MissingHostError(PalAdaptersError, ImportError):
     """A name of a host library was used while that library is not installed; the message says what to install."""
 

@@ -21,7 +21,8 @@ from pal_adapters.checks import require_int
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
 from pal_adapters.fusion.layer import SourceAttention
 from pal_adapters.fusion.units import CombinedUnit, StackedSources
-from pal_adapters.hosts.peft.change import changing, check_adapter_name
+from pal_adapters.hosts.names import require_adapter_name
+from pal_adapters.hosts.peft.change import changing
 
 from .config import CombinationPeftConfig
 from .folding_houlsby import fold_houlsby
@@ -80,7 +81,7 @@ def fold(
     elif data is not None:
         raise ConfigError("data has no effect without truncate: remove it.")
     name = target if name is None else name
-    check_adapter_name(name)
+    require_adapter_name("name", name)
     found = list(combinations(model.get_base_model(), target))
     kind = _check(model, target, found)
     if data is not None and kind == "lora":

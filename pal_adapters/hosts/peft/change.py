@@ -7,13 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from pal_adapters.errors import ConfigError
 from pal_adapters.hosts.unchanged import all_or_nothing
 
 from .layer import TunerLayer, tuner_layers
-
-BASE = "__base__"
-"""What `adapter_names` calls the model without an adapter."""
 
 
 def changing(model: nn.Module, *beside: Any) -> AbstractContextManager[None]:
@@ -25,12 +21,3 @@ def changing(model: nn.Module, *beside: Any) -> AbstractContextManager[None]:
     """
     layers = [vars(layer) for _, layer in tuner_layers(model) if isinstance(layer, TunerLayer)]
     return all_or_nothing(model, layers, *beside)
-
-
-def check_adapter_name(name: Any) -> None:
-    """Raise `ConfigError` for an adapter name that PyTorch or PEFT reserves."""
-    if not isinstance(name, str) or not name or "." in name or name == BASE or hasattr(nn.ModuleDict, name):
-        raise ConfigError(
-            f"adapter_name={name!r} is not allowed: use a non-empty string without dots that is neither {BASE!r}, "
-            "which adapter_names uses for the base model, nor an attribute of torch.nn.ModuleDict."
-        )

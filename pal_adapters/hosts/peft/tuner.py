@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,9 +27,10 @@ from pal_adapters.blocks.sites import Block, find_blocks
 from pal_adapters.blocks.survey import partial_reach
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
 from pal_adapters.hosts.method import Method, parameters_of
+from pal_adapters.hosts.names import require_adapter_name
 from pal_adapters.hosts.unchanged import keep_values
 
-from .change import changing, check_adapter_name
+from .change import changing
 from .config import TaskPeftConfig, choose_blocks, chooses
 from .joint import (
     base_tensors,
@@ -160,7 +162,7 @@ class TaskTuner(BaseTuner):
         kwargs.pop("state_dict", None)  # the config selects the blocks; the keys of a checkpoint add nothing
         config = self.peft_config[adapter_name]
         try:
-            check_adapter_name(adapter_name)
+            require_adapter_name("adapter_name", adapter_name)
             with changing(self, config):
                 if isinstance(config, TaskPeftConfig):
                     config.check_base_model(self.get_model_config(model))
