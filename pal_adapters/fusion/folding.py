@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .arguments import require_fusion, require_host
+from .arguments import require_host
 
 
 def fold(model: Any, fusion: Any = None, *, name: str | None = None, **options: Any) -> Any:
@@ -39,9 +39,7 @@ def fold(model: Any, fusion: Any = None, *, name: str | None = None, **options: 
         ConfigError: if `fusion` is not a fusion, the name is taken, or an option has no effect.
         UnknownAdapterError: if the fusion is not on the model.
     """
-    host = require_host(model)
-    require_fusion(host, fusion)
-    if host == "adapters":
+    if require_host(model) == "adapters":
         from pal_adapters.fusion.adapters.folding import fold_adapters  # the host may be missing
 
         return fold_adapters(model, fusion, name, **options)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pal_adapters.errors import ConfigError
 
-from .arguments import require_fusion, require_host
+from .arguments import require_host
 from .types import TransferTable
 
 
@@ -32,9 +32,7 @@ def transfer_report(
         UnknownAdapterError: if the fusion is not on the model.
         UnsupportedError: if the model has no adapters, or not exactly one active fusion.
     """
-    host = require_host(model)
-    require_fusion(host, fusion)
-    if host == "adapters":
+    if require_host(model) == "adapters":
         from pal_adapters.fusion.adapters.report import report_adapters  # the host may be missing
 
         return report_adapters(model, fusion, data)

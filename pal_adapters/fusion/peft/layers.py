@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pal_adapters.blocks.sites import Block
-from pal_adapters.errors import UnsupportedError
+from pal_adapters.errors import ConfigError, UnsupportedError
 from pal_adapters.fusion.units import CombinedUnit, NormCopies, SourceGroup
 from pal_adapters.hosts.method import Method
 from pal_adapters.hosts.peft.layer import TaskTunerLayer, TunerLayer, tuner_layers
@@ -215,3 +215,14 @@ def active_combinations(model: nn.Module) -> list[str]:
     layers = [layer for _, layer in tuner_layers(model) if isinstance(layer, FusionLayer)]
     names = [n for layer in layers if not layer.disable_adapters for n in layer.active_adapters if n in layer.units]
     return list(dict.fromkeys(names))
+
+
+def require_name(argument: str, combination: Any) -> None:
+    """Raise `ConfigError` unless a combination is given by name, or None for the active one."""
+    if combination is not None and not isinstance(combination, str):
+        listed = isinstance(combination, (list, tuple, set))
+        names = ", ".join(map(repr, combination)) if listed else "..."
+        raise ConfigError(
+            f"{argument}={combination!r} is not allowed: pass the name of the adapter that combines the sources, made "
+            f"with ScaLearnPeftConfig(adapters=[{names}]), or None for the active one."
+        )

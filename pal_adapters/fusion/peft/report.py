@@ -13,7 +13,7 @@ from pal_adapters.fusion.layer import SourceAttention
 from pal_adapters.fusion.measuring import batches_of, evaluating
 from pal_adapters.fusion.units import CombinedUnit
 
-from .layers import active_combinations, combinations
+from .layers import active_combinations, combinations, require_name
 
 
 class TransferRow(NamedTuple):
@@ -49,6 +49,7 @@ def transfer_rows(
         UnsupportedError: if no name is given and not exactly one combination is active.
         ConfigError: if AdapterFusion gets no `data`, or `data` is empty, has no mappings or has no effect.
     """
+    require_name("fusion", adapter)
     if adapter is None:
         active = active_combinations(model)
         if len(active) != 1:
