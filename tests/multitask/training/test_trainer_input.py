@@ -538,3 +538,24 @@ def test_rows_that_stream(tiny_encoder: str) -> None:
         task.with_data({"train": rows.to_iterable_dataset()})
     with pytest.raises(ConfigError, match="task 'own', training is an IterableDataset, whose"):
         EncodedTask(task, rows.to_iterable_dataset(), None, 32, where="training")  # type: ignore[arg-type]
+
+
+def test_no_room_for_the_tokenizer(tiny_encoder: str, tmp_path: Path, monkeypatch: Any) -> None:
+    made = make_trainer(tiny_encoder, tmp_path, save_strategy="steps", save_steps=2)
+    made.train()  # an earlier run in the same folder
+    before = {path: path.read_bytes() for path in (tmp_path / "checkpoint-4").rglob("*") if path.is_file()}
+    again = make_trainer(tiny_encoder, tmp_path, save_strategy="steps", save_steps=2)
+    save = again.processing_class.save_pretrained
+
+    def full(folder: Any, *args: Any, **kwargs: Any) -> Any:
+        if "checkpoint-4" in str(folder):
+            raise Exception("No space left on device (os error 28)")  # as the tokenizers library does
+        return save(folder, *args, **kwargs)
+
+    monkeypatch.setattr(again.processing_class, "save_pretrained", full)
+    with pytest.raises(
+        StorageError, match=r"checkpoint-4 cannot be written .*os error 28.*complete checkpoint is .*6"
+    ):
+        again.train()
+    assert {path: path.read_bytes() for path in (tmp_path / "checkpoint-4").rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
