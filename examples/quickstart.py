@@ -33,7 +33,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", required=True, help="folder for the adapters, the results and the figure")
     parser.add_argument("--seed", type=seed_int, default=0, help="seed for the data and for training (default: 0)")
     parser.add_argument(
-        "--fast", action="store_true", help="a run of a few seconds that goes through the steps but learns nothing"
+        "--fast", action="store_true", help="a short run that goes through the steps but learns nothing"
     )
     parser.add_argument("--model", help="name or folder of another encoder (default: the MiniLM that pip installs)")
     parser.add_argument("--_reload", metavar="FILE", help=argparse.SUPPRESS)  # the second process, see `reload`
