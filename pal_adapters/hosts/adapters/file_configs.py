@@ -16,7 +16,7 @@ from adapters.utils import (
     resolve_adapter_path,
 )
 
-from pal_adapters.errors import ConfigError, PalAdaptersError
+from pal_adapters.errors import ConfigError, PalAdaptersError, StorageError
 from pal_adapters.hosts.names import require_adapter_name, require_fusion_name
 
 from .composition import architectures
@@ -62,7 +62,7 @@ def fusion_load(original: Any) -> Any:
         if any(Path(save_directory).glob("*adapter_fusion*")):
             _check_fusion(self.model, *_read(self.weights_helper, save_directory), load_as)
             if not any(Path(save_directory, name).is_file() for name in _FUSION_WEIGHTS):
-                raise ConfigError(f"{save_directory} has no {' or '.join(_FUSION_WEIGHTS)}: save the fusion again.")
+                raise StorageError(f"{save_directory} has no {' or '.join(_FUSION_WEIGHTS)}: save the fusion again.")
         return original(self, save_directory, load_as, loading_info, **kwargs)
 
     return load
@@ -76,9 +76,9 @@ def load_weights_config(original: Any) -> Any:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read ({error}): the folder is damaged, save it again.") from error
+            raise StorageError(f"{path} cannot be read ({error}): the folder is damaged, save it again.") from error
         if not isinstance(config, dict) or "config" not in config or "name" not in config:
-            raise ConfigError(f"{path} is not the configuration of something saved: it needs 'name' and 'config'.")
+            raise StorageError(f"{path} is not the configuration of something saved: it needs 'name' and 'config'.")
         return dict(original(self, save_directory))
 
     return wrapper
@@ -87,7 +87,7 @@ def load_weights_config(original: Any) -> Any:
 def _read(helper: WeightsLoaderHelper, folder: str) -> tuple[dict[str, Any], Path]:
     config, path = helper.load_weights_config(folder), Path(folder, helper.config_name)
     if not isinstance(config["name"], str):
-        raise ConfigError(f"{path} has name={config['name']!r}: it needs a string.")
+        raise StorageError(f"{path} has name={config['name']!r}: it needs a string.")
     return config, path
 
 

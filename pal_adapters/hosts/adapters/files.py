@@ -12,7 +12,7 @@ from adapters.loading import AdapterFusionLoader, AdapterLoader, WeightsLoaderHe
 from adapters.model_mixin import ModelAdaptersMixin
 from torch import Tensor, nn
 
-from pal_adapters.errors import ConfigError, PalAdaptersError
+from pal_adapters.errors import PalAdaptersError, StorageError
 from pal_adapters.hosts.unchanged import keep_values
 
 from .config import task_configs
@@ -155,12 +155,12 @@ def load_weights(original: Any) -> Any:
             if "size mismatch" not in str(error):
                 raise
             first = next(line for line in str(error).splitlines() if "size mismatch" in line)
-            raise ConfigError(
+            raise StorageError(
                 f"the weights in {save_directory} do not fit this {type(self.model).__name__}, they were saved from a "
                 f"model or an adapter of another size: {first.strip()}"
             ) from error
         except OSError as error:
-            raise ConfigError(
+            raise StorageError(
                 f"the weights in {save_directory} cannot be read ({error.__context__ or error}): the file is missing "
                 "or damaged, save it again."
             ) from error
@@ -209,7 +209,7 @@ def _file_names(
 
 
 def _check(model: Any, given: Mapping[str, Any], named: Callable[[str], str | None], own: OwnTensors) -> None:
-    """Raise `ConfigError` unless a file holds each tensor of an adapter, and no other, as the model needs them."""
+    """Raise `StorageError` unless a file holds each tensor of an adapter, and no other, as the model needs them."""
     tensors = model.state_dict(keep_vars=True)
     wanted = {named(name): tensor for name, tensor in tensors.items() if own(name)}
     prefix = f"{model.base_model_prefix}."
@@ -219,10 +219,10 @@ def _check(model: Any, given: Mapping[str, Any], named: Callable[[str], str | No
 
     missing = sorted(str(key) for key in wanted.keys() - given.keys() if not optional(key))
     if missing:
-        raise ConfigError(f"{_some(missing)} missing: the file is incomplete, or was saved from another model.")
+        raise StorageError(f"{_some(missing)} missing: the file is incomplete, or was saved from another model.")
     unknown = sorted(key for key in given.keys() - wanted.keys() if not optional(key))
     if unknown:
-        raise ConfigError(
+        raise StorageError(
             f"{_some(unknown)} not expected by this {type(model).__name__}: the file belongs to another method, or to "
             "a model with other blocks."
         )
@@ -231,16 +231,16 @@ def _check(model: Any, given: Mapping[str, Any], named: Callable[[str], str | No
             continue
         value = given[str(key)]
         if not isinstance(value, Tensor):
-            raise ConfigError(f"{key} is a {type(value).__name__} in the file, not a tensor.")
+            raise StorageError(f"{key} is a {type(value).__name__} in the file, not a tensor.")
         if value.shape != target.shape:
-            raise ConfigError(
+            raise StorageError(
                 f"{key} has shape {list(value.shape)} in the file and {list(target.shape)} in the model: it was saved "
                 "from an adapter or a model of another size."
             )
         if value.is_floating_point() is not target.is_floating_point() or value.is_complex():
-            raise ConfigError(f"{key} has dtype {value.dtype} in the file and {target.dtype} in the model.")
+            raise StorageError(f"{key} has dtype {value.dtype} in the file and {target.dtype} in the model.")
         if not bool(torch.isfinite(value.to(target.dtype)).all()):
-            raise ConfigError(f"{key} has values that are not finite in {target.dtype}: its training has diverged.")
+            raise StorageError(f"{key} has values that are not finite in {target.dtype}: its training has diverged.")
 
 
 def _some(keys: list[str]) -> str:

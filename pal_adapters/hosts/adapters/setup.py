@@ -12,7 +12,7 @@ from adapters.composition import ALLOWED_NESTINGS, AdapterCompositionBlock, Fuse
 from adapters.model_mixin import ModelAdaptersMixin
 from adapters.utils import ADAPTERFUSION_CONFIG_NAME, SETUP_CONFIG_NAME, resolve_adapter_path
 
-from pal_adapters.errors import ConfigError
+from pal_adapters.errors import PalAdaptersError, StorageError
 
 from .files import all_files_checked
 from .fusion import combination_config
@@ -50,8 +50,10 @@ def load_adapter_setup(original: Any) -> Any:
             # Sources are the host's own adapters, as a rule.
             with changing(self), all_files_checked() if fusions else nullcontext():
                 return original(self, folder, version, *args, **kwargs)
+        except PalAdaptersError:
+            raise
         except OSError as error:
-            raise ConfigError(
+            raise StorageError(
                 f"the setup in {adapter_setup_name_or_path} cannot be loaded: {str(error).strip()}"
             ) from error
 
@@ -75,13 +77,13 @@ def _fusions(folder: Path) -> list[Fuse]:
             names += [*setup.flatten(), *(fuse.name for fuse in fusions_in(setup))]
         outside = [n for n in names if not (folder / n).resolve().is_relative_to(folder.resolve())]
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ConfigError(
+        raise StorageError(
             f"{path} is not a readable setup ({type(error).__name__}: {error}): save it again with save_adapter_setup."
         ) from error
     if unknown:
-        raise ConfigError(f"{path} has {unknown[0]!r}, which is not a composition of adapters.")
+        raise StorageError(f"{path} has {unknown[0]!r}, which is not a composition of adapters.")
     if outside:
-        raise ConfigError(f"{path} names {outside[0]!r}, which is outside its folder.")
+        raise StorageError(f"{path} names {outside[0]!r}, which is outside its folder.")
     return [fuse for setup in setups for fuse in fusions_in(setup) if _is_ours(folder / fuse.name)]
 
 
