@@ -106,7 +106,10 @@ def named_once(option: str, names: Sequence[str]) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Writes a file beside its place and moves it there, so that a killed run never leaves half of it."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:

@@ -1,13 +1,8 @@
-"""The whole job on tiny data: every recipe, a run that is killed, and what is refused."""
+"""The whole job on tiny data: every recipe, and what is rejected. Killed runs: `tests/robustness/test_kills.py`."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +11,6 @@ import pytest
 
 from .data import write, write_tasks
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("importable")
 
 
@@ -90,32 +84,6 @@ def test_whole_job(glue: ModuleType, data: Path, tiny_encoder: str, tmp_path: Pa
     assert glue.main([*first, "--compare", str(tmp_path / "one")]) == 0
     assert json.loads((tmp_path / "one" / "results.json").read_text()) == results
     assert before
-
-
-def test_killed_run_ends_with_the_same_table(
-    glue: ModuleType, data: Path, tiny_encoder: str, tmp_path: Path, capsys: Any
-) -> None:
-    given = {
-        name: options(data, tiny_encoder, tmp_path / name, "--preset", "pals", "--hidden_size", "12") for name in "ab"
-    }
-    command = [sys.executable, str(ROOT / "examples" / "glue.py"), *given["a"]]
-    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint = tmp_path / "a" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
-    while not checkpoint.is_file() and killed.poll() is None:
-        time.sleep(0.005)
-    os.kill(killed.pid, signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    assert checkpoint.is_file()
-    assert not (tmp_path / "a" / "results.json").exists()
-    tables = []
-    for name in "ba":
-        assert glue.main(given[name]) == 0
-        printed = capsys.readouterr().out
-        tables.append(printed[printed.index("task ") : printed.index("written:")])
-    assert tables[0] == tables[1]
-    assert "stsb     pearson" in tables[0]
-    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in "ab")
-    assert one == two
 
 
 def test_task_with_two_validation_splits(glue: ModuleType, data: Path, tiny_encoder: str, tmp_path: Path) -> None:
