@@ -16,6 +16,11 @@ Window = tuple[int, np.ndarray]
 """The example that a window is of, and for each token its characters in the context `[n, 2]`, -1 outside it."""
 
 
+def _overlap(max_length: int) -> int:
+    """Tokens that consecutive windows share."""
+    return min(_OVERLAP, max_length // 4)
+
+
 def encode_questions(
     tokenizer: Any, questions: Sequence[str], contexts: Sequence[str], max_length: int, where: str, first: int
 ) -> tuple[Any, list[Window]]:
@@ -33,7 +38,7 @@ def encode_questions(
         TaskDataError: For a question that leaves too little room for its context.
     """
     questions = [question.lstrip() for question in questions]
-    overlap = min(_OVERLAP, max_length // 4)
+    overlap = _overlap(max_length)
     room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
     for number, tokens in enumerate(tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]):
         left = room - len(tokens)
@@ -41,11 +46,13 @@ def encode_questions(
             continue
         context = tokenizer(contexts[number], add_special_tokens=False, verbose=False)["input_ids"]
         if len(context) > left:
+            enough = max_length + 1
+            while enough - max_length + left <= min(_overlap(enough), len(context) - 1):
+                enough += 1
             raise TaskDataError(
                 f"{where}, row {first + number + 1}: the question has {len(tokens)} tokens, which leaves room for "
                 f"{max(left, 0)} of the {len(context)} tokens of the context with max_length={max_length}; windows "
-                f"need at least {overlap + 1}: raise max_length to {max_length + overlap + 1 - left} or more, or "
-                "filter such questions out"
+                f"need at least {overlap + 1}: raise max_length to {enough} or more, or filter such questions out"
             )
     encoded = tokenizer(
         questions,

@@ -105,7 +105,7 @@ def test_questions_that_leave_no_room(tiny_encoder: str, words: int) -> None:
     with pytest.raises(TaskDataError, match=message) as error:
         encoded(tiny_encoder, task)
     enough = int(str(error.value).split("raise max_length to ")[1].split()[0])
-    assert len(encoded(tiny_encoder, task, enough)) > 3
+    assert len(encoded(tiny_encoder, task, enough)) >= 3
     with pytest.raises(TaskDataError, match="row 3"):
         encoded(tiny_encoder, task, enough - 1)
 
