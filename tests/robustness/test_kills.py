@@ -55,6 +55,10 @@ class Job:
         return json.loads((output / "results.json").read_text(encoding="utf-8"))
 
 
+def table_of(printed: str) -> str:
+    return printed[printed.index("task ") : printed.index("written:")]
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
     with pytest.MonkeyPatch.context() as patch:
@@ -65,7 +69,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
 def test_a_killed_run_ends_like_one_that_was_not(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = job.killed(tmp_path / "whole", 0)
     assert whole.returncode == 0, whole.stderr[-2000:]
-    table, _, rest = whole.stdout.partition("written:")
+    table, rest = table_of(whole.stdout), whole.stdout
     expected = json.loads((tmp_path / "whole" / "results.json").read_text(encoding="utf-8"))
     found = re.search(r"events: (\d+)", rest)
     assert found is not None
@@ -77,6 +81,6 @@ def test_a_killed_run_ends_like_one_that_was_not(job: Job, tmp_path: Path, capsy
         assert killed.returncode == -signal.SIGKILL, (event, killed.stderr[-2000:])
         capsys.readouterr()
         assert job.finished(output) == expected, event
-        assert capsys.readouterr().out.partition("written:")[0] == table, event
+        assert table_of(capsys.readouterr().out) == table, event
         left = [path.name for path in output.rglob("*") if path.name.endswith(".tmp")]
         assert not left, (event, left)
