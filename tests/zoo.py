@@ -1,8 +1,7 @@
-"""Tiny random models of every kind that is found by itself, and plain-torch references of the methods on them.
+"""Tiny random models of every kind that is recognised, and the methods' plain-torch references on them.
 
 The table says, by hand and independently of `pal_adapters`, where a block's sums are: nothing here imports the
-package's
-own table. `reference` adds a method's term with hooks of its own, at other places than the package does.
+package's own table. `by_hand` adds what a method does with hooks of its own, at other places than the package does.
 """
 
 from __future__ import annotations
@@ -20,6 +19,17 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+
+from tests.methods import RECORDS
+from tests.plain import attention as attention
+from tests.plain import gelu as gelu
+from tests.plain import layer_norm as layer_norm
+from tests.plain import linear as linear
+from tests.plain import low_rank as low_rank
+from tests.plain import pal as pal
+from tests.plain import top_attention as top_attention
+from tests.plain import top_bert_layer as top_bert_layer
+from tests.record import Reference, Values
 
 # Warnings of the hosts that no test of ours can help, for `pytestmark`.
 HOST_WARNINGS = [
@@ -199,59 +209,7 @@ def resolve(module: nn.Module, path: str) -> nn.Module:
     return module
 
 
-# References
-
-
-def linear(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
-    y = x @ w[f"{name}.weight"].T
-    return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
-
-
-def attention(x: Tensor, w: dict[str, Tensor], prefix: str, keep: Tensor, heads: int) -> Tensor:
-    """Multi-head attention without an output projection, one head after the other."""
-    q, k, v = (linear(x, w, prefix + part) for part in ("query", "key", "value"))
-    size = q.shape[-1] // heads
-    out = []
-    for head in range(heads):
-        part = slice(head * size, (head + 1) * size)
-        scores = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(size)
-        # Not -inf: a row of padding that sees nothing must not be NaN.
-        scores = scores.masked_fill(~keep[:, 0], -1e30)
-        out.append(scores.softmax(-1) @ v[..., part])
-    return torch.cat(out, dim=-1)
-
-
-def gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def pal(x: Tensor, w: dict[str, Tensor], keep: Tensor, *, heads: int = 2) -> Tensor:
-    term = gelu(linear(attention(linear(x, w, "encoder"), w, "", keep, heads), w, "decoder"))
-    return 2 * torch.sigmoid(w["rho"]) * term if "rho" in w else term
-
-
-def low_rank(x: Tensor, w: dict[str, Tensor], prefix: str = "") -> Tensor:
-    term = linear(gelu(linear(x, w, prefix + "encoder")), w, prefix + "decoder")
-    return 2 * torch.sigmoid(w["rho"]) * term if "rho" in w else term
-
-
-def layer_norm(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
-    mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
-    return (x - mean) / (var + 1e-12).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-
-def top_attention(y: Tensor, w: dict[str, Tensor], keep: Tensor, *, layers: int, heads: int) -> Tensor:
-    u = linear(y, w, "encoder")
-    for i in range(layers):
-        mixed = linear(attention(u, w, f"layers.{i}.", keep, heads), w, f"layers.{i}.dense")
-        u = layer_norm(u + mixed, w, f"layers.{i}.LayerNorm")
-    return linear(u, w, "decoder")
-
-
-def top_bert_layer(y: Tensor, w: dict[str, Tensor], keep: Tensor, *, heads: int) -> Tensor:
-    mixed = linear(attention(y, w, "attention.", keep, heads), w, "attention.dense")
-    h = layer_norm(y + mixed, w, "attention.LayerNorm")
-    return layer_norm(h + linear(gelu(linear(h, w, "intermediate")), w, "dense"), w, "LayerNorm")
+# What a method does, by hooks on a plain model
 
 
 class _Block:
@@ -273,16 +231,13 @@ class _Block:
         spec = self.stack.spec
         return self.x if raw or not spec.pre or not spec.norm else self.at(spec.norm)(self.x)
 
-    def input(self, raw: bool = False) -> Tensor:
-        return self.read(raw)
-
     def catch(self, path: str, name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             setattr(self, name, args[0] if args else next(iter(kwargs.values())))
 
         return self.at(path).register_forward_pre_hook(hook, with_kwargs=True)
 
-    def add(self, term: Callable[[], Tensor]) -> Any:
+    def add(self, term: Callable[[], Any]) -> Any:
         """Adds to the residual sum: in front of the last norm, or to the block's output."""
         if not self.stack.spec.pre:
             return self.at(self.stack.spec.norm).register_forward_pre_hook(lambda m, args: (args[0] + term(),))
@@ -296,26 +251,23 @@ class _Block:
 
         return self.at(path).register_forward_hook(hook)
 
-    def hooks(self, method: str, w: dict[str, Tensor], **options: Any) -> list[Any]:
-        spec, raw = self.stack.spec, options.pop("raw", False)
+    def hooks(self, reference: Reference, w: dict[str, Tensor]) -> list[Any]:
+        spec = self.stack.spec
         handles = [self.catch("", "x"), self.catch(spec.ffn, "h")]
-        if method == "pal":
-            handles.append(self.add(lambda: pal(x := self.input(raw), w, self.keep(x), **options)))
-        elif method == "low_rank":
-            handles.append(self.add(lambda: low_rank(self.input(raw), w)))
-        elif method == "lhuc":
-            scale = 2 * torch.sigmoid(w["rho"])
-            handles.append(self.change(spec.o2 if spec.pre else spec.norm, lambda value: value * scale))
-        elif method in ("parallel_houlsby", "houlsby_pal"):
-            handles.append(self.change(spec.o1, lambda o1: o1 + low_rank(o1, w, "attention.")))
-            if method == "parallel_houlsby":
-                handles.append(self.add(lambda: low_rank(self.shaped_h(), w, "ffn.")))
-            else:
-                own = {k.removeprefix("pal."): v for k, v in w.items()}
-                handles.append(self.add(lambda: pal(h := self.shaped_h(), own, self.keep(h), **options)))
-        else:
-            raise ValueError(method)
+        if reference.changes("attention"):
+            handles.append(self.change(spec.o1, lambda o1: reference.attention(w, o1)))
+        if reference.changes("ffn"):
+            handles.append(self.change(spec.o2, lambda o2: reference.ffn(w, o2, self.values())))
+        if reference.changes("term"):
+            handles.append(self.add(lambda: reference.term(w, self.values())))
+        if reference.changes("output"):
+            place = "" if spec.pre else spec.norm
+            handles.append(self.change(place, lambda y: reference.output(w, y, self.values())))
         return handles
+
+    def values(self) -> Values:
+        x, raw = self.read(False), self.read(True)
+        return Values(x, raw, self.shaped_h(), self.keep(raw), not self.stack.spec.pre)
 
     def shaped_h(self) -> Tensor:
         assert self.h is not None
@@ -336,13 +288,18 @@ def blocks_of(model: nn.Module, stack: Stack) -> list[nn.Module]:
 def by_hand(
     host: Host, plain: nn.Module, adapted: nn.Module, method: str, inputs: dict[str, Tensor], **options: Any
 ) -> Iterator[None]:
-    """Within it, `plain` computes what `adapted` should, with hooks that this file adds."""
+    """Within it, `plain` computes what `adapted` should, with hooks that this file adds.
+
+    Args:
+        options: of the method, where they are not those of its record.
+    """
+    reference = RECORDS[method].make_reference(**options)
     handles: list[Any] = []
     try:
         for stack in host.stacks:
             pairs = zip(blocks_of(plain, stack), blocks_of(adapted, stack), strict=True)
             for index, (block, source) in enumerate(pairs):
-                hooks = _Block(host, stack, index, block, inputs).hooks(method, weights_of(source, method), **options)
+                hooks = _Block(host, stack, index, block, inputs).hooks(reference, weights_of(source, method))
                 handles += hooks
         yield
     finally:

@@ -66,11 +66,15 @@ def _bases(block: nn.Module) -> list[str]:
     return names
 
 
-def _children(block: nn.Module) -> set[str]:
-    # Layers that adapters, PEFT or this package have put into the block are no part of its structure.
+def is_added(module: nn.Module) -> bool:
+    """Whether adapters, PEFT or this package put a module into a model; other packages' methods inherit from these."""
     added = ("adapters", "peft", "pal_adapters")
+    return any(cls.__module__.partition(".")[0] in added for cls in type(module).__mro__)
+
+
+def _children(block: nn.Module) -> set[str]:
     inside = {name: child for name, child in block._modules.items() if child is not None}
-    return {n for n, child in inside.items() if n in _KNOWN or type(child).__module__.partition(".")[0] not in added}
+    return {name for name, child in inside.items() if name in _KNOWN or not is_added(child)}
 
 
 def _unexplained(block: nn.Module, structure: Structure) -> list[str]:

@@ -16,17 +16,14 @@ pytest.importorskip("peft")
 from peft import PeftModel, get_peft_model
 from transformers import DynamicCache, StaticCache
 
-from pal_adapters import HoulsbyPALPeftConfig, PALPeftConfig, TopAttentionPeftConfig, UnsupportedError
+from pal_adapters import UnsupportedError
 from tests import zoo
+from tests.methods import makers
 from tests.zoo import BY_NAME
 
 pytestmark = zoo.HOST_WARNINGS
 TOLERANCE = 1e-4
-CONFIGS = {
-    "pal": lambda **more: PALPeftConfig(**{**dict(hidden_size=12, num_heads=2), **more}),
-    "houlsby_pal": lambda **more: HoulsbyPALPeftConfig(hidden_size=12, num_heads=2, bottleneck_size=5, **more),
-    "top_attention": lambda **more: TopAttentionPeftConfig(hidden_size=12, num_layers=2, num_heads=2, **more),
-}
+CONFIGS = makers("peft", lambda record: record.attends)
 DECODERS = [host.name for host in zoo.HOSTS if host.available and host.decodes and "LM" in host.model]
 SOME = ["gpt2", "llama", "mistral", "qwen3", "gemma2", "gemma3"]
 STATIC = ["llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "gpt-neox"]

@@ -17,14 +17,6 @@ pytest.importorskip("peft")
 from peft import get_peft_model
 
 from pal_adapters import (
-    HoulsbyPALPeftConfig,
-    HoulsbyPeftConfig,
-    LHUCPeftConfig,
-    LowRankPeftConfig,
-    PALPeftConfig,
-    ParallelHoulsbyPeftConfig,
-    TopAttentionPeftConfig,
-    TopBertLayerPeftConfig,
     UnsupportedError,
 )
 from pal_adapters.blocks.norms import final_norm
@@ -32,21 +24,11 @@ from pal_adapters.blocks.sites import find_blocks
 from pal_adapters.hooks.attachment import Attachment
 from pal_adapters.nn.unit import UnitInputs
 from tests import zoo
+from tests.methods import RECORDS, makers
 from tests.zoo import BY_NAME, Host
 
 pytestmark = zoo.HOST_WARNINGS
-CONFIGS = {
-    "pal": lambda **more: PALPeftConfig(hidden_size=12, num_heads=2, dropout=0.0, **more),
-    "low_rank": lambda **more: LowRankPeftConfig(hidden_size=5, **more),
-    "lhuc": lambda **more: LHUCPeftConfig(**more),
-    "parallel_houlsby": lambda **more: ParallelHoulsbyPeftConfig(hidden_size=5, **more),
-    "houlsby_pal": lambda **more: HoulsbyPALPeftConfig(
-        hidden_size=12, num_heads=2, bottleneck_size=5, dropout=0.0, **more
-    ),
-    "houlsby": lambda **more: HoulsbyPeftConfig(hidden_size=5, **more),
-    "top_attention": lambda **more: TopAttentionPeftConfig(hidden_size=12, num_layers=2, num_heads=2, dropout=0.0),
-    "top_bert_layer": lambda **more: TopBertLayerPeftConfig(intermediate_size=20, num_heads=2, dropout=0.0),
-}
+CONFIGS = makers("peft", dropout=False)
 # A term inside the block, behind the block and in front of its last norm.
 NAMES = ["bert", "gpt2", "mbart", "bart", "opt", "vit", "clip"]
 
@@ -295,7 +277,8 @@ def test_a_need_that_comes_later_is_captured() -> None:
                     zip(zoo.blocks_of(plain, stack), zoo.blocks_of(source, stack), strict=True)
                 ):
                     weights = zoo.weights_of(b, "low_rank", adapter)
-                    handles += zoo._Block(host, stack, i, a, inputs).hooks("low_rank", weights, raw=raw)
+                    reference = RECORDS["low_rank"].make_reference(pal_input="raw" if raw else "norm")
+                    handles += zoo._Block(host, stack, i, a, inputs).hooks(reference, weights)
             expected = run(plain, inputs)
             for handle in handles:
                 handle.remove()
@@ -303,7 +286,7 @@ def test_a_need_that_comes_later_is_captured() -> None:
                 assert zoo.difference(value, expected[key], host.real(inputs, key)) < 5e-5
 
 
-@pytest.mark.parametrize("method", ["lhuc", "parallel_houlsby", "houlsby_pal", "pal", "houlsby"])
+@pytest.mark.parametrize("method", [name for name in CONFIGS if not RECORDS[name].at_top])
 def test_feed_forward_without_a_dimension_for_rows(method: str) -> None:
     """OPT runs its feed-forward part on the tokens of all rows in one dimension: rows keep their own units."""
     host = BY_NAME["opt"]

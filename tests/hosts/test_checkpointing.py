@@ -12,17 +12,8 @@ pytest.importorskip("peft")
 
 from peft import get_peft_model
 
-from pal_adapters import (
-    HoulsbyPALPeftConfig,
-    HoulsbyPeftConfig,
-    LHUCPeftConfig,
-    LowRankPeftConfig,
-    PALPeftConfig,
-    ParallelHoulsbyPeftConfig,
-    TopAttentionPeftConfig,
-    TopBertLayerPeftConfig,
-)
 from tests import zoo
+from tests.methods import makers
 from tests.zoo import ALBERT, BY_NAME, Host
 
 pytestmark = [
@@ -30,16 +21,7 @@ pytestmark = [
     # The host's dropout is on: torch's checkpoint keeps the random numbers of devices that are not there.
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning"),
 ]
-CONFIGS = {
-    "pal": lambda **more: PALPeftConfig(hidden_size=12, num_heads=2, **more),
-    "low_rank": lambda **more: LowRankPeftConfig(hidden_size=5, **more),
-    "lhuc": lambda **more: LHUCPeftConfig(**more),
-    "parallel_houlsby": lambda **more: ParallelHoulsbyPeftConfig(hidden_size=5, **more),
-    "houlsby_pal": lambda **more: HoulsbyPALPeftConfig(hidden_size=12, num_heads=2, bottleneck_size=5, **more),
-    "houlsby": lambda **more: HoulsbyPeftConfig(hidden_size=5, **more),
-    "top_attention": lambda **more: TopAttentionPeftConfig(hidden_size=12, num_layers=2, num_heads=2, **more),
-    "top_bert_layer": lambda **more: TopBertLayerPeftConfig(intermediate_size=20, num_heads=2, **more),
-}
+CONFIGS = makers("peft")
 # Terms inside the block: bert, t5, llama, gemma2; behind it: mbart, whisper, opt, granite, and vit in transformers 5;
 # in front of its last norm: bart.
 INSIDE = ["bert", "t5", "gpt2", "llama", "gemma2", "bart", "clip"]

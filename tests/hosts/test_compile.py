@@ -14,8 +14,8 @@ from peft import get_peft_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import StaticCache
 
-from pal_adapters import HoulsbyPALPeftConfig, HoulsbyPeftConfig, LHUCPeftConfig, LowRankPeftConfig, PALPeftConfig
 from tests import zoo
+from tests.methods import makers
 from tests.zoo import BY_NAME
 
 pytestmark = [
@@ -23,13 +23,7 @@ pytestmark = [
     # torch 2.13 while it compiles the vmap in which transformers 4.57 builds its masks
     pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning"),
 ]
-CONFIGS = {
-    "pal": lambda: PALPeftConfig(hidden_size=12, num_heads=2, dropout=0.0),
-    "low_rank": lambda: LowRankPeftConfig(hidden_size=5),
-    "lhuc": lambda: LHUCPeftConfig(),
-    "houlsby": lambda: HoulsbyPeftConfig(hidden_size=5),
-    "houlsby_pal": lambda: HoulsbyPALPeftConfig(hidden_size=12, num_heads=2, bottleneck_size=5, dropout=0.0),
-}
+CONFIGS = makers("peft", dropout=False)
 
 
 @pytest.fixture(autouse=True)

@@ -15,39 +15,25 @@ pytest.importorskip("peft")
 from peft import get_peft_model
 
 from pal_adapters import (
-    HoulsbyPALPeftConfig,
-    LHUCPeftConfig,
-    LowRankPeftConfig,
     PALPeftConfig,
-    ParallelHoulsbyPeftConfig,
-    TopAttentionPeftConfig,
-    TopBertLayerPeftConfig,
 )
 from pal_adapters.blocks.sites import find_blocks
 from tests import zoo
+from tests.methods import RECORDS, makers
 from tests.zoo import ALBERT, BY_NAME, HOSTS, Host
 
 pytestmark = zoo.HOST_WARNINGS
-IN_BLOCKS = {
-    "pal": lambda **more: PALPeftConfig(hidden_size=12, num_heads=2, dropout=0.0, **more),
-    "low_rank": lambda **more: LowRankPeftConfig(hidden_size=5, **more),
-    "lhuc": lambda **more: LHUCPeftConfig(**more),
-    "parallel_houlsby": lambda **more: ParallelHoulsbyPeftConfig(hidden_size=5, **more),
-    "houlsby_pal": lambda **more: HoulsbyPALPeftConfig(
-        hidden_size=12, num_heads=2, bottleneck_size=5, dropout=0.0, **more
-    ),
-}
-TOP = {
-    "top_attention": lambda: TopAttentionPeftConfig(hidden_size=12, num_layers=2, num_heads=2, dropout=0.0),
-    "top_bert_layer": lambda: TopBertLayerPeftConfig(intermediate_size=20, num_heads=2, dropout=0.0),
-}
+CONFIGS = makers("peft", dropout=False)
+# `houlsby` acts at modules, see its own tests.
+IN_BLOCKS = [name for name in CONFIGS if not RECORDS[name].at_top and name != "houlsby"]
+TOP = [name for name in CONFIGS if RECORDS[name].at_top]
 TOLERANCE = 5e-5
 hosts = pytest.mark.parametrize("host", [h for h in HOSTS if h.available], ids=str)
 
 
 def adapt(host: Host, method: str, *, model: nn.Module | None = None, randomised: bool = True, **more: Any) -> Any:
     model = host.build() if model is None else model
-    adapted = get_peft_model(model, {**IN_BLOCKS, **TOP}[method](**more)).eval()
+    adapted = get_peft_model(model, CONFIGS[method](**more)).eval()
     if randomised:
         for name, parameter in adapted.named_parameters():
             if f".{method}." in name:
@@ -127,7 +113,7 @@ def test_raw_input(host: Host, method: str) -> None:
         return
     plain, inputs = host.build(), host.inputs()
     adapted = adapt(host, method, pal_input="raw")
-    with zoo.by_hand(host, plain, adapted.get_base_model(), method, inputs, raw=True):
+    with zoo.by_hand(host, plain, adapted.get_base_model(), method, inputs, pal_input="raw"):
         expected = run(plain, inputs)
     assert_equal(host, run(adapted, inputs), expected, inputs, TOLERANCE)
 
@@ -146,10 +132,7 @@ def test_top_reads_the_last_hidden_state(host: Host, method: str) -> None:
     weights = zoo.weights_of(last, method)
     y = run(plain, inputs).last_hidden_state
     keep = host.keep(stack, len(rest), inputs, y.shape[1])
-    if method == "top_attention":
-        expected = zoo.top_attention(y, weights, keep, layers=2, heads=2)
-    else:
-        expected = zoo.top_bert_layer(y, weights, keep, heads=2)
+    expected = RECORDS[method].make_reference().top(weights, y, keep)
     actual = run(_body(adapted.get_base_model()), inputs).last_hidden_state
     real = host.real(inputs)
     assert zoo.difference(expected, y, real) > 1e-2
@@ -172,9 +155,7 @@ def test_top_of_encoder_and_decoder(method: str) -> None:
     def top(y: Tensor, stack: zoo.Stack) -> Tensor:
         weights = zoo.weights_of(zoo.blocks_of(adapted.get_base_model(), stack)[-1], method)
         keep = host.keep(stack, 1, inputs, y.shape[1])
-        if method == "top_attention":
-            return zoo.top_attention(y, weights, keep, layers=2, heads=2)
-        return zoo.top_bert_layer(y, weights, keep, heads=2)
+        return RECORDS[method].make_reference().top(weights, y, keep)
 
     encoder, decoder = host.stacks
     states = top(run(plain, inputs).encoder_last_hidden_state, encoder)
@@ -185,11 +166,9 @@ def test_top_of_encoder_and_decoder(method: str) -> None:
 
 
 @pytest.mark.parametrize("host", [h for h in HOSTS if h.available and h.padded], ids=str)
-@pytest.mark.parametrize("method", ["pal", "houlsby_pal", "top_attention"])
+@pytest.mark.parametrize("method", [name for name in CONFIGS if RECORDS[name].attends])
 def test_padding_invariance(host: Host, method: str) -> None:
     """What stands in the padding changes nothing elsewhere."""
-    if method == "top_attention" and len(host.stacks) > 1:
-        method = "pal"
     adapted, inputs = adapt(host, method), host.inputs()
     other = dict(inputs)
     other["input_ids"] = torch.where(inputs["attention_mask"] == 0, inputs["input_ids"] * 0 + 17, inputs["input_ids"])

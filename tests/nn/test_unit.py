@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +15,14 @@ from torch import Tensor, nn
 from pal_adapters import UnsupportedError
 from pal_adapters.hooks.masks import CallMask
 from pal_adapters.hooks.rows import RowPlan, run_rows, run_unit, select_rows
-from pal_adapters.methods.houlsby.layer import HoulsbyBottleneck, HoulsbyPAL, ParallelHoulsby
 from pal_adapters.methods.lhuc.layer import LHUC
-from pal_adapters.methods.low_rank.layer import LowRank
 from pal_adapters.methods.pal.layer import PAL
-from pal_adapters.methods.top.layer import TopAttention, TopBertLayer
+from pal_adapters.methods.top.layer import TopAttention
 from pal_adapters.nn.bottleneck import Projections
 from pal_adapters.nn.unit import TaskUnit, UnitInputs, init_linear, no_mask, stack_weights
 from tests import zoo
+from tests.methods import RECORDS
+from tests.record import reset
 
 D = 12  # the model's width
 
@@ -36,45 +37,23 @@ def pal(hidden_size: int = 8, **more: Any) -> PAL:
     return unit
 
 
-def houlsby_pal() -> HoulsbyPAL:
-    unit = HoulsbyPAL(D, 8, 5, num_heads=2)
-    shared = Projections(D, 8)
-    zoo.randomise(shared, seed=2)
-    unit.share(shared)
-    unit.source = (shared,)
-    return unit
+def _kinds() -> dict[str, tuple[Callable[[], TaskUnit], ...]]:
+    """Units of every method by kind; those of one kind can be mixed in a batch."""
+    kinds: dict[str, tuple[Callable[[], TaskUnit], ...]] = {}
+    for name, record in RECORDS.items():
+        if not record.method.network:
+            changes = [{}, {}, *([record.wider] if record.wider else []), *record.variants]
+            kinds[name] = tuple(functools.partial(record.unit, D, **change) for change in changes)
+    kinds["different kinds"] = tuple(made[0] for made in list(kinds.values()) if "residual" in made[0]().sites)
+    return kinds
 
 
-# Every unit class; those in one tuple can be mixed in a batch.
-KINDS: dict[str, tuple[Callable[[], TaskUnit], ...]] = {
-    "pal": (pal, pal, lambda: pal(4), lambda: pal(lhuc=True), lambda: pal(activation_site="middle")),
-    "pal, own projections": (
-        lambda: pal(tied=False), lambda: pal(tied=False), lambda: pal(tied=False, reads="raw"),
-    ),
-    "pal, no biases": (lambda: pal(bias=False), lambda: pal(bias=False), pal),
-    "low_rank": (lambda: LowRank(D, 3), lambda: LowRank(D, 3), lambda: LowRank(D, 5),
-                 lambda: LowRank(D, 3, lhuc=True)),
-    "low_rank, kinds": (
-        lambda: LowRank(D, 3, bias=False), lambda: LowRank(D, 3, reads="raw"),
-        lambda: LowRank(D, 3, activation_site="output"),
-    ),
-    "lhuc": (lambda: LHUC(D, site="ffn"), lambda: LHUC(D, site="ffn"), lambda: LHUC(D, site="ffn")),
-    "parallel_houlsby": (lambda: ParallelHoulsby(D, 3), lambda: ParallelHoulsby(D, 3), lambda: ParallelHoulsby(D, 4)),
-    "houlsby_pal": (houlsby_pal, houlsby_pal, lambda: ParallelHoulsby(D, 4)),
-    "bottleneck": (
-        lambda: HoulsbyBottleneck(D, 3), lambda: HoulsbyBottleneck(D, 3),
-        lambda: HoulsbyBottleneck(D, 3, activation="relu"),
-    ),
-    "top_attention": (
-        lambda: TopAttention(D, 8, num_layers=2, num_heads=2), lambda: TopAttention(D, 8, num_layers=2, num_heads=2),
-        lambda: TopAttention(D, 4, num_layers=1, num_heads=2),
-    ),
-    "top_bert_layer": (
-        lambda: TopBertLayer(D, 9, num_heads=2), lambda: TopBertLayer(D, 9, num_heads=2),
-        lambda: TopBertLayer(D, 7, num_heads=3),
-    ),
-    "different kinds": (lambda: pal(), lambda: LowRank(D, 3), lambda: ParallelHoulsby(D, 3), houlsby_pal),
-}  # fmt: skip
+KINDS = _kinds()
+
+
+def identity_of(unit: TaskUnit) -> bool:
+    """Whether a unit has an initialisation that leaves the value as it is."""
+    return "stack_output" not in unit.sites
 
 
 def units_of(kind: str) -> dict[str, TaskUnit]:
@@ -311,25 +290,28 @@ def test_init_linear() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_initialisation_repeats_with_a_seed(kind: str) -> None:
+@pytest.mark.parametrize("identity", [False, True])
+def test_initialisation_draws_from_its_generator_alone(kind: str, identity: bool) -> None:
     for make in KINDS[kind]:
         tables = []
         for seed in (3, 3, 4):
             unit = make()
-            unit.reset_parameters(identity=False, generator=torch.Generator().manual_seed(seed))
-            tables.append(unit.own_weights())
+            torch.manual_seed(len(tables))
+            before = torch.get_rng_state()
+            reset(unit, identity=identity and identity_of(unit), seed=seed)
+            assert torch.equal(torch.get_rng_state(), before), "drawn from torch's own generator"
+            tables.append(unit.weights())
         assert all(torch.equal(tables[0][k], tables[1][k]) for k in tables[0])
-        assert any(not torch.equal(tables[0][k], tables[2][k]) for k in tables[0])
+        random = any(not torch.equal(tables[0][k], tables[2][k]) for k in tables[0])
+        assert random or (identity and isinstance(unit, LHUC))
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if "top" not in k])
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in RECORDS or RECORDS[k].method.identity])
 def test_identity_leaves_the_value_as_it_is_and_lets_gradients_through(kind: str) -> None:
     inputs, value = inputs_of(3, 2), torch.randn(3, 2, D)
     for make in KINDS[kind]:
-        unit = make().eval()
-        unit.reset_parameters(identity=True)
-        for source in getattr(unit, "source", ()):
-            source.reset_parameters(identity=True)
+        unit = make()
+        reset(unit, identity=True)
         for site in unit.sites:
             result = run_unit(unit, site, value, inputs)
             assert torch.equal(result, value)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from pal_adapters.errors import ConfigError
 
-from .config import TaskAdapterConfig
+from .config import CONFIGS, TaskAdapterConfig
 from .patches import register as register_with_host
 
 
@@ -23,6 +23,8 @@ def register(config_class: type[TaskAdapterConfig], presets: Mapping[str, TaskAd
     """
     if not (isinstance(config_class, type) and issubclass(config_class, TaskAdapterConfig)):
         raise ConfigError(f"config_class={config_class!r} is not allowed: pass a subclass of TaskAdapterConfig.")
+    if CONFIGS.get(config_class.method.name) is config_class:
+        return
     if presets is None:
         presets = {config_class.method.name: config_class()}
     register_with_host(config_class, dict(presets))

@@ -1,45 +1,34 @@
-"""The forward pass of BERT and of every kind of adapter in plain torch, written from the equations.
+"""The forward pass of BERT in plain torch, and what bottlenecks and fusions of the host do in it.
 
 Legend: b batch rows, n tokens, d width, r inner width.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Weights = dict[str, Tensor]
-
-
-def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
-    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+from tests import plain
+from tests.plain import Weights
+from tests.plain import linear as linear
+from tests.plain import low_rank as low_rank
 
 
 def attention(x: Tensor, weights: Weights, heads: int, mask: Tensor, prefix: str = "") -> Tensor:
     """Self-attention without an output projection; `mask` `[b, n]` is 1 for tokens."""
-    b, n, r = x.shape
-    q, k, v = (
-        linear(x, weights, f"{prefix}{name}").view(b, n, heads, r // heads).transpose(1, 2)
-        for name in ("query", "key", "value")
-    )
-    scores = q @ k.transpose(2, 3) / math.sqrt(r // heads)
-    scores = scores.masked_fill(mask[:, None, None, :] == 0, torch.finfo(scores.dtype).min)
-    return (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, r)
+    return plain.attention(x, weights, prefix, _keep(mask), heads)
 
 
 def pal(x: Tensor, weights: Weights, heads: int, mask: Tensor) -> Tensor:
     """`g(V^D SA(V^E x))`."""
-    inner = attention(linear(x, weights, "encoder"), weights, heads, mask)
-    return F.gelu(linear(inner, weights, "decoder"))
+    return plain.pal(x, weights, _keep(mask), heads=heads)
 
 
-def low_rank(x: Tensor, weights: Weights, prefix: str = "") -> Tensor:
-    """`V^D g(V^E x)`."""
-    return linear(F.gelu(linear(x, weights, f"{prefix}encoder")), weights, f"{prefix}decoder")
+def _keep(mask: Tensor) -> Tensor:
+    return mask[:, None, None, :].bool()
 
 
 def bottleneck(u: Tensor, adapter: nn.Module) -> Tensor:

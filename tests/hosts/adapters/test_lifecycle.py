@@ -25,11 +25,12 @@ from pal_adapters import (
     TopBertLayerConfig,
     UnsupportedError,
 )
+from tests.methods import RECORDS
 
 from . import reference as ref
 from .tiny import SMALL, add, output, parameters_of, randomise
 
-STRINGS = ("pal", "low_rank", "lhuc", "top_attention", "top_bert_layer", "parallel_houlsby", "houlsby_pal")
+STRINGS = tuple(SMALL)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -47,10 +48,8 @@ def assert_untouched(model: nn.Module, before: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("method", STRINGS)
 def test_string_object_and_dict_give_the_same(method: str, bert: nn.Module) -> None:
-    config = AdapterConfig.load(method) if method != "top_bert_layer" else TopBertLayerConfig(num_heads=4)
-    spellings = [config, config.to_dict()] + (
-        [method] if method != "top_bert_layer" else ["top_bert_layer[num_heads=4]"]
-    )
+    config = AdapterConfig.load(method)
+    spellings = [config, config.to_dict(), method]
     counts = []
     for index, spelling in enumerate(spellings):
         bert.add_adapter(f"n{index}", config=spelling)
@@ -76,7 +75,7 @@ def test_string_with_overrides(bert: nn.Module, batch: dict[str, Tensor]) -> Non
     torch.testing.assert_close(output(bert, batch, "a"), expected, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", [m for m in STRINGS if not m.startswith("top")])
+@pytest.mark.parametrize("method", [m for m in STRINGS if RECORDS[m].method.identity])
 def test_identity_at_start_is_exact(method: str, bert: nn.Module, batch: dict[str, Tensor]) -> None:
     before = output(bert, batch)
     bert.add_adapter("a", config=SMALL[method])
@@ -312,7 +311,7 @@ def test_average_is_linear(method: str, bert: nn.Module) -> None:
         else:
             assert torch.equal(value, before[key]), key
     assert any(".mean." in key for key in bert.state_dict())
-    assert ("shared_parameters.mean" in "".join(bert.state_dict())) == (method in ("pal", "houlsby_pal"))
+    assert ("shared_parameters.mean" in "".join(bert.state_dict())) == RECORDS[method].shares
 
 
 def test_average_of_a_union_with_lora_and_a_bottleneck(bert: nn.Module) -> None:
@@ -361,8 +360,8 @@ def test_get_adapter_and_summary_count_shared_tensors_once(bert: nn.Module) -> N
     }  # fmt: skip
     rows = {row["name"]: row for row in bert.adapter_summary(as_dict=True)}
     assert rows["pal"]["#param"] == 2 * d * r + r + d + 3 * depth * (r * r + r)
-    assert rows["low"]["#param"] == depth * (2 * d * 5 + 5 + d)
-    assert rows["par"]["#param"] == 2 * depth * (2 * d * 5 + 5 + d)
+    assert rows["low"]["#param"] == depth * (2 * d * 6 + 6 + d)
+    assert rows["par"]["#param"] == 2 * depth * (2 * d * 6 + 6 + d)
     assert rows["lhuc"]["#param"] == depth * d
     assert rows["top"]["#param"] == 2 * d * r + r + d + 2 * (4 * (r * r + r) + 2 * r)
     assert rows["pal"]["architecture"] == "pal"
@@ -378,14 +377,13 @@ def test_published_parameter_counts() -> None:
     with torch.device("meta"):
         model = BertModel(BertConfig())
         adapters.init(model)
-        for name in ("pal", "low_rank", "top_attention", "top_bert_layer", "lhuc", "parallel_houlsby", "houlsby_pal"):
+        for name in STRINGS:
             model.add_adapter(name, config=name)
     counts = {row["name"]: row["#param"] for row in model.adapter_summary(as_dict=True)}
     assert counts["Full model"] == 109_482_240
-    assert {name: counts[name] for name in STRINGS} == {
-        "pal": 1_819_836, "low_rank": 1_853_616, "lhuc": 9_216, "top_attention": 1_320_444,
-        "top_bert_layer": 7_087_872, "parallel_houlsby": 1_862_832, "houlsby_pal": 2_053_668,
-    }  # fmt: skip
+    published = {name: base for name in STRINGS for options, base, _ in RECORDS[name].counts if not options}
+    assert len(published) >= 7
+    assert {name: counts[name] for name in published} == published
 
 
 def test_adapter_to(bert: nn.Module, batch: dict[str, Tensor]) -> None:
@@ -607,4 +605,6 @@ def test_two_adapters_cannot_name_different_sites(bert: nn.Module, batch: dict[s
 
 def test_public_names_are_the_registered_classes() -> None:
     for name in STRINGS:
+        if not RECORDS[name].options_class.__module__.startswith("pal_adapters."):
+            continue
         assert type(AdapterConfig.load(name)) is getattr(pal_adapters, type(AdapterConfig.load(name)).__name__)

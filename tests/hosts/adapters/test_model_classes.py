@@ -15,17 +15,12 @@ from torch import Tensor, nn
 from transformers import BertConfig, CLIPTextModel, CLIPVisionModel, EncoderDecoderConfig, EncoderDecoderModel
 
 from pal_adapters import (
-    HoulsbyPALConfig,
-    LHUCConfig,
-    LowRankConfig,
-    PALConfig,
-    ParallelHoulsbyConfig,
     SiteError,
-    TopAttentionConfig,
     UnsupportedError,
 )
 from pal_adapters.hosts.adapters.layer import TaskLayer
 from tests import zoo
+from tests.methods import RECORDS, names
 
 from .tiny import tiny_config
 
@@ -43,14 +38,7 @@ NAMES = (
 )  # fmt: skip
 # `adapters` builds X-MOD without its language adapters, which is another model.
 ELSEWHERE = [name for name in NAMES if not name.startswith("xmod")]
-CONFIGS: dict[str, Any] = {
-    "pal": PALConfig(hidden_size=12, num_heads=2),
-    "low_rank": LowRankConfig(hidden_size=5),
-    "lhuc": LHUCConfig(),
-    "parallel_houlsby": ParallelHoulsbyConfig(hidden_size=5),
-    "houlsby_pal": HoulsbyPALConfig(hidden_size=12, num_heads=2, bottleneck_size=5),
-    "top_attention": TopAttentionConfig(hidden_size=12, num_layers=1, num_heads=2),
-}
+CONFIGS: dict[str, Any] = {name: RECORDS[name].config("adapters") for name in names("adapters")}
 models = pytest.mark.parametrize("name", NAMES)
 
 
@@ -92,7 +80,7 @@ def _adapted(name: str) -> nn.Module:
     model = plain(name)
     init(model)
     for method, config in CONFIGS.items():
-        if not (name == "albert" and method.startswith("top")):
+        if not (name == "albert" and RECORDS[method].at_top):
             model.add_adapter(method, config=config)
             units(model, method, seed=len(method))
     return model.eval()
@@ -156,7 +144,7 @@ def test_identity_at_start_is_exact(name: str) -> None:
     before = run(model, name)
     assert unchanged is None or difference(before, unchanged) < 1e-5
     for method, config in CONFIGS.items():
-        if method != "top_attention":
+        if RECORDS[method].method.identity:
             model.add_adapter(method, config=config)
             assert difference(run(model, name, method), before) == 0.0, method
             units(model, method, seed=3)
@@ -168,19 +156,11 @@ def test_identity_at_start_is_exact(name: str) -> None:
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_same_values_as_in_peft(name: str) -> None:
     peft = pytest.importorskip("peft")
-    import pal_adapters
 
-    configs = {
-        "pal": pal_adapters.PALPeftConfig(hidden_size=12, num_heads=2),
-        "low_rank": pal_adapters.LowRankPeftConfig(hidden_size=5),
-        "lhuc": pal_adapters.LHUCPeftConfig(),
-        "parallel_houlsby": pal_adapters.ParallelHoulsbyPeftConfig(hidden_size=5),
-        "houlsby_pal": pal_adapters.HoulsbyPALPeftConfig(hidden_size=12, num_heads=2, bottleneck_size=5),
-        "top_attention": pal_adapters.TopAttentionPeftConfig(hidden_size=12, num_layers=1, num_heads=2),
-    }
+    configs = {name: RECORDS[name].config("peft") for name in CONFIGS}
     model = adapted(name)
     for method, config in configs.items():
-        if name == "albert" and method.startswith("top"):
+        if name == "albert" and RECORDS[method].at_top:
             continue
         other = peft.get_peft_model(plain(name), config).eval()
         theirs = [getattr(m, method).units["default"] for m in other.modules()

@@ -10,25 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from pal_adapters import (
-    HoulsbyPALConfig,
-    LHUCConfig,
-    LowRankConfig,
-    PALConfig,
-    ParallelHoulsbyConfig,
-    TopAttentionConfig,
-    TopBertLayerConfig,
-)
+from tests.methods import RECORDS, names
 
-SMALL: dict[str, Any] = {
-    "pal": PALConfig(hidden_size=12),
-    "low_rank": LowRankConfig(hidden_size=5),
-    "lhuc": LHUCConfig(),
-    "top_attention": TopAttentionConfig(hidden_size=12, num_layers=2, num_heads=3),
-    "top_bert_layer": TopBertLayerConfig(intermediate_size=16, num_heads=4),
-    "parallel_houlsby": ParallelHoulsbyConfig(hidden_size=5),
-    "houlsby_pal": HoulsbyPALConfig(hidden_size=12, bottleneck_size=4),
-}
+SMALL: dict[str, Any] = {name: RECORDS[name].config("adapters") for name in names("adapters")}
 
 
 def tiny_config(**changes: Any) -> BertConfig:

@@ -1,4 +1,4 @@
-"""Tiny models and one small config for every method, for the tests of the PEFT half."""
+"""Tiny models and a small config of every method, for the tests of the PEFT half."""
 
 from __future__ import annotations
 
@@ -10,39 +10,23 @@ import transformers
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-import pal_adapters as pa
+from tests.methods import RECORDS, names
 
 TRANSFORMERS_5 = int(transformers.__version__.partition(".")[0]) >= 5
 
-# One head count and width for models of width 24.
 METHODS: dict[str, tuple[type, dict[str, Any]]] = {
-    "pal": (pa.PALPeftConfig, {"hidden_size": 12, "num_heads": 3}),
-    "low_rank": (pa.LowRankPeftConfig, {"hidden_size": 6}),
-    "top_attention": (pa.TopAttentionPeftConfig, {"hidden_size": 12, "num_heads": 3, "num_layers": 2}),
-    "top_bert_layer": (pa.TopBertLayerPeftConfig, {"num_heads": 3, "intermediate_size": 16}),
-    "lhuc": (pa.LHUCPeftConfig, {}),
-    "parallel_houlsby": (pa.ParallelHoulsbyPeftConfig, {"hidden_size": 6}),
-    "houlsby_pal": (pa.HoulsbyPALPeftConfig, {"hidden_size": 12, "num_heads": 3, "bottleneck_size": 5}),
-    "houlsby": (pa.HoulsbyPeftConfig, {"hidden_size": 6}),
+    name: (RECORDS[name].config_class("peft"), dict(RECORDS[name].options)) for name in names("peft")
 }
-WITH_IDENTITY = [name for name in METHODS if not name.startswith("top")]
+WITH_IDENTITY = [name for name in METHODS if RECORDS[name].method.identity]
 # A second size of the same method, for batches that mix widths.
-WIDER = {
-    "pal": {"hidden_size": 18},
-    "low_rank": {"hidden_size": 9},
-    "top_attention": {"hidden_size": 18},
-    "top_bert_layer": {"intermediate_size": 20},
-    "parallel_houlsby": {"hidden_size": 9},
-    "houlsby_pal": {"bottleneck_size": 7},
-    "houlsby": {"hidden_size": 9},
-}
-WITH_DROPOUT = ("pal", "top_attention", "top_bert_layer", "houlsby_pal")
+WIDER = {name: RECORDS[name].wider for name in METHODS if RECORDS[name].wider}
+WITH_DROPOUT = tuple(name for name in METHODS if RECORDS[name].has_dropout)
 
 
 def config(method: str, **changes: Any) -> Any:
-    """A small config; `init_weights=False` is what the modules on top have anyway."""
+    """A small config; methods without an identity initialisation always have `init_weights=False`."""
     config_class, defaults = METHODS[method]
-    if method.startswith("top"):
+    if not RECORDS[method].method.identity:
         changes.pop("init_weights", None)
     return config_class(**{**defaults, **changes})
 

@@ -18,20 +18,11 @@ import pal_adapters as pa
 from pal_adapters import ConfigError, UnsupportedError
 from pal_adapters.hosts.peft import tuner as host
 from pal_adapters.methods.houlsby.peft import HOULSBY, HoulsbyModel
+from tests.methods import RECORDS
 
 from . import cases
 
-CHANGES: dict[str, dict[str, Any]] = {
-    "pal": {"num_heads": 2, "dropout": 0.25, "activation_site": "middle", "use_bias": False, "lhuc": True,
-            "tie_projections": False, "init_weights": False},
-    "low_rank": {"hidden_size": 7, "activation_site": "none", "use_bias": False, "lhuc": True},
-    "top_attention": {"num_layers": 3, "dropout": 0.0, "legacy_ln_init": True},
-    "top_bert_layer": {"dropout": 0.0, "legacy_ln_init": True},
-    "lhuc": {"lhuc_site": "ffn", "init_weights": False},
-    "parallel_houlsby": {"hidden_size": 4},
-    "houlsby_pal": {"bottleneck_size": 3, "dropout": 0.5},
-    "houlsby": {"activation": "relu", "init_std": 0.5, "train_layernorm": False},
-}  # fmt: skip
+CHANGES = {name: dict(RECORDS[name].changes) for name in cases.METHODS}
 COMMON = {"target_modules": ["layer.2", "layer.1"], "exclude_modules": ["layer.0"], "modules_to_save": ["pooler"],
           "task_type": "TOKEN_CLS"}  # fmt: skip
 
@@ -189,7 +180,7 @@ def test_an_error_in_the_middle_is_rolled_back(method: str, monkeypatch: pytest.
     def fail_late(self: Any, *args: Any, **kwargs: Any) -> None:
         place(self, *args, **kwargs)
         calls.append(self)
-        if len(calls) == (1 if method.startswith("top") else 2):
+        if len(calls) == (1 if RECORDS[method].at_top else 2):
             raise RuntimeError("in the middle")
 
     monkeypatch.setattr(layer_class, "place", fail_late)

@@ -15,19 +15,11 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 peft = pytest.importorskip("peft")
 
 import pal_adapters as pa  # noqa: E402
+from tests.methods import RECORDS, names  # noqa: E402
 
-CONFIGS = {
-    "pal": (pa.PALPeftConfig, {"hidden_size": 12}),
-    "pal untied": (pa.PALPeftConfig, {"hidden_size": 12, "tie_projections": False}),
-    "low_rank": (pa.LowRankPeftConfig, {"hidden_size": 5}),
-    "lhuc": (pa.LHUCPeftConfig, {}),
-    "parallel_houlsby": (pa.ParallelHoulsbyPeftConfig, {"hidden_size": 5}),
-    "houlsby_pal": (pa.HoulsbyPALPeftConfig, {"hidden_size": 12, "bottleneck_size": 4}),
-    "top_attention": (pa.TopAttentionPeftConfig, {"hidden_size": 12, "num_layers": 2}),
-    "top_bert_layer": (pa.TopBertLayerPeftConfig, {"num_heads": 4, "intermediate_size": 40}),
-    "houlsby": (pa.HoulsbyPeftConfig, {"hidden_size": 5}),
-}
-WITH_IDENTITY = [name for name in CONFIGS if not name.startswith("top")]
+CONFIGS = {name: (RECORDS[name].config_class("peft"), dict(RECORDS[name].options)) for name in names("peft")}
+CONFIGS["pal untied"] = (pa.PALPeftConfig, {"hidden_size": 12, "tie_projections": False})
+WITH_IDENTITY = [name for name, (cls, _) in CONFIGS.items() if cls.method.identity]
 TINY = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40, vocab_size=60)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import pal_adapters as pa
 from pal_adapters import ConfigError, PalAdaptersError
+from tests.methods import RECORDS
 
 from . import cases
 
@@ -54,7 +55,7 @@ CHOICES: list[tuple[dict[str, Any], set[int]]] = [
 
 @pytest.mark.parametrize(("choice", "expected"), CHOICES, ids=[str(c) for c, _ in CHOICES])
 def test_choice_of_blocks(method: str, choice: dict[str, Any], expected: set[int]) -> None:
-    if method.startswith("top"):
+    if RECORDS[method].at_top:
         if 2 not in expected:
             with pytest.raises(ConfigError, match="no last block"):
                 get_peft_model(cases.bert(), cases.config(method, **choice))
@@ -67,7 +68,7 @@ def test_choice_of_blocks(method: str, choice: dict[str, Any], expected: set[int
 def test_a_subset_computes_as_if_the_others_had_nothing(method: str) -> None:
     """Equal to an adapter in all blocks whose weights in the other blocks do nothing."""
     given = cases.inputs()
-    index = 2 if method.startswith("top") else 1
+    index = 2 if RECORDS[method].at_top else 1
     subset = get_peft_model(cases.bert(), cases.config(method, layers_to_transform=index), "rte").eval()
     cases.randomise(subset, "rte", seed=0)
     full = get_peft_model(cases.bert(), cases.config(method), "rte").eval()
@@ -79,7 +80,7 @@ def test_a_subset_computes_as_if_the_others_had_nothing(method: str) -> None:
             parameter.data.copy_(own[key].data)
         elif "_norms" not in name and "rho" not in name and "_shared." not in name:
             parameter.data.zero_()
-    if method in ("pal", "houlsby_pal"):  # its share of the projections makes a term even of zeros
+    if RECORDS[method].shares:  # its share of the projections makes a term even of zeros
         for name, module in full.named_modules():
             if name.endswith(("layer.0", "layer.2")):
                 getattr(module, method).attachment.remove()
@@ -87,7 +88,7 @@ def test_a_subset_computes_as_if_the_others_had_nothing(method: str) -> None:
 
 
 def test_adapters_with_other_blocks_side_by_side(method: str) -> None:
-    first, second = ([2], [2]) if method.startswith("top") else ([0], [1, 2])
+    first, second = ([2], [2]) if RECORDS[method].at_top else ([0], [1, 2])
     given = cases.inputs()
     model = get_peft_model(cases.bert(), cases.config(method, layers_to_transform=first), "rte").eval()
     model.add_adapter("sst", cases.config(method, layers_to_transform=second))

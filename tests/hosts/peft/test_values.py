@@ -9,6 +9,8 @@ import torch
 import transformers
 from peft import get_peft_model, get_peft_model_state_dict
 
+from tests.methods import RECORDS
+
 from . import cases, reference
 
 REFERENCES = {"bert": reference.bert_logits, "llama": reference.llama_logits}
@@ -112,8 +114,7 @@ def test_only_the_active_adapter_trains(method: str) -> None:
 
 def test_several_adapters_at_once(method: str) -> None:
     """Active together: each acts in turn. Where a method adds a term, the terms add up."""
-    # Layer norms cannot be two at once.
-    changes = {"train_layernorm": False} if method == "houlsby" else {}
+    changes = dict(RECORDS[method].together)
     model = cases.peft_model(method, "llama", adapters=("rte", "sst"), **changes)
     given = cases.inputs("llama")
     model.base_model.set_adapter(["rte", "sst"])
