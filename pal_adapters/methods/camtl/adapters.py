@@ -17,7 +17,7 @@ class CAMTLConfig(CAMTLOptions, TaskAdapterConfig):
     """One conditional network for all tasks: `model.add_adapter("all", config=CAMTLConfig(tasks=["rte", "mrpc"]))`, or
     by string, `"ca_mtl_large[tasks=8]"`.
 
-    Takes the options of `pal_adapters.methods.camtl.config.CAMTLOptions` and of every config here, see
+    Its options are those of `pal_adapters.methods.camtl.config.CAMTLOptions`, and those of every config,
     `pal_adapters.hosts.adapters.config.TaskAdapterConfig`.
 
     Args:

@@ -17,7 +17,7 @@ from .config import CAMTLOptions, preset_values, task_list
 class CAMTLPeftConfig(CAMTLOptions, TaskPeftConfig):
     """One conditional network for all tasks: `get_peft_model(model, CAMTLPeftConfig(tasks=["rte", "mrpc"]))`.
 
-    Takes the options of `pal_adapters.methods.camtl.config.CAMTLOptions` and of every config here, see
+    Its options are those of `pal_adapters.methods.camtl.config.CAMTLOptions`, and those of every config,
     `pal_adapters.hosts.peft.config.TaskPeftConfig`.
 
     Args:

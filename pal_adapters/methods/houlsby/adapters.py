@@ -15,7 +15,7 @@ class ParallelHoulsbyConfig(ParallelHoulsbyOptions, TaskAdapterConfig):
     """The Houlsby variant of the PALs paper: `model.add_adapter("rte", config=ParallelHoulsbyConfig())` or
     `"parallel_houlsby"`.
 
-    Takes the options of `pal_adapters.methods.houlsby.config.ParallelHoulsbyOptions` and of every config here, see
+    Its options are those of `pal_adapters.methods.houlsby.config.ParallelHoulsbyOptions`, and those of every config,
     `pal_adapters.hosts.adapters.config.TaskAdapterConfig`.
 
     Args:
@@ -30,7 +30,7 @@ class HoulsbyPALConfig(HoulsbyPALOptions, TaskAdapterConfig):
     """A bottleneck behind attention and a PAL parallel to the feed-forward part: `model.add_adapter("rte",
     config=HoulsbyPALConfig())` or `"houlsby_pal"`.
 
-    Takes the options of `pal_adapters.methods.houlsby.config.HoulsbyPALOptions` and of every config here, see
+    Its options are those of `pal_adapters.methods.houlsby.config.HoulsbyPALOptions`, and those of every config,
     `pal_adapters.hosts.adapters.config.TaskAdapterConfig`.
 
     Args:

@@ -26,7 +26,7 @@ from .peft_layers import HoulsbyLayer, HoulsbyNorm, HoulsbyTunerLayer, is_scaled
 class ParallelHoulsbyPeftConfig(ParallelHoulsbyOptions, TaskPeftConfig):
     """The Houlsby variant of the PALs paper: `get_peft_model(model, ParallelHoulsbyPeftConfig(task_type="SEQ_CLS"))`.
 
-    Takes the options of `pal_adapters.methods.houlsby.config.ParallelHoulsbyOptions` and of every config here, see
+    Its options are those of `pal_adapters.methods.houlsby.config.ParallelHoulsbyOptions`, and those of every config,
     `pal_adapters.hosts.peft.config.TaskPeftConfig`.
 
     Args:
@@ -39,7 +39,7 @@ class HoulsbyPALPeftConfig(HoulsbyPALOptions, TaskPeftConfig):
     """A bottleneck behind attention and a PAL parallel to the feed-forward part: `get_peft_model(model,
     HoulsbyPALPeftConfig(task_type="SEQ_CLS"))`.
 
-    Takes the options of `pal_adapters.methods.houlsby.config.HoulsbyPALOptions` and of every config here, see
+    Its options are those of `pal_adapters.methods.houlsby.config.HoulsbyPALOptions`, and those of every config,
     `pal_adapters.hosts.peft.config.TaskPeftConfig`.
 
     Args:
@@ -51,7 +51,7 @@ class HoulsbyPALPeftConfig(HoulsbyPALOptions, TaskPeftConfig):
 class HoulsbyPeftConfig(HoulsbyOptions, TaskPeftConfig):
     """The bottlenecks of Houlsby et al.: `get_peft_model(model, HoulsbyPeftConfig(task_type="SEQ_CLS"))`.
 
-    Takes the options of `pal_adapters.methods.houlsby.config.HoulsbyOptions` and of every config here, see
+    Its options are those of `pal_adapters.methods.houlsby.config.HoulsbyOptions`, and those of every config,
     `pal_adapters.hosts.peft.config.TaskPeftConfig`.
 
     Args:

@@ -15,7 +15,7 @@ from .config import LHUCOptions
 class LHUCConfig(LHUCOptions, TaskAdapterConfig):
     """One learned scale for each channel: `model.add_adapter("rte", config=LHUCConfig())` or `"lhuc"`.
 
-    Takes the options of `pal_adapters.methods.lhuc.config.LHUCOptions` and of every config here, see
+    Its options are those of `pal_adapters.methods.lhuc.config.LHUCOptions`, and those of every config,
     `pal_adapters.hosts.adapters.config.TaskAdapterConfig`.
 
     Args:

@@ -14,7 +14,7 @@ from .config import LHUCOptions
 class LHUCPeftConfig(LHUCOptions, TaskPeftConfig):
     """One learned scale for each channel: `get_peft_model(model, LHUCPeftConfig(task_type="SEQ_CLS"))`.
 
-    Takes the options of `pal_adapters.methods.lhuc.config.LHUCOptions` and of every config here, see
+    Its options are those of `pal_adapters.methods.lhuc.config.LHUCOptions`, and those of every config,
     `pal_adapters.hosts.peft.config.TaskPeftConfig`.
 
     Args:

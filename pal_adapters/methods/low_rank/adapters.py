@@ -14,7 +14,7 @@ from .config import LowRankOptions
 class LowRankConfig(LowRankOptions, TaskAdapterConfig):
     """Low-rank layers: `model.add_adapter("rte", config=LowRankConfig())` or `"low_rank"`.
 
-    Takes the options of `pal_adapters.methods.low_rank.config.LowRankOptions` and of every config here, see
+    Its options are those of `pal_adapters.methods.low_rank.config.LowRankOptions`, and those of every config,
     `pal_adapters.hosts.adapters.config.TaskAdapterConfig`.
 
     Args:

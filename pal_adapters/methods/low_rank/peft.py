@@ -14,7 +14,7 @@ from .config import LowRankOptions
 class LowRankPeftConfig(LowRankOptions, TaskPeftConfig):
     """Low-rank layers: `get_peft_model(model, LowRankPeftConfig(task_type="SEQ_CLS"))`.
 
-    Takes the options of `pal_adapters.methods.low_rank.config.LowRankOptions` and of every config here, see
+    Its options are those of `pal_adapters.methods.low_rank.config.LowRankOptions`, and those of every config,
     `pal_adapters.hosts.peft.config.TaskPeftConfig`.
 
     Args:

@@ -14,7 +14,7 @@ from .config import PALOptions
 class PALConfig(PALOptions, TaskAdapterConfig):
     """Projected attention layers: `model.add_adapter("rte", config=PALConfig())`, `"pal"` or `"pal[num_heads=12]"`.
 
-    Takes the options of `pal_adapters.methods.pal.config.PALOptions` and of every config here, see
+    Its options are those of `pal_adapters.methods.pal.config.PALOptions`, and those of every config,
     `pal_adapters.hosts.adapters.config.TaskAdapterConfig`.
 
     Args:

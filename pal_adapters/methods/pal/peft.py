@@ -14,7 +14,7 @@ from .config import PALOptions
 class PALPeftConfig(PALOptions, TaskPeftConfig):
     """Projected attention layers: `get_peft_model(model, PALPeftConfig(task_type="SEQ_CLS"))`.
 
-    Takes the options of `pal_adapters.methods.pal.config.PALOptions` and of every config here, see
+    Its options are those of `pal_adapters.methods.pal.config.PALOptions`, and those of every config,
     `pal_adapters.hosts.peft.config.TaskPeftConfig`.
 
     Args:

@@ -16,7 +16,7 @@ class TopAttentionConfig(TopAttentionOptions, TaskAdapterConfig):
     """Attention of a small width on top of the last block: `model.add_adapter("rte", config=TopAttentionConfig())` or
     `"top_attention"`.
 
-    Takes the options of `pal_adapters.methods.top.config.TopAttentionOptions` and of every config here, see
+    Its options are those of `pal_adapters.methods.top.config.TopAttentionOptions`, and those of every config,
     `pal_adapters.hosts.adapters.config.TaskAdapterConfig`.
 
     Args:
@@ -34,7 +34,7 @@ class TopBertLayerConfig(TopBertLayerOptions, TaskAdapterConfig):
     """A whole BERT layer on top of the last block: `model.add_adapter("rte", config=TopBertLayerConfig())` or
     `"top_bert_layer"`.
 
-    Takes the options of `pal_adapters.methods.top.config.TopBertLayerOptions` and of every config here, see
+    Its options are those of `pal_adapters.methods.top.config.TopBertLayerOptions`, and those of every config,
     `pal_adapters.hosts.adapters.config.TaskAdapterConfig`.
 
     Args:

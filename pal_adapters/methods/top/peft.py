@@ -15,7 +15,7 @@ class TopAttentionPeftConfig(TopAttentionOptions, TaskPeftConfig):
     """Attention of a small width on top of the last block: `get_peft_model(model,
     TopAttentionPeftConfig(task_type="SEQ_CLS"))`.
 
-    Takes the options of `pal_adapters.methods.top.config.TopAttentionOptions` and of every config here, see
+    Its options are those of `pal_adapters.methods.top.config.TopAttentionOptions`, and those of every config,
     `pal_adapters.hosts.peft.config.TaskPeftConfig`.
 
     Args:
@@ -30,7 +30,7 @@ class TopBertLayerPeftConfig(TopBertLayerOptions, TaskPeftConfig):
     """A whole BERT layer on top of the last block: `get_peft_model(model,
     TopBertLayerPeftConfig(task_type="SEQ_CLS"))`.
 
-    Takes the options of `pal_adapters.methods.top.config.TopBertLayerOptions` and of every config here, see
+    Its options are those of `pal_adapters.methods.top.config.TopBertLayerOptions`, and those of every config,
     `pal_adapters.hosts.peft.config.TaskPeftConfig`.
 
     Args:
