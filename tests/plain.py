@@ -37,7 +37,7 @@ def attention(x: Tensor, w: Weights, prefix: str, keep: Tensor, heads: int) -> T
         part = slice(head * size, (head + 1) * size)
         scores = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(size)
         # Not -inf: padding that sees nothing must not be NaN.
-        scores = scores.masked_fill(~keep[:, 0], -1e30)
+        scores = scores.masked_fill(~keep[:, 0], torch.finfo(scores.dtype).min)
         out.append(scores.softmax(-1) @ v[..., part])
     return torch.cat(out, dim=-1)
 
@@ -55,6 +55,13 @@ def pal(x: Tensor, w: Weights, keep: Tensor, *, heads: int = 2, prefix: str = ""
 def low_rank(x: Tensor, w: Weights, prefix: str = "") -> Tensor:
     """`V^D g(V^E x)`."""
     return scaled(linear(gelu(linear(x, w, prefix + "encoder")), w, prefix + "decoder"), w)
+
+
+def houlsby(u: Tensor, w: Weights) -> Tensor:
+    """`u + W_2 g(W_1 u)` with the tanh approximation of the GELU."""
+    inner = linear(u, w, "down")
+    tanh = torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3))
+    return u + linear(0.5 * inner * (1 + tanh), w, "up")
 
 
 def layer_norm(x: Tensor, w: Weights, name: str) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pal_adapters.errors import UnsupportedError
@@ -128,11 +129,13 @@ class CallMask:
 
     def visible(self, q_len: int, kv_len: int) -> Tensor | None:
         """`[b or 1, q_len, kv_len]`, whether a query sees a key, or None if each sees all."""
-        mask, is_causal = self(q_len, kv_len)
+        # Where the host keeps a sliding window, its mask has no columns for the keys in front of the window.
+        keys = min(kv_len, self.mask.shape[-1]) if isinstance(self.mask, Tensor) else kv_len
+        mask, is_causal = self(q_len, keys)
         if mask is None:
-            return _causal(q_len, kv_len, None, self.device)[0] if is_causal else None
+            return _causal(q_len, keys, None, self.device)[0] if is_causal else None
         keep = mask if mask.dtype == torch.bool else mask > _HIDDEN
-        return keep[:, 0].expand(-1, q_len, -1)
+        return F.pad(keep[:, 0].expand(-1, q_len, -1), (kv_len - keys, 0))
 
     def __call__(self, q_len: int, kv_len: int) -> tuple[Tensor | None, bool]:
         if self.tokens is None:

@@ -114,7 +114,7 @@ def test_causality(name: str) -> None:
         assert zoo.difference(a[:, 5:], b[:, 5:]) > 1e-2
 
 
-@pytest.mark.parametrize("method", ["pal", "top_attention"])
+@pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize(
     "mode",
@@ -144,7 +144,7 @@ def test_cache_of_the_user(name: str, kind: str) -> None:
     assert_same(generate(model, inputs, **{zoo.CACHE: cache}), generate(model, inputs, use_cache=False))
 
 
-@pytest.mark.parametrize("method", ["pal", "top_attention"])
+@pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("name", STATIC)
 def test_static_cache(name: str, method: str) -> None:
     model = adapted_model(name, method)

@@ -48,7 +48,7 @@ plain = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(-3, 40),
-    st.sampled_from([10**9, 10**30, -(10**30), 10**5000, 2**63]),
+    st.sampled_from([10**9, 10**30, -(10**30), 2**63]),
     st.floats(),
     st.sampled_from([math.nan, math.inf, -math.inf, 1e308, 0.0, 1.0, 0.5]),
     st.text(max_size=8),
@@ -99,6 +99,15 @@ def test_any_value(key: str, data: st.DataObject) -> None:
     assert saved(again) == saved(result)
 
 
+@pytest.mark.parametrize("key", CONFIGS)
+def test_integers_that_python_does_not_print(key: str) -> None:
+    config_class, arguments = CONFIGS[key]
+    for f in fields(config_class):
+        for value in (10**5000, -(10**5000), [10**5000]):
+            result = outcome(lambda: config_class(**{**arguments, f.name: value}), f.name)  # noqa: B023
+            assert isinstance(result, ConfigError)
+
+
 @pytest.mark.parametrize("key", METHODS)
 @settings(max_examples=CASES // 5, deadline=None)
 @given(data=st.data())
@@ -119,7 +128,7 @@ def test_files_and_strings_are_checked_as_the_constructor_does(key: str, data: s
 
         stored = {"architecture": config_class.method.name, **arguments, field: value}  # type: ignore[attr-defined]
         doors = [lambda: AdapterConfig.load(dict(stored))]
-        if isinstance(value, (int, type(None))) and abs(value or 0) < 10**100:
+        if isinstance(value, (int, type(None))):
             written = ", ".join(f"{name}={given!r}" for name, given in {**arguments, field: value}.items())
             preset = {"ca_mtl": "ca_mtl_base"}.get(config_class.method.name, config_class.method.name)  # type: ignore[attr-defined]
             doors.append(lambda: AdapterConfig.load(f"{preset}[{written}]"))

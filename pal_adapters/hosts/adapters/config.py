@@ -83,7 +83,9 @@ class TaskAdapterConfig(Options, AdapterConfig):
 
     def __post_init__(self) -> None:
         if self.architecture != self.method.name:
-            raise ConfigError(f"architecture={self.architecture!r} is not allowed here: use {self.method.name!r}.")
+            raise ConfigError(
+                f"architecture={shown(self.architecture)} is not allowed here: use {self.method.name!r}."
+            )
         check_options(self)
         require_one_of("init_weights", self.init_weights, self.init_choices)
         self.validate()

@@ -20,6 +20,7 @@ from pal_adapters.checks import (
     one_of,
     option,
     optional,
+    shown,
     string,
 )
 from pal_adapters.errors import ConfigError
@@ -116,7 +117,7 @@ class TaskPeftConfig(Options, PeftConfig):
         self._saved_model_type = self.base_model_type
         own = PeftType(self.method.name.upper())
         if self.peft_type not in (None, own):
-            raise ConfigError(f"peft_type={self.peft_type!r} is not allowed here: leave it out.")
+            raise ConfigError(f"peft_type={shown(self.peft_type)} is not allowed here: leave it out.")
         self.peft_type = own
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 import pal_adapters as pa
 from pal_adapters.fusion.peft.tuner import combinations
 from pal_adapters.fusion.units import CombinedUnit
+from tests import plain
 from tests.hosts.peft import cases, reference
+from tests.record import Values
 
 # Ranks, scalings and modules all differ, and each adapts a module that the other does not.
 LORA: dict[str, dict[str, Any]] = {
@@ -103,7 +105,7 @@ def combined_logits(
         model.classifier.load_state_dict(head)
     modules = dict(model.named_modules())
     mask = given["attention_mask"]
-    bias = (1.0 - mask[:, None, None, :].float()) * torch.finfo(torch.float32).min
+    keep = mask[:, None, None, :].bool().expand(-1, 1, mask.shape[1], -1)
     norms: dict[str, dict[str, Tensor]] = {}
     terms: dict[str, list[Callable[[Tensor, Tensor], Tensor]]] = {}
     for source, path in paths.items():
@@ -118,24 +120,26 @@ def combined_logits(
                     lambda x, y, a=down, b=up, c=more, f=factor: f * (x @ a.T @ b.T + c)
                 )
             elif key.endswith("down.weight"):
-                w = reference.under(saved, f"{place}.houlsby.houlsby_units.")
+                w = plain.under(saved, f"{place}.houlsby.houlsby_units.")
                 factor = omega(place, source)
-                terms.setdefault(place, []).append(lambda x, y, w=w, f=factor: f * (reference.houlsby(w, y) - y))
+                terms.setdefault(place, []).append(lambda x, y, w=w, f=factor: f * (plain.houlsby(y, w) - y))
             elif ".houlsby_norms." in key:
                 own = norms.setdefault(place, {n: p.detach().clone() for n, p in modules[place].named_parameters()})
                 part = key.rpartition(".")[2]
                 own[part] = own[part] + omega(place, source) * (down - modules[place].get_parameter(part).detach())
         if any(".pal_units." in key for key in saved):
-            method = reference.Method("pal", saved, "bert.encoder.layer")
+            method = reference.Adapter("pal", saved, "bert.encoder.layer", {})
             for index, layer in enumerate(model.bert.encoder.layer):
                 place = f"bert.encoder.layer.{index}"
                 kept: list[Tensor] = []
-                factor = omega(place, source)
+                factor, own = omega(place, source), method.block(index)
                 layer.register_forward_pre_hook(
                     lambda m, args, kwargs, kept=kept: kept.__setitem__(slice(None), [args[0]]), with_kwargs=True
                 )
                 layer.output.dropout.register_forward_hook(
-                    lambda m, a, out, k=kept, i=index, s=method, o=factor: out + o * s.term(i, k[0], k[0], bias)
+                    lambda m, a, out, k=kept, w=own, s=method.reference, o=factor: (
+                        out + o * s.term(w, Values(k[0], k[0], k[0], keep, post=True))
+                    )
                 )
     for place, added in terms.items():
         modules[place].register_forward_hook(

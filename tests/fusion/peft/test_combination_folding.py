@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import pal_adapters as pa
 from pal_adapters.fusion.peft.folding import fold
 from pal_adapters.fusion.peft.report import transfer_rows
-from tests.hosts.peft import cases, reference
+from tests import plain
+from tests.hosts.peft import cases
 from tests.hosts.peft.unchanged import rejected
 
 from . import sources
@@ -220,7 +221,7 @@ def test_truncated_houlsby_reports_its_error(saved: Paths, with_data: bool) -> N
             handle.remove()
             x = caught[0][given["attention_mask"].bool()]
         w = {n: p.detach() for n, p in layer.houlsby_units["rte"].named_parameters()}
-        seen[name] = reference.houlsby(w, x) - x
+        seen[name] = plain.houlsby(x, w) - x
     rest = (seen["cut"] - seen["whole"]).square().mean().sqrt() / seen["whole"].square().mean().sqrt()
     assert rest.item() == pytest.approx(cut.truncation_errors[place], abs=1e-4)
     assert rest > 0.01

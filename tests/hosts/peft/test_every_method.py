@@ -87,7 +87,8 @@ def test_saved_adapter_gives_the_same_outputs_in_a_new_process(name: str, tmp_pa
     tuned.save_pretrained(tmp_path / "adapter")
     torch.save({"batch": batch(), "expected": expected}, tmp_path / "expected.pt")
     code = f"""
-import torch, pal_adapters, peft
+import importlib, torch, pal_adapters, peft
+importlib.import_module({type(config(name)).__module__!r})  # registers a method of another package
 from transformers import BertModel
 root = {str(tmp_path)!r}
 stored = torch.load(root + "/expected.pt")

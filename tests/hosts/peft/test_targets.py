@@ -57,7 +57,7 @@ CHOICES: list[tuple[dict[str, Any], set[int]]] = [
 def test_choice_of_blocks(method: str, choice: dict[str, Any], expected: set[int]) -> None:
     if RECORDS[method].at_top:
         if 2 not in expected:
-            with pytest.raises(ConfigError, match="no last block"):
+            with pytest.raises(ConfigError, match="is the last of its stack"):
                 get_peft_model(cases.bert(), cases.config(method, **choice))
             return
         expected = {2}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-
 from pal_adapters.blocks.sites import Block
 from pal_adapters.methods.houlsby.config import HoulsbyOptions, HoulsbyPALOptions, ParallelHoulsbyOptions
 from pal_adapters.methods.houlsby.layer import HoulsbyBottleneck
@@ -30,14 +28,11 @@ class HoulsbyPALReference(Reference):
 class HoulsbyReference(Reference):
     """Weights of the bottleneck behind attention are below `attention.`, those of the other one below `ffn.`."""
 
-    def _bottleneck(self, w: plain.Weights, u: plain.Tensor) -> plain.Tensor:
-        return u + plain.linear(F.gelu(plain.linear(u, w, "down"), approximate="tanh"), w, "up")
-
     def attention(self, w: plain.Weights, o1: plain.Tensor, values: Values | None = None) -> plain.Tensor:
-        return self._bottleneck(plain.under(w, "attention."), o1)
+        return plain.houlsby(o1, plain.under(w, "attention."))
 
     def ffn(self, w: plain.Weights, o2: plain.Tensor, values: Values) -> plain.Tensor:
-        return self._bottleneck(plain.under(w, "ffn."), o2)
+        return plain.houlsby(o2, plain.under(w, "ffn."))
 
 
 def _bottleneck(options: HoulsbyOptions, block: Block) -> HoulsbyBottleneck:

@@ -61,9 +61,8 @@ class Neighbours(TaskUnit):
     @staticmethod
     def _seen(inputs: UnitInputs, n: int, before: int | Tensor) -> Tensor | None:
         """`[b or 1, n, 3]`: whether each token of this call sees the one before it, itself and the next one."""
-        earlier = 0 if isinstance(before, int) and before == 0 else 1
-        visible = inputs.mask.visible(n, n + earlier)
+        visible = inputs.mask.visible(n, int(before) + n)
         if visible is None:
             return None
-        visible = F.pad(visible, (1 - earlier, 1))  # keys -1 to n
+        visible = F.pad(visible, (1, 1))[..., -n - 2 :]  # the keys from the one before this call to the one behind it
         return torch.stack([visible.diagonal(k, -2, -1) for k in range(3)], dim=-1)
