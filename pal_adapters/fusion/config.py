@@ -18,7 +18,7 @@ ALIASES = {"scalearn++": "scalearn_pp", "scalearn_uniform++": "scalearn_uniform_
 """Other accepted names of variants."""
 
 
-_CHECKS = {
+CHECKS = {
     "variant": one_of(*VARIANTS, *ALIASES),
     "omega_dropout": optional(probability()),
     "init_scale": number(-1e6),
@@ -29,14 +29,19 @@ _CHECKS = {
 }
 
 
+def check_scalearn(config: Any) -> None:
+    """Check each field that ScaLearn has in both hosts."""
+    for name, check in CHECKS.items():
+        check(name, getattr(config, name))
+
+
 def validate_scalearn(config: Any) -> None:
     """Check the fields that ScaLearn has in both hosts, and set `omega_dropout` to the variant's if it is None.
 
     Raises:
         ConfigError: with the field, its value and what is allowed.
     """
-    for name, check in _CHECKS.items():
-        check(name, getattr(config, name))
+    check_scalearn(config)
     variant = ALIASES.get(config.variant, config.variant)
     object.__setattr__(config, "variant", variant)
     if config.omega_dropout is None:

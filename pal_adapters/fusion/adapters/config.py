@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pal_adapters.checks import either, list_of, mapping_of, number, one_of, shown
 from pal_adapters.errors import ConfigError
-from pal_adapters.fusion.config import ALIASES, VARIANTS, validate_scalearn
+from pal_adapters.fusion.config import ALIASES, VARIANTS, check_scalearn, validate_scalearn
 from pal_adapters.fusion.layer import Scales, regularization
 from pal_adapters.hosts.adapters.fusion import HOST_ONLY, Combination, CombinationConfig
 from pal_adapters.hosts.adapters.patches import register_fusion
 
+_COEFFICIENT = number(-1e6)
+_FIXED = either(mapping_of(_COEFFICIENT, "numbers"), list_of(_COEFFICIENT, "numbers"))
+_ARCHITECTURE = one_of("scalearn")
 _DEFAULTS = {"init_scale": 2.0, "init_std": 1e-3, "regularization": 0.0, "regularization_form": "mean"}
 
 
@@ -87,21 +91,22 @@ class ScaLearnConfig(CombinationConfig):
     dropout_prob: float | None = None
 
     def __post_init__(self) -> None:
+        check_scalearn(self)
+        _ARCHITECTURE("architecture", self.architecture)
         if self.fixed is not None:
+            _FIXED("fixed", self.fixed)
             self._check_fixed()
         validate_scalearn(self)
         for name in HOST_ONLY:
             value, only = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if value != only:
-                raise ConfigError(f"{name}={value!r} is not allowed: it has no meaning in ScaLearn, leave it out.")
+            if type(value) is not type(only) or value != only:
+                raise ConfigError(
+                    f"{name}={shown(value)} is not allowed: it has no meaning in ScaLearn, leave it out."
+                )
 
     def _check_fixed(self) -> None:
-        values = list(self.fixed.values()) if isinstance(self.fixed, Mapping) else self.fixed
-        numbers = isinstance(values, (list, tuple)) and all(
-            isinstance(v, (int, float)) and not isinstance(v, bool) for v in values
-        )
-        if not values or not numbers:
-            raise ConfigError(f"fixed={self.fixed!r} is not allowed: use {{source: number}} or a list of numbers.")
+        if not self.fixed:
+            raise ConfigError(f"fixed={self.fixed!r} is not allowed: name at least one source.")
         for name, default in _DEFAULTS.items():
             if getattr(self, name) != default:
                 raise ConfigError(f"{name}={getattr(self, name)!r} has no effect on fixed coefficients: leave it out.")

@@ -23,6 +23,7 @@ from pal_adapters.checks import (
     option,
     optional,
     probability,
+    shown,
     string,
 )
 from pal_adapters.errors import ConfigError
@@ -185,21 +186,21 @@ class CombinationPeftConfig(PeftConfig):
 
 def _sources(adapters: Any) -> dict[str, str | None]:
     if isinstance(adapters, (list, tuple)):
-        repeated = sorted({str(name) for name in adapters if list(adapters).count(name) > 1})
+        repeated = sorted({shown(name) for name in adapters if list(adapters).count(name) > 1})
         if repeated:
-            raise ConfigError(f"adapters={adapters!r} names {repeated[0]!r} twice: name each source once.")
+            raise ConfigError(f"adapters={shown(adapters)} names {repeated[0]} twice: name each source once.")
         adapters = dict.fromkeys(adapters)
     if not isinstance(adapters, Mapping) or not adapters:
         raise ConfigError(
-            f"adapters={adapters!r} is not allowed: name at least one source, adapters={{'<name>': '<folder or Hub "
-            "repo ID>'}, or ['<name>', ...] for adapters that are on the model."
+            f"adapters={shown(adapters)} is not allowed: name at least one source, adapters={{'<name>': "
+            "'<folder or Hub repo ID>'}, or ['<name>', ...] for adapters that are on the model."
         )
     found: dict[str, str | None] = {}
     for name, path in adapters.items():
         if not isinstance(name, str) or not name or "." in name or "/" in name:
-            raise ConfigError(f"adapters has the name {name!r}: use a string without '.' and '/'.")
+            raise ConfigError(f"adapters has the name {shown(name)}: use a string without '.' and '/'.")
         if path is not None and not isinstance(path, (str, os.PathLike)):
-            raise ConfigError(f"adapters[{name!r}]={path!r} is not allowed: use a folder, a Hub repo ID or None.")
+            raise ConfigError(f"adapters[{name!r}]={shown(path)} is not allowed: use a folder, a Hub repo ID or None.")
         found[name] = None if path is None else os.fspath(path)
     places: dict[str, str] = {}
     for name, path in found.items():
