@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pal_adapters.blocks import signatures
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hosts.peft.layer import TunerLayer, entry
 from pal_adapters.nn.unit import UnitInputs
@@ -75,9 +76,9 @@ class HoulsbyLayer(HoulsbyTunerLayer):
         names = self.active_adapters if self.plan is None else self.plan.names
         if self.disable_adapters or not any(name in self.units for name in names):
             return None
-        value = output[0] if isinstance(output, tuple) else output
+        value = signatures.first_of(output)
         value = self.run_active(self.units, "value", value, UnitInputs())
-        return (value, *output[1:]) if isinstance(output, tuple) else value
+        return signatures.with_first(output, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedError("a Houlsby layer is not called: its hook acts when its module is.")
