@@ -298,8 +298,6 @@ def _reading(place: Path) -> Iterator[None]:
     """Turns any error of a host into a `StorageError` that names the folder it read."""
     try:
         yield
-    except StorageError:
-        raise
     except Exception as error:  # errors of the hosts and of transformers have no common base
         raise StorageError(f"{place} cannot be loaded into this model ({cause_of(error)}).") from error
 
