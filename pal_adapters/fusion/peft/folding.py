@@ -89,7 +89,7 @@ def fold(
     head = _head(model, target)
     common = {
         "task_type": config.task_type,
-        "modules_to_save": config.modules_to_save,
+        "modules_to_save": config.modules_to_save and list(config.modules_to_save),  # PEFT extends it in place
         "inference_mode": config.inference_mode,
     }
     folded: PeftConfig
