@@ -14,7 +14,9 @@ pytest.importorskip("peft")
 from peft import get_peft_model
 
 from pal_adapters import HoulsbyPeftConfig, PALPeftConfig, describe_sites
-from tests.zoo import BY_NAME, HOSTS
+from tests.zoo import BY_NAME, HOST_WARNINGS, HOSTS
+
+pytestmark = HOST_WARNINGS
 
 SIZE: dict[str, Any] = {
     "hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 40,
