@@ -1,10 +1,10 @@
 """Hooks that carry a block's values to a task module and back. Knows no method and neither host.
 
-What a module reads is taken from calls *inside* the block (self-attention is called with the block's input and the
-mask), and what it writes goes to modules inside the block. Both therefore happen again when activation checkpointing
-re-runs the block, and recorded `hidden_states` contain the result. A block with no module at its end gets a function
-of ours in the place of its `forward`: hooks on the block itself would come too late for the hidden states that
-transformers 4.57 records, and transformers 5 does not re-run them.
+A task module reads from calls *inside* the block (self-attention is called with the block's input and the mask) and
+writes to modules inside the block. Activation checkpointing therefore repeats both when it re-runs the block, and
+the recorded `hidden_states` contain the result. If a block has no module at its end, its `forward` is wrapped
+instead: hooks on the block itself would run too late for the hidden states that transformers 4.57 records, and
+transformers 5 does not re-run them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -22,10 +23,11 @@ from pal_adapters.blocks.sites import Block, resolve
 from pal_adapters.errors import SiteError, UnsupportedError
 from pal_adapters.nn.unit import UnitInputs
 
+from .call import CallValue, run_around
 from .kv_cache import TaskCache, task_cache
 from .masks import CallMask
 
-# In the order in which a block comes to them.
+# In the order in which a block reaches them.
 _ORDER = ("attention", "ffn", "residual", "output", "stack_output")
 
 
@@ -36,14 +38,38 @@ class Runner(Protocol):
         """Whether a unit acts at `site` in this call."""
 
     def keeps_inputs(self) -> bool:
-        """Whether the runner fetches the inputs itself, later in this block, by `Attachment.take_inputs`."""
+        """Whether the runner fetches the inputs itself, later in this block, with `Attachment.take_inputs`."""
 
     def run(self, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
         """The new value at `site`."""
 
 
+@dataclass
+class BlockCall:
+    """What one call of a block was given, from its first hook to its last.
+
+    Attributes:
+        x: what self-attention reads, `[b, n, d]`.
+        raw: the block's input as it is.
+        h: the feed-forward input.
+        mask: the attention mask; `extra_mask` is a second one.
+        is_causal: what the call says of causality, if anything.
+        cache: the generation cache.
+        position: of the tokens, where the host says it.
+    """
+
+    x: Tensor | None = None
+    raw: Tensor | None = None
+    h: Tensor | None = None
+    mask: Any = None
+    extra_mask: Any = None
+    is_causal: Any = None
+    cache: Any = None
+    position: Any = None
+
+
 class _Behind:
-    """The hook behind one module: what is written there, in the order of the sites."""
+    """The hook behind one module: writes its sites, in order."""
 
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
@@ -64,7 +90,7 @@ class Attachment:
     Args:
         model: the model that holds the block.
         block: where to attach.
-        runner: is asked at every site and does the work.
+        runner: asked at every site; does the work.
     """
 
     def __init__(self, model: nn.Module, block: Block, runner: Runner) -> None:
@@ -79,7 +105,7 @@ class Attachment:
         self._needs: set[str] = set()
         self._keeps_x = False
         self._last: str | None = None
-        self._clear()
+        self._held = CallValue()
         attention = self._module(block.sites.attention)
         self._attention_arguments = signatures.positions_of(attention)
         self._block_arguments = signatures.positions_of(block.module)
@@ -93,7 +119,7 @@ class Attachment:
         self._stack_norm = (norm,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
-        """A copy for a copied block. A copy of a part of it, as in PEFT's `modules_to_save`, still belongs here."""
+        """A copy for a copied block. A copy of a part of it, as for PEFT's `modules_to_save`, shares the hooks."""
         if id(self._model[0]) not in memo and id(self.block.module) not in memo:
             return self
         new = object.__new__(type(self))
@@ -101,30 +127,25 @@ class Attachment:
         new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
         return new
 
-    def _clear(self) -> None:
-        self._x: Tensor | None = None
-        self._raw: Tensor | None = None
-        self._h: Tensor | None = None
-        self._mask: Any = None
-        self._extra_mask: Any = None
-        self._is_causal: Any = None
-        self._cache: Any = None
-        self._position: Any = None
+    @property
+    def _call(self) -> BlockCall:
+        held = self._held.value
+        return BlockCall() if held is None else held
 
     @property
     def _outside(self) -> bool:
-        """Whether the term is added behind the block, where only what the block itself got is at hand."""
+        """Whether the term is added behind the block, where only the block's own arguments are available."""
         return self.block.sites.residual_path == ""
 
     def require(self, sites: Iterable[str], needs: Iterable[str]) -> None:
-        """Install the hooks that these sites and needs ask for; those in place stay."""
+        """Install the hooks that these sites and needs require; existing ones stay."""
         self._needs |= set(needs)
         sites = {site for site in sites if site != "stack_output" or self.block.last}
         if "h" in self._needs:
             self._before(self.block.sites.ffn, self._on_ffn)
         if "raw" in self._needs and self.block.sites.input_norm and not self._outside:
             self._before(self.block.sites.input_norm, self._on_input_norm)
-        # `ffn` and `h` may come with rows and tokens in one dimension; the block's input tells them apart.
+        # `ffn` and `h` may have batch and tokens flattened into one dimension; the block's input tells them apart.
         if self._needs or "ffn" in sites:
             if self._outside:
                 self._wrap_block()
@@ -151,7 +172,7 @@ class Attachment:
         self._behind.clear()
         self._sites.clear()
         self._needs.clear()
-        self._clear()
+        self._held.value = None
 
     def _module(self, path: str) -> nn.Module:
         module = resolve(self.block.module, path)
@@ -197,50 +218,50 @@ class Attachment:
             block.forward = self.forward_block
 
     def forward_block(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's forward with what is read in front of it and written behind it."""
+        """The block's forward, reading before it and writing after it."""
         block: Any = self.block.module
         forward = self._inner_forward or functools.partial(type(block).forward, block)
-        again = block.__dict__.get("_gradient_checkpointing_func")
-        if again is None or not (signatures.CHECKPOINTS_FORWARD and block.gradient_checkpointing and block.training):
-            return self._inside(functools.partial(forward, **kwargs), *args)
-        # What the host is about to run once more in the backward pass is to read and write as well.
-        block._gradient_checkpointing_func = lambda run, *a: again(functools.partial(self._inside, run), *a)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            block._gradient_checkpointing_func = again
+        return run_around(block, self._inside, forward, *args, **kwargs)
 
-    def _inside(self, forward: functools.partial[Any], *args: Any) -> Any:
-        self._on_input(self.block.module, args, forward.keywords)
-        output = forward(*args)
-        return self._behind[""](self.block.module, args, output) if "" in self._behind else output
+    def _inside(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            self._on_input(self.block.module, args, kwargs)
+            output = forward(*args, **kwargs)
+            return self._behind[""](self.block.module, args, output) if "" in self._behind else output
+        finally:
+            if "stack_output" not in self._sites:
+                self._held.value = None
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         positions = self._block_arguments if self._outside else self._attention_arguments
-        # Under checkpointing a block's second run stops as soon as nothing more is needed, before its end.
-        self._h = None
+        # The norm in front of attention is the entry where its input is read. Either entry drops what an exception may
+        # have left of an earlier call.
+        held = self._held.value if "_on_input_norm" in self._hooked else None
+        call = self._held.value = BlockCall(raw=None if held is None else held.raw)
         if self._keeps_x:
-            self._x = signatures.hidden_states(positions, args, kwargs)
+            call.x = signatures.hidden_states(positions, args, kwargs)
         if "mask" not in self._needs:
             return
         signatures.check_masks(positions, args, kwargs)
-        self._mask = signatures.argument(signatures.MASK, positions, args, kwargs)
+        call.mask = signatures.argument(signatures.MASK, positions, args, kwargs)
         if self._local:
             local = signatures.argument(signatures.WINDOW_MASK, positions, args, kwargs)
-            self._mask = self._mask if local is None else local
-        self._extra_mask = signatures.argument(signatures.CAUSAL_MASK, positions, args, kwargs)
-        self._is_causal = kwargs.get("is_causal")
-        self._cache = signatures.cache_of(args, kwargs)
-        if self._cache is None:
+            call.mask = call.mask if local is None else local
+        call.extra_mask = signatures.argument(signatures.CAUSAL_MASK, positions, args, kwargs)
+        call.is_causal = kwargs.get("is_causal")
+        call.cache = signatures.cache_of(args, kwargs)
+        if call.cache is None:
             length = signatures.hidden_states(positions, args, kwargs).shape[1]
-            signatures.check_whole(self.block.name, self._mask, length, kwargs, causal=self._causal)
-        self._position = signatures.argument(signatures.POSITION, positions, args, kwargs)
+            signatures.check_whole(self.block.name, call.mask, length, kwargs, causal=self._causal)
+        call.position = signatures.argument(signatures.POSITION, positions, args, kwargs)
 
     def _on_input_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._raw = args[0] if args else next(iter(kwargs.values()))
+        self._held.value = BlockCall(raw=args[0] if args else next(iter(kwargs.values())))
 
     def _on_ffn(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._h = args[0] if args else next(iter(kwargs.values()))
+        if self._held.value is None:
+            self._held.value = BlockCall()
+        self._held.value.h = args[0] if args else next(iter(kwargs.values()))
 
     def _on_residual_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
@@ -249,22 +270,21 @@ class Attachment:
         return args, {**kwargs, name: self.write("residual", kwargs[name])}
 
     def _inputs(self, value: Tensor) -> UnitInputs:
-        x = self._x
+        call = self._call
+        x = call.x
         if x is not None and self._needs & {"x", "raw", "mask"}:
             self._check(x, value)
-        raw = x if self._raw is None else self._raw
+        raw = x if call.raw is None else call.raw
         if x is not None and self._outside and self.block.sites.input_norm and "x" in self._needs:
             x = self._module(self.block.sites.input_norm)(x)
-        h = self._h
+        h = call.h
         if h is not None and x is not None and h.dim() == 2 and x.dim() == 3:  # OPT's feed-forward
             h = h.view(*x.shape[:2], h.shape[-1])
         if "mask" not in self._needs:
             return UnitInputs(x=x, raw=raw, h=h, batch=value.shape[0])
-        cache: TaskCache | None = task_cache(
-            self._cache, self.block.name, self._index, self.block.depth, self._position
-        )
-        causal = self._causal if self._is_causal is None else bool(self._is_causal)
-        mask = CallMask(self._mask, self._extra_mask, causal, value.device, window=self._window if causal else None)
+        cache: TaskCache | None = task_cache(call.cache, self.block.name, self._index, self.block.depth, call.position)
+        causal = self._causal if call.is_causal is None else bool(call.is_causal)
+        mask = CallMask(call.mask, call.extra_mask, causal, value.device, window=self._window if causal else None)
         return UnitInputs(x=x, raw=raw, h=h, mask=mask, cache=cache, batch=value.shape[0])
 
     def _check(self, x: Tensor, value: Tensor) -> None:
@@ -281,23 +301,23 @@ class Attachment:
             )
 
     def take_inputs(self, value: Tensor) -> UnitInputs:
-        """What the block was called with, for a runner that `keeps_inputs`; forgets it."""
+        """Hand over what the block was called with to a runner that `keeps_inputs`."""
         inputs = self._inputs(value)
         self._forget()
         return inputs
 
     def write(self, site: str, output: Any) -> Any:
-        """What a module returned, with the new value at `site`."""
+        """Replace the value at `site` in a module's output."""
         if self.runner.is_active(site):
             value = signatures.first_of(output)
-            x, flat = self._x, value.dim() == 2
+            x, flat = self._call.x, value.dim() == 2
             if flat and x is not None and x.dim() == 3:  # OPT's feed-forward
                 new = self._run(site, value.view(*x.shape[:2], value.shape[-1])).view(value.shape)
             else:
                 new = self._run(site, value)
             output = signatures.with_first(output, new)
         if site == "stack_output":
-            self._clear()
+            self._held.value = None
         elif site == self._last and not self.runner.keeps_inputs():
             self._forget()
         return output
@@ -306,7 +326,9 @@ class Attachment:
         return self.runner.run(site, value, self._inputs(value))
 
     def _forget(self) -> None:
-        """Drop what was captured, but for the mask where the stack's output is still to come and needs it."""
-        self._x = self._raw = self._h = None
+        """Drop what was captured, except for the mask if the stack's output still needs it."""
+        call = self._held.value
         if "stack_output" not in self._sites:
-            self._clear()
+            self._held.value = None
+        elif call is not None:
+            call.x = call.raw = call.h = None

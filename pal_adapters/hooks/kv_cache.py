@@ -2,7 +2,7 @@
 
 A PAL attends, so generating with a cache needs its keys and values of earlier tokens. They are appended to
 `Cache.layers` as additional layers: beam reordering, cropping and repeating, which transformers does layer by layer,
-then reach them without a hook of ours (transformers 4.57 and 5). Keys and values are kept in the same kind of layer
+then reach them without further hooks (transformers 4.57 and 5). Keys and values are kept in the same kind of layer
 as the host's own (growing, sliding or static), so they cover the same tokens and the host's mask fits them. Tokens for
 a convolution or a state (`extend`) are kept without a window wherever the host's cache grows.
 """
@@ -194,7 +194,7 @@ class TaskCache:
         return isinstance(seen, int) and seen == 0
 
     def _host_layer(self) -> Any:
-        # Caches that grow on demand would hand a slot of ours to the next block: create the host's layers first.
+        # A cache that grows on demand would hand one of our slots to the next block: create the host's layers first.
         replicate = getattr(self._cache, "layer_class_to_replicate", None)
         while replicate is not None and len(self._cache.layers) < self._depth:
             self._cache.layers.append(replicate())
@@ -259,7 +259,7 @@ def _recent(held: Tensor, earlier: int | Tensor, length: int, last: int | None) 
 def task_cache(cache: Any, owner: object, index: int, depth: int, position: Tensor | None = None) -> TaskCache | None:
     """A `TaskCache` for a block, or None when the block runs without a cache.
 
-    A legacy tuple cache has no layers to append to; transformers 4.57 no longer passes one to a block.
+    A legacy tuple has no layers to append to; transformers 4.57 no longer passes one to a block.
     """
     inner = getattr(cache, "self_attention_cache", cache)
     if inner is None or not hasattr(inner, "layers"):

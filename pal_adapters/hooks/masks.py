@@ -1,4 +1,4 @@
-"""Attention masks in every form that Hugging Face blocks receive, brought to one."""
+"""Attention masks in every form that Hugging Face blocks receive, converted to one."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _shared_by_heads(mask: Tensor, q_len: int) -> Tensor:
 def normalise_mask(
     mask: object, *, q_len: int, kv_len: int, causal: bool, device: torch.device, window: int | None = None
 ) -> tuple[Tensor | None, bool]:
-    """Bring the mask that a block got to what `functional.attend` takes.
+    """Convert a block's mask to what `functional.attend` takes.
 
     Args:
         mask: None; `[b, k]` with non-zero for tokens; `[b, q, k]` or `[b, 1, q, k]`, boolean or integer (non-zero is
@@ -106,7 +106,7 @@ def normalise_mask(
 
 @dataclass(frozen=True)
 class CallMask:
-    """The mask of one call of a block, brought to the form of `functional.attend` when asked."""
+    """The mask of one call of a block, converted to the form of `functional.attend` on demand."""
 
     mask: Any
     extra: Any

@@ -1,16 +1,18 @@
 """Hooks that let one network act in a whole model. Knows no method and neither host.
 
-Where a task module adds a term to a block (`attach.py`), a network also changes the input of the first block, the
+A task module adds a term to a block (`attachment.py`). A network also changes the input of the first block, the
 attention scores, the norms and the output of the stack, and brings its own copies of pretrained weights. Each block
-has its own `NetworkHooks`. What acts in a block is done in a function that stands in the place of the block's
-`forward`, so that activation checkpointing repeats it, and reads nothing but parameters and the tasks of the rows: a
-tensor computed in front of the block would not get its gradient back from a reentrant checkpoint.
+has its own `NetworkHooks`. Everything that acts in a block happens inside a wrapper around the block's `forward`, so
+that activation checkpointing repeats it, and reads only parameters and the tasks of the batch: a tensor computed
+before the block would not receive its gradient from a reentrant checkpoint.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ from pal_adapters.errors import SiteError, UnsupportedError
 from pal_adapters.nn.unit import BatchTasks
 
 from .attention_bias import add_to_scores, mask_argument, past_length, position_scores, refusal, with_bias
+from .call import CallLock, CallValue, run_around
 from .masks import CallMask
 from .network_unit import NetworkRunner, NetworkUnit
 from .positions import token_positions
@@ -28,11 +31,20 @@ from .side_stream import SideStream
 from .weight_copies import BaseCopies, Slots, WrappedForward, reader_of
 
 
-class Steer(NamedTuple):
-    """What acts in the running call of a block."""
+@dataclass
+class Steer:
+    """What acts in one call of a block.
+
+    Attributes:
+        unit: the network's part in the block.
+        batch: the task of each row.
+        h: the feed-forward input, where a bottleneck at the top reads it.
+        bias: the term in the attention scores, where it does not go through the mask.
+    """
 
     unit: NetworkUnit
     batch: BatchTasks
+    h: Tensor | None = None
     bias: Tensor | None = None
 
 
@@ -57,14 +69,16 @@ class NetworkHooks:
         self._closing_eps = 0.0
         self._outer: dict[nn.Module, Slots] = {}
         self._stream: SideStream | None = None
-        self._steer: Steer | None = None
-        self._h: Tensor | None = None
+        self._running = CallValue()
+        # While a module runs, copies replace its pretrained weights for all threads. Threads therefore take turns
+        # there, including those that run without the copies.
+        self._locks: dict[nn.Module, CallLock] = {}
         self._block_arguments = signatures.positions_of(block.module)
 
     # Installing
 
     def require(self, unit: NetworkUnit) -> None:
-        """Install what a unit asks for; what is in place stays.
+        """Install the hooks that a unit requires; existing ones stay.
 
         Raises:
             SiteError: where the model has no such place.
@@ -84,11 +98,14 @@ class NetworkHooks:
             for place in places:
                 module = reader_of(self._model[0], place[0])
                 if module not in self._outer:
+                    self._locks[module] = CallLock()
                     self._wrapped.append(WrappedForward(module, functools.partial(self._run_outer, module)))
                     self._outer[module] = {}
                 known = self._outer[module].setdefault(name, [])
                 if place not in known:
                     known.append(place)
+        if unit.slots[0]:
+            self._locks.setdefault(self.block.module, CallLock())
         once("forward", self._install_forward)
 
     def _once(self, name: str, install: Any) -> None:
@@ -97,7 +114,7 @@ class NetworkHooks:
             self._installed.add(name)
 
     def remove(self) -> None:
-        """Take everything off again."""
+        """Remove all hooks."""
         while self._handles:
             self._handles.pop().remove()
         while self._wrapped:
@@ -108,6 +125,7 @@ class NetworkHooks:
         self._installed.clear()
         self._norms.clear()
         self._outer.clear()
+        self._locks.clear()
 
     def _module(self, path: str) -> nn.Module:
         module = resolve(self.block.module, path)
@@ -179,30 +197,32 @@ class NetworkHooks:
 
     # Acting
 
+    @property
+    def _steer(self) -> Steer | None:
+        return self._running.value
+
+    def _turn(self, module: nn.Module) -> AbstractContextManager[None]:
+        """One thread at a time, where copies are swapped in."""
+        lock = self._locks.get(module)
+        return nullcontext() if lock is None else lock.held()
+
     def _run_outer(self, module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         unit = self.runner.network()
-        if unit is None:
-            return forward(*args, **kwargs)
-        slots = {name: places for name, places in self._outer[module].items() if name in unit.slots[1]}
-        with BaseCopies(slots, unit.outer).in_force():
-            return forward(*args, **kwargs)
+        with self._turn(module):
+            if unit is None:
+                return forward(*args, **kwargs)
+            slots = {name: places for name, places in self._outer[module].items() if name in unit.slots[1]}
+            with BaseCopies(slots, unit.outer).in_force():
+                return forward(*args, **kwargs)
 
     def _run_block(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        block: Any = self.block.module
-        again = block.__dict__.get("_gradient_checkpointing_func")
-        if again is None or not (signatures.CHECKPOINTS_FORWARD and block.gradient_checkpointing and block.training):
-            return self._inside(forward, *args, **kwargs)
-        # What the host is about to run once more in the backward pass has to do all of this as well.
-        block._gradient_checkpointing_func = lambda run, *a: again(functools.partial(self._inside, run), *a)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            block._gradient_checkpointing_func = again
+        return run_around(self.block.module, self._inside, forward, *args, **kwargs)
 
     def _inside(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         unit = self.runner.network()
         if unit is None:
-            return forward(*args, **kwargs)
+            with self._running.bound(None), self._turn(self.block.module):
+                return forward(*args, **kwargs)
         x = signatures.hidden_states(self._block_arguments, args, kwargs)
         if x.dim() != 3:
             raise UnsupportedError(
@@ -214,18 +234,16 @@ class NetworkHooks:
             aligned = unit.align(x, batch)
             args = tuple(aligned if value is x else value for value in args)
             kwargs = {name: aligned if value is x else value for name, value in kwargs.items()}
-        self._steer = Steer(unit, batch)
-        try:
-            with BaseCopies(unit.slots[0], unit.base).in_force():
+        steer = Steer(unit, batch)
+        with self._running.bound(steer):
+            with self._turn(self.block.module), BaseCopies(unit.slots[0], unit.base).in_force():
                 output = forward(*args, **kwargs)
             if unit.acts_at_top:
-                output = signatures.with_first(output, self._top(unit, signatures.first_of(output), batch))
+                output = signatures.with_first(output, self._top(steer, signatures.first_of(output)))
             return output
-        finally:
-            self._steer = self._h = None
 
-    def _top(self, unit: NetworkUnit, y: Tensor, batch: BatchTasks) -> Tensor:
-        h = self._h
+    def _top(self, steer: Steer, y: Tensor) -> Tensor:
+        unit, batch, h = steer.unit, steer.batch, steer.h
         if h is not None and h.dim() == 2 and h.numel() == y.numel():  # OPT, see `_behind_norm`
             h = h.view(y.shape)
         if h is None or h.shape != y.shape:
@@ -236,18 +254,21 @@ class NetworkHooks:
         return unit.top(y, h, self._closing_eps, batch)
 
     def _on_h(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._steer is not None:
-            self._h = args[0] if args else next(iter(kwargs.values()))
+        steer = self._steer
+        if steer is not None:
+            steer.h = args[0] if args else next(iter(kwargs.values()))
 
     def _run_scores(self, forward: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         scores = forward(query, key, *args, **kwargs)
-        bias = None if self._steer is None else self._steer.bias
+        steer = self._steer
+        bias = None if steer is None else steer.bias
         return scores if bias is None else add_to_scores(scores, bias, query)
 
     def _on_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._steer is None or not self._steer.unit.has_attention:
+        steer = self._steer
+        if steer is None or not steer.unit.has_attention:
             return None
-        unit, batch, _ = self._steer
+        unit, batch = steer.unit, steer.batch
         reason = refusal(module, self._attention_arguments, self._implementation())
         if reason is None and self._mask == "mask" and kwargs.get("output_attentions"):
             reason = "output_attentions=True makes it use its eager attention, which takes a mask of zeros and ones"
@@ -270,7 +291,7 @@ class NetworkHooks:
         )  # fmt: skip
         bias = unit.attention_bias(batch, queries, keys, total)
         if self._adds_to_scores:
-            self._steer = Steer(unit, batch, bias)
+            steer.bias = bias
             return None
         mask = with_bias(mask, bias, causal=causal, window=window, dtype=x.dtype)
         position = self._attention_arguments[self._mask]
@@ -280,9 +301,10 @@ class NetworkHooks:
 
     def _behind_norm(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
         path, form = self._norms[module]
-        if self._steer is None or path not in self._steer.unit.norm_paths:
+        steer = self._steer
+        if steer is None or path not in steer.unit.norm_paths:
             return None
-        unit, batch = self._steer.unit, self._steer.batch
+        unit, batch = steer.unit, steer.batch
         # OPT normalises the tokens of all examples in one dimension.
         x, y = (v.view(batch.member.shape[0], -1, v.shape[-1]) if v.dim() == 2 else v for v in (args[0], output))
         scale = form.scale(module, x)
@@ -297,6 +319,6 @@ class NetworkHooks:
         slots = {name: places for name, places in self._outer.get(module, {}).items() if name in unit.slots[1]}
         assert self._final_form is not None
         form = self._final_form
-        with BaseCopies(slots, unit.outer).in_force():
+        with self._turn(module), BaseCopies(slots, unit.outer).in_force():
             scale = form.scale(module, x)
             return unit.final_norm(output, form.standardise(x), scale, getattr(module, "bias", None), batch)

@@ -1,4 +1,4 @@
-"""Runs units on a batch, or on one row of a batch each. Knows no host."""
+"""Runs units on a whole batch, or each on its own rows of a mixed batch. Knows no host."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ class RowPlan:
 
     Args:
         names: one adapter name a row.
-        keep: whether weights that the blocks share may be gathered once for all blocks. Not under activation
-            checkpointing: a block that runs again has to do all that it did before.
+        keep: whether weights shared by the blocks may be gathered once for all of them. Not under activation
+            checkpointing, where a block that runs again has to repeat everything.
     """
 
     def __init__(self, names: Sequence[str], *, keep: bool) -> None:
         self.names = tuple(names)
         self.kept: dict[object, dict[str, Tensor]] | None = {} if keep else None
-        # The plan that this one repeats, None if it repeats none.
+        # Whether generation may repeat each row (beams, several returned sequences).
+        self.repeated = False
+        # The plan that this one repeats, if any.
         self.origin: RowPlan | None = None
         self._repeated: dict[int, RowPlan] = {}
 
@@ -53,13 +55,13 @@ def run_unit(unit: TaskUnit, site: str, value: Tensor, inputs: UnitInputs) -> Te
 
 
 def select_rows(inputs: UnitInputs, rows: Tensor) -> UnitInputs:
-    """The inputs of some rows of these inputs, which may be rows of a larger batch themselves."""
+    """The inputs of some rows. `inputs` may themselves hold rows of a larger batch."""
     whole = rows if inputs.rows is None else inputs.rows[rows]
     return inputs.map(lambda t: t.index_select(0, rows))._replace(mask=inputs.mask.select(whole), rows=whole)
 
 
 def run_rows(units: Mapping[str, TaskUnit], plan: RowPlan, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
-    """Each row through its own unit, all rows of one kind in one call.
+    """Send each row through its own unit, with one call for all rows of the same kind.
 
     Args:
         units: the units by adapter name; a row whose name is missing keeps its value.
@@ -78,7 +80,7 @@ def run_rows(units: Mapping[str, TaskUnit], plan: RowPlan, site: str, value: Ten
         if name in units and site in units[name].sites:
             groups.setdefault(units[name].signature(), []).append(row)
     for signature, rows in groups.items():
-        # Units of another shape have keys of another shape in the generation cache, and other rows other ones.
+        # Units of different shapes, and different rows, need slots of their own in the generation cache.
         own = inputs._replace(slot=(*inputs.slot, names, signature))
         members = [names[row] for row in rows]
         distinct = list(dict.fromkeys(members))

@@ -16,6 +16,7 @@ from pal_adapters.blocks.norms import required_final_norm
 from pal_adapters.blocks.sites import Block
 from pal_adapters.errors import SiteError
 
+from .call import CallValue
 from .network_unit import NetworkRunner
 
 
@@ -35,7 +36,7 @@ class SideStream:
         self._runner = runner
         self._pre = block.sites.norm == "pre"
         self._rms = False
-        self._outputs: list[Tensor] | None = None
+        self._recorded = CallValue()
         self._handles: list[Any] = []
         stack_name = block.name.rpartition(".")[0]
         parent = model.get_submodule(stack_name.rpartition(".")[0])
@@ -61,15 +62,16 @@ class SideStream:
 
     def _start(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         unit = self._runner.network()
-        self._outputs = [] if unit is not None and unit.acts_in_stream else None
+        self._recorded.value = [] if unit is not None and unit.acts_in_stream else None
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._outputs is not None:
-            self._outputs.append(signatures.hidden_states({}, args, kwargs))
+        outputs = self._recorded.value
+        if outputs is not None:
+            outputs.append(signatures.hidden_states({}, args, kwargs))
 
     def _end(self, last: Tensor) -> Tensor | None:
-        unit, outputs = self._runner.network(), self._outputs
-        self._outputs = None
+        unit, outputs = self._runner.network(), self._recorded.value
+        self._recorded.value = None
         if unit is None or outputs is None:
             return None
         outputs = [*outputs, last]

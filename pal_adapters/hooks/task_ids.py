@@ -1,20 +1,22 @@
-"""`task_ids`: which task each row of a batch belongs to. Knows no method and neither host."""
+"""`task_ids`: the task of each example of a batch. Knows no method and neither host."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
 from pal_adapters.nn.unit import BatchTasks, batch_tasks
 
+from .call import CallValue
+
 ARGUMENT = "task_ids"
-# The same on the way through `PeftModelFor*.forward`, which drops `task_ids`.
+# The name under which they pass through `PeftModelFor*.forward`, which drops `task_ids`.
 CARRIED = "pal_adapters_task_ids"
 
 
@@ -72,71 +74,55 @@ def task_numbers(ids: Any, tasks: Sequence[str], batch: int, *, repeated: bool =
     raise UnsupportedError(f"task_ids has {count} entries, but the batch has {batch} rows: pass one a row.")
 
 
+@dataclass
+class _Given:
+    """The `task_ids` of one forward pass.
+
+    Attributes:
+        ids: as the caller passed them.
+        repeated: whether generation may repeat each row.
+        held: whether they hold whatever the model is called with.
+        known: the tasks of the rows by size and device: every block asks, and reading the ids waits for the device.
+    """
+
+    ids: Any = None
+    repeated: bool = False
+    held: bool = False
+    known: dict[tuple[Any, ...], BatchTasks] = field(default_factory=dict)
+
+
 class TaskRows:
-    """The `task_ids` of the forward pass that a model is in."""
+    """The `task_ids` of the forward pass that a model is in, in each thread."""
 
     def __init__(self) -> None:
-        self._ids: Any = None
-        self._repeated = False
-        self._held = False
-        self._known: dict[tuple[Any, ...], BatchTasks] = {}
-
-    def _set(self, ids: Any, repeated: bool, held: bool) -> None:
-        self._ids, self._repeated, self._held = ids, repeated, held
-        self._known = {}
+        self.call = CallValue()
 
     @contextmanager
     def in_force(self, ids: Any, *, repeated: bool = False) -> Iterator[None]:
         """Within it, the rows belong to these tasks, whatever the model is called with."""
-        before = (self._ids, self._repeated, self._held)
-        self._set(ids, repeated, True)
-        try:
+        with self.call.bound(_Given(ids, repeated, held=True)):
             yield
-        finally:
-            self._set(*before)
 
     def allow_repeated(self) -> None:
         """Generation is about to repeat rows (beams, several returned sequences)."""
-        self._repeated = True
+        given = self.call.value or _Given()
+        self.call.value = replace(given, repeated=True, known={})
 
     def take(self, args: Any, kwargs: dict[str, Any]) -> Any:
         """The arguments of a model's forward without `task_ids`, which are noted."""
         ids = [kwargs[name] for name in (ARGUMENT, CARRIED) if kwargs.get(name) is not None]
-        if ids or not self._held:
-            # They stay until the next call, since activation checkpointing runs blocks again in the backward pass.
-            self._set(ids[0] if ids else None, self._repeated and self._held, self._held)
+        given = self.call.value or _Given()
+        if ids or not given.held:
+            self.call.value = _Given(ids[0] if ids else None, given.repeated and given.held, given.held)
         return args, {name: value for name, value in kwargs.items() if name not in (ARGUMENT, CARRIED)}
 
     def of(self, tasks: Sequence[str], batch: int, device: torch.device) -> BatchTasks:
         """The task of each row, on a device; see `task_numbers`."""
+        given = self.call.value or _Given()
         if torch.compiler.is_compiling():
-            return batch_tasks(task_numbers(self._ids, tasks, batch, repeated=self._repeated)).to(device)
+            return batch_tasks(task_numbers(given.ids, tasks, batch, repeated=given.repeated)).to(device)
         key = (tuple(tasks), batch, device)
-        if key not in self._known:
-            numbers = task_numbers(self._ids, tasks, batch, repeated=self._repeated)
-            self._known[key] = batch_tasks(numbers).to(device)
-        return self._known[key]
-
-    def repeat_in(self, blocks: Sequence[nn.Module]) -> None:
-        """Let checkpointed blocks know their rows again when the backward pass runs them once more."""
-        for block in blocks:
-            function = block.__dict__.get("_gradient_checkpointing_func")
-            if function is not None and not isinstance(function, _Checkpoint):
-                block._gradient_checkpointing_func = _Checkpoint(self, function)  # type: ignore[assignment]
-
-    def again(self, given: tuple[Any, bool], run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`run` with the tasks of an earlier forward pass."""
-        with self.in_force(given[0], repeated=given[1]):
-            return run(*args, **kwargs)
-
-
-class _Checkpoint:
-    """A checkpoint function whose second run belongs to the same tasks as the first. A class, so that it is copied."""
-
-    def __init__(self, rows: TaskRows, function: Callable[..., Any]) -> None:
-        self.rows = rows
-        self.function = function
-
-    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = (self.rows._ids, self.rows._repeated)
-        return self.function(functools.partial(self.rows.again, given, run), *args, **kwargs)
+        if key not in given.known:
+            numbers = task_numbers(given.ids, tasks, batch, repeated=given.repeated)
+            given.known[key] = batch_tasks(numbers).to(device)
+        return given.known[key]

@@ -1,7 +1,7 @@
 """Pretrained weights that an adapter trains as copies of its own. Knows no method and neither host.
 
-The model's own weights stay as they are. While the adapter acts, its copies stand in their place for the time of each
-module's call, so that another adapter finds its own and no adapter finds the pretrained ones.
+The model's own weights stay unchanged. While the adapter is active, its copies replace them for the duration of each
+module's call, so that other adapters see their own copies, or the pretrained weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Slots = dict[str, list[tuple[nn.Module, str]]]
 
 
 def _slots(root: nn.Module, added: set[int]) -> Slots:
-    """Places of the parameters below `root` by name; tied ones under one name."""
+    """Where the parameters below `root` are, by name; tied ones share a name."""
     slots: Slots = {}
     names: dict[int, str] = {}
     for path, module in root.named_modules():
@@ -37,7 +37,7 @@ def block_slots(block: Block, added: set[int]) -> Slots:
 
 
 def embedding_names(model: nn.Module) -> list[str]:
-    """Names of the modules between the input and the first block, so far as they have weights."""
+    """Names of the modules with weights between the input and the first block."""
     tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     named = [name for name, _ in model.named_children() if name.startswith(("embed", "word_embed"))]
     return [*named, *tables]
@@ -52,8 +52,8 @@ def outer_slots(
         model: the model without its head.
         blocks: all blocks.
         added: what adapters added.
-        left_out: names of modules that are trained otherwise.
-        embeddings: which of the two.
+        left_out: names of modules that are trained in another way.
+        embeddings: whether to return those of the embeddings.
     """
     inside = {id(p) for block in blocks for p in block.module.parameters()}
     first = tuple(name + "." for name in embedding_names(model))
@@ -67,12 +67,12 @@ def outer_slots(
 
 
 def reader_of(model: nn.Module, module: nn.Module) -> nn.Module:
-    """The module whose `forward` reads the weights of another: itself, but for DeBERTa's relative positions."""
+    """The module whose `forward` reads a module's weights: itself, or DeBERTa's encoder for `rel_embeddings`."""
     return next((m for m in model.modules() if m._modules.get("rel_embeddings") is module), module)
 
 
 def key_of(name: str) -> str:
-    """A parameter name as one part of a name."""
+    """A parameter name without dots, for use as a key."""
     return name.replace(".", "__")
 
 
@@ -80,8 +80,8 @@ class BaseCopies:
     """The copies of one adapter in one place.
 
     Args:
-        slots: where the originals stand.
-        copies: the trained values by the same names.
+        slots: where the originals are.
+        copies: the trained values, by the same names.
     """
 
     def __init__(self, slots: Slots, copies: nn.ParameterDict) -> None:
@@ -90,7 +90,7 @@ class BaseCopies:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """The copies stand where the originals stood."""
+        """Within it, the copies replace the originals."""
         kept: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for key, places in self.slots.items():
@@ -107,7 +107,7 @@ class BaseCopies:
 
 
 def fill(into: nn.ParameterDict, slots: Slots) -> None:
-    """Copy the pretrained values."""
+    """Start the copies from the pretrained values."""
     for key, places in slots.items():
         module, name = places[0]
         original = module._parameters[name]
@@ -125,7 +125,7 @@ def match_dtypes(copies: nn.ParameterDict, slots: Slots) -> None:
 
 
 def scratch(into: nn.ParameterDict, slots: Slots, generator: torch.Generator | None, std: float = 0.02) -> None:
-    """Draw the copies anew: `N(0, std^2)` matrices, zero biases, norms of weight 1."""
+    """Reinitialise the copies: `N(0, std^2)` matrices, zero biases, norm weights of 1."""
     with torch.no_grad():
         for key, places in slots.items():
             module, name = places[0]
@@ -137,7 +137,7 @@ def scratch(into: nn.ParameterDict, slots: Slots, generator: torch.Generator | N
 
 
 class WrappedForward:
-    """Stands in the place of a module's `forward`, or of another method.
+    """Wraps a module's `forward`, or another of its methods.
 
     Args:
         module: the module.
@@ -160,13 +160,13 @@ class WrappedForward:
         return getattr(type(module), self._name)(module, *args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """What is called in its place."""
+        """What is called instead."""
         if self._around is None:
             return self.original(*args, **kwargs)
         return self._around(self.original, *args, **kwargs)
 
     def remove(self) -> None:
-        """Give the module its own method back, or stand aside where another stands in front by now."""
+        """Restore the module's own method, or step aside if something else has wrapped it since."""
         module = self._module[0]
         self._around = None
         if getattr(module.__dict__.get(self._name), "__self__", None) is self:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pal_adapters.errors import UnsupportedError
+
 
 class KeyValueCache(Protocol):
     """What a unit keeps of earlier tokens during generation.
@@ -133,7 +135,11 @@ class UnitInputs(NamedTuple):
     def read(self, name: str) -> Tensor:
         """`x`, `raw` or `h`."""
         tensor = getattr(self, name)
-        assert tensor is not None, f"{name} was not captured"
+        if tensor is None:
+            raise UnsupportedError(
+                f"{name} was not captured: the block did not call the modules that its sites name, or was called "
+                "again from inside itself."
+            )
         return tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> UnitInputs:

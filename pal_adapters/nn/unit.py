@@ -41,6 +41,8 @@ class TaskUnit(nn.Module):
 
     sites: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
+    # Whether this is the part of a network that steers the whole model, and acts through hooks of its own.
+    is_network: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()

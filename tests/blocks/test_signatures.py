@@ -114,8 +114,9 @@ def test_a_model_that_passes_something_else(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.filterwarnings("ignore")
 def test_generate_batch() -> None:
     """Methods without attention may serve packed requests; one that attends refuses each of them."""
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
+    memory = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=16)
     prompts = [[5, 6, 7, 8], [9, 10, 11]]
     settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=1)
     for config in (LowRankPeftConfig(hidden_size=8), PALPeftConfig(hidden_size=12, num_heads=2)):
@@ -125,7 +126,7 @@ def test_generate_batch() -> None:
             model.generate(input_ids=torch.tensor([p]), generation_config=settings)[0, len(p) :].tolist()
             for p in prompts
         ]
-        found = model.generate_batch(inputs=prompts, generation_config=settings)
+        found = model.generate_batch(prompts, settings, memory, warmup=False)
         results = [found[key] for key in sorted(found)]
         if isinstance(config, LowRankPeftConfig):
             assert [result.generated_tokens for result in results] == alone

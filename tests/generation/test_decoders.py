@@ -75,10 +75,15 @@ def generate(model: Any, inputs: dict[str, Tensor], tokens: int = 6, **more: Any
         return model.generate(**copy.copy(inputs), **{**settings, **more})
 
 
-def assert_same(a: Any, b: Any, tolerance: float = TOLERANCE) -> None:
+def assert_same(a: Any, b: Any, *, beams: bool = False) -> None:
     assert torch.equal(a.sequences, b.sequences)
     assert len(a.logits) == len(b.logits)
-    assert max(zoo.difference(x, y) for x, y in zip(a.logits, b.logits, strict=True)) <= tolerance
+    for one, other in zip(a.logits, b.logits, strict=True):
+        if beams:  # those with nearly equal scores may change places: each row is one of the others
+            apart = (one[:, None] - other[None]).abs().amax(-1)
+            assert max(apart.amin(0).max(), apart.amin(1).max()) <= TOLERANCE
+        else:
+            assert zoo.difference(one, other) <= TOLERANCE
 
 
 @pytest.mark.parametrize("method", CONFIGS)
@@ -131,7 +136,7 @@ def test_modes_that_repeat_and_reorder_rows(name: str, method: str, mode: dict[s
     for use_cache in (True, False):
         torch.manual_seed(3)
         results.append(generate(model, inputs, tokens=7, use_cache=use_cache, output_scores=True, **mode))
-    assert_same(*results)
+    assert_same(*results, beams="num_beams" in mode)
     if "num_beams" in mode:
         assert zoo.difference(results[0].sequences_scores, results[1].sequences_scores) <= TOLERANCE
 
@@ -210,7 +215,7 @@ def test_prompt_in_chunks(name: str, method: str) -> None:
 def test_encoder_decoder(name: str, mode: dict[str, Any], method: str) -> None:
     model, inputs = adapted_model(name, method), prompt(name, padding=True)
     a, b = (generate(model, inputs, use_cache=use_cache, **mode) for use_cache in (True, False))
-    assert_same(a, b)
+    assert_same(a, b, beams=bool(mode))
     if not mode:
         start = {"decoder_input_ids": a.sequences[:, :-1]}
         with torch.no_grad():
@@ -244,7 +249,7 @@ def test_one_adapter_a_row(name: str, mode: dict[str, Any]) -> None:
     model, inputs = _two(name), prompt(name, padding=True, batch=6)
     names = ["rte", "qqp", "__base__", "sst", "rte", "qqp"]
     mixed = generate(model, inputs, adapter_names=names, **mode)
-    assert_same(mixed, generate(model, inputs, adapter_names=names, use_cache=False, **mode))
+    assert_same(mixed, generate(model, inputs, adapter_names=names, use_cache=False, **mode), beams=bool(mode))
     for row, adapter in enumerate(names):
         single = {k: v[row : row + 1] for k, v in inputs.items()}
         if adapter == "__base__":

@@ -139,10 +139,8 @@ def test_nothing_of_a_forward_pass_is_kept(name: str, method: str, enabled: bool
     assert kept
     assert [ref() for ref in kept] == [None] * len(kept)
     for attachment in attachments(model):
-        state = {k: v for k, v in vars(attachment).items() if isinstance(v, Tensor)}
-        assert not state
-        assert attachment._mask is None
-        assert attachment._cache is None
+        assert not [name for name, value in vars(attachment).items() if isinstance(value, Tensor)]
+        assert attachment._held.value is None
 
 
 @pytest.mark.parametrize("name", NAMES)

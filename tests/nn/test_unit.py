@@ -328,6 +328,6 @@ def test_inputs() -> None:
     assert mapped.read("x").max() == 2
     assert mapped.read("h").max() == 1
     assert mapped.raw is None
-    with pytest.raises(AssertionError, match="raw was not captured"):
+    with pytest.raises(UnsupportedError, match="raw was not captured"):
         inputs.read("raw")
     assert inputs.mask(3, 4) == (None, False)

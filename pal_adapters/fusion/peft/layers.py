@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +171,10 @@ class FusionNormLayer(_Names, HoulsbyNorm):
         if isinstance(norm, nn.LayerNorm):
             bias = weights.get("bias")
             return F.layer_norm(x.to(dtype), norm.normalized_shape, weights["weight"], bias, norm.eps).to(x.dtype)
-        return torch.func.functional_call(norm, weights, (x.to(dtype),)).to(x.dtype)
+        # Not `torch.func.functional_call`, which swaps the weights of the one norm that other threads are using.
+        changed = copy.copy(norm)
+        changed.__dict__["_parameters"] = weights
+        return changed(x.to(dtype)).to(x.dtype)
 
 
 class FusionBlockLayer(_Names, TaskTunerLayer):

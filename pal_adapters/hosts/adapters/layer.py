@@ -115,9 +115,8 @@ class TaskLayer(ValueComposition, nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        if self.network is not None and not any(
-            hasattr(u, "slots") for name in self.pal_adapters for u in self.units(name)
-        ):
+        units = [unit for name in self.pal_adapters for unit in self.units(name)]
+        if self.network is not None and not any(unit.is_network for unit in units):
             self.network.remove()
             self.network = None
 

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
-from adapters.composition import Stack
+from adapters.composition import AdapterCompositionBlock, Stack
 from adapters.context import AdapterSetup, ForwardContext
+from torch import nn
 
-from pal_adapters.blocks.sites import find_blocks
+from pal_adapters.blocks.sites import Block
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.network import NetworkHooks
+from pal_adapters.hooks.network_copies import give_copies
 from pal_adapters.hooks.task_ids import ARGUMENT, task_numbers
-from pal_adapters.hooks.weight_copies import Slots, block_slots, fill, outer_slots, scratch
 from pal_adapters.hosts.method import generator_for
 from pal_adapters.nn.unit import BatchTasks, TaskUnit, batch_tasks
 
 from .config import given_configs
 
-if TYPE_CHECKING:
-    from .layer import TaskLayer
+
+class UnitsOfBlock(Protocol):
+    """What a block's layer tells its network."""
+
+    adapters_config: Any
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def block(self) -> Block: ...
+
+    def setup(self) -> AdapterCompositionBlock | None: ...
+
+    def units(self, name: str) -> Iterator[TaskUnit]: ...
 
 
 class LayerNetwork:
@@ -29,7 +44,7 @@ class LayerNetwork:
         layer: the block's layer, whose units it lets act.
     """
 
-    def __init__(self, layer: TaskLayer) -> None:
+    def __init__(self, layer: UnitsOfBlock) -> None:
         self._layer = layer
         self.hooks = NetworkHooks(layer.model, layer.block, self)
 
@@ -41,20 +56,10 @@ class LayerNetwork:
             config: its config.
             added: parameters of the model that are not pretrained, by id.
         """
-        block, model = self._layer.block, self._layer.model
         made: Any = unit
-        if config.train_base:
-            inner = {} if block.index in config.freeze_layers else block_slots(block, added)
-            fill(made.base, inner)
-            if block.last and config.top_block_init == "scratch":
-                scratch(made.base, inner, generator_for(config.init_weights_seed, block))
-            outer: Slots = {}
-            if block.last:
-                blocks = find_blocks(model, config.sites)
-                for embeddings in (False,) if config.freeze_embeddings else (False, True):
-                    outer |= outer_slots(model, blocks, added, left_out=(), embeddings=embeddings)
-                fill(made.outer, outer)
-            made.slots = (inner, outer)
+        block = self._layer.block
+        generator = generator_for(config.init_weights_seed, block)
+        give_copies(made, block, self._layer.model, config, added=added, generator=generator)
         self.hooks.require(made)
 
     def remove(self) -> None:
@@ -68,16 +73,16 @@ class LayerNetwork:
         setup = layer.setup()
         if setup is None:
             return None
-        names = [name for name in setup.flatten() if any(hasattr(unit, "slots") for unit in layer.units(name))]
+        names = [name for name in setup.flatten() if any(unit.is_network for unit in layer.units(name))]
         if not names:
             return None
         plain = isinstance(setup, Stack) and all(isinstance(child, str) for child in setup)
         if len(names) > 1 or not plain:
             raise UnsupportedError(
-                f"{', '.join(map(repr, sorted(names)))} in {setup} cannot be active so: a network for many tasks "
-                "steers the whole model. Activate one of them, alone or in a Stack of adapters of other methods."
+                f"{', '.join(map(repr, sorted(names)))} cannot be active in {setup}: a network for many tasks steers "
+                "the whole model. Activate one of them, alone or in a Stack of adapters of other methods."
             )
-        return names[0], next(unit for unit in layer.units(names[0]) if hasattr(unit, "slots"))
+        return names[0], next(unit for unit in layer.units(names[0]) if unit.is_network)
 
     def network(self) -> Any:
         active = self._active()

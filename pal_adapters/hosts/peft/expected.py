@@ -129,7 +129,7 @@ TOUCHES = [
     ),
     Touch(
         "ModulesToSaveWrapper.forward",
-        "replaced while `adapter_names` is in force, as PEFT's mixes single linear modules only",
+        "wrapped from the first `adapter_names` on, as PEFT's mixes single linear modules only",
         has("peft.utils.other:ModulesToSaveWrapper", "forward"),
     ),
     Touch(
@@ -149,7 +149,7 @@ TOUCHES = [
     ),
     Touch(
         "PreTrainedModel._gradient_checkpointing_func",
-        "wrapped while `adapter_names` is in force, so that a recomputed block uses the same adapters",
+        "wrapped from the first `adapter_names` on, so that a recomputed block uses the same adapters",
         lambda: (
             "_gradient_checkpointing_func"
             in inspect.getsource(resolve_name("transformers:PreTrainedModel._set_gradient_checkpointing"))

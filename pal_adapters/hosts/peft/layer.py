@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,20 +15,25 @@ from torch import Tensor, nn
 from pal_adapters.blocks.sites import Block
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.attachment import Attachment
+from pal_adapters.hooks.call import CallValue
 from pal_adapters.hooks.rows import RowPlan, run_rows, run_unit
 from pal_adapters.hosts.method import Method
 from pal_adapters.nn.unit import TaskUnit, UnitInputs
 
 from .joint import mark_base
 
-
-class RowRouting:
-    """Mixed into tuner layers: `plan` names the adapter of each row while `adapter_names` is in force."""
-
-    plan: RowPlan | None = None
+# Beside the models, so that nothing of it stays on one that is unloaded.
+_PLANS: WeakKeyDictionary[nn.Module, CallValue] = WeakKeyDictionary()
+_LOCK = threading.Lock()
 
 
-class TunerLayer(nn.Module, BaseTunerLayer, RowRouting):
+def plans_of(model: nn.Module) -> CallValue:
+    """The place of a base model for the `RowPlan` of the call that each thread is in."""
+    with _LOCK:
+        return _PLANS.setdefault(model, CallValue())
+
+
+class TunerLayer(nn.Module, BaseTunerLayer):
     """Base of all our layers: a container of units by adapter name, nothing that could be merged.
 
     Args:
@@ -42,12 +49,18 @@ class TunerLayer(nn.Module, BaseTunerLayer, RowRouting):
         # Tuples, so that neither is registered as a child.
         self._model = (model,)
         self._near = (near,)
+        self.plans = plans_of(model)
         self.in_features = self.out_features = width
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
+
+    @property
+    def plan(self) -> RowPlan | None:
+        """The adapter of each row while `adapter_names` is in force in this thread."""
+        return self.plans.value
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
@@ -104,8 +117,9 @@ class TunerLayer(nn.Module, BaseTunerLayer, RowRouting):
 
     def run_active(self, units: nn.ModuleDict, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
         """The active units of `units` that act at `site`, in the order of activation, or each row through its own."""
-        if self.plan is not None:
-            plan = self.plan.for_batch(value.shape[0])
+        plan = self.plan
+        if plan is not None:
+            plan = plan.for_batch(value.shape[0])
             return run_rows(units, plan, site, value, inputs._replace(slot=("rows",)))  # type: ignore[arg-type]
         for name in self.active_adapters:
             if name in units:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pal_adapters.blocks.sites import Block, find_blocks
+from pal_adapters.blocks.sites import Block
 from pal_adapters.errors import UnsupportedError
+from pal_adapters.hooks.call import bind_reruns
 from pal_adapters.hooks.network import NetworkHooks
+from pal_adapters.hooks.network_copies import give_copies
 from pal_adapters.hooks.task_ids import ARGUMENT, CARRIED, TaskRows
-from pal_adapters.hooks.weight_copies import Slots, block_slots, fill, match_dtypes, outer_slots, scratch
+from pal_adapters.hooks.weight_copies import match_dtypes
 from pal_adapters.nn.unit import BatchTasks, TaskUnit
 
 from .joint import check_trainable, task_parameter_ids
@@ -37,6 +39,7 @@ class NetworkTunerLayer(TaskTunerLayer):
     def __init__(self, model: nn.Module, block: Block) -> None:
         super().__init__(model, block)
         self.hooks = NetworkHooks(model, block, self)
+        task_rows(model)  # made here, before threads ask for it
         # By adapter; the lists are those of the configs.
         self.tasks: dict[str, list[str]] = {}
         self._taken: Any = None
@@ -47,7 +50,7 @@ class NetworkTunerLayer(TaskTunerLayer):
         """Take `task_ids` where no `PeftModel` did, and see to it that checkpointed blocks know their rows again."""
         rows = task_rows(model)
         if model.training:
-            rows.repeat_in([m.base_layer for m in model.modules() if isinstance(m, NetworkTunerLayer)])
+            bind_reruns(model.modules(), rows.call)
         return rows.take(args, kwargs)
 
     def update_layer(self, adapter_name: str, config: Any, shared: nn.Module | None) -> nn.Module | None:
@@ -60,22 +63,15 @@ class NetworkTunerLayer(TaskTunerLayer):
         made: Any = unit
         if config.train_base:
             check_trainable(model)
-            added = task_parameter_ids(model)
-            inner = {} if block.index in config.freeze_layers else block_slots(block, added)
-            fill(made.base, inner)
-            if block.last and config.top_block_init == "scratch":
-                scratch(made.base, inner, None)
-            outer: Slots = {}
-            if block.last:
-                headless = getattr(model, "base_model", model)
-                blocks = find_blocks(model, config.sites)
-                kinds = (False,) if config.freeze_embeddings else (False, True)
-                for embeddings in kinds:
-                    outer |= outer_slots(
-                        headless, blocks, added, left_out=config.modules_to_save or (), embeddings=embeddings
-                    )
-                fill(made.outer, outer)
-            made.slots = (inner, outer)
+        give_copies(
+            made,
+            block,
+            model,
+            config,
+            added=task_parameter_ids(model),
+            headless=getattr(model, "base_model", model),
+            left_out=config.modules_to_save or (),
+        )
         self.hooks.require(made)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:

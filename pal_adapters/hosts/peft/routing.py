@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -14,9 +13,10 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
+from pal_adapters.hooks.call import CallValue, bind_reruns
 from pal_adapters.hooks.rows import RowPlan
 
-from .layer import RowRouting, entry, tuner_layers
+from .layer import TunerLayer, entry
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 
@@ -82,40 +82,64 @@ def _route(wrapper: ModulesToSaveWrapper, plan: RowPlan, *args: Any, **kwargs: A
     return torch.cat(parts).index_select(0, order.argsort())
 
 
+class _Routed:
+    """The `forward` of a module to save: each row through its adapter's copy while `adapter_names` is in force."""
+
+    def __init__(self, wrapper: ModulesToSaveWrapper, plans: CallValue) -> None:
+        self.wrapper = wrapper
+        self.plans = plans
+        self.inner = wrapper.__dict__.get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self.plans.value
+        if plan is not None:
+            return _route(self.wrapper, plan, *args, **kwargs)
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        return type(self.wrapper).forward(self.wrapper, *args, **kwargs)
+
+
 class Routing:
     """A context in which every layer of ours and every module to save treats each row with its own adapter.
 
+    It holds for the thread that enters it, and for what activation checkpointing runs again for a call inside.
+
     Args:
         model: the base model.
+        plans: its place for the plan, see `plans_of`.
         names: the user's `adapter_names`.
         known: adapters of the model.
-        kwargs: the other arguments of the call.
-
-    Attributes:
-        repeated: whether generation may repeat each row (beams, several returned sequences).
+        args, kwargs: the other arguments of the call.
     """
 
-    def __init__(self, model: nn.Module, names: Any, known: Sequence[str], kwargs: dict[str, Any]) -> None:
-        self.model = model
-        self.repeated = generates(model, kwargs)
-        checkpointed = model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    def __init__(
+        self,
+        model: nn.Module,
+        plans: CallValue,
+        names: Any,
+        known: Sequence[str],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        modules = list(model.modules())
+        checkpointed = model.training and any(getattr(m, "gradient_checkpointing", False) for m in modules)
         self.plan = RowPlan(check_names(names, known), keep=not checkpointed)
-        self._layers = [layer for _, layer in tuner_layers(model) if isinstance(layer, RowRouting)]
-        self._wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        self.plan.repeated = generates(model, kwargs)
+        # `PeftModelFor*.forward` keeps the inputs to itself here; `TaskTuner.forward` sees them.
+        check_batch(model, self.plan, args, {name: kwargs[name] for name in _INPUTS if name in kwargs})
+        # Layers of an adapter that was added to a part of the model ask that part.
+        places = (plans, *(m.plans for m in modules if isinstance(m, TunerLayer)))
+        self._places = list({id(place): place for place in places}.values())
+        for module in modules:
+            if isinstance(module, ModulesToSaveWrapper) and not isinstance(module.__dict__.get("forward"), _Routed):
+                module.__dict__["forward"] = _Routed(module, plans)
+        if checkpointed:
+            bind_reruns(modules, *self._places)
         self._stack = ExitStack()
 
     def __enter__(self) -> Routing:
-        try:
-            self._stack.enter_context(self._in_force())
-            self._stack.callback(self.model.register_forward_pre_hook(self._check_batch, with_kwargs=True).remove)
-            for module in self.model.modules():
-                function = module.__dict__.get("_gradient_checkpointing_func")
-                if function is not None and getattr(module, "gradient_checkpointing", False):
-                    module._gradient_checkpointing_func = self._checkpoint(function)  # type: ignore[assignment]
-                    self._stack.callback(setattr, module, "_gradient_checkpointing_func", function)
-        except BaseException:
-            self._stack.close()
-            raise
+        for place in self._places:
+            self._stack.enter_context(place.bound(self.plan))
         return self
 
     def __exit__(
@@ -123,39 +147,11 @@ class Routing:
     ) -> None:
         self._stack.close()
 
-    @contextmanager
-    def _in_force(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for layer in self._layers:
-                stack.callback(setattr, layer, "plan", layer.plan)
-                layer.plan = self.plan
-            for wrapper in self._wrappers:
-                stack.callback(_restore_forward, wrapper, wrapper.__dict__.get("forward"))
-                wrapper.__dict__["forward"] = functools.partial(_route, wrapper, self.plan)
-            yield
 
-    def _checkpoint(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A checkpoint function whose second run, in the backward pass, has these rows again."""
-
-        def checkpoint(block: Any, *args: Any, **kwargs: Any) -> Any:
-            def again(*inner: Any, **inner_kwargs: Any) -> Any:
-                with self._in_force():
-                    return block(*inner, **inner_kwargs)
-
-            return function(again, *args, **kwargs)
-
-        return checkpoint
-
-    def _check_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        batch = _batch_size(self.model, args, kwargs)
-        if not self.repeated and batch is not None and batch != len(self.plan.names):
-            raise UnsupportedError(
-                f"adapter_names has {len(self.plan.names)} names, but the batch has {batch} rows: pass one name a row."
-            )
-
-
-def _restore_forward(module: nn.Module, forward: Any) -> None:
-    if forward is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.__dict__["forward"] = forward
+def check_batch(model: nn.Module, plan: RowPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise `UnsupportedError` for another number of names than rows, where the arguments tell the number of rows."""
+    batch = _batch_size(model, args, kwargs)
+    if not plan.repeated and batch is not None and batch != len(plan.names):
+        raise UnsupportedError(
+            f"adapter_names has {len(plan.names)} names, but the batch has {batch} rows: pass one name a row."
+        )

@@ -43,11 +43,11 @@ from .joint import (
     name_alone,
     task_parameter_ids,
 )
-from .layer import TaskTunerLayer, TunerLayer, remove_adapter_name, tuner_layers
+from .layer import TaskTunerLayer, TunerLayer, plans_of, remove_adapter_name, tuner_layers
 from .loading import adapter_tensors, check_tensors
 from .registry import method_of
 from .registry import register as register
-from .routing import Routing
+from .routing import Routing, check_batch
 
 EXCLUDED = _ExcludedModule()
 _TRANSFORMERS_5 = Version(transformers.__version__) >= Version("5")
@@ -125,6 +125,7 @@ class TaskTuner(BaseTuner):
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._of_peft_model = isinstance(peft_config, dict)  # otherwise the tuner is only used to inject one adapter
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        self._plans = plans_of(model)
         if self._of_peft_model:  # which registers the tuner next
             _watch_task_ids(self)
 
@@ -318,17 +319,18 @@ class TaskTuner(BaseTuner):
             yield
             return
         known = [name for name, config in self.peft_config.items() if method_of(config) is not None]
-        self._routing = Routing(self.model, names, known, kwargs)
-        try:
-            with self._routing:
-                yield
-        finally:
-            self._routing = None
+        with Routing(self.model, self._plans, names, known, args, kwargs):
+            yield
 
-    _routing: Routing | None = None
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self._plans.value
+        if plan is not None:
+            check_batch(self.model, plan, args, kwargs)
+        return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own method, which may repeat the examples of a batch."""
-        if self._routing is not None:
-            self._routing.repeated = True
+        plan = self._plans.value
+        if plan is not None:
+            plan.repeated = True
         return self.model.generate(*args, **kwargs)

@@ -35,6 +35,8 @@ class ConditionalBlock(TaskUnit):
             conditional (`"final"`), or none.
     """
 
+    is_network = True
+
     def __init__(
         self,
         size: int,

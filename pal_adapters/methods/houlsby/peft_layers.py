@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pal_adapters.blocks import signatures
@@ -159,12 +160,21 @@ class HoulsbyNorm(HoulsbyTunerLayer):
             return norms[0](x.to(norms[0].weight.dtype)).to(x.dtype)  # type: ignore[arg-type]
         # The base norm may have a narrower dtype than the adapters' copies.
         dtype = next(norm.weight.dtype for norm in norms if norm is not base)
-        weights = {
-            key: torch.stack([getattr(norm, key).to(dtype) for norm in norms])
-            for key, _ in base.named_parameters(recurse=False)
-        }
-        call = torch.func.vmap(lambda w, row: torch.func.functional_call(base, w, (row,)))
-        return call(weights, x.to(dtype)).to(x.dtype)  # type: ignore[arg-type]
+        wide = x.to(dtype)  # type: ignore[arg-type]
+        if isinstance(base, nn.LayerNorm):
+            shape = (len(names), *(1,) * (x.dim() - 2), x.shape[-1])
+            y = F.layer_norm(wide, base.normalized_shape, eps=base.eps)
+            for key, join in (("weight", torch.mul), ("bias", torch.add)):
+                if getattr(base, key) is not None:
+                    y = join(y, torch.stack([getattr(norm, key).to(dtype) for norm in norms]).view(shape))
+            return y.to(x.dtype)
+        # Not through `torch.func`: it swaps the weights of the one base norm, which other threads are using.
+        new = wide
+        for norm in dict.fromkeys(norms):
+            rows = torch.tensor([row for row, own in enumerate(norms) if own is norm], device=x.device)
+            part = wide.index_select(0, rows).to(norm.weight.dtype)  # type: ignore[arg-type]
+            new = new.index_copy(0, rows, norm(part).to(dtype))
+        return new.to(x.dtype)
 
 
 def is_scaled_norm(module: nn.Module) -> bool:

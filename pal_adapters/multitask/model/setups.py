@@ -14,53 +14,35 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from pal_adapters.hooks.call import CallValue, bind_reruns
+
 Enter = Callable[[], AbstractContextManager[None]]
 
-_CURRENT: ContextVar[Enter | None] = ContextVar("pal_adapters_pass", default=None)
+
+class _Pass(CallValue):
+    """The setup of the pass that this thread is in. A block that is computed again enters it anew."""
+
+    @contextmanager
+    def bound(self, value: Enter | None) -> Iterator[None]:
+        with super().bound(value), nullcontext() if value is None else value():
+            yield
+
+
+_PASS = _Pass()
 
 
 @contextmanager
 def pass_under(backbone: nn.Module, enter: Enter) -> Iterator[None]:
     """One pass through the backbone under a setup, which blocks that are computed again later enter anew."""
     if backbone.training:
-        _remember_setups(backbone)
-    token = _CURRENT.set(enter)
-    try:
-        with enter():
-            yield
-    finally:
-        _CURRENT.reset(token)
-
-
-class _Remembering:
-    """A model's checkpoint function, whose second run of a block is under the setup of the first."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        enter = _CURRENT.get()
-        if enter is None:
-            return self.function(block, *args, **kwargs)
-
-        def run(*inner: Any, **inner_kwargs: Any) -> Any:
-            with enter():
-                return block(*inner, **inner_kwargs)
-
-        return self.function(run, *args, **kwargs)
-
-
-def _remember_setups(backbone: nn.Module) -> None:
-    for module in backbone.modules():
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if function is not None and not isinstance(function, _Remembering):
-            module._gradient_checkpointing_func = _Remembering(function)  # type: ignore[assignment]
+        bind_reruns(backbone.modules(), _PASS)
+    with _PASS.bound(enter):
+        yield
 
 
 def adapter_setup(setup: Any) -> AbstractContextManager[Any]:

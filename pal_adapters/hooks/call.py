@@ -1,0 +1,132 @@
+"""The state of one call, kept for the thread that makes the call. Knows no method and neither host.
+
+Threads share a model, so nothing that belongs to one call may be stored on the model itself. Activation checkpointing
+runs a block again in the backward pass, possibly in another thread: whatever was in force in the first run is bound
+into the function that runs again, see `Rerun`.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from pal_adapters.blocks.signatures import CHECKPOINTS_FORWARD
+
+
+class CallValue(threading.local):
+    """A value of the call that this thread is in, None outside. Copies start without one."""
+
+    value: Any = None
+
+    @contextmanager
+    def bound(self, value: Any) -> Iterator[None]:
+        """The value within; afterwards the one before, after an exception too."""
+        before = self.value
+        self.value = value
+        try:
+            yield
+        finally:
+            self.value = before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallValue:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+class CallLock:
+    """Lets one thread at a time through, and a thread that is through again. Copies are free."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The lock is held within. A compiled graph reads the parameters themselves and swaps nothing."""
+        if torch.compiler.is_compiling():
+            yield
+            return
+        with self._lock:
+            yield
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallLock:
+        return CallLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CallLock, ()
+
+
+# What stands around the forward of the block that is about to be checkpointed, the outermost first.
+_AROUND = CallValue()
+Around = Callable[..., Any]
+
+
+class Rerun:
+    """A checkpoint function whose function finds, whenever it runs, what held when it was first called.
+
+    Args:
+        function: the host's checkpoint function.
+        values: what is bound.
+    """
+
+    def __init__(self, function: Callable[..., Any], values: tuple[CallValue, ...]) -> None:
+        self.function = function
+        self.values = values
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        around, _AROUND.value = _AROUND.value or (), None
+        given = tuple((value, value.value) for value in self.values)
+        return self.function(functools.partial(_again, given, around, run), *args, **kwargs)
+
+
+def _again(
+    given: tuple[tuple[CallValue, Any], ...],
+    around: tuple[Around, ...],
+    run: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    with ExitStack() as stack:
+        for value, held in given:
+            stack.enter_context(value.bound(held))
+        if around and isinstance(run, functools.partial):  # the host's: keywords are for those around, too
+            kwargs = {**run.keywords, **kwargs}
+            run = functools.partial(run.func, *run.args)
+        for one in reversed(around):
+            run = functools.partial(one, run)
+        return run(*args, **kwargs)
+
+
+def bind_reruns(modules: Iterable[nn.Module], *values: CallValue) -> None:
+    """Let what these modules run again in the backward pass find these values."""
+    for module in modules:
+        function: Any = module.__dict__.get("_gradient_checkpointing_func")
+        if function is None:
+            continue
+        if not isinstance(function, Rerun):
+            module._gradient_checkpointing_func = Rerun(function, values)  # type: ignore[assignment]
+        elif missing := tuple(value for value in values if not any(value is known for known in function.values)):
+            function.values = (*function.values, *missing)
+
+
+def run_around(block: Any, around: Around, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`around(forward, ...)`, in such a way that what the host runs again in the backward pass is all of it.
+
+    Args:
+        block: whose `forward` this is.
+        around: called with the function that it stands around, and the arguments.
+        forward: the block's own.
+    """
+    checkpointed = block.__dict__.get("_gradient_checkpointing_func") is not None and CHECKPOINTS_FORWARD
+    if not (checkpointed and block.gradient_checkpointing and block.training and torch.is_grad_enabled()):
+        return around(forward, *args, **kwargs)
+    bind_reruns([block])
+    with _AROUND.bound((*(_AROUND.value or ()), around)):
+        return forward(*args, **kwargs)
