@@ -26,6 +26,7 @@ import torch
 from transformers import BertForSequenceClassification, LlamaForCausalLM, logging
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
 import pal_adapters
+import tests.methods  # with a method of another package
 
 logging.disable_progress_bar()
 root = pathlib.Path(sys.argv[1])

@@ -40,6 +40,7 @@ except KeyError as error:
 else:
     raise AssertionError
 import pal_adapters
+import tests.methods  # with a method of another package
 
 warnings.filterwarnings("error", message=".*missing adapter keys.*")
 transformers.logging.disable_progress_bar()
