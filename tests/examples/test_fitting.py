@@ -117,7 +117,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_encoder: str, tmp_path: Pat
     setup.data[0].train.labels[:] = np.inf
     setup.model.head("similarity").linear.bias.data.fill_(1.0)  # type: ignore[union-attr]
     with pytest.raises(
-        DivergedError, match=r"task 'similarity': the loss is (inf|nan) in step 1; lower learning_rate"
+        DivergedError, match=r"task 'similarity': the loss is (inf|nan) in step 1: lower learning_rate"
     ):
         setup.train(tmp_path)
     assert list(tmp_path.iterdir()) == []

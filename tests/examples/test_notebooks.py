@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import tempfile
 from pathlib import Path
 
 import jupytext
@@ -17,7 +18,10 @@ def test_script_runs(script: Path, tiny_encoder: str, tmp_path: Path, monkeypatc
     pytest.importorskip("adapters")
     monkeypatch.setenv("MODEL", tiny_encoder)
     monkeypatch.setenv("STEPS", "15")
-    monkeypatch.setattr("tempfile.mkdtemp", lambda *_, **__: str(tmp_path))
+    make = tempfile.mkdtemp
+    monkeypatch.setattr(
+        "tempfile.mkdtemp", lambda suffix=None, prefix=None, dir=None: make(suffix, prefix, dir or tmp_path)
+    )
     left = runpy.run_path(str(script))
     assert left["trainer"].state.global_step > 0
     assert any(tmp_path.iterdir())

@@ -189,7 +189,7 @@ def test_bad_rows_are_one_line(start: Any, capsys: Any, tmp_path: Path) -> None:
     assert start("--tasks", "sst2", "--method", "head", "--data_dir", str(tmp_path / "data")) == 1
     captured = capsys.readouterr()
     path = tmp_path / "data" / "sst2" / "train.jsonl"
-    assert f"{path}: row 2: label 7 is out of range; allowed: 0 (negative), 1 (positive)" in captured.err
+    assert f"{path}, row 2: label 7 is out of range: allowed are 0 to 1" in captured.err
     assert captured.err.count("\n") == 1
 
 
@@ -220,7 +220,7 @@ def test_without_a_folder_the_hub_is_asked(
     capsys.readouterr()
     assert train_tasks.main(options) == 1
     error = capsys.readouterr().err
-    assert "cannot load nyu-mll/glue (rte) from the hub (no network); set data_dir to read local files" in error
+    assert "cannot load nyu-mll/glue (rte) from the Hub (no network); set data_dir to read local files" in error
     assert error.count("\n") == 1
 
 

@@ -12,11 +12,22 @@ from transformers.modeling_utils import PreTrainedModel
 from .routes import bare_model
 
 
-def base_tensors(backbone: nn.Module) -> dict[str, Tensor]:
-    """Weights and persistent buffers of the base model, under the names they have without adapters."""
+def base_names(backbone: nn.Module) -> list[str]:
+    """Names of the base model's weights and persistent buffers without adapters, read off a skeleton of it."""
     bare = bare_model(backbone)
     with torch.device("meta"):
-        names = list(model_class(bare)(cast("Any", bare).config).state_dict())
+        return list(model_class(bare)(cast("Any", bare).config).state_dict())
+
+
+def base_tensors(backbone: nn.Module, names: list[str] | None = None) -> dict[str, Tensor]:
+    """Weights and persistent buffers of the base model, under the names they have without adapters.
+
+    Args:
+        backbone: The model, with or without adapters.
+        names: What `base_names` gives for it, where that is known already.
+    """
+    bare = bare_model(backbone)
+    names = base_names(backbone) if names is None else names
     present = {
         **dict(bare.named_parameters(remove_duplicate=False)),
         **dict(bare.named_buffers(remove_duplicate=False)),

@@ -16,7 +16,7 @@ from pal_adapters.checks import require_one_of
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
 
 from . import saved
-from .base import base_tensors
+from .base import base_names, base_tensors
 from .heads import Head, HeadConfig, Loss, pool
 from .language import check_language_model, output_tensors, vocabulary_logits
 from .names import require_task_name
@@ -107,7 +107,7 @@ class TaskHeads(nn.Module):
         self.routes: dict[str, Route] = {}
         self.width = saved.width_of(backbone)
         self._base_trained = self._output_trained = False
-        self._base: tuple[Tensor, dict[str, Tensor]] | None = None
+        self._base_names: list[str] | None = None
 
     @property
     def config(self) -> Any:
@@ -357,11 +357,10 @@ class TaskHeads(nn.Module):
 
     def base_tensors(self) -> dict[str, Tensor]:
         """Weights and persistent buffers of the base model, under the names they have without adapters."""
-        # An adapter that is added wraps modules but keeps the tensors of the base model. FSDP replaces them.
-        first = next(self.backbone.parameters())
-        if self._base is None or self._base[0] is not first:
-            self._base = first, base_tensors(self.backbone)
-        return self._base[1]
+        # The names stay, the tensors do not: moving a model replaces them, and so does FSDP, some at a time.
+        if self._base_names is None:
+            self._base_names = base_names(self.backbone)
+        return base_tensors(self.backbone, self._base_names)
 
     def added_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of adapters, fusions and heads that the host added to the base model; shared ones once."""
@@ -451,10 +450,6 @@ class TaskHeads(nn.Module):
             self._base_trained,
             self._output_trained,
         )
-
-    def _apply(self, function: Any, recurse: bool = True) -> Self:
-        self._base = None  # moving a model may replace its tensors
-        return super()._apply(function, recurse)
 
     def get_input_embeddings(self) -> nn.Module:
         """The input embeddings of the base model, to which the `Trainer` adds the noise of NEFTune."""

@@ -331,7 +331,7 @@ def test_texts_that_leave_nothing_to_predict(tiny_encoder: str) -> None:
     tokenizer.backend_tokenizer.post_processor = None  # nothing is put around a text
     task = make_task("language_modeling", "text")
     for texts, message in (
-        (["the is", "", "no"], "task 'text', data, row 2: the tokenizer makes no tokens of the text: filter"),
+        (["the is", "", "no"], "task 'text', data, row 2: the tokenizer makes no token of the text: filter"),
         (["the", "is"], "task 'text', data: texts of one token leave nothing to predict"),
     ):
         with pytest.raises(TaskDataError, match=message):

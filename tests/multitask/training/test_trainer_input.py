@@ -386,7 +386,7 @@ def test_rows_of_no_task(tiny_encoder: str, tmp_path: Path) -> None:
         ),
         (lambda: made.predict({"test": rows}), "test_dataset has 'test', which is not a task: rte"),
         (lambda: made.evaluate(rows), "eval_dataset is of type Dataset, but .* pass a dict"),
-        (lambda: made.evaluate("qa"), "eval_dataset='qa' is not there: rte"),
+        (lambda: made.evaluate("qa"), "eval_dataset='qa' is not one of: rte"),
     ):
         with pytest.raises(ConfigError, match=message):
             call()
