@@ -332,7 +332,7 @@ def test_texts_that_leave_nothing_to_predict(tiny_encoder: str) -> None:
     task = make_task("language_modeling", "text")
     for texts, message in (
         (["the is", "", "no"], "task 'text', data, row 2: the tokenizer makes no token of the text: filter"),
-        (["the", "is"], "task 'text', data: texts of one token leave nothing to predict"),
+        (["the", "is"], "task 'text', data: every text has one token, which leaves nothing to predict"),
     ):
         with pytest.raises(TaskDataError, match=message):
             EncodedTask(task, datasets.Dataset.from_dict({"text": texts}), tokenizer, 32)
