@@ -85,7 +85,9 @@ def saved(config: Any) -> str:
 
 
 @pytest.mark.parametrize("key", CONFIGS)
-@settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=CASES, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_any_value(key: str, data: st.DataObject) -> None:
     config_class, arguments = CONFIGS[key]
@@ -110,7 +112,7 @@ def test_integers_that_python_does_not_print(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", METHODS)
-@settings(max_examples=CASES // 5, deadline=None)
+@settings(max_examples=CASES // 5, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_files_and_strings_are_checked_as_the_constructor_does(key: str, data: st.DataObject) -> None:
     config_class, arguments = CONFIGS[key]

@@ -108,7 +108,7 @@ def _tensors(path: pathlib.Path, kind: str, at: int, other: int) -> None:
         "double": {name: value.double()},
         "flat": {name: value.flatten()},
         "empty": {name: value[:0]},
-        "transposed": {name: value.T.contiguous()},
+        "transposed": {name: value.permute(*reversed(range(value.dim()))).contiguous()},
         "scalar": {name: torch.tensor(1.0)},
     }[kind]  # type: ignore[assignment]
     tensors.update(changed)  # type: ignore[arg-type]
