@@ -312,7 +312,9 @@ def test_what_cannot_be_fused_is_rejected_and_leaves_no_trace(names: tuple[str, 
     for name in names:
         bert.add_adapter(name, config=CONFIGS.get(name, LHUCConfig()))
     before = {key: value.clone() for key, value in bert.state_dict().items()}
-    with pytest.raises(UnsupportedError, match=r"Fuse.*acts elsewhere\. Fuse adapters of type pal, low_rank"):
+    with pytest.raises(
+        UnsupportedError, match=r"Fuse.*acts elsewhere\. Fuse bottlenecks, or adapters of type low_rank, pal"
+    ):
         bert.add_adapter_fusion(Fuse(*names))
     assert not bert.adapters_config.fusions
     assert before.keys() == bert.state_dict().keys()
