@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from pal_adapters.errors import StorageError, UnsupportedError
@@ -137,6 +142,35 @@ def check_transformers_loading(model: nn.Module, adapter_name: str, others: list
             f"load_adapter does not compare them with those of {', '.join(map(repr, others))}, whose outputs will "
             "change if they differ. PeftModel.load_adapter compares them.",
             stacklevel=2,
+        )
+
+
+def check_base_untouched(model: nn.Module, path: Any, subfolder: str | None, config: PeftConfig | None) -> None:
+    """Raise `StorageError` if a local folder of ours holds weights that would replace those of the base model.
+
+    transformers 5 loads every tensor whose name it finds in the model, whether or not it belongs to the adapter.
+
+    Args:
+        model: the base model, before the adapter is added.
+        path: the folder; what is not a local folder is not checked.
+        subfolder: of the folder.
+        config: the adapter's, or None for the one in the folder.
+    """
+    folder = Path(path, subfolder or "") if isinstance(path, (str, os.PathLike)) else None
+    if folder is None or not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        return
+    if config is None and (folder / CONFIG_NAME).is_file():
+        config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, TaskPeftConfig) or is_joint(config):
+        return
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as tensors:
+        names = {name.removeprefix(_PREFIX) for name in tensors.keys()}  # noqa: SIM118
+    kept = config.modules_to_save or ()
+    base = {name for name in model.state_dict() if not any(f".{part}." in f".{name}" for part in kept)}
+    if found := sorted(names & base):
+        raise StorageError(
+            f"{str(folder)!r} has weights of the base model ({found[0]!r}, ...), which its config does not train "
+            "(train_base=False): the file is not of this adapter."
         )
 
 

@@ -21,7 +21,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from pal_adapters.errors import PalAdaptersError, StorageError
 
 from .change import changing
-from .joint import check_restorable
+from .joint import check_base_untouched, check_restorable
 from .loading import check_config_file, check_loaded, check_settings, kinds_in
 from .registry import method_of
 from .tuner import TaskTuner
@@ -105,9 +105,18 @@ def _load_by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         name = (args[1] if len(args) > 1 else kwargs.get("adapter_name")) or "default"
         path = args[0] if args else kwargs.get("peft_model_id")
-        check_config_file(path, (kwargs.get("adapter_kwargs") or {}).get("subfolder"))
-        with changing(self, kwargs.get("peft_config"), getattr(self, "peft_config", None)):
-            info = original(self, *args, **kwargs)
+        subfolder = (kwargs.get("adapter_kwargs") or {}).get("subfolder")
+        check_config_file(path, subfolder)
+        with changing(self, kwargs.get("peft_config"), getattr(self, "peft_config", None)), _reading(path):
+            check_base_untouched(self, path, subfolder, kwargs.get("peft_config"))
+            try:
+                info = original(self, *args, **kwargs)
+            except RuntimeError as error:
+                added = getattr(self, "peft_config", {}).get(name)
+                if type(error) is not RuntimeError or added is None or method_of(added) is None:
+                    raise
+                # transformers 5 reports shapes that do not fit in its log.
+                raise StorageError(f"the weights in {str(path)!r} do not fit adapter {name!r}: {error}") from error
             config = self.peft_config[name]
             if info is not None and method_of(config) is not None:  # transformers 5 has loaded the weights itself
                 check_loaded(self, name, info, kinds_in(path))
