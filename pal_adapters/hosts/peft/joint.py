@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -145,32 +144,51 @@ def check_transformers_loading(model: nn.Module, adapter_name: str, others: list
         )
 
 
-def check_base_untouched(model: nn.Module, path: Any, subfolder: str | None, config: PeftConfig | None) -> None:
-    """Raise `StorageError` if a local folder of ours holds weights that would replace those of the base model.
+def _stored_names(folder: Path) -> set[str] | None:
+    """Names of the tensors in a local folder, as the base model has them; None for what is not a local folder."""
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        return None
+    with safe_open(file, framework="pt") as tensors:
+        return {plain_name(name.removeprefix(_PREFIX)) for name in tensors.keys()}  # noqa: SIM118
+
+
+def check_base_untouched(model: nn.Module, folder: Path, config: PeftConfig | None) -> None:
+    """Raise `StorageError` if a local folder holds weights of the base model, which its config does not train.
 
     transformers 5 loads every tensor whose name it finds in the model, whether or not it belongs to the adapter.
 
     Args:
         model: the base model, before the adapter is added.
-        path: the folder; what is not a local folder is not checked.
-        subfolder: of the folder.
+        folder: what is not a local folder is not checked.
         config: the adapter's, or None for the one in the folder.
     """
-    folder = Path(path, subfolder or "") if isinstance(path, (str, os.PathLike)) else None
-    if folder is None or not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        return
+    names = _stored_names(folder)
     if config is None and (folder / CONFIG_NAME).is_file():
         config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, TaskPeftConfig) or is_joint(config):
+    if names is None or not isinstance(config, TaskPeftConfig) or is_joint(config):
         return
-    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as tensors:
-        names = {name.removeprefix(_PREFIX) for name in tensors.keys()}  # noqa: SIM118
     kept = config.modules_to_save or ()
     base = {name for name in model.state_dict() if not any(f".{part}." in f".{name}" for part in kept)}
     if found := sorted(names & base):
         raise StorageError(
             f"{str(folder)!r} has weights of the base model ({found[0]!r}, ...), which its config does not train "
             "(train_base=False): the file is not of this adapter."
+        )
+
+
+def check_base_complete(model: nn.Module, folder: Path, adapter_name: str) -> None:
+    """Raise `StorageError` if a local folder lacks pretrained weights that its adapter, now on the model, trains."""
+    names = _stored_names(folder)
+    if names is None:
+        return
+    tied = {plain_name(name): id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    there = {tied.get(name, name) for name in names}
+    own = map(plain_name, base_tensors(model, tied="each"))
+    if missing := [name for name in own if tied.get(name, name) not in there]:
+        raise StorageError(
+            f"adapter {adapter_name!r} comes with its own pretrained weights (train_base=True), and {missing[0]} is "
+            f"not among them in {str(folder)!r}."
         )
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
@@ -21,7 +23,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from pal_adapters.errors import PalAdaptersError, StorageError
 
 from .change import changing
-from .joint import check_base_untouched, check_restorable
+from .joint import check_base_complete, check_base_untouched, check_restorable, is_joint
 from .loading import check_config_file, check_loaded, check_settings, kinds_in
 from .registry import method_of
 from .tuner import TaskTuner
@@ -108,7 +110,9 @@ def _load_by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
         subfolder = (kwargs.get("adapter_kwargs") or {}).get("subfolder")
         check_config_file(path, subfolder)
         with changing(self, kwargs.get("peft_config"), getattr(self, "peft_config", None)), _reading(path):
-            check_base_untouched(self, path, subfolder, kwargs.get("peft_config"))
+            folder = Path(path, subfolder or "") if isinstance(path, (str, os.PathLike)) else None
+            if folder is not None:
+                check_base_untouched(self, folder, kwargs.get("peft_config"))
             try:
                 info = original(self, *args, **kwargs)
             except RuntimeError as error:
@@ -120,6 +124,8 @@ def _load_by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
             config = self.peft_config[name]
             if info is not None and method_of(config) is not None:  # transformers 5 has loaded the weights itself
                 check_loaded(self, name, info, kinds_in(path))
+                if folder is not None and is_joint(config):
+                    check_base_complete(self, folder, name)
             return info
 
     return load_adapter
