@@ -178,18 +178,24 @@ def check_base_untouched(model: nn.Module, folder: Path, config: PeftConfig | No
 
 
 def check_base_complete(model: nn.Module, folder: Path, adapter_name: str) -> None:
-    """Raise `StorageError` if a local folder lacks pretrained weights that its adapter, now on the model, trains."""
+    """Raise `StorageError` unless a local folder has all pretrained weights that its adapter on the model trains.
+
+    Each has to fit as well: transformers 5 converts integers and takes values that are not finite.
+    """
     names = _stored_names(folder)
     if names is None:
         return
     tied = {plain_name(name): id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     there = {tied.get(name, name) for name in names}
-    own = map(plain_name, base_tensors(model, tied="each"))
+    own = {plain_name(name): tensor for name, tensor in base_tensors(model, tied="each").items()}
     if missing := [name for name in own if tied.get(name, name) not in there]:
         raise StorageError(
             f"adapter {adapter_name!r} comes with its own pretrained weights (train_base=True), and {missing[0]} is "
             f"not among them in {str(folder)!r}."
         )
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as tensors:
+        stored = [(key, plain_name(key.removeprefix(_PREFIX))) for key in tensors.keys()]  # noqa: SIM118
+        check_values(adapter_name, ((name, tensors.get_tensor(key), own[name]) for key, name in stored if name in own))
 
 
 def match_base(
