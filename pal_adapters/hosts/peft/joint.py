@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pal_adapters.errors import StorageError, UnsupportedError
 
 from .config import TaskPeftConfig
-from .loading import check_values
+from .loading import check_values, embeddings_of
 
 _PREFIX = "base_model.model."
 
@@ -170,6 +170,7 @@ def check_base_untouched(model: nn.Module, folder: Path, config: PeftConfig | No
         return
     kept = config.modules_to_save or ()
     base = {name for name in model.state_dict() if not any(f".{part}." in f".{name}" for part in kept)}
+    base -= set(embeddings_of(model))  # PEFT saves resized ones with the adapter
     if found := sorted(names & base):
         raise StorageError(
             f"{str(folder)!r} has weights of the base model ({found[0]!r}, ...), which its config does not train "

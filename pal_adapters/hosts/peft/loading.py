@@ -56,7 +56,7 @@ def check_tensors(
     given = {name if wrapped else name.removeprefix(_PREFIX): tensor for name, tensor in given.items()}
     expected = adapter_tensors(model, adapter_name)
     missing = [name for name in expected if name not in given]
-    others = {**_embeddings(model), **{name: given[name] for name in base if name in given}}
+    others = {**embeddings_of(model), **{name: given[name] for name in base if name in given}}
     unknown = [name for name in given if name not in expected and name not in others]
     if missing or unknown:
         parts = [f"it lacks {_some(missing)}"] if missing else []
@@ -158,7 +158,7 @@ def kinds_in(path: str | os.PathLike[str] | None) -> list[str]:
         return [tensors.get_slice(name).get_dtype() for name in tensors.keys()]  # noqa: SIM118
 
 
-def _embeddings(model: nn.Module) -> dict[str, Tensor]:
+def embeddings_of(model: nn.Module) -> dict[str, Tensor]:
     """Embeddings and language-model head, which PEFT also saves if they were resized."""
     found: dict[str, Tensor] = {}
     for get in ("get_input_embeddings", "get_output_embeddings"):

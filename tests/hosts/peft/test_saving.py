@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
 from peft import (
     AutoPeftModelForSequenceClassification,
@@ -21,6 +22,8 @@ from peft import (
     get_peft_model_state_dict,
 )
 from safetensors.torch import load_file
+
+import pal_adapters
 
 from . import cases
 
@@ -235,3 +238,25 @@ def test_the_card_says_how_to_load(method: str, tmp_path: pathlib.Path) -> None:
 def test_cards_of_other_methods_are_left_alone(tmp_path: pathlib.Path) -> None:
     get_peft_model(cases.bert(), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path)
     assert "pal_adapters" not in (tmp_path / "README.md").read_text()
+
+
+def test_resized_embeddings_come_with_the_file(tmp_path: pathlib.Path) -> None:
+    """PEFT stores them with any adapter; transformers' own loader takes them, too."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+
+    def base() -> transformers.BertModel:
+        torch.manual_seed(0)
+        model = transformers.BertModel(transformers.BertConfig(vocab_size=20, max_position_embeddings=16, **sizes))
+        model.resize_token_embeddings(23, mean_resizing=False)
+        return model.eval()
+
+    saved = get_peft_model(base(), pal_adapters.PALPeftConfig(hidden_size=6, init_weights=False)).eval()
+    with torch.no_grad():
+        saved.get_input_embeddings().weight[22] += 1.0
+    saved.save_pretrained(tmp_path, save_embedding_layers=True)
+    loaded = base()
+    loaded.load_adapter(str(tmp_path), "new")
+    ids = torch.tensor([[1, 2, 22]])
+    with torch.no_grad():
+        expected = saved(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(loaded.eval()(input_ids=ids).last_hidden_state, expected, atol=0, rtol=0)
