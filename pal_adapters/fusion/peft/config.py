@@ -184,8 +184,15 @@ class CombinationPeftConfig(PeftConfig):
             save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not name or "." in name or "/" in name:
+        raise ConfigError(f"adapters has the name {shown(name)}: use a string without '.' and '/'.")
+
+
 def _sources(adapters: Any) -> dict[str, str | None]:
     if isinstance(adapters, (list, tuple)):
+        for name in adapters:
+            _check_name(name)
         repeated = sorted({shown(name) for name in adapters if list(adapters).count(name) > 1})
         if repeated:
             raise ConfigError(f"adapters={shown(adapters)} names {repeated[0]} twice: name each source once.")
@@ -197,8 +204,7 @@ def _sources(adapters: Any) -> dict[str, str | None]:
         )
     found: dict[str, str | None] = {}
     for name, path in adapters.items():
-        if not isinstance(name, str) or not name or "." in name or "/" in name:
-            raise ConfigError(f"adapters has the name {shown(name)}: use a string without '.' and '/'.")
+        _check_name(name)
         if path is not None and not isinstance(path, (str, os.PathLike)):
             raise ConfigError(f"adapters[{name!r}]={shown(path)} is not allowed: use a folder, a Hub repo ID or None.")
         found[name] = None if path is None else os.fspath(path)

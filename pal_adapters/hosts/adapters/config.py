@@ -82,11 +82,11 @@ class TaskAdapterConfig(Options, AdapterConfig):
     architecture: str | None = field(default=None, metadata=option("The method.", optional(string())))
 
     def __post_init__(self) -> None:
+        check_options(self)
         if self.architecture != self.method.name:
             raise ConfigError(
                 f"architecture={shown(self.architecture)} is not allowed here: use {self.method.name!r}."
             )
-        check_options(self)
         require_one_of("init_weights", self.init_weights, self.init_choices)
         self.validate()
         if self.chosen is not None:
