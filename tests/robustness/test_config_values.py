@@ -55,7 +55,7 @@ plain = st.one_of(
     st.text(max_size=8),
     st.sampled_from(["output", "none", "mean", "norm", "pal", "layer", "(", "bert", "True", "SEQ_CLS", "1"]),
 )
-# Values that a check written for strings and numbers stumbles over: not hashable, not comparable, without a truth value.
+# Values that trip a check written for strings and numbers: not hashable, not comparable, no truth value.
 ODD = [
     b"bytes", {1, 2}, frozenset(), object(), int, len, 1j, np.float32(0.5), np.int64(3), np.zeros(3), np.zeros(1),
     torch.zeros(2), torch.tensor(1), torch.zeros(0), [[1]], [None], [{}], [torch.zeros(2), torch.zeros(2)], ([],),
