@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pal_adapters.errors import SiteError
 
-from .sites import Block
+from .sites import Block, is_added
 
 # Norms of queries and keys are not norms of the residual stream, even where they span the same width.
 _INSIDE_ATTENTION = frozenset({"q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"})
@@ -20,7 +20,6 @@ _FINAL_NORMS = (
     "final_layer_norm", "final_layernorm", "final_norm", "emb_layer_norm_after", "ln_f", "norm_f", "norm", "layernorm",
     "layer_norm", "LayerNorm",
 )  # fmt: skip
-_ADDED = ("adapters.methods", "peft", "pal_adapters")
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def full_norms(block: Block) -> dict[str, nn.Module]:
     for path, module in block.module.named_modules():
         if any(path == s or path.startswith(s + ".") for s in skipped):
             continue
-        if path and type(module).__module__.startswith(_ADDED):
+        if path and is_added(module):
             skipped.append(path)
         elif path.rpartition(".")[2] not in _INSIDE_ATTENTION and _looks_like_a_norm(module, block.width):
             found[path] = module

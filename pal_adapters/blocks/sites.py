@@ -17,9 +17,10 @@ from pal_adapters.errors import ConfigError, SiteError
 
 from .block_sites import BlockSites as BlockSites
 from .block_sites import Structure
-from .structures import REFUSED, STRUCTURES
+from .structures import REFUSED, REPEATED, STRUCTURES
 
 _REGISTERED: dict[str, BlockSites] = {}
+_ADDED: set[type] = set()
 _KNOWN = frozenset[str]().union(*(structure.known for structure in STRUCTURES))
 
 
@@ -66,10 +67,14 @@ def _bases(block: nn.Module) -> list[str]:
     return names
 
 
+def mark_added(*bases: type) -> None:
+    """Tell which modules a host adds to a model or wraps around its modules: those that derive from `bases`."""
+    _ADDED.update(bases)
+
+
 def is_added(module: nn.Module) -> bool:
-    """Whether adapters, PEFT or this package put a module into a model; other packages' methods inherit from these."""
-    added = ("adapters", "peft", "pal_adapters")
-    return any(cls.__module__.partition(".")[0] in added for cls in type(module).__mro__)
+    """Whether a module derives from a class that a host passed to `mark_added`, so that it is not the model's own."""
+    return isinstance(module, tuple(_ADDED))
 
 
 def _children(block: nn.Module) -> set[str]:
@@ -163,6 +168,7 @@ class Block:
         depth: how many blocks the stack has.
         stack: number of the stack in the model, from 0 (encoder before decoder, vision and text apart).
         width: `d`, the width of the residual stream.
+        repeated: whether the model runs it at several depths, so that its modules take part several times in a call.
         last: whether it is the last block of its stack.
     """
 
@@ -173,6 +179,7 @@ class Block:
     depth: int
     stack: int
     width: int
+    repeated: bool = False
 
     @property
     def last(self) -> bool:
@@ -209,7 +216,8 @@ def iter_blocks(model: nn.Module, named: Mapping[str, str] | None = None) -> Ite
         for index, (child_name, (child, sites)) in enumerate(found.items()):
             if sites is not None:
                 full_name = f"{name}.{child_name}" if name else child_name
-                yield Block(full_name, child, sites, index, len(found), stack, _width(child, sites))
+                repeated = sum(other is child for other in module) > 1 or not REPEATED.isdisjoint(_bases(child))
+                yield Block(full_name, child, sites, index, len(found), stack, _width(child, sites), repeated)
 
 
 def _reason(model: nn.Module, named: Mapping[str, str] | None) -> str:

@@ -4,7 +4,8 @@ A row fits a block whose direct children are *exactly* those that it lists. One 
 itself or a number that it multiplies with would mean that its sums are built in another way, and a module attached by
 guess would be wrong without a sign of it; such a block is refused, and the user names its sites. The forward functions
 of all blocks that a row fits in transformers 4.57 and 5 have been read; those that fit by name but compute something
-else are in `REFUSED`, or told apart by the row's `classes` and `flags`.
+else are in `REFUSED`, or told apart by the row's `classes` and `flags`. `REPEATED` lists the blocks that
+a model runs at several depths.
 """
 
 from __future__ import annotations
@@ -391,3 +392,6 @@ REFUSED: dict[str, str] = {
     "BailingHybridDecoderLayer": "some of its blocks have linear attention, which has no mask",
     "KimiLinearDecoderLayer": "some of its blocks have linear attention, which has no mask",
 }
+
+# By class: blocks that their model runs at several depths, although they stand in it once.
+REPEATED: frozenset[str] = frozenset({"AlbertLayer"})

@@ -218,6 +218,15 @@ def _tiny(name: str) -> Any:
     return BY_NAME[name].build()
 
 
+def test_blocks_that_run_at_several_depths_are_marked() -> None:
+    """ALBERT's are told by their class, other models' by standing in their list more than once."""
+    assert [block.repeated for block in find_blocks(zoo.ALBERT.build())] == [True]
+    model = _tiny("bert")
+    assert [block.repeated for block in find_blocks(model)] == [False, False]
+    model.encoder.layer.append(model.encoder.layer[0])
+    assert [block.repeated for block in find_blocks(model)] == [True, False]
+
+
 def test_another_child_is_no_guess() -> None:
     model = _tiny("bert")
     model.encoder.layer[0].gate = nn.Linear(24, 24)

@@ -16,7 +16,7 @@ from adapters.methods.adapter_layer_base import AdapterLayerBase
 from adapters.methods.bottleneck import BottleneckLayer
 from torch import Tensor, nn
 
-from pal_adapters.blocks.sites import Block, resolve
+from pal_adapters.blocks.sites import Block, mark_added, resolve
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.attachment import Attachment
 from pal_adapters.hooks.rows import RowPlan, run_rows, run_unit
@@ -26,6 +26,8 @@ from pal_adapters.nn.unit import TaskUnit, UnitInputs
 from .composition import State, ValueComposition, architectures, grow, task_children
 from .config import TaskAdapterConfig, fusable_methods, is_ours, task_configs
 from .network import LayerNetwork
+
+mark_added(AdapterLayerBase)
 
 
 class TaskLayer(ValueComposition, nn.Module):

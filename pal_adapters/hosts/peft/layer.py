@@ -10,9 +10,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from pal_adapters.blocks.sites import Block
+from pal_adapters.blocks.sites import Block, mark_added
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.attachment import Attachment
 from pal_adapters.hooks.call import CallValue
@@ -25,6 +26,8 @@ from .joint import mark_base
 # Beside the models, so that nothing of it stays on one that is unloaded.
 _PLANS: WeakKeyDictionary[nn.Module, CallValue] = WeakKeyDictionary()
 _LOCK = threading.Lock()
+
+mark_added(BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 def plans_of(model: nn.Module) -> CallValue:

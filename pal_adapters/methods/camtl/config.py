@@ -109,8 +109,8 @@ def _check_model(options: CAMTLOptions, blocks: list[Block]) -> None:
             f"ca_mtl is one network in all {first.depth} blocks, but {len(blocks)} were chosen: say which blocks get "
             "which module by attention_layers and norm_layers."
         )
-    if any("Albert" in cls.__name__ for cls in type(first.module).__mro__):
-        raise UnsupportedError("ca_mtl cannot steer ALBERT: each of its blocks stands at several depths at once.")
+    if first.repeated:
+        raise UnsupportedError("ca_mtl cannot steer a model that runs one block at several depths, such as ALBERT.")
     depth = first.depth
     for name in ("attention_layers", "norm_layers", "freeze_layers"):
         value = getattr(options, name)

@@ -43,9 +43,10 @@ def _build_bert_layer(options: TopBertLayerOptions, block: Block) -> TopBertLaye
 
 
 def _check_blocks(blocks: list[Block]) -> None:
-    if any(type(b.module).__name__.startswith("Albert") for b in blocks):
+    if any(block.repeated for block in blocks):
         raise UnsupportedError(
-            "a module on top of the last block cannot be added to ALBERT, which uses one block at every depth."
+            "a module on top of the last block cannot be added to a model that runs one block at several depths, such "
+            "as ALBERT."
         )
     if not any(block.last for block in blocks):
         raise ConfigError(
