@@ -26,7 +26,8 @@ from pal_adapters.multitask.tasks.toy import TOY_TASKS, load_toy_task
 from pal_adapters.multitask.tasks.types import TaskDataError
 from pal_adapters.multitask.training.arguments import MultiTaskTrainingArguments
 from pal_adapters.multitask.training.checkpoints import last_checkpoint
-from pal_adapters.multitask.training.trainer import DivergedError, MultiTaskTrainer
+from pal_adapters.multitask.training.run_checks import DivergedError
+from pal_adapters.multitask.training.trainer import MultiTaskTrainer
 
 from .defaults import add_adapter, default_host, default_model
 from .presets import PRESETS, Preset, RecipeWarning, get_preset

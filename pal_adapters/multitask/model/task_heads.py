@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +12,22 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from pal_adapters.checks import require_one_of
-from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
+from pal_adapters.errors import ConfigError, UnsupportedError
 
-from . import saved
+from .adding import new_route
 from .base import base_names, base_tensors
-from .heads import Head, HeadConfig, Loss, pool
-from .language import check_language_model, output_tensors, vocabulary_logits
-from .names import require_task_name
+from .contents import Contents, width_of
+from .heads import Head, HeadConfig, Loss
+from .hub import fetch
+from .language import check_language_model, output_tensors
+from .loading import load, restore
+from .loss import batch_penalty, labels_by_task, summed_losses, weighted_loss
 from .parts import reshard
-from .routes import Route, adapter_host, adapter_names, check_adapter, route_key
-from .routing import fusion_penalty, run_batch
-from .trainable import check_base, shared_networks, train_adapters, train_base, train_vectors
+from .readout import require_task, task_logits, task_names
+from .routes import Route, adapter_host
+from .routing import run_batch
+from .saving import save
+from .trainable import check_base, train_base, train_routes
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in `typing` from Python 3.11 on
@@ -105,7 +109,7 @@ class TaskHeads(nn.Module):
         self.balance = balance
         self.heads = nn.ModuleDict()
         self.routes: dict[str, Route] = {}
-        self.width = saved.width_of(backbone)
+        self.width = width_of(backbone)
         self._base_trained = self._output_trained = False
         self._base_names: list[str] | None = None
 
@@ -156,35 +160,15 @@ class TaskHeads(nn.Module):
             UnknownAdapterError: If the adapter or the fusion is not on the model, or is one network for other tasks.
             UnsupportedError: For another composition.
         """
-        require_task_name("task", task)
-        if task in self.routes:
-            raise ConfigError(f"task={task!r} is there already: {', '.join(self.routes)}. Use another name.")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
-            raise ConfigError(f"weight={weight!r} is not allowed: use a number above 0.")
-        if isinstance(head, str):
-            if head not in self.heads:
-                raise ConfigError(f"head={head!r} is not there: {', '.join(self.heads) or 'there is none'}.")
-            if loss is not None:
-                raise ConfigError(f"loss has no effect for the head {head!r}, which is there already: leave it out.")
-        elif not isinstance(head, HeadConfig):
-            raise ConfigError(f"head={head!r:.80} is not allowed: pass HeadConfig(...) or the name of a head.")
-        elif task in self.heads:  # of a task that was removed, but whose head another one uses
-            raise ConfigError(f"a head {task!r} is there already: pass head={task!r} to use it.")
-        if isinstance(adapter, str) and adapter == "auto":
-            names = adapter_names(self.backbone)
-            if len(names) > 1 and task not in names:
-                raise ConfigError(
-                    f"task {task!r} has no adapter of its name among {', '.join(map(repr, names))}: pass adapter=, "
-                    "one of them, or None for the base model alone."
-                )
-            adapter = task if task in names else names[0] if names else None
-        check_adapter(self.backbone, adapter, task)
-        if isinstance(head, HeadConfig) and head.kind == "language_modeling":
-            check_language_model(self.backbone)
+        route = new_route(
+            self.backbone, self.heads, self.routes, task, head, adapter=adapter, weight=weight, loss=loss
+        )
         if isinstance(head, HeadConfig):
+            if head.kind == "language_modeling":
+                check_language_model(self.backbone)
             # Heads may be in full precision on a backbone in half precision, but not on another device.
             self.heads[task] = Head(head, self.width, loss=loss).to(self.device)
-        self.routes[task] = Route(head if isinstance(head, str) else task, adapter, float(weight))
+        self.routes[task] = route
 
     def remove(self, task: str) -> None:
         """Removes a task, and its head unless another task uses it. Later tasks move up by one in `task_ids`."""
@@ -200,8 +184,7 @@ class TaskHeads(nn.Module):
         return head
 
     def _route(self, task: str) -> Route:
-        if task not in self.routes:
-            raise UnknownAdapterError(f"task {task!r} is not there: {', '.join(self.routes) or 'there is none'}.")
+        require_task(task, self.tasks)
         return self.routes[task]
 
     def forward(
@@ -223,98 +206,24 @@ class TaskHeads(nn.Module):
         """
         given = inputs.get("input_ids", inputs.get("inputs_embeds"))
         rows = len(given) if given is not None else len(next(iter(inputs.values())))
-        names = self._names(task_ids, rows)
+        names = task_names(task_ids, rows, self.tasks)
         if self.training and not self._base_trained:
             self._base_trained = any(tensor.requires_grad for tensor in self.base_tensors().values())
         if self.training and not self._output_trained:
             self._output_trained = any(tensor.requires_grad for tensor in output_tensors(self.backbone).values())
         adapters = [self.routes[name].adapter for name in names]
-        hidden, pooled = run_batch(self.backbone, inputs, adapters, names)
-        present = [task for task in self.routes if task in set(names)]
-        logits: dict[str, Tensor] = {}
-        pools: dict[str, Tensor] = {}
-        for task in present:
-            head = self.head(task)
-            if head.config.reads_tokens:
-                source = hidden
-            else:
-                kind = head.config.pooling
-                if kind not in pools:
-                    pools[kind] = pool(hidden, inputs.get("attention_mask"), kind, pooled)
-                source = pools[kind]
-            if len(present) > 1:
-                at = torch.tensor([row for row, name in enumerate(names) if name == task])
-                source = source.index_select(0, at.to(source.device, non_blocking=True))
-            if not torch.is_autocast_enabled(source.device.type) and head.linear is not None:
-                source = source.to(head.linear.weight.dtype)
-            logits[task] = head(source, partial(vocabulary_logits, self.backbone) if head.linear is None else None)
-            if head.config.kind == "span_qa" and inputs.get("attention_mask") is not None:
-                # No span may reach into the padding, whose length depends on the other examples of the batch.
-                padding = inputs["attention_mask"] == 0
-                if len(present) > 1:
-                    padding = padding.index_select(0, at.to(padding.device, non_blocking=True))
-                rows_of = logits[task]
-                logits[task] = rows_of.masked_fill(padding.unsqueeze(-1), torch.finfo(rows_of.dtype).min)
+        states = run_batch(self.backbone, inputs, adapters, names)
+        present = {task: self.head(task) for task in self.routes if task in set(names)}
+        logits = task_logits(self.backbone, present, names, states, inputs.get("attention_mask"))
         if labels is None:
             return TaskHeadsOutput(logits=logits)
-        loss, losses, counts = self._loss(logits, labels, num_items_in_batch)
-        return TaskHeadsOutput(loss=loss, logits=logits, task_losses=losses, task_counts=counts)
-
-    def _loss(
-        self, logits: dict[str, Tensor], labels: Mapping[str, Tensor] | Tensor, num_items: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, and for each task its summed loss and the number of items in it `[t]`."""
-        if isinstance(labels, Tensor):
-            if len(logits) > 1:
-                raise ConfigError(f"labels is one tensor, but the batch has {len(logits)} tasks: pass a dict by task.")
-            labels = dict.fromkeys(logits, labels)
-        if set(labels) != set(logits):
-            raise ConfigError(f"labels are for {sorted(labels)}, but the examples are of {sorted(logits)}.")
-        zero = torch.zeros((), device=next(iter(logits.values())).device)
-        sums, counts = dict.fromkeys(self.routes, zero), dict.fromkeys(self.routes, zero)
-        for task, rows in logits.items():
-            sums[task], counts[task] = self.head(task).loss(rows, labels[task].to(rows.device))
-        losses, own = torch.stack(list(sums.values())), torch.stack(list(counts.values()))
-        whole = own if num_items is None else num_items.to(own.device, own.dtype)
-        weights = torch.tensor([route.weight for route in self.routes.values()]).to(own.device, non_blocking=True)
-        shares = whole if self.balance == "row" else (whole > 0).to(own.dtype)
-        # Normalising by the weights as well would cancel the weight of a task that is alone in a step.
-        shares = weights * shares / shares.sum().clamp(min=1)
-        loss = (shares * losses / whole.clamp(min=1)).sum()
+        labels = labels_by_task(logits, labels)
+        losses, own = summed_losses(logits, labels, {task: self.head(task) for task in self.routes})
+        whole = own if num_items_in_batch is None else num_items_in_batch.to(own.device, own.dtype)
+        loss = weighted_loss(losses, whole, self.routes, self.balance)
         if self.training and torch.is_grad_enabled():
-            loss = loss + self._penalty(logits, own.detach(), whole)
-        return loss, losses.detach(), own.detach()
-
-    def _penalty(self, present: Iterable[str], own: Tensor, whole: Tensor) -> Tensor:
-        """Penalties of the fusions in a batch; over the batches of a step, each counts once."""
-        total = own.new_zeros(())
-        keys = [route_key(route.adapter) for route in self.routes.values()]
-        for key, adapter in {route_key(a): a for a in (self.routes[task].adapter for task in present)}.items():
-            penalty = fusion_penalty(self.backbone, adapter)
-            if penalty is not None:
-                at = torch.tensor([key == other for other in keys]).to(own.device, non_blocking=True)
-                total = total + penalty.to(own.device) * (own * at).sum() / (whole * at).sum().clamp(min=1)
-        return total
-
-    def _names(self, task_ids: Any, rows: int) -> list[str]:
-        if isinstance(task_ids, str):
-            task_ids = [task_ids] * rows
-        values = task_ids.flatten().tolist() if isinstance(task_ids, Tensor) else list(task_ids)
-        if len(values) != rows:
-            raise ConfigError(f"task_ids has {len(values)} entries for {rows} examples: pass one for each.")
-        tasks = self.tasks
-        names = []
-        for value in values:
-            if isinstance(value, str):
-                self._route(value)
-                names.append(value)
-            elif isinstance(value, bool) or not 0 <= value < len(tasks) or value != int(value):
-                raise UnknownAdapterError(
-                    f"task {value!r} is not there: use a name or an index from 0 to {len(tasks) - 1}."
-                )
-            else:
-                names.append(tasks[int(value)])
-        return names
+            loss = loss + batch_penalty(self.backbone, logits, self.routes, own.detach(), whole)
+        return TaskHeadsOutput(loss=loss, logits=logits, task_losses=losses.detach(), task_counts=own.detach())
 
     def prepare_training(
         self, tasks: Iterable[str] | None = None, *, base: bool = False, shared: bool = False
@@ -342,13 +251,7 @@ class TaskHeads(nn.Module):
         routes = [self._route(task) for task in tasks]
         check_base(self.backbone, routes, base=base)
         others = () if shared else [route for task, route in self.routes.items() if task not in tasks]
-        alone = shared_networks(self.backbone, routes, others)
-        self.requires_grad_(False)
-        train_adapters(self, self.backbone, [route for route in routes if route.adapter not in alone])
-        for adapter in alone:
-            served = [task for task in tasks if self.routes[task].adapter == adapter]
-            for vector in train_vectors(self.backbone, served, adapter):
-                vector.requires_grad_(True)
+        train_routes(self, self.backbone, dict(zip(tasks, routes, strict=True)), others)
         for route in routes:
             self.heads[route.head].requires_grad_(True)
         if base:
@@ -395,7 +298,7 @@ class TaskHeads(nn.Module):
         Raises:
             StorageError: If each process holds only parts of the parameters.
         """
-        saved.save(self._contents(), Path(directory), checkpoint=checkpoint)
+        save(self._contents(), Path(directory), checkpoint=checkpoint)
 
     @classmethod
     def from_pretrained(
@@ -423,7 +326,7 @@ class TaskHeads(nn.Module):
                 does not fit the model.
             ConfigError: If `revision` or `token` is given for a folder.
         """
-        contents = saved.load(saved.fetch(directory, revision=revision, token=token), backbone)
+        contents = load(fetch(directory, revision=revision, token=token), backbone)
         model = cls(contents.backbone, balance=contents.balance)
         model.heads, model.routes = contents.heads, contents.routes
         model._base_trained, model._output_trained = contents.base_trained, contents.output_trained
@@ -436,12 +339,12 @@ class TaskHeads(nn.Module):
             StorageError: If the folder is incomplete, damaged, or of another model; then nothing has changed.
         """
         reshard(self)
-        description = saved.restore(self._contents(), Path(directory))
+        description = restore(self._contents(), Path(directory))
         self._base_trained |= description.base_trained
         self._output_trained |= description.output_layer
 
-    def _contents(self) -> saved.Contents:
-        return saved.Contents(
+    def _contents(self) -> Contents:
+        return Contents(
             self.backbone,
             self.heads,
             self.routes,

@@ -45,6 +45,26 @@ def train_vectors(backbone: Any, tasks: Sequence[str], adapter: str) -> list[nn.
     return vectors
 
 
+def train_routes(model: nn.Module, backbone: Any, routes: Mapping[str, Route], others: Iterable[Route]) -> None:
+    """Freezes the model, except the adapters of the routes.
+
+    Of a network for several tasks that `others` use, too, only the vectors of these tasks train.
+
+    Args:
+        model: The model with its heads.
+        backbone: Its backbone.
+        routes: The routes to train, by task.
+        others: Routes whose outputs must not change.
+    """
+    alone = shared_networks(backbone, routes.values(), others)
+    model.requires_grad_(False)
+    train_adapters(model, backbone, [route for route in routes.values() if route.adapter not in alone])
+    for adapter in alone:
+        served = [task for task, route in routes.items() if route.adapter == adapter]
+        for vector in train_vectors(backbone, served, adapter):
+            vector.requires_grad_(True)
+
+
 def train_adapters(model: nn.Module, backbone: Any, routes: Sequence[Route]) -> None:
     """Makes the adapters of the routes trainable; of a route with a `Fuse`, the fusion instead of its sources."""
     for name in {name for route in routes for name in adapters_in(route.adapter)}:

@@ -32,7 +32,7 @@ from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 from pal_adapters.errors import ConfigError, PalAdaptersError, StorageError
 from pal_adapters.multitask.model.files import cause_of
 from pal_adapters.multitask.model.parts import whole_parameters
-from pal_adapters.multitask.model.saved import copy_saved
+from pal_adapters.multitask.model.saving import copy_saved
 from pal_adapters.multitask.model.task_heads import TaskHeads
 
 from .distributed import load_whole_state, whole_state

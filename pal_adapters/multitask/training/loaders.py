@@ -61,3 +61,14 @@ def _options(args: MultiTaskTrainingArguments, collator: MultiTaskCollator) -> d
         if hasattr(args, f"dataloader_{name}"):
             options[name] = getattr(args, f"dataloader_{name}")
     return options
+
+
+def drawn(sampler: MultiTaskBatchSampler, steps: int) -> list[int]:
+    """How often each task was drawn in the first steps of a run."""
+    counts = np.zeros(len(sampler.sizes), dtype=np.int64)
+    left, epoch = steps, 0
+    while left:
+        draws = sampler.draws(epoch)[:left]
+        counts += np.bincount(draws.ravel(), minlength=len(counts))
+        left, epoch = left - len(draws), epoch + 1
+    return counts.tolist()

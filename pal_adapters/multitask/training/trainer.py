@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, Subset
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PredictionOutput
 
-from pal_adapters.errors import ConfigError, PalAdaptersError
+from pal_adapters.errors import ConfigError
 from pal_adapters.multitask.model.heads import count_items
 from pal_adapters.multitask.model.task_heads import TaskHeads
 from pal_adapters.multitask.sampling.selectors import BatchSelector, UncertaintySelector
-from pal_adapters.multitask.sampling.strategies import MultiTaskBatchSampler, Strategy, get_strategy, uncertainty
+from pal_adapters.multitask.sampling.strategies import MultiTaskBatchSampler, Strategy
 from pal_adapters.multitask.tasks.collate import Batch, MultiTaskCollator
 from pal_adapters.multitask.tasks.encoding import ConcatTasks, EncodedTask
 from pal_adapters.multitask.tasks.task import Task, check_tasks
@@ -26,30 +26,15 @@ from pal_adapters.multitask.tasks.task import Task, check_tasks
 from .arguments import MultiTaskTrainingArguments
 from .callbacks import Progress, Steps
 from .checkpoints import Checkpoints
-from .distributed import check_processes
 from .evaluation import Aggregate, aggregated, collected, example_outputs, speed
-from .loaders import evaluation_loader, train_loader, train_sampler
+from .loaders import drawn, evaluation_loader, train_loader, train_sampler
 from .model_card import write_model_card
 from .optim import UncorrectedAdamW, give_attention_its_rate, pals_schedule
+from .run_checks import Recipe, check_finite, check_run, chosen_sampling
 from .selection import CandidateSelection
-from .splits import Rows, check_score_names, encoded, evaluation_sets, require_by_task, training_sets
+from .splits import Rows, check_score_names, encoded, evaluation_sets, training_sets
 from .task_losses import TaskLosses
 from .task_setup import add_heads, start_at_mean, warn_of_resting_adapters
-
-
-class Recipe(Protocol):
-    """A recipe that a run follows, such as a `Preset`."""
-
-    def check(self, model: TaskHeads, arguments: MultiTaskTrainingArguments | None = None) -> None:
-        """Warn if the model or the arguments differ from the recipe."""
-        ...
-
-
-class DivergedError(PalAdaptersError, ArithmeticError):
-    """The loss is no longer a finite number."""
-
-
-_UNUSED = ("data_collator", "compute_metrics", "model_init", "compute_loss_func", "preprocess_logits_for_metrics")
 
 
 class MultiTaskTrainer(Checkpoints):
@@ -109,32 +94,14 @@ class MultiTaskTrainer(Checkpoints):
         preset: Recipe | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(model, TaskHeads):
-            raise ConfigError(f"model is a {type(model).__name__}: pass TaskHeads(model).")
-        if not isinstance(args, MultiTaskTrainingArguments):
-            raise ConfigError(f"args is a {type(args).__name__}: pass MultiTaskTrainingArguments.")
-        for name in _UNUSED:
-            if kwargs.get(name) is not None:
-                raise ConfigError(f"{name} has no effect here, where each Task says what it needs: leave it out.")
-        if processing_class is None or getattr(processing_class, "pad_token_id", None) is None:
-            raise ConfigError("processing_class needs to be a tokenizer with a padding token.")
-        require_by_task("train_dataset", train_dataset)
-        require_by_task("eval_dataset", eval_dataset)
+        check_run(
+            model, args, processing_class, {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, kwargs
+        )
         self.tasks = check_tasks(tasks or ())
-        self.strategy = strategy or get_strategy(args.sampling, temperature=args.sampling_temperature)
-        if strategy is not None and args.sampling != "proportional":
-            raise ConfigError(f"sampling={args.sampling!r} and strategy are both given: leave one of them out.")
-        check_processes(args, model, mixed=args.mixed_batches or self.strategy is uncertainty)
-        if self.strategy is not uncertainty and batch_selector is not None:
-            raise ConfigError("batch_selector has no effect without sampling='uncertainty': leave it out.")
-        if self.strategy is uncertainty and batch_selector is None:
-            batch_selector = UncertaintySelector()
-        if aggregate is not None and args.eval_aggregate != "mean":
-            raise ConfigError(f"eval_aggregate={args.eval_aggregate!r} and aggregate are both given: leave one out.")
+        self.strategy, batch_selector = chosen_sampling(model, args, strategy, batch_selector, aggregate)
         self.aggregate = aggregate
         if isinstance(batch_selector, UncertaintySelector):
             batch_selector.check(self.tasks.values())
-        _check_optimizers(args, kwargs)
         if preset is not None:
             preset.check(model, args)
         self.preset = preset
@@ -253,12 +220,7 @@ class MultiTaskTrainer(Checkpoints):
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Loss and gradients of a batch."""
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not self.args.fp16 and not torch.isfinite(loss):
-            tasks = " and ".join(repr(task) for task in inputs["labels"])
-            raise DivergedError(
-                f"task {tasks}: the loss is {loss.item()} in step {self.state.global_step + 1}: lower learning_rate "
-                f"(now {self.args.learning_rate:g})."
-            )
+        check_finite(loss, inputs["labels"], self.args, self.state.global_step + 1)
         return loss
 
     def draws(self) -> dict[str, int]:
@@ -266,13 +228,8 @@ class MultiTaskTrainer(Checkpoints):
 
         Under `sampling="uncertainty"` tasks are not drawn; see `chosen_<task>` in the log.
         """
-        counts = np.zeros(len(self.tasks), dtype=np.int64)
-        left, epoch = self.state.global_step, 0
-        while left and self._sampler is not None:
-            drawn = self._sampler.draws(epoch)[:left]
-            counts += np.bincount(drawn.ravel(), minlength=len(counts))
-            left, epoch = left - len(drawn), epoch + 1
-        return dict(zip(self.tasks, counts.tolist(), strict=True))
+        counts = [0] * len(self.tasks) if self._sampler is None else drawn(self._sampler, self.state.global_step)
+        return dict(zip(self.tasks, counts, strict=True))
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -426,14 +383,3 @@ class MultiTaskTrainer(Checkpoints):
         """Writes `README.md` with the tasks, the method, the sampling, the parameters and the results."""
         if self.is_world_process_zero():
             write_model_card(self, kwargs)
-
-
-def _check_optimizers(args: MultiTaskTrainingArguments, given: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for arguments that a given optimizer or schedule would override without a word."""
-    optimizer, scheduler = given.get("optimizers") or (None, None)
-    if optimizer is not None and args.attention_learning_rate is not None:
-        raise ConfigError("attention_learning_rate has no effect on a given optimizer: leave one of them out.")
-    if not args.adam_bias_correction and (optimizer is not None or given.get("optimizer_cls_and_kwargs") is not None):
-        raise ConfigError("adam_bias_correction=False has no effect on a given optimizer: leave one of them out.")
-    if scheduler is not None and args.schedule == "pals":
-        raise ConfigError("schedule='pals' has no effect with a given scheduler: leave one of them out.")

@@ -20,9 +20,9 @@ from transformers import AutoModel
 import pal_adapters
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
 from pal_adapters.multitask import HeadConfig, StorageError, TaskHeads
-from pal_adapters.multitask.model import saved as saving
+from pal_adapters.multitask.model import saving
 from pal_adapters.multitask.model.heads import pool
-from pal_adapters.multitask.model.saved import copy_saved
+from pal_adapters.multitask.model.saving import copy_saved
 
 CONFIGS = {
     "rte": HeadConfig("single_label", 2),

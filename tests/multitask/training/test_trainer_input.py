@@ -198,10 +198,10 @@ def test_fsdp_on_cpu_would_be_ddp(tiny_encoder: str, tmp_path: Path, monkeypatch
 
 
 def test_checkpoint_that_cannot_be_written(tiny_encoder: str, tmp_path: Path, monkeypatch: Any) -> None:
-    from pal_adapters.multitask.model import saved
+    from pal_adapters.multitask.model import saving
 
     made = make_trainer(tiny_encoder, tmp_path, save_strategy="steps", save_steps=2)
-    write = saved.write_tensors
+    write = saving.write_tensors
 
     def full(tensors: Any, directory: Path, stem: str) -> None:
         if "checkpoint-4" in str(directory):
@@ -209,7 +209,7 @@ def test_checkpoint_that_cannot_be_written(tiny_encoder: str, tmp_path: Path, mo
             raise OSError(28, "No space left on device")
         write(tensors, directory, stem)
 
-    monkeypatch.setattr(saved, "write_tensors", full)
+    monkeypatch.setattr(saving, "write_tensors", full)
     with pytest.raises(StorageError, match=r"checkpoint-4 cannot be written .*No space left.*checkpoint-2; make room"):
         made.train()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2"]

@@ -1,0 +1,67 @@
+"""What the folder of a `TaskHeads` holds, and under which names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import added_parameters
+from .files import inside
+from .heads import Head
+from .routes import Route
+
+HEADS, POOLER, OUTPUT, EMBEDDINGS, ADDED = "heads", "pooler", "output_layer", "embeddings", "added"
+BASE_FOLDER = "base.model"
+"""No adapter can have this name, as no module can."""
+
+
+@dataclass
+class Contents:
+    """What a folder holds.
+
+    Args:
+        backbone: The model with its adapters.
+        heads: The heads by name.
+        routes: The route of each task.
+        balance: See `TaskHeads`.
+        base: The base model's own tensors, see `base_tensors`.
+        base_trained: Whether the base model has been trained.
+        output_trained: Whether the output layer of a language model has been trained.
+    """
+
+    backbone: Any
+    heads: nn.ModuleDict
+    routes: dict[str, Route]
+    balance: str
+    base: dict[str, Tensor]
+    base_trained: bool = False
+    output_trained: bool = False
+
+    def head_configs(self) -> dict[str, Any]:
+        """Configuration of each head."""
+        return {name: head.config for name, head in self.heads.items() if isinstance(head, Head)}
+
+    def pooler(self) -> dict[str, Tensor]:
+        """The base model's own pooler, if a head reads it."""
+        if all(config.pooling != "pooler" or config.reads_tokens for config in self.head_configs().values()):
+            return {}
+        return {name: tensor for name, tensor in self.base.items() if name.startswith("pooler.")}
+
+    def added(self) -> dict[str, nn.Parameter]:
+        """Parameters that the host added to the base model."""
+        return added_parameters(self.backbone, self.base.values())
+
+
+def base_folder(directory: Path) -> Path:
+    """Where a trained base model is. Earlier releases called the folder `base`, as an adapter may be called."""
+    place = directory / BASE_FOLDER
+    return inside(directory, BASE_FOLDER if place.is_dir() else "base")
+
+
+def width_of(backbone: Any) -> int:
+    """`d`, the width of the hidden states."""
+    width = getattr(getattr(backbone, "config", None), "hidden_size", 0)
+    return int(width or backbone.get_input_embeddings().weight.shape[1])

@@ -1,0 +1,153 @@
+"""Reads the folder of a `TaskHeads`: everything is checked before it reaches the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pal_adapters.errors import StorageError
+from pal_adapters.hosts.unchanged import keep_values
+
+from .adapter_files import add_adapters, check_adapter_files, reading
+from .base import base_tensors, embedding_tensors
+from .contents import ADDED, EMBEDDINGS, HEADS, OUTPUT, POOLER, Contents, base_folder, width_of
+from .description import Description, read_description
+from .files import cause_of, check_fit, copy_into, inside, read_json, read_tensors, tensor_files
+from .heads import Head
+from .language import output_tensors
+from .putting_back import put_back
+from .routes import adapter_names
+
+
+def load(directory: Path, backbone: Any | None) -> Contents:
+    """Reads a folder, see `TaskHeads.from_pretrained`. A backbone that was passed in is put back after an error."""
+    description = read_description(directory)
+    check_adapter_files(description, directory)
+    stored = {HEADS: read_tensors(directory, HEADS)}
+    folder = base_folder(directory)
+    if description.base_trained:
+        stored["base"] = read_tensors(folder, "model")
+        read_json(inside(folder, "config.json"))
+    elif tensor_files(directory, POOLER)[0].is_file():
+        stored[POOLER] = read_tensors(directory, POOLER)
+    for stem, there in ((EMBEDDINGS, description.embeddings), (OUTPUT, description.output_layer)):
+        if there:
+            stored[stem] = read_tensors(directory, stem)
+    own = backbone is None
+    with nullcontext() if own else put_back(backbone):
+        if own:
+            backbone = _load_base(description, directory)
+        if description.embeddings:
+            _resize_embeddings(backbone, stored[EMBEDDINGS], directory)
+        backbone = add_adapters(backbone, description, directory)
+        contents = Contents(
+            backbone,
+            nn.ModuleDict(),
+            description.routes(),
+            description.balance,
+            base_tensors(backbone),
+            description.base_trained,
+            description.output_layer,
+        )
+        _fill(contents, description, stored, directory, own=own)
+    return contents
+
+
+def restore(contents: Contents, directory: Path) -> Description:
+    """Copies the weights of a checkpoint into a model of the same structure, see `TaskHeads.restore`."""
+    description = read_description(directory)
+    targets: list[tuple[dict[str, Any], Path, str]] = [
+        (dict(contents.heads.named_parameters()), directory, HEADS),
+        (dict(contents.added()), directory, ADDED),
+    ]
+    if description.base_trained:
+        targets.append((contents.base, base_folder(directory), "model"))
+    elif (pooler := contents.pooler()) and tensor_files(directory, POOLER)[0].is_file():
+        targets.append((pooler, directory, POOLER))
+    if description.embeddings:
+        targets.append((embedding_tensors(contents.backbone, contents.base), directory, EMBEDDINGS))
+    if description.output_layer and (output := output_tensors(contents.backbone)):
+        targets.append((dict(output), directory, OUTPUT))
+    stored = [read_tensors(folder, stem) for _, folder, stem in targets]
+    for (tensors, folder, stem), values in zip(targets, stored, strict=True):
+        check_fit(tensors, values, folder / f"{stem}.safetensors")
+    for (tensors, _, _), values in zip(targets, stored, strict=True):
+        copy_into(tensors, values)
+    return description
+
+
+def _fill(
+    contents: Contents,
+    description: Description,
+    stored: Mapping[str, dict[str, Tensor]],
+    directory: Path,
+    *,
+    own: bool,
+) -> None:
+    """Makes the heads, and copies what the folder holds into them and into the base model."""
+    backbone, base = contents.backbone, contents.base
+    width = width_of(backbone)
+    with torch.device("meta"):  # a damaged description may ask for more memory than there is
+        shapes = nn.ModuleDict({name: Head(config, width) for name, config in description.heads.items()})
+    check_fit(dict(shapes.named_parameters()), stored[HEADS], directory / f"{HEADS}.safetensors")
+    device = next(backbone.parameters()).device
+    for name, config in description.heads.items():
+        contents.heads[name] = Head(config, width).to(device)
+    targets: list[tuple[dict[str, Any], str, Path]] = [(dict(contents.heads.named_parameters()), HEADS, directory)]
+    if description.base_trained:
+        targets.append((base, "base", base_folder(directory) / "model.safetensors"))
+    elif POOLER in stored and contents.pooler():
+        targets.append((contents.pooler(), POOLER, directory))
+    if description.embeddings:
+        targets.append((embedding_tensors(backbone, base), EMBEDDINGS, directory))
+    output: dict[str, Any] = dict(output_tensors(backbone))
+    words = any(config.kind == "language_modeling" for config in description.heads.values())
+    if description.output_layer and (output or words):
+        targets.append((output, OUTPUT, directory))
+    elif own and words and description.base_trained and output:
+        raise StorageError(
+            f"{directory} has a trained base model, but not its output layer: pass backbone=, the base model with "
+            "that layer."
+        )
+    for tensors, stem, where in targets:
+        check_fit(tensors, stored[stem], where if where.suffix else where / f"{stem}.safetensors")
+    keep_values(tensor for tensors, _, _ in targets for tensor in tensors.values())
+    for tensors, stem, _ in targets:
+        copy_into(tensors, stored[stem])
+
+
+def _load_base(description: Description, directory: Path) -> Any:
+    saved = base_folder(directory)
+    # The folder may hold the base model of another run, which this one did not train.
+    stored = description.base_trained and saved.is_dir()
+    source = str(saved) if stored else description.base["name_or_path"]
+    if not source:
+        raise StorageError(f"{directory} does not say which base model it is for: pass backbone=..., the base model.")
+    wanted = description.base_class()
+    try:
+        return wanted.from_pretrained(source, **({"use_safetensors": True} if stored else {}))
+    except Exception as error:  # the errors of transformers and of the Hub have no common base
+        raise StorageError(
+            f"{source}, the base model of {directory}, cannot be loaded ({cause_of(error)}): pass backbone=..., the "
+            "base model."
+        ) from error
+
+
+def _resize_embeddings(backbone: Any, stored: dict[str, Tensor], directory: Path) -> None:
+    """Gives the base model as many input embeddings as the folder holds."""
+    rows = max((len(value) for value in stored.values()), default=0)
+    now = backbone.get_input_embeddings().weight.shape[0]
+    if rows == now:
+        return
+    if adapter_names(backbone):
+        raise StorageError(
+            f"{directory} has {rows} input embeddings, the backbone {now}: call resize_token_embeddings({rows}) "
+            "before adapters are added."
+        )
+    with reading(directory / f"{EMBEDDINGS}.safetensors"):
+        backbone.resize_token_embeddings(rows, mean_resizing=False)
