@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "pal_adapters"
-ORDER = ["nn", "blocks", "hooks", "hosts", "methods", "fusion", "multitask"]
+ORDER = ["nn", "blocks", "hooks", "hosts", "methods", "fusion", "multitask", "serving", "cli"]
 """Each folder may import from itself and from those before it."""
 
 

@@ -1,0 +1,59 @@
+"""ASGI middleware: a limit on the size of a body, and a look at the status of every response."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+class BodyLimit:
+    """Rejects bodies of more than `max_bytes` bytes with status 413, whether or not their length is announced.
+
+    Args:
+        app: The application.
+        max_bytes: Largest body.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        announced = Headers(scope=scope).get("content-length", "0")
+        received = int(announced) if announced.isdecimal() else 0
+        too_large = received > self.max_bytes
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = {"type": "http.request"} if too_large else await receive()
+            received += len(message.get("body", b""))
+            if too_large or received > self.max_bytes:
+                raise HTTPException(413, f"the body has more than {self.max_bytes} bytes, the limit of this service")
+            return message
+
+        await self.app(scope, counted, send)
+
+
+class StatusCount:
+    """Reports the path and status of every response.
+
+    Args:
+        app: The application.
+        report: Called with both.
+    """
+
+    def __init__(self, app: ASGIApp, report: Callable[[str, int], None]) -> None:
+        self.app, self.report = app, report
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.report(scope["path"], message["status"])
+            await send(message)
+
+        await self.app(scope, receive, counted)
