@@ -1,16 +1,16 @@
-"""Checks of what the package relies on in its hosts, with an error that names what an installed host has changed.
+"""What the bindings rely on in their hosts, and errors that name what an installed host has changed.
 
-Each binding lists its expectations in its own file.
+Each binding lists its expectations in an `expectations.py` of its own.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from importlib.metadata import version
 from pkgutil import resolve_name
+from typing import NamedTuple
 
 from packaging.version import Version
 
@@ -22,62 +22,73 @@ TESTED = {"adapters": ("1.3.0", "1.3"), "peft": ("0.21.0", "0.21"), "transformer
 _warned: set[str] = set()
 
 
-@dataclass(frozen=True)
-class Touch:
+class Touch(NamedTuple):
     """A part of a host that the package relies on or replaces, beyond its public interface.
 
+    Checking it must be cheap, as it is done on import.
+
     Attributes:
-        symbol: its name upstream.
+        path: where it is, such as `"peft:PeftModel.load_adapter"`.
+        names: what it must have; None if it only has to exist. For a class, attributes or fields. For a function, its
+            parameters: exactly these, the first ones if `"..."` follows, some of them if `"..."` stands in front.
         reason: why the package uses or replaces it.
-        holds: whether the installed host still has it in the expected form; must be cheap, as it runs on import.
+        source: a word that must be part of its source; `""` for none.
     """
 
-    symbol: str
+    path: str
+    names: tuple[str, ...] | None
     reason: str
-    holds: Callable[[], bool]
+    source: str = ""
 
+    @property
+    def symbol(self) -> str:
+        """Its name, without the module."""
+        name = self.path.rpartition(":")[2]
+        return f"{name} ({self.source})" if self.source else name
 
-def takes(path: str, *parameters: str) -> Callable[[], bool]:
-    """A check that a function such as `"peft:PeftModel.load_adapter"` has parameters of these names, among others."""
-    return lambda: set(parameters) <= set(inspect.signature(resolve_name(path)).parameters)
-
-
-def has(path: str, *names: str) -> Callable[[], bool]:
-    """A check that an object such as `"peft:PeftModel"` exists and has attributes of these names."""
-    return lambda: resolve_name(path) is not None and all(hasattr(resolve_name(path), name) for name in names)
-
-
-def check_touches(library: str, touches: Iterable[Touch]) -> None:
-    """Raise `MissingHostError` if a library is too old, or for the first expectation it does not meet."""
-    oldest = TESTED[library][0]
-    if Version(version(library)) < Version(oldest):
-        raise MissingHostError(f"{library} {version(library)} is not supported: install '{library}>={oldest}'.")
-    for touch in touches:
+    def fault(self) -> str | None:
+        """How the installed host differs, or None."""
         try:
-            holds = touch.holds()
-        except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError):  # the symbol is gone
-            holds = False
-        if not holds:
-            raise MissingHostError(
-                f"{library} {version(library)} has changed {touch.symbol}, on which pal_adapters relies "
-                f"({touch.reason}). Tested versions are {tested(library)}: install one of them."
-            )
+            found = resolve_name(self.path)
+        except (AttributeError, ImportError):
+            return f"{self.symbol} does not exist"
+        if self.source and self.source not in inspect.getsource(found):
+            return f"{self.symbol} has changed"
+        if self.names is None:
+            return None
+        if inspect.isclass(found):
+            fields = getattr(found, "__dataclass_fields__", ())
+            lost = [name for name in self.names if name not in fields and not hasattr(found, name)]
+            return f"{self.symbol} has no {', '.join(lost)}" if lost else None
+        given, names = tuple(inspect.signature(found).parameters), self.names
+        if names[0] == "...":
+            same = set(names[1:]) <= set(given)
+        else:
+            same = given[: len(names) - 1] == names[:-1] if names[-1] == "..." else given == names
+        return None if same else f"{self.symbol} takes ({', '.join(given)}), not ({', '.join(names)})"
 
 
-def tested(library: str) -> str:
-    """The tested versions of a library, for messages."""
-    oldest, newest = TESTED[library]
-    return f"{oldest} to {newest}.x"
+def check_host(library: str, touches: Iterable[Touch]) -> None:
+    """Raise `MissingHostError` if a library is too old, or does not meet what is expected of it."""
+    installed, (oldest, newest) = version(library), TESTED[library]
+    if Version(installed) < Version(oldest):
+        raise MissingHostError(f"{library} {installed} is not supported: install '{library}>={oldest}'.")
+    faults = [f"{fault} (needed: {touch.reason})" for touch in touches if (fault := touch.fault()) is not None]
+    if faults:
+        raise MissingHostError(
+            f"{library} {installed} does not work with this version of pal_adapters: {'; '.join(faults)}. Install a "
+            f"tested version, {oldest} to {newest}.x, or a newer pal_adapters."
+        )
 
 
 def warn_untested(*libraries: str) -> None:
     """Warn once, with `UntestedVersionWarning`, about a library that is newer than the tested versions."""
     for library in libraries:
-        installed = Version(version(library))
-        if installed.release[:2] > Version(TESTED[library][1]).release[:2] and library not in _warned:
+        installed, (oldest, newest) = Version(version(library)), TESTED[library]
+        if installed.release[:2] > Version(newest).release[:2] and library not in _warned:
             _warned.add(library)
             warnings.warn(
-                f"pal_adapters was tested with {library} {tested(library)}, not with {installed}, which is newer.",
+                f"pal_adapters was tested with {library} {oldest} to {newest}.x, but {installed} is installed.",
                 UntestedVersionWarning,
                 stacklevel=2,
             )

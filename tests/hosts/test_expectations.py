@@ -8,10 +8,12 @@ import pytest
 
 from pal_adapters import MissingHostError, UntestedVersionWarning
 from pal_adapters.hosts import expectations
-from pal_adapters.hosts.expectations import Touch, check_touches, has, takes, warn_untested
+from pal_adapters.hosts.expectations import Touch, check_host, warn_untested
 
 
 class Host:
+    limit: int
+
     def add(self, name: str, more: int = 0) -> None: ...
 
 
@@ -27,32 +29,46 @@ def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return installed
 
 
-def test_what_holds() -> None:
-    check_touches("peft", [Touch("Host.add", "adds", takes(ADD, "name")), Touch("Host", "is", has(HOST, "add"))])
+@pytest.mark.parametrize(
+    "touch",
+    [
+        Touch(HOST, None, "x"),
+        Touch(HOST, ("add",), "x"),
+        Touch(HOST, None, "x", source="limit"),
+        Touch(ADD, ("self", "name", "more"), "x"),
+        Touch(ADD, ("self", "..."), "x"),
+        Touch(ADD, ("...", "more", "self"), "x"),
+    ],
+)
+def test_what_holds(touch: Touch) -> None:
+    check_host("peft", [touch])
 
 
 @pytest.mark.parametrize(
-    "holds",
+    ("touch", "fault"),
     [
-        takes(ADD, "adapter_name"),
-        takes(f"{HOST}.remove"),
-        has(HOST, "add", "remove"),
-        has("no_such_library:Host"),
-        lambda: {}["x"],
+        (Touch(ADD, ("self", "name", "most"), "x"), r"Host\.add takes \(self, name, more\), not \(self, name, most\)"),
+        (Touch(ADD, ("self", "name"), "x"), r"Host\.add takes \(self, name, more\), not \(self, name\)"),
+        (Touch(ADD, ("name", "..."), "x"), r"Host\.add takes .*, not \(name, \.\.\.\)"),
+        (Touch(ADD, ("...", "adapter_name"), "x"), r"Host\.add takes .*, not \(\.\.\., adapter_name\)"),
+        (Touch(f"{HOST}.remove", None, "x"), r"Host\.remove does not exist"),
+        (Touch("no_such_library:Host", None, "x"), r"Host does not exist"),
+        (Touch(HOST, ("add", "remove", "drop"), "x"), r"Host has no remove, drop"),
+        (Touch(HOST, None, "x", source="subtract"), r"Host \(subtract\) has changed"),
     ],
 )
-def test_what_does_not(holds: object) -> None:
+def test_what_does_not(touch: Touch, fault: str) -> None:
     with pytest.raises(
         MissingHostError,
-        match=r"peft 0\.21\.2 has changed Host\.add, .* \(it adds\)\. Tested versions are 0\.21\.0 to 0\.21\.x",
+        match=rf"peft 0\.21\.2 does not work .*: {fault} \(needed: x\)\. .*tested version, 0\.21\.0 to 0\.21\.x",
     ):
-        check_touches("peft", [Touch("Host.add", "it adds", holds)])  # type: ignore[arg-type]
+        check_host("peft", [touch])
 
 
 def test_too_old(versions: dict[str, str]) -> None:
     versions["peft"] = "0.20.4"
     with pytest.raises(MissingHostError, match=r"peft 0\.20\.4 is not supported: install 'peft>=0\.21\.0'"):
-        check_touches("peft", [])
+        check_host("peft", [])
 
 
 @pytest.mark.parametrize(

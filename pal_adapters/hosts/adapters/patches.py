@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any, NamedTuple
@@ -22,13 +21,13 @@ from adapters.loading import AdapterFusionLoader, AdapterLoader, WeightsLoaderHe
 from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.lora import LoRALinear
 from adapters.model_mixin import ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
-from packaging.version import Version
 
-from pal_adapters.errors import ConfigError, MissingHostError, UntestedVersionWarning
+from pal_adapters.errors import ConfigError
+from pal_adapters.hosts.expectations import Touch, check_host, warn_untested
 
 from . import adding, adding_fusion, bottlenecks, deleting, file_configs, files, lora, setup, trainer, whole_model
 from .config import CONFIGS, TaskAdapterConfig
-from .expectations import RELIED_ON, TESTED, Expected, faults, installed_version
+from .expectations import RELIED_ON
 from .fusion import FUSIONS, CombinationConfig
 from .transactions import whole
 
@@ -52,8 +51,9 @@ class Replaced(NamedTuple):
     make: Callable[[Any], Callable[..., Any]]
     reason: str
 
-    def expected(self) -> Expected:
-        return Expected(self.owner, self.name, self.arguments, self.reason)
+    def expected(self) -> Touch:
+        path = f"{self.owner.__module__}:{self.owner.__qualname__}.{self.name}"
+        return Touch(path, self.arguments, self.reason)
 
 
 def _whole(make: Callable[[Any], Callable[..., Any]]) -> Callable[[Any], Callable[..., Any]]:
@@ -255,31 +255,10 @@ def register_fusion(config_class: type[CombinationConfig], presets: Mapping[str,
 @functools.cache
 def install() -> None:
     """Replace what `REPLACED` lists, once, after checking that the installed host is as expected."""
-    check_host()
+    check_host("adapters", [*(replaced.expected() for replaced in REPLACED), *RELIED_ON])
+    warn_untested("adapters")
     for replaced in REPLACED:
         _wrap(replaced)
-
-
-def check_host() -> None:
-    """Check the installed host before anything in it is replaced.
-
-    Raises:
-        MissingHostError: for a version that is too old, or one that lacks what the binding needs.
-    """
-    version, tested = installed_version(), ", ".join(TESTED)
-    found = faults([*(replaced.expected() for replaced in REPLACED), *RELIED_ON])
-    if found or Version(version) < Version(TESTED[0]):
-        why = f": {'; '.join(found)}" if found else ""
-        raise MissingHostError(
-            f"adapters {version} does not work with this version of pal_adapters, which was tested with {tested}"
-            f"{why}. Install adapters=={TESTED[-1]}, or a newer pal_adapters."
-        )
-    if Version(version) > Version(TESTED[-1]):
-        warnings.warn(
-            f"adapters {version} is newer than the versions that pal_adapters was tested with ({tested}).",
-            UntestedVersionWarning,
-            stacklevel=2,
-        )
 
 
 def _wrap(replaced: Replaced) -> None:

@@ -3,9 +3,12 @@
 Names no method. What both hosts share belongs one folder up; what knows no host belongs in `hooks/`.
 """
 
-from .expected import check
+from pal_adapters.hosts.expectations import check_host, warn_untested
 
-check()
+from .expectations import RELIED_ON
+
+check_host("peft", RELIED_ON)
+warn_untested("peft", "transformers")
 
 from . import card, whole  # noqa: E402  (importing these needs what was checked)
 

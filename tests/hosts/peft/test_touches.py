@@ -1,4 +1,4 @@
-"""One test for each entry of `hosts/peft/expected.py`: fails when upstream moves or starts to do our work."""
+"""One test for each entry of `hosts/peft/expectations.py`: fails when upstream moves or starts to do our work."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from torch import nn
 from transformers.integrations import PeftAdapterMixin
 
 import pal_adapters
-from pal_adapters.hosts.peft import expected
 from pal_adapters.hosts.peft import saved as peft_saved
 from pal_adapters.hosts.peft import tuner as host
+from pal_adapters.hosts.peft.expectations import RELIED_ON
 from pal_adapters.methods.houlsby.peft import HoulsbyModel
 
 from . import cases
@@ -229,7 +229,7 @@ def _() -> None:
     assert "_unload_and_optionally_merge(merge=False)" in inspect.getsource(BaseTuner.unload)
 
 
-@touch("BaseTuner._enable_peft_forward_hooks")
+@touch("PeftModel._enable_peft_forward_hooks")
 def _() -> None:
     assert not hasattr(BaseTuner, "_enable_peft_forward_hooks")  # each tuner's own
     source = inspect.getsource(PeftModel._enable_peft_forward_hooks)
@@ -262,7 +262,7 @@ def _() -> None:
     assert list(hooks) == [host._refuse_task_ids]
 
 
-@touch("PeftModel.special_peft_forward_args")
+@touch("PeftModel.__init__ (special_peft_forward_args)")
 def _() -> None:
     assert cases.peft_model("lhuc").special_peft_forward_args == {"adapter_names", "alora_offsets"}
     network = get_peft_model(cases.bert(), pal_adapters.CAMTLPeftConfig(tasks=2))
@@ -295,7 +295,7 @@ def _() -> None:
     assert not module._global_module_registration_hooks
 
 
-@touch("PreTrainedModel._gradient_checkpointing_func")
+@touch("PreTrainedModel._set_gradient_checkpointing (_gradient_checkpointing_func)")
 def _() -> None:
     model = cases.llama()
     enable = model.activation_checkpointing_enable if cases.TRANSFORMERS_5 else model.gradient_checkpointing_enable
@@ -421,7 +421,7 @@ def _() -> None:
 
 
 def test_every_touch_has_a_test() -> None:
-    assert [touch.symbol for touch in expected.TOUCHES] == list(TOUCHES)
+    assert [touch.symbol for touch in RELIED_ON] == list(TOUCHES)
 
 
 @pytest.mark.parametrize("symbol", list(TOUCHES))
