@@ -6,7 +6,11 @@ Needs the packages of the extra `train`.
 from pal_adapters.errors import StorageError
 from pal_adapters.multitask.model.heads import HeadConfig
 from pal_adapters.multitask.model.routes import Route
+from pal_adapters.multitask.model.task_description import TaskDescription
 from pal_adapters.multitask.model.task_heads import TaskHeads, TaskHeadsOutput
+from pal_adapters.multitask.predict.predictions import Prediction
+from pal_adapters.multitask.predict.predictor import Predictor
+from pal_adapters.multitask.predict.requests import RequestError
 from pal_adapters.multitask.sampling.selectors import BatchSelector, Candidates, UncertaintySelector
 from pal_adapters.multitask.sampling.strategies import (
     STRATEGIES,
@@ -46,13 +50,17 @@ __all__ = [
     "MultiTaskCollator",
     "MultiTaskTrainer",
     "MultiTaskTrainingArguments",
+    "Prediction",
+    "Predictor",
     "Preset",
     "RecipeWarning",
+    "RequestError",
     "Route",
     "StorageError",
     "Strategy",
     "Task",
     "TaskDataError",
+    "TaskDescription",
     "TaskHeads",
     "TaskHeadsOutput",
     "TaskMetric",

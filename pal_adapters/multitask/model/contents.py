@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .base import added_parameters
 from .files import inside
-from .heads import Head
+from .heads import Head, HeadConfig
 from .routes import Route
+from .task_description import TaskDescription
 
 HEADS, POOLER, OUTPUT, EMBEDDINGS, ADDED = "heads", "pooler", "output_layer", "embeddings", "added"
 BASE_FOLDER = "base.model"
@@ -30,6 +31,7 @@ class Contents:
         base: The base model's own tensors, see `base_tensors`.
         base_trained: Whether the base model has been trained.
         output_trained: Whether the output layer of a language model has been trained.
+        described: What is known of the tasks.
     """
 
     backbone: Any
@@ -39,10 +41,16 @@ class Contents:
     base: dict[str, Tensor]
     base_trained: bool = False
     output_trained: bool = False
+    described: dict[str, TaskDescription] = field(default_factory=dict)
 
-    def head_configs(self) -> dict[str, Any]:
+    def head_configs(self) -> dict[str, HeadConfig]:
         """Configuration of each head."""
         return {name: head.config for name, head in self.heads.items() if isinstance(head, Head)}
+
+    def task_heads(self) -> dict[str, HeadConfig]:
+        """Configuration of the head of each task."""
+        configs = self.head_configs()
+        return {task: configs[route.head] for task, route in self.routes.items()}
 
     def pooler(self) -> dict[str, Tensor]:
         """The base model's own pooler, if a head reads it."""

@@ -22,12 +22,15 @@ from .heads import Head
 from .language import output_tensors
 from .putting_back import put_back
 from .routes import adapter_names
+from .tasks_file import read_tasks
 
 
 def load(directory: Path, backbone: Any | None) -> Contents:
     """Reads a folder, see `TaskHeads.from_pretrained`. A backbone that was passed in is put back after an error."""
     description = read_description(directory)
     check_adapter_files(description, directory)
+    heads = {task: description.heads[route["head"]] for task, route in description.tasks.items()}
+    described = read_tasks(directory, heads)
     stored = {HEADS: read_tensors(directory, HEADS)}
     folder = base_folder(directory)
     if description.base_trained:
@@ -54,6 +57,7 @@ def load(directory: Path, backbone: Any | None) -> Contents:
             description.base_trained,
             description.output_layer,
         )
+        contents.described = described
         _fill(contents, description, stored, directory, own=own)
     return contents
 

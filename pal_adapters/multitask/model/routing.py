@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -65,6 +65,37 @@ def run_batch(backbone: Any, inputs: dict[str, Any], adapters: Sequence[Any], ta
     if host == "peft":
         return _run_peft(backbone, inputs, known, adapters, tasks)
     return run_active(backbone, inputs, {})
+
+
+def batch_group(backbone: Any, adapter: Any) -> Hashable:
+    """Equal for adapters whose examples `run_batch` sends through the backbone in one pass, in evaluation."""
+    host, own = adapter_host(backbone), ("alone", route_key(adapter))
+    if host is None:
+        return "no adapters"
+    if adapter_tasks(backbone, adapter) or is_fuse(adapter):
+        return own
+    names = adapters_in(adapter)
+    if host == "adapters":
+        if not names:
+            return own
+        if all(_is_ours(part) for name in names for part in _parts(backbone, name)):
+            return "ours"
+        if not _runs_together(backbone, [adapter]):
+            return own
+        return str([part.to_dict() for part in _parts(backbone, names[0])])
+    if all(_is_ours(adapter_config(backbone, name)) for name in adapter_names(backbone)):
+        return "ours"
+    configs = [adapter_config(backbone, name) for name in names]
+    plain = all(config.peft_type == "LORA" and not config.use_dora for config in configs)
+    return "LoRA" if plain else own
+
+
+def adds_tokens(backbone: Any, adapter: Any) -> bool:
+    """Whether an adapter puts virtual tokens in front of the text in each pass."""
+    if adapter_host(backbone) == "peft":
+        return any(adapter_config(backbone, name).is_prompt_learning for name in adapters_in(adapter))
+    parts = [part for name in adapters_in(adapter) for part in _parts(backbone, name)]
+    return any(getattr(part, "architecture", None) in ("prefix_tuning", "prompt_tuning") for part in parts)
 
 
 def run_active(backbone: Any, inputs: dict[str, Any], more: dict[str, Any], *, prompt_at: int = 0) -> Hidden:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pal_adapters.errors import StorageError
 
@@ -16,9 +17,10 @@ from .description import DESCRIPTION_FILE, describe, read_description
 from .files import cause_of, staged, write_json, write_tensors
 from .language import output_tensors
 from .parts import is_part
+from .tasks_file import TASKS_FILE, tasks_json
 
 
-def save(contents: Contents, directory: Path, *, checkpoint: bool) -> None:
+def save(contents: Contents, directory: Path, *, checkpoint: bool, tokenizer: Any = None) -> None:
     """Writes a folder, see `TaskHeads.save_pretrained`."""
     backbone, base = contents.backbone, contents.base
     if any(is_part(parameter) for parameter in (*backbone.parameters(), *contents.heads.parameters())):
@@ -57,6 +59,9 @@ def save(contents: Contents, directory: Path, *, checkpoint: bool) -> None:
             write_tensors(output, stage, OUTPUT)
         if checkpoint:
             write_tensors(contents.added(), stage, ADDED)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+        write_json(tasks_json(backbone, contents.described), stage / TASKS_FILE)
         write_json(description.to_json(), stage / DESCRIPTION_FILE)
 
 
@@ -69,7 +74,7 @@ def copy_saved(checkpoint: Path, directory: Path) -> None:
         names += ["adapter_config.json", "adapter_model.safetensors"]
     names += [path.name for stem in stems[:4] for path in checkpoint.glob(f"{stem}*safetensors*")]
     with staged(directory, DESCRIPTION_FILE, stems) as stage:
-        for name in (*names, DESCRIPTION_FILE):
+        for name in (*names, TASKS_FILE, DESCRIPTION_FILE):
             if (checkpoint / name).is_dir():
                 shutil.copytree(checkpoint / name, stage / name)
             elif (checkpoint / name).is_file():

@@ -12,7 +12,7 @@ other tasks. It runs under the setup of its own pass then.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -95,6 +95,19 @@ def active_in_peft(backbone: Any, adapter: str | None, key: object = None) -> It
                 with _what_trains(backbone) if adapter is None else nullcontext():
                     turns.disabled.close()
                 turns.condition.notify_all()
+
+
+def activate_in_peft(backbone: Any, adapters: Sequence[str]) -> None:
+    """Makes adapters active as soon as no pass runs that needs another one. What trains does not change."""
+    with _TURNS_LOCK:
+        turns = _TURNS.setdefault(backbone, _Turns())
+    with turns.condition:
+        turns.condition.wait_for(lambda: not turns.users)
+        if list(backbone.active_adapters) != list(adapters):
+            with _what_trains(backbone):
+                backbone.set_adapter(adapters[0])
+                if len(adapters) > 1:
+                    backbone.base_model.set_adapter(list(adapters))
 
 
 def _switch(backbone: Any, adapter: str | None, turns: _Turns) -> None:

@@ -27,6 +27,8 @@ from .readout import require_task, task_logits, task_names
 from .routes import Route, adapter_host
 from .routing import run_batch
 from .saving import save
+from .task_description import TaskDescription
+from .tasks_file import described_tasks
 from .trainable import check_base, train_base, train_routes
 
 if TYPE_CHECKING:
@@ -109,6 +111,7 @@ class TaskHeads(nn.Module):
         self.balance = balance
         self.heads = nn.ModuleDict()
         self.routes: dict[str, Route] = {}
+        self.described: dict[str, TaskDescription] = {}
         self.width = width_of(backbone)
         self._base_trained = self._output_trained = False
         self._base_names: list[str] | None = None
@@ -174,6 +177,7 @@ class TaskHeads(nn.Module):
         """Removes a task, and its head unless another task uses it. Later tasks move up by one in `task_ids`."""
         self._route(task)
         head = self.routes.pop(task).head
+        self.described.pop(task, None)
         if all(route.head != head for route in self.routes.values()):
             del self.heads[head]
 
@@ -281,7 +285,14 @@ class TaskHeads(nn.Module):
             "trainable": sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad),
         }
 
-    def save_pretrained(self, directory: str | Path, *, checkpoint: bool = False) -> None:
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        *,
+        processing_class: Any = None,
+        tasks: Iterable[Any] | None = None,
+        checkpoint: bool = False,
+    ) -> None:
         """Writes adapters, heads and, if it was trained, the base model to a folder that `from_pretrained` reads.
 
         Adapters and fusions are in the format of their host, each in `directory/<name>`, so the host can load them
@@ -293,12 +304,20 @@ class TaskHeads(nn.Module):
 
         Args:
             directory: The folder; it is created.
+            processing_class: The tokenizer, so that a `Predictor` needs nothing but the folder.
+            tasks: The tasks, for the same purpose: a `Task` or a `TaskDescription` each, as `Task.describe` returns
+                it. By default those that were passed before or came with the folder that was loaded.
             checkpoint: Whether `restore` can read it, too, for which the adapters are written once more.
 
         Raises:
+            ConfigError: For a task that the model lacks, or that does not fit its head.
             StorageError: If each process holds only parts of the parameters.
         """
-        save(self._contents(), Path(directory), checkpoint=checkpoint)
+        contents = self._contents()
+        if tasks is not None:
+            contents.described = self.described | described_tasks(tasks, processing_class, contents.task_heads())
+        save(contents, Path(directory), checkpoint=checkpoint, tokenizer=processing_class)
+        self.described = contents.described
 
     @classmethod
     def from_pretrained(
@@ -328,7 +347,7 @@ class TaskHeads(nn.Module):
         """
         contents = load(fetch(directory, revision=revision, token=token), backbone)
         model = cls(contents.backbone, balance=contents.balance)
-        model.heads, model.routes = contents.heads, contents.routes
+        model.heads, model.routes, model.described = contents.heads, contents.routes, contents.described
         model._base_trained, model._output_trained = contents.base_trained, contents.output_trained
         return model.eval()
 
@@ -352,6 +371,7 @@ class TaskHeads(nn.Module):
             self.base_tensors(),
             self._base_trained,
             self._output_trained,
+            self.described,
         )
 
     def get_input_embeddings(self) -> nn.Module:

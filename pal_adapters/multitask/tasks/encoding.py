@@ -16,6 +16,7 @@ from pal_adapters.multitask.metrics.custom import primary_name
 from pal_adapters.multitask.model.heads import IGNORED
 
 from .checks import check_columns
+from .inputs import INPUTS, encode_segments, first_tokens, segments_of
 from .labels import check_labels, has_flags, has_labels, numbered
 from .rows import as_dataset, plain_rows
 from .scoring import score_predictions
@@ -94,7 +95,7 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
                 raise TaskDataError(
                     f"{where}, row {row}: the tokenizer makes no token of the text: filter such rows out"
                 )
-            for name in ("input_ids", "attention_mask", "token_type_ids"):
+            for name in INPUTS:
                 if name in encoded:
                     flat = np.concatenate([np.asarray(tokens, np.int32) for tokens in encoded[name]])
                     parts.setdefault(name, []).append(flat)
@@ -106,31 +107,18 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         self._warn_of_words(max_length)
 
     def _encode_texts(self, chunk: Any, tokenizer: Any, max_length: int, start: int, labels: list[Any]) -> Any:
-        task = self.task
-        count = len(next(iter(chunk.values())))
-        segments = []
-        for number in range(count):
-            try:
-                segments += task.segments({name: values[number] for name, values in chunk.items()})
-            except TaskDataError as error:
-                raise TaskDataError(f"{self._where}, row {start + number + 1}: {error}") from error
-        if len(segments) != count * task.num_choices:
-            raise TaskDataError(f"{self._where}: {len(segments)} encoder inputs for {count} rows")
-        first = [a for a, _ in segments]
-        texts = (first, [b for _, b in segments]) if segments[0][1] is not None else (first,)
-        if self.has_labels and task.label_column:
-            labels += self._given[start : start + count]
-        return tokenizer(*texts, truncation=True, max_length=max_length)
+        rows = [dict(zip(chunk, values, strict=True)) for values in zip(*chunk.values(), strict=True)]
+        segments = segments_of(self.task, rows, self._where, start)
+        if self.has_labels and self.task.label_column:
+            labels += self._given[start : start + len(rows)]
+        return encode_segments(tokenizer, segments, max_length)
 
     def _encode_words(self, chunk: Any, tokenizer: Any, max_length: int, start: int, labels: list[Any]) -> Any:
         words = chunk[self.task.text_columns[0]]
         encoded = tokenizer(words, truncation=True, max_length=max_length, is_split_into_words=True)
         for number, row in enumerate(words):
             numbers = encoded.word_ids(number)
-            places = np.full(len(row), -1, dtype=np.int64)
-            for place, word in enumerate(numbers):  # the first piece of a word has its label
-                if word is not None and places[word] < 0:
-                    places[word] = place
+            places = first_tokens(numbers, len(row))  # the first piece of a word has its label
             self._words.append(places)
             if not self.has_labels:
                 continue

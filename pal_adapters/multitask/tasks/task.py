@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from pal_adapters.multitask.metrics.builtin import default_metrics, metric_probl
 from pal_adapters.multitask.metrics.custom import Metric, custom_metric_problem, flat_metrics, metric_name
 from pal_adapters.multitask.model.heads import KINDS, HeadConfig, Kind, Loss, Pooling
 from pal_adapters.multitask.model.names import require_task_name
+from pal_adapters.multitask.model.task_description import COLUMNS, CUSTOM, TaskDescription, output_names
 
 from .benchmark import read_benchmark
 from .checks import check_split
@@ -199,6 +200,31 @@ class Task:
             pooling=self.pooling,
             dropout=self.dropout,
             label_names=self.label_names if self.kind not in ("multiple_choice", "span_qa") else (),
+        )
+
+    def describe(
+        self, *, max_length: int, score: float | None = None, thresholds: Sequence[float] = ()
+    ) -> TaskDescription:
+        """The task as plain data, to be saved with a model; see `TaskDescription`."""
+        names = output_names(self.head_config())
+        if self.kind == "multiple_choice":
+            columns = self.text_columns[1 : self.num_choices + 1]
+            names = self.label_names or (columns if len(columns) == self.num_choices else names)
+        template = COLUMNS
+        if self.render is not None:
+            own = TASKS.get(self.full_name, {}).get("render") is self.render
+            template = self.full_name if own else CUSTOM
+        return TaskDescription(
+            name=self.name,
+            kind=self.kind,
+            text_columns=self.text_columns,
+            label_names=names,
+            max_length=max_length,
+            template=template,
+            unanswerable=self.has_unanswerable,
+            thresholds=tuple(thresholds),
+            metric=metric_name(self.metrics[0]),
+            score=score,
         )
 
     def segments(self, row: Row) -> list[Segments]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,26 @@ Window = tuple[int, np.ndarray]
 """The example that a window is of, and for each token its characters in the context `[n, 2]`, -1 outside it."""
 
 
-def _overlap(max_length: int) -> int:
+@dataclass(frozen=True)
+class Span:
+    """An answer: where it stands in its context, and how it was scored.
+
+    Args:
+        start: Its first character.
+        end: The character after its last one.
+        total: Sum of the logits of its first and last token.
+        probability: Product of their probabilities in their window.
+        window: Index of that window.
+    """
+
+    start: int
+    end: int
+    total: float
+    probability: float
+    window: int
+
+
+def window_overlap(max_length: int) -> int:
     """Tokens that consecutive windows share."""
     return min(_OVERLAP, max_length // 4)
 
@@ -38,22 +58,11 @@ def encode_questions(
         TaskDataError: For a question that leaves too little room for its context.
     """
     questions = [question.lstrip() for question in questions]
-    overlap = _overlap(max_length)
-    room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
+    overlap = window_overlap(max_length)
     for number, tokens in enumerate(tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]):
-        left = room - len(tokens)
-        if left > overlap:
-            continue
-        context = tokenizer(contexts[number], add_special_tokens=False, verbose=False)["input_ids"]
-        if len(context) > left:
-            enough = max_length + 1
-            while enough - max_length + left <= min(_overlap(enough), len(context) - 1):
-                enough += 1
-            raise TaskDataError(
-                f"{where}, row {first + number + 1}: the question has {len(tokens)} tokens, which leaves room for "
-                f"{max(left, 0)} of the {len(context)} tokens of the context with max_length={max_length}; windows "
-                f"need at least {overlap + 1}: raise max_length to {enough} or more, or filter such questions out"
-            )
+        problem = _question_problem(tokenizer, len(tokens), contexts[number], max_length)
+        if problem:
+            raise TaskDataError(f"{where}, row {first + number + 1}: {problem}, or filter such questions out")
     encoded = tokenizer(
         questions,
         list(contexts),
@@ -71,6 +80,30 @@ def encode_questions(
     return encoded, windows
 
 
+def question_problem(tokenizer: Any, question: str, context: str, max_length: int) -> str:
+    """Why a question leaves too little room for its context, and what to do about it; empty if it does not."""
+    tokens = tokenizer(question.lstrip(), add_special_tokens=False, verbose=False)["input_ids"]
+    return _question_problem(tokenizer, len(tokens), context, max_length)
+
+
+def _question_problem(tokenizer: Any, tokens: int, context: str, max_length: int) -> str:
+    overlap = window_overlap(max_length)
+    left = max_length - tokenizer.num_special_tokens_to_add(pair=True) - tokens
+    if left > overlap:
+        return ""
+    length = len(tokenizer(context, add_special_tokens=False, verbose=False)["input_ids"])
+    if length <= left:
+        return ""
+    enough = max_length + 1
+    while enough - max_length + left <= min(window_overlap(enough), length - 1):
+        enough += 1
+    return (
+        f"the question has {tokens} tokens, which leaves room for {max(left, 0)} of the {length} tokens of the "
+        f"context with max_length={max_length}; windows need at least {overlap + 1}: raise max_length to {enough} or "
+        "more"
+    )
+
+
 def answer_span(places: np.ndarray, answer: Mapping[str, Any]) -> tuple[int, int]:
     """First and last token of the first answer, or twice the first token of the window if it lacks the answer."""
     if not any(answer["text"][:1]):
@@ -85,23 +118,38 @@ def answer_span(places: np.ndarray, answer: Mapping[str, Any]) -> tuple[int, int
 
 
 def best_answers(
-    contexts: Sequence[str], windows: Sequence[Window], logits: np.ndarray, *, unanswerable: bool
+    contexts: Sequence[str], windows: Sequence[Window], logits: Iterable[np.ndarray], *, unanswerable: bool
 ) -> list[str]:
-    """For each question the best span over all windows of its context, or "" for no answer.
+    """For each question the best span over all windows of its context, or "" for no answer; see `best_spans`."""
+    spans = best_spans(len(contexts), windows, logits, unanswerable=unanswerable)
+    return [
+        "" if span is None else text[span.start : span.end] for text, (span, _) in zip(contexts, spans, strict=True)
+    ]
+
+
+def best_spans(
+    questions: int, windows: Sequence[Window], logits: Iterable[np.ndarray], *, unanswerable: bool
+) -> list[tuple[Span | None, float]]:
+    """For each question the best span over all windows of its context, or `None`, and the probability of no answer.
 
     "No answer" is the span of the first token; it wins if it beats the best span in every window. Windows without the
     answer are trained on that span as well, so it is ignored unless some questions are unanswerable.
 
     Args:
-        contexts: The contexts, one for each question.
+        questions: Number of questions.
         windows: The windows of all contexts.
-        logits: Scores of the first and last token, `[windows, n, 2]`.
+        logits: For each window the scores of the first and last token, `[n, 2]`.
         unanswerable: Whether "no answer" may be predicted.
     """
-    best = [(-np.inf, "")] * len(contexts)
-    none = np.full(len(contexts), np.inf if unanswerable else -np.inf)
-    for (row, places), scored in zip(windows, logits, strict=True):
+    best: list[Span | None] = [None] * questions
+    none = np.full(questions, np.inf)
+    nothing = np.ones(questions)
+    for number, ((row, places), scored) in enumerate(zip(windows, logits, strict=True)):
+        scored = scored[: len(places)]
+        shares = np.exp(scored - scored.max(axis=0))
+        shares /= shares.sum(axis=0)
         none[row] = min(none[row], scored[0].sum())
+        nothing[row] = min(nothing[row], shares[0].prod())
         inside = np.flatnonzero(places[:, 0] >= 0)
         if not len(inside):
             continue
@@ -110,7 +158,17 @@ def best_answers(
         length = np.arange(len(inside))[None, :] - np.arange(len(inside))[:, None]
         total = np.where((length >= 0) & (length < _LONGEST_ANSWER), total, -np.inf)
         first, last = np.unravel_index(total.argmax(), total.shape)
-        if total[first, last] > best[row][0]:
-            text = contexts[row][places[inside[first], 0] : places[inside[last], 1]]
-            best[row] = (float(total[first, last]), text)
-    return [text if total >= least else "" for (total, text), least in zip(best, none, strict=True)]
+        found = best[row]
+        if found is None or total[first, last] > found.total:
+            first_token, last_token = inside[first], inside[last]
+            best[row] = Span(
+                start=int(places[first_token, 0]),
+                end=int(places[last_token, 1]),
+                total=float(total[first, last]),
+                probability=float(shares[first_token, 0] * shares[last_token, 1]),
+                window=number,
+            )
+    return [
+        (None if span is None or (unanswerable and span.total < least) else span, float(rest))
+        for span, least, rest in zip(best, none, nothing, strict=True)
+    ]

@@ -1,0 +1,45 @@
+"""Lets any number of calls run at a time, or one change."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Gate:
+    """Calls run beside each other. A change waits for those that run; calls that come later wait for the change."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._running = 0
+        self._changes = 0
+        self._changing = False
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """One call."""
+        with self._condition:
+            self._condition.wait_for(lambda: not self._changes)
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._running -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """One change; they run one after the other."""
+        with self._condition:
+            self._changes += 1
+            self._condition.wait_for(lambda: not self._running and not self._changing)
+            self._changing = True
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._changes -= 1
+                self._changing = False
+                self._condition.notify_all()
