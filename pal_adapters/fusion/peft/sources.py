@@ -214,7 +214,16 @@ def _check_fit(
 
 
 def check_bases(sources: Iterable[Source], model: nn.Module) -> None:
-    """Raise `ConfigError` if the sources and the model name different base models."""
+    """Raise `ConfigError` if the sources and the model name different base models, or types of them."""
+    sources, found = list(sources), getattr(getattr(model, "config", None), "model_type", None)
+    for source in sources:
+        kind = source.config.base_model_type if isinstance(source.config, TaskPeftConfig) else None
+        if None not in (kind, found) and kind != found:
+            raise ConfigError(
+                f"source {source.name!r} was trained on a base model of type {kind!r}, and this one is of type "
+                f"{found!r}: use sources trained on this base model, or check_base=False if both have the same "
+                "weights."
+            )
     names = {f"source {s.name!r}": s.config.base_model_name_or_path for s in sources}
     names["the model"] = model.__dict__.get("name_or_path")
     known = {who: str(name).rstrip("/") for who, name in names.items() if name}

@@ -92,12 +92,6 @@ class CombinationTuner(TaskTuner):
                 f"source {name!r} is not on the model, which has {self._adapters_on_model()}: pass the path or Hub "
                 f"repo ID of a saved adapter, adapters={{{name!r}: '<path>'}}, or add the adapter to the model first."
             )
-        if config.bundle and config.fingerprints and config._origin is None and path is not None:
-            # Configs read by PEFT's base class or by transformers do not know their folder.
-            try:
-                return read_source(self.model, name, path, revision)
-            except ConfigError as error:
-                raise ConfigError(f"{error} Only PeftModel.from_pretrained finds its bundled copy.") from error
         return read_source(self.model, name, path, revision)
 
     def _adapters_on_model(self) -> list[str]:

@@ -117,6 +117,12 @@ RELIED_ON: tuple[Touch, ...] = (
         "the same, as PEFT adds an adapter before it reads the weights",
     ),
     Touch("peft:PeftModel.from_pretrained", ("...", "model", "model_id"), "the same"),
+    Touch("peft:PeftModel.set_adapter", None, "wrapped: an error leaves the model unchanged"),
+    Touch("peft:PeftModel.delete_adapter", None, "the same"),
+    Touch(
+        "peft.config:PeftConfigMixin.from_pretrained", ("...", "pretrained_model_name_or_path", "subfolder"),
+        "wrapped: calls the method of the config's own class, which may have to know its folder",
+    ),
     Touch(
         "peft:PeftModel.disable_adapter", None, "wrapped: raises if `train_base` has changed the base weights"
     ),

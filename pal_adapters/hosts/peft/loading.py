@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from pal_adapters.errors import StorageError
+
+from .registry import methods
 
 _PREFIX = "base_model.model."
 
@@ -110,19 +112,48 @@ def check_settings(config: PeftConfig, path: str | os.PathLike[str], subfolder: 
         )
 
 
-def check_config_file(path: Any, subfolder: str | None = None) -> None:
-    """Raise `StorageError` if a local folder has a config that PEFT cannot attribute to a method."""
+def check_folder(path: Any, subfolder: str | None = None, *, weights: bool = True) -> None:
+    """Check a local folder before PEFT reads it.
+
+    Args:
+        path: the folder; anything else is not checked.
+        subfolder: where in it the adapter is.
+        weights: whether weights will be read from it, too.
+
+    Raises:
+        StorageError: if PEFT cannot attribute the config to a method, or the weights are missing or of another method.
+    """
     file = Path(path, subfolder or "", CONFIG_NAME) if isinstance(path, (str, os.PathLike)) else None
     if file is None or not file.is_file():
         return
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"{str(file)!r} is damaged: {error}.") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise StorageError(
             f"{str(file)!r} has peft_type={kind!r}, which no installed package has registered with PEFT."
+        )
+    if weights:
+        _check_weights_file(file.parent, kind)
+
+
+def _check_weights_file(folder: Path, kind: str) -> None:
+    """PEFT looks for missing weights on the Hub, and loads nothing from a file whose names it does not know."""
+    ours = kind in methods()
+    files = [folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+    if ours and not any(file.is_file() for file in files):
+        raise StorageError(f"{str(files[0])!r} is missing: the folder is incomplete.")
+    if ours or not files[0].is_file():
+        return
+    prefixes = tuple(f".{method.name}_{part}." for method in methods().values() for part in ("units", "shared"))
+    with safe_open(files[0], framework="pt") as tensors:
+        found = [name for name in tensors.keys() if any(prefix in name for prefix in prefixes)]  # noqa: SIM118
+    if found:
+        raise StorageError(
+            f"{str(folder / CONFIG_NAME)!r} has peft_type={kind!r}, but the weights beside it are of another method "
+            f"({found[0]}, ...): the files do not belong together."
         )
 
 

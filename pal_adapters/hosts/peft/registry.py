@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import peft
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner
@@ -33,6 +35,11 @@ def register(method: Method, config_class: type[PeftConfig], tuner_class: type[B
     PeftType._member_names_.append(name)
     register_peft_method(name=method.name, config_cls=config_class, model_cls=tuner_class)
     _METHODS[name] = method
+
+
+def methods() -> Mapping[str, Method]:
+    """The methods by their `peft_type`."""
+    return _METHODS
 
 
 def method_of(config: PeftConfig) -> Method | None:

@@ -247,6 +247,7 @@ class TaskTuner(BaseTuner):
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         meta = base_tensors(model, tied="each") if is_joint(config) else ()
         state_dict = check_tensors(model, adapter_name, state_dict, meta)
+        keep_values(old for old, _ in base)
         with torch.no_grad():
             for old, new in base:
                 old.copy_(new)
@@ -299,10 +300,11 @@ class TaskTuner(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             self._check_merge_allowed()
-        for _, layer in list(tuner_layers(self.model)):
-            if isinstance(layer, TunerLayer):
-                layer.detach()
-        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+        with changing(self):
+            for _, layer in list(tuner_layers(self.model)):
+                if isinstance(layer, TunerLayer):
+                    layer.detach()
+            return super()._unload_and_optionally_merge(False, *args, **kwargs)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not supported: averaging the weights of two task modules does not average their outputs."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+from peft.config import PeftConfigMixin
 from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
@@ -24,7 +25,7 @@ from pal_adapters.errors import PalAdaptersError, StorageError
 
 from .change import changing
 from .joint import check_base_complete, check_base_untouched, check_restorable, is_joint
-from .loading import check_config_file, check_loaded, check_settings, kinds_in
+from .loading import check_folder, check_loaded, check_settings, kinds_in
 from .registry import method_of
 from .tuner import TaskTuner
 
@@ -65,12 +66,23 @@ def _add(original: Callable[..., None]) -> Callable[..., None]:
     return add_adapter
 
 
+def _change(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def change(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(self.base_model, TaskTuner):
+            return original(self, *args, **kwargs)
+        with changing(self, self.peft_config):
+            return original(self, *args, **kwargs)
+
+    return change
+
+
 def _load(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        check_folder(model_id, kwargs.get("subfolder"))
         if not isinstance(self.base_model, TaskTuner):
             return original(self, model_id, adapter_name, *args, **kwargs)
-        check_config_file(model_id, kwargs.get("subfolder"))
         if adapter_name in self.peft_config:  # PEFT keeps its config, whatever the folder says
             check_settings(self.peft_config[adapter_name], model_id, kwargs.get("subfolder"))
         with changing(self, self.peft_config), _reading(model_id):
@@ -84,9 +96,20 @@ def _from_pretrained(original: Callable[..., Any]) -> Any:
     def from_pretrained(cls: type[PeftModel], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         configs = [value for value in (*args, *kwargs.values()) if isinstance(value, PeftConfig)]
         path = args[0] if args else kwargs.get("model_id")
-        check_config_file(path, kwargs.get("subfolder"))
+        check_folder(path, kwargs.get("subfolder"))
         with changing(model, *configs):
             return original(cls, model, *args, **kwargs)
+
+    return classmethod(from_pretrained)
+
+
+def _read_config(original: Callable[..., Any]) -> Any:
+    @functools.wraps(original)
+    def from_pretrained(cls: type[PeftConfig], path: Any, *args: Any, **kwargs: Any) -> PeftConfig:
+        config = original(cls, path, *args, **kwargs)
+        # `PeftConfig.from_pretrained` makes a config of another class, which may have to know its folder.
+        other = type(config) is not cls and method_of(config) is not None
+        return type(config).from_pretrained(path, *args, **kwargs) if other else config
 
     return classmethod(from_pretrained)
 
@@ -108,7 +131,7 @@ def _load_by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
         name = (args[1] if len(args) > 1 else kwargs.get("adapter_name")) or "default"
         path = args[0] if args else kwargs.get("peft_model_id")
         subfolder = (kwargs.get("adapter_kwargs") or {}).get("subfolder")
-        check_config_file(path, subfolder)
+        check_folder(path, subfolder, weights=kwargs.get("adapter_state_dict") is None)
         with changing(self, kwargs.get("peft_config"), getattr(self, "peft_config", None)), _reading(path):
             folder = Path(path, subfolder or "") if isinstance(path, (str, os.PathLike)) else None
             if folder is not None:
@@ -157,6 +180,8 @@ def install() -> None:
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
         *((cls, "__init__", _construct) for cls in classes),
         *((cls, "add_adapter", _add) for cls in classes),
+        (PeftModel, "set_adapter", _change),
+        (PeftModel, "delete_adapter", _change),
         (PeftModel, "load_adapter", _load),
         (PeftModel, "disable_adapter", _disable),
         (PeftAdapterMixin, "add_adapter", _add_by_transformers),
@@ -166,4 +191,7 @@ def install() -> None:
     for cls, name, replacement in replaced:
         if name in vars(cls):
             setattr(cls, name, replacement(vars(cls)[name]))
+    PeftConfigMixin.from_pretrained = _read_config(  # type: ignore[method-assign]
+        vars(PeftConfigMixin)["from_pretrained"].__func__
+    )
     PeftModel.from_pretrained = _from_pretrained(vars(PeftModel)["from_pretrained"].__func__)  # type: ignore[method-assign]

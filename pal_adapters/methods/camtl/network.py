@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pal_adapters.errors import ConfigError, UnknownAdapterError
+from pal_adapters.hosts.unchanged import all_or_nothing, keep_values
 
 from .alone import join_table, train_alone
 from .layer import ConditionalBlock
@@ -129,18 +130,19 @@ def add_task(model: nn.Module, task: str, adapter_name: str = "default") -> int:
         UnknownAdapterError: if there is no such network.
         ConfigError: if the network has a task of that name.
     """
-    train_tasks(model, None, adapter_name)
     units = _found(model, adapter_name)
     config = _config(model, adapter_name)
     tasks: list[str] = config.tasks
     if not isinstance(task, str) or not task or task in tasks:
         raise ConfigError(f"task={task!r} is not allowed: use a name other than {', '.join(map(repr, tasks))}.")
-    table = units[0][1].shared_weights()["task_embedding"]
-    row = torch.empty(1, table.shape[1])
-    draw_rows(row)
-    new = nn.Parameter(torch.cat([table.detach(), row.to(table)]), requires_grad=table.requires_grad)
-    _replace(model, table, new)
-    tasks.append(task)  # the list that is saved with the adapter
+    with all_or_nothing(model, config):
+        train_tasks(model, None, adapter_name)
+        table = units[0][1].shared_weights()["task_embedding"]
+        row = torch.empty(1, table.shape[1])
+        draw_rows(row)
+        new = nn.Parameter(torch.cat([table.detach(), row.to(table)]), requires_grad=table.requires_grad)
+        _replace(model, table, new)
+        tasks.append(task)  # the list that is saved with the adapter
     return len(tasks) - 1
 
 
@@ -161,7 +163,7 @@ def train_tasks(model: nn.Module, tasks: Iterable[str] | None, adapter_name: str
 
     Raises:
         UnknownAdapterError: if there is no such network.
-        ConfigError: if the network does not have one of the tasks.
+        ConfigError: if the network does not have one of the tasks, or `tasks` is empty.
     """
     units, known = _found(model, adapter_name), list(_config(model, adapter_name).tasks)
     if isinstance(tasks, str):
@@ -173,11 +175,15 @@ def train_tasks(model: nn.Module, tasks: Iterable[str] | None, adapter_name: str
         numbers.append(known.index(task))
     members = [unit for _, unit in units]
     table: Any = members[0].shared_weights()["task_embedding"]
-    if tasks is None:
-        join_table(members, table)
-        return []
-    model.requires_grad_(False)
-    return train_alone(members, table, numbers)
+    if tasks is not None and not numbers:
+        raise ConfigError(f"tasks={tasks!r} names no task: use {', '.join(known)}, or None to end this state.")
+    with all_or_nothing(model):
+        keep_values([table])
+        if tasks is None:
+            join_table(members, table)
+            return []
+        model.requires_grad_(False)
+        return train_alone(members, table, numbers)
 
 
 def _replace(model: nn.Module, old: Tensor, new: nn.Parameter) -> None:

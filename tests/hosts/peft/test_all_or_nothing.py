@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -146,6 +146,40 @@ def test_a_damaged_folder_in_transformers(
     base.load_adapter(str(whole), "new")
     with torch.no_grad():
         assert torch.equal(base.eval()(**given).logits, expected)
+
+
+def _deep(folder: pathlib.Path) -> None:
+    (folder / CONFIG).write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+
+
+def _folder_for_weights(folder: pathlib.Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).mkdir()
+
+
+def _called_lora(folder: pathlib.Path) -> None:
+    """With which PEFT would load a LoRA of random weights."""
+    path = folder / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "LORA", "target_modules": ["query"]}))
+
+
+@pytest.mark.parametrize("door", ["from_pretrained", "beside ours", "beside LoRA", "transformers"])
+@pytest.mark.parametrize("damage", [_deep, _no_weights, _folder_for_weights, _called_lora], ids=lambda d: d.__name__)
+def test_files_that_do_not_make_an_adapter(
+    damage: Callable[[pathlib.Path], None], door: str, tmp_path: pathlib.Path
+) -> None:
+    folder = _saved("pal", tmp_path)
+    damage(folder)
+    beside = {
+        "beside ours": lambda: cases.peft_model("pal", adapters=("old",)),
+        "beside LoRA": lambda: get_peft_model(cases.bert(), LoraConfig(target_modules=["query"])),
+    }
+    model: Any = beside.get(door, cases.bert)()
+    with rejected(model, error=pa.StorageError, match=r"adapter_(config|model)"):
+        if door == "from_pretrained":
+            PeftModel.from_pretrained(model, folder, adapter_name="new")
+        else:
+            model.load_adapter(str(folder), "new")
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4])

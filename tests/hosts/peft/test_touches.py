@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners import tuners_utils
 from peft.tuners.lora import LoraLayer
@@ -384,6 +385,23 @@ def _() -> None:
 def _() -> None:
     assert parameters(PeftModel.from_pretrained)[:2] == ["model", "model_id"]
     assert not any("from_pretrained" in vars(cls) for cls in peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values())
+
+
+@touch("PeftModel.set_adapter")
+def _() -> None:
+    assert parameters(PeftModel.set_adapter) == ["adapter_name", "inference_mode"]
+
+
+@touch("PeftModel.delete_adapter")
+def _() -> None:
+    assert parameters(PeftModel.delete_adapter) == ["adapter_name"]
+
+
+@touch("PeftConfigMixin.from_pretrained")
+def _() -> None:
+    assert "from_pretrained" not in vars(peft.PeftConfig)
+    # It makes a config of the method's class without calling that class's own `from_pretrained`.
+    assert "from_peft_type" in inspect.getsource(inspect.unwrap(PeftConfigMixin.from_pretrained.__func__))
 
 
 @touch("PeftModel.disable_adapter")

@@ -436,6 +436,12 @@ def test_a_new_task_trains_alone(host: str, tmp_path: pathlib.Path) -> None:
         train_tasks(network.model, ["sst2"], "all")
     with pytest.raises(ConfigError, match=r"pass a list of names, \['qqp'\]"):
         train_tasks(network.model, "qqp", "all")
+    with pytest.raises(ConfigError, match=r"tasks=\[\] names no task"):
+        train_tasks(network.model, [], "all")
+    vectors = train_tasks(network.model, ["rte"], "all")
+    with pytest.raises(ConfigError, match="task='qqp'"):  # and what trains stays as it was
+        add_task(network.model, "qqp", "all")
+    assert [p for p in network.model.parameters() if p.requires_grad] == vectors
 
 
 @both
