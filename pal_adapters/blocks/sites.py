@@ -73,8 +73,13 @@ def mark_added(*bases: type) -> None:
 
 
 def is_added(module: nn.Module) -> bool:
-    """Whether a module derives from a class that a host passed to `mark_added`, so that it is not the model's own."""
-    return isinstance(module, tuple(_ADDED))
+    """Whether a host added a module: it derives from a class that was passed to `mark_added`.
+
+    A module of the model into which a host mixes such a class, as adapters does, is the model's own.
+    """
+    added = tuple(_ADDED)
+    mixed = (cls for cls in type(module).__mro__ if issubclass(cls, nn.Module) and not issubclass(cls, added))
+    return isinstance(module, added) and set(mixed) <= {nn.Module}
 
 
 def _children(block: nn.Module) -> set[str]:

@@ -25,7 +25,8 @@ from pal_adapters import (
     register_block,
 )
 from pal_adapters.blocks import sites
-from pal_adapters.blocks.sites import find_blocks, iter_blocks, parse_sites, resolve, sites_of
+from pal_adapters.blocks.norms import full_norms
+from pal_adapters.blocks.sites import Block, find_blocks, iter_blocks, parse_sites, resolve, sites_of
 from pal_adapters.blocks.structures import REFUSED, STRUCTURES
 from tests import zoo
 from tests.zoo import BY_NAME
@@ -256,6 +257,13 @@ def test_what_peft_puts_into_a_block_does_not_hide_it(name: str) -> None:
         assert [(b.name, b.sites) for b in find_blocks(model)] == before
 
 
+def norms_of(block: Block) -> list[str]:
+    try:
+        return list(full_norms(block))
+    except SiteError:
+        return []
+
+
 def test_what_adapters_puts_into_a_block_does_not_hide_it() -> None:
     adapters = pytest.importorskip("adapters")
     for name in (
@@ -273,10 +281,11 @@ def test_what_adapters_puts_into_a_block_does_not_hide_it() -> None:
         "beit",
     ):
         model = _tiny(name)
-        before = [(b.name, b.sites) for b in find_blocks(model)]
+        before = [(b.name, b.sites, norms_of(b)) for b in find_blocks(model)]
         adapters.init(model)
         model.add_adapter("a", config="double_seq_bn")
-        assert [(b.name, b.sites) for b in find_blocks(model)] == before, name
+        model.add_adapter("b", config="pal[hidden_size=12,num_heads=2]")
+        assert [(b.name, b.sites, norms_of(b)) for b in find_blocks(model)] == before, name
 
 
 def test_attention_of_torch_is_refused() -> None:
