@@ -62,8 +62,13 @@ def tasks_json(backbone: Any, described: Mapping[str, TaskDescription]) -> dict[
         "format": FORMAT,
         "tasks": [description.to_dict() for description in described.values()],
         "base": {"id": source_of(backbone), "revision": getattr(backbone.config, "_commit_hash", None)},
-        "versions": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        "versions": package_versions(),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of the installed packages that a folder depends on."""
+    return {name: found for name in _PACKAGES if (found := _version(name)) is not None}
 
 
 def read_tasks(directory: Path, heads: Mapping[str, HeadConfig]) -> dict[str, TaskDescription]:

@@ -60,6 +60,7 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         self._where = where = f"task {task.name!r}, {where}"
         dataset = plain_rows(as_dataset(rows, where))
         self.task = task
+        self.max_length = max_length
         self.rows = plain_rows(dataset if task.expand is None else task.expand(dataset))
         self.has_labels = needs_labels or has_labels(task, self.rows)
         check_columns(task, self.rows, where, labels=self.has_labels)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +35,9 @@ from pal_adapters.multitask.model.files import cause_of
 from pal_adapters.multitask.model.parts import whole_parameters
 from pal_adapters.multitask.model.saving import copy_saved
 from pal_adapters.multitask.model.task_heads import TaskHeads
+from pal_adapters.multitask.tasks.encoding import ConcatTasks, EncodedTask
 
+from .described import described_run, logged_at
 from .distributed import load_whole_state, whole_state
 
 
@@ -44,6 +47,9 @@ class _UploadError(PalAdaptersError):
 
 class Checkpoints(Trainer):
     """A Trainer whose checkpoints are those of `TaskHeads`."""
+
+    scored: Mapping[str, Any] | None = None
+    """What `evaluate` returned for the weights that the model has now; `None` if they were not evaluated."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains. `resume_from_checkpoint=True` resumes from the last complete checkpoint."""
@@ -70,8 +76,14 @@ class Checkpoints(Trainer):
         if not self.args.should_save:
             return
         model = cast("TaskHeads", self.accelerator.unwrap_model(self.model))
-        model.save_pretrained(directory, checkpoint=self.is_in_train)
-        cast("Any", self.processing_class).save_pretrained(directory)
+        described = described_run(
+            cast("ConcatTasks", self.train_dataset),
+            cast("Mapping[str, EncodedTask] | None", self.eval_dataset),
+            self.scored,
+        )
+        model.save_pretrained(
+            directory, processing_class=self.processing_class, tasks=described, checkpoint=self.is_in_train
+        )
         torch.save(self.args, directory / "training_args.bin")
 
     def _save_checkpoint(self, model: Any, trial: Any, **kwargs: Any) -> None:
@@ -138,6 +150,7 @@ class Checkpoints(Trainer):
     def _load_best_model(self) -> None:
         best = cast("str", self.state.best_model_checkpoint)
         cast("TaskHeads", self.accelerator.unwrap_model(self.model)).restore(best)
+        self.scored = logged_at(self.state.log_history, self.state.best_global_step)
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:

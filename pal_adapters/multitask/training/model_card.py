@@ -11,11 +11,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pal_adapters.multitask.model.files import replace_text
 from pal_adapters.multitask.model.routes import adapter_config, adapter_host, adapters_in
+from pal_adapters.multitask.model.task_description import COLUMNS, TaskDescription
 from pal_adapters.multitask.model.task_heads import TaskHeads
+from pal_adapters.multitask.model.tasks_file import package_versions
 from pal_adapters.multitask.tasks.task import Task
 
+from .described import described_run, scores_by_set
+
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-_SPEED = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 _HUB_TASKS = {
     "token_tagging": "token-classification",
     "span_qa": "question-answering",
@@ -33,6 +36,7 @@ class Run(Protocol):
     tasks: dict[str, Task]
     train_dataset: Any
     eval_dataset: Any
+    scored: Any
     state: Any
     strategy: Any
     aggregate: Any
@@ -65,10 +69,7 @@ def write_model_card(run: Run, given: Mapping[str, Any]) -> None:
         eval_results=[result for _, _, _, result in results if result is not None] or None,
     )
     sizes = {rows.task.name: len(rows) for rows in run.train_dataset.tasks}
-    first = next(iter(run.tasks.values()))
-    texts = ['"..."'] * min(len(first.text_columns), 2)
-    if first.num_choices > 1:
-        texts = [f"[{', '.join([text] * first.num_choices)}]" for text in texts]
+    described = described_run(run.train_dataset, run.eval_dataset, run.scored)
     host = adapter_host(model.backbone)
     card = ModelCard.from_template(
         data,
@@ -85,6 +86,10 @@ def write_model_card(run: Run, given: Mapping[str, Any]) -> None:
             }
             for task in run.tasks
         ],
+        described=described,
+        base_revision=getattr(model.config, "_commit_hash", None),
+        versions=[f"{name} {number}" for name, number in package_versions().items()],
+        example=json.dumps(_example(described[0]), ensure_ascii=False),
         methods=sorted({type(config).__name__ for config in configs}),
         base_trained=model.base_trained,
         sampling=getattr(run.strategy, "__name__", str(run.strategy)),
@@ -99,10 +104,15 @@ def write_model_card(run: Run, given: Mapping[str, Any]) -> None:
         extras=f",{host}" if host else "",
         # If hub_model_id has no owner, only the Hub knows whose repository it is.
         place=json.dumps(run.hub_model_id or args.hub_model_id or name),
-        texts=", ".join(texts),
-        first_task=json.dumps(first.name),
     )
     replace_text(folder / "README.md", str(card))
+
+
+def _example(task: TaskDescription) -> dict[str, Any]:
+    """A request for a task, with dots for its texts."""
+    text: Any = ["..."] if task.kind == "token_tagging" else "..."
+    numbers = {column: 0 for column in task.text_columns if task.template != COLUMNS and column.endswith("_index")}
+    return {"task": task.name, **dict.fromkeys(task.text_columns, text), **numbers}
 
 
 def _method(config: Any) -> str:
@@ -116,25 +126,19 @@ def _results(run: Run) -> Iterator[tuple[str, str, float, EvalResult | None]]:
     """Evaluation set, metric and score of the last evaluation, and the entry of the model index for it."""
     scored: dict[str, Any] = next((entry for entry in reversed(run.state.log_history) if "eval_average" in entry), {})
     evaluated = run.eval_dataset or {}
-    for entry, value in scored.items():
-        keys = [key for key in evaluated if entry.startswith(f"eval_{key}_")]
-        if not keys or entry in _SPEED:
-            continue
-        key = max(keys, key=len)  # one task's name may be the beginning of another's
-        metric = entry.removeprefix(f"eval_{key}_")
-        if metric == "loss":
-            continue
+    for key, found in scores_by_set(evaluated, scored).items():
         task: Task = evaluated[key].task
-        result = EvalResult(
-            task_type=_HUB_TASKS.get(task.kind, "text-classification"),
-            task_name=task.name,
-            dataset_type=task.benchmark or task.name,
-            dataset_name=key,
-            dataset_config=task.name if task.benchmark else None,
-            metric_type=metric,
-            metric_value=float(value),
-        )
-        yield key, metric, value, result
+        for metric, value in found.items():
+            result = EvalResult(
+                task_type=_HUB_TASKS.get(task.kind, "text-classification"),
+                task_name=task.name,
+                dataset_type=task.benchmark or task.name,
+                dataset_name=key,
+                dataset_config=task.name if task.benchmark else None,
+                metric_type=metric,
+                metric_value=value,
+            )
+            yield key, metric, value, result
     if scored:
         own = run.aggregate
         aggregate = run.args.eval_aggregate if own is None else getattr(own, "__name__", type(own).__name__)

@@ -219,6 +219,7 @@ class MultiTaskTrainer(Checkpoints):
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Loss and gradients of a batch."""
+        self.scored = None  # the weights change
         loss = super().training_step(model, inputs, *args, **kwargs)
         check_finite(loss, inputs["labels"], self.args, self.state.global_step + 1)
         return loss
@@ -306,6 +307,8 @@ class MultiTaskTrainer(Checkpoints):
         metrics[f"{metric_key_prefix}_loss"] = float(np.mean(cast("Any", losses)))
         metrics |= speed(metric_key_prefix, start, self._examples_a_step(), *sets.values())
         self.log(metrics)
+        if eval_dataset is None and metric_key_prefix == "eval":
+            self.scored = metrics
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

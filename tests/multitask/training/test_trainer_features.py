@@ -135,7 +135,9 @@ def test_model_card(tiny_encoder: str, tmp_path: Path) -> None:
     assert f"| rte | accuracy | {scored['eval_rte_accuracy']:.4f} |" in body
     assert entries["rte", "accuracy"] == scored["eval_rte_accuracy"]
     assert {name for name, _ in entries} == {"rte", "stsb", "copa"}
-    assert "\nimport pal_adapters " in body
+    assert "| rte | first, second | columns | 128 tokens | LABEL_0, LABEL_1 | accuracy | " in body
+    assert f"| accuracy | {scored['eval_rte_accuracy']:.4f} |\n| stsb |" in body
+    assert "- versions: " in body
     assert f"| all | mean of the primary metrics | {scored['eval_average']:.4f} |" in body
 
 
@@ -150,9 +152,20 @@ def test_usage_in_the_model_card(tiny_encoder: str, tmp_path: Path, kind: str) -
         assert code.count(f'place = "{name}"\n') == 1
     space: dict[str, Any] = {}
     exec(code.replace("me/resolved", str(tmp_path / "many")), space)
+    texts = {
+        "single_label": ("...", "..."),
+        "multiple_choice": (["...", "..."], ["...", "..."]),
+        "token_tagging": (["..."],),
+    }[kind]
+    words = {"is_split_into_words": True} if kind == "token_tagging" else {}
+    inputs = AutoTokenizer.from_pretrained(tiny_encoder)(*texts, return_tensors="pt", **words)
     with torch.no_grad():
-        expected = made.model.eval()(task_ids="rte", **space["inputs"]).logits["rte"]
-    torch.testing.assert_close(space["logits"].detach(), expected)
+        shares = made.model.eval()(task_ids="rte", **inputs).logits["rte"].softmax(-1)
+    found = space["prediction"].to_dict()
+    if kind == "token_tagging":
+        assert found["labels"] == (("O", "B-X", "I-X")[int(shares[0, 1].argmax())],)
+    else:
+        assert list(found["scores"].values()) == pytest.approx(shares[0].tolist(), abs=1e-5)
 
 
 class Hub:
