@@ -48,6 +48,23 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return y * weight.unsqueeze(1) + bias.unsqueeze(1)
 
 
+def masked_mean(tokens: Tensor, visible: Tensor | None) -> Tensor:
+    """The mean over the tokens that each token sees; zero for a token that sees none.
+
+    Args:
+        tokens: `[b, m, r]`.
+        visible: boolean, `[b or 1, n, m]`, or None if every token sees every other.
+
+    Returns:
+        `[b, n, r]`, or `[b, 1, r]` for `visible=None`.
+    """
+    if visible is None:
+        return tokens.mean(1, keepdim=True)
+    weights = visible.to(torch.promote_types(tokens.dtype, torch.float32))
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
+    return weights.to(tokens.dtype) @ tokens
+
+
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """`[b, n, r]` -> `[b, h, n, r / h]`."""
     b, n, r = x.shape

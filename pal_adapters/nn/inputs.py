@@ -147,13 +147,44 @@ class UnitInputs(NamedTuple):
         x, raw, h = (None if t is None else function(t) for t in (self.x, self.raw, self.h))
         return self._replace(x=x, raw=raw, h=h)
 
-    def extend(self, tokens: Tensor, *, last: int | None = None, slot: object = "") -> tuple[Tensor, int | Tensor]:
-        """This call's vectors behind those of earlier tokens, see `KeyValueCache.extend`; also without a cache.
+    def visible_tokens(self, tokens: Tensor, *, slot: object = "") -> tuple[Tensor, Tensor | None]:
+        """Vectors of all tokens that attention could read in this call, and which of them each token sees.
+
+        For a mean, a maximum or anything else over the visible tokens. It follows the host's attention with every
+        kind of cache: tokens that have left a sliding window are missing, and the unused slots of a static cache are
+        there but not visible.
 
         Args:
-            tokens: `[b, n, r]`, what the unit computes from each token alone.
-            last: how many of the earlier tokens are needed, None for all.
-            slot: tells apart several places in one unit.
+            tokens: `[b, n, r]`, computed from each token on its own.
+            slot: distinguishes several uses in one unit.
+
+        Returns:
+            The vectors, `[b, m, r]`, and a boolean mask, `[b or 1, n, m]`, or None if every token sees every other.
+            A padding token may see none.
+
+        Example:
+            ```python
+            tokens, visible = inputs.visible_tokens(tokens)
+            mean = masked_mean(tokens, visible)  # nn/functional.py
+            ```
+        """
+        length = tokens.shape[1]
+        if self.cache is not None:
+            keys = tokens.unsqueeze(1)
+            tokens = self.cache.update((*self.slot, slot), keys, keys, rows=self.rows, batch=self.batch)[0].squeeze(1)
+        return tokens, self.mask.visible(length, tokens.shape[1])
+
+    def extend(self, tokens: Tensor, *, last: int | None = None, slot: object = "") -> tuple[Tensor, int | Tensor]:
+        """This call's vectors preceded by those of earlier tokens, whether visible or not; also without a cache.
+
+        For a convolution or a recurrence; see `KeyValueCache.extend`. What depends on the visible tokens alone is
+        better served by `visible_tokens`, which needs no `last` and works with every cache.
+
+        Args:
+            tokens: `[b, n, r]`, computed from each token on its own.
+            last: how many earlier tokens are needed. None for all, which a compiled graph or a sliding window in a
+                static cache cannot give.
+            slot: distinguishes several uses in one unit.
 
         Returns:
             The tokens, `[b, m, r]` or `[b, last + n, r]`, and how many came before this call.

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pal_adapters.nn.functional import attend, layer_norm, linear, merge_heads, scale, split_heads
+from pal_adapters.nn.functional import attend, layer_norm, linear, masked_mean, merge_heads, scale, split_heads
 
 DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)]
 
@@ -126,3 +126,19 @@ def test_attend_drops_out_probabilities() -> None:
     torch.manual_seed(0)
     mean = torch.stack([attend(q, k, v, None, is_causal=False, dropout=0.5) for _ in range(3000)]).mean(0)
     assert difference(mean, probabilities) < 0.05
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_masked_mean(dtype: torch.dtype, tolerance: float, rows: int) -> None:
+    tokens, visible = torch.randn(3, 5, 4).to(dtype), torch.rand(rows, 2, 5) > 0.4
+    visible[0, 1] = False
+    actual = masked_mean(tokens, visible)
+    assert actual.dtype == dtype
+    for b in range(3):
+        for i in range(2):
+            seen = [tokens[b, j].double() for j in range(5) if visible[b % rows, i, j]]
+            expected = sum(seen) / len(seen) if seen else torch.zeros(4)
+            assert difference(actual[b, i], torch.as_tensor(expected)) <= 5 * tolerance
+    assert difference(masked_mean(tokens, None), tokens.double().mean(1, keepdim=True)) <= 5 * tolerance
+    assert torch.equal(masked_mean(tokens, torch.zeros(1, 2, 5, dtype=torch.bool)), torch.zeros(3, 2, 4).to(dtype))

@@ -79,7 +79,7 @@ class TaskHeads(nn.Module):
         UnsupportedError: For a model with an encoder and a decoder, or with an adapter that transformers' own
             `add_adapter` added.
 
-    Example:
+    Examples:
         >>> from transformers import BertConfig, BertModel
         >>> base = BertModel(BertConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=30))
         >>> model = TaskHeads(base)

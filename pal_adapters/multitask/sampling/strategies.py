@@ -47,7 +47,7 @@ def annealed_alpha(epoch: int, epochs: int) -> float:
         epoch: `e`, counted from 1.
         epochs: `E`.
 
-    Example:
+    Examples:
         >>> annealed_alpha(13, 25)
         0.6
     """
@@ -213,7 +213,7 @@ class MultiTaskBatchSampler(Sampler[list[int]]):
     Raises:
         ConfigError: If a size is below 1, and for other invalid arguments.
 
-    Example:
+    Examples:
         >>> sampler = MultiTaskBatchSampler({"rte": 3, "mrpc": 5}, 2, strategy="round_robin", steps_per_epoch=4)
         >>> [sorted({sampler.task_of(row) for row in batch}) for batch in sampler]
         [[0], [1], [0], [1]]

@@ -150,7 +150,7 @@ def select_uncertain(
         score: See `uncertainty`.
         regression: See `uncertainty`.
 
-    Example:
+    Examples:
         >>> flat, sharp = torch.zeros(1, 2), torch.tensor([[9.0, 0.0]])
         >>> select_uncertain({"rte": sharp, "mrpc": flat}, 1).rows
         {'mrpc': [0]}

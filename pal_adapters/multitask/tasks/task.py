@@ -82,7 +82,7 @@ class Task:
     Raises:
         ConfigError: For invalid arguments, or arguments that do not fit together.
 
-    Example:
+    Examples:
         >>> rows = [{"text": "good", "label": 1}, {"text": "bad", "label": 0}]
         >>> Task("mood", {"train": rows}, text_columns=("text",), num_labels=2).metrics
         ('accuracy',)

@@ -38,7 +38,7 @@ class TaskMetric(evaluate.Metric):
         ConfigError: For a task with custom metrics, and for kinds other than `single_label`, `multiple_choice` and a
             regression of one number.
 
-    Example:
+    Examples:
         >>> TaskMetric("mrpc").compute(predictions=[1, 1, 0], references=[1, 0, 0])["accuracy"]
         0.6666666666666666
     """

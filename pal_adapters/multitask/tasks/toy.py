@@ -117,7 +117,7 @@ def load_toy_task(
     Raises:
         TaskDataError: If there is no such task, or the templates do not give that many examples.
 
-    Example:
+    Examples:
         >>> task, data = load_toy_task("similarity", train_size=8, test_size=4)
         >>> len(data["train"]), task.num_labels
         (8, 1)

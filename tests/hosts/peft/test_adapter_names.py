@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from pal_adapters import UnknownAdapterError, UnsupportedError
+from pal_adapters.hooks.attachment import Attachment
 from pal_adapters.hosts.peft.routing import _Routed
 
 from . import cases
@@ -33,12 +34,14 @@ def three(method: str, name: str = "bert", **changes: Any) -> Any:
 
 
 def left_behind(model: Any) -> list[str]:
-    """Traces of a routed forward pass, but for what stays on modules and does nothing without a routed call."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if getattr(module, "plan", None) is not None or not isinstance(vars(module).get("forward"), _Routed | None)
-    ]
+    """The modules that still carry state of a routed forward pass, apart from wrappers that stay installed."""
+
+    def replaced(module: nn.Module) -> bool:
+        forward = vars(module).get("forward")
+        return not isinstance(getattr(forward, "__self__", forward), _Routed | Attachment | None)
+
+    modules = model.named_modules()
+    return [name for name, module in modules if getattr(module, "plan", None) is not None or replaced(module)]
 
 
 @torch.no_grad()

@@ -89,11 +89,11 @@ def test_low_cpu_mem_usage(method: str, tmp_path: pathlib.Path) -> None:
     model.save_pretrained(tmp_path)
     base = cases.bert()
     before = cases.state(base)
-    empty = get_peft_model(base, cases.config(method, task_type=None), "x", low_cpu_mem_usage=True)
-    fresh = [p for n, p in cases.adapter_parameters(empty, "x") if "houlsby_norms" not in n]
+    empty = get_peft_model(base, cases.config(method, task_type=None), "fresh", low_cpu_mem_usage=True)
+    fresh = [p for n, p in cases.adapter_parameters(empty, "fresh") if "houlsby_norms" not in n]
     assert fresh
     assert all(p.is_meta for p in fresh)
-    assert not any(p.is_meta for n, p in empty.named_parameters() if ".x." not in n)
+    assert not any(p.is_meta for n, p in empty.named_parameters() if ".fresh." not in n)
     cases.assert_same_state(empty.unload(), before)
     for low in (True, False):
         loaded = PeftModel.from_pretrained(cases.bert(), tmp_path / "rte", adapter_name="rte", low_cpu_mem_usage=low)

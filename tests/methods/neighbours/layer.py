@@ -1,4 +1,4 @@
-"""A convolution over neighbouring tokens, plain torch."""
+"""A convolution over neighbouring tokens with a global term, plain torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pal_adapters.nn.bottleneck import Projections
-from pal_adapters.nn.functional import linear
+from pal_adapters.nn.functional import linear, masked_mean
 from pal_adapters.nn.unit import TaskUnit, UnitInputs, Weights
 
 
 class Neighbours(TaskUnit):
-    r"""A depthwise convolution of width 3 between two projections, parallel to a block.
+    r"""A depthwise convolution of width 3 and a mean over all tokens between two projections, parallel to a block.
 
-    $$t = V^E x, \qquad c_i = \sum_{k=-1}^{1} m_{i,i+k} \, w_k \odot t_{i+k}, \qquad y = h_1 + o_2 + V^D g(c)$$
+    $$t = V^E x, \qquad c_i = \sum_{k=-1}^{1} m_{i,i+k} \, w_k \odot t_{i+k} +
+    v \odot \frac{\sum_j m_{ij} t_j}{\sum_j m_{ij}}, \qquad y = h_1 + o_2 + V^D g(c)$$
 
-    with `m = 1` where the model lets token `i` see token `i + k`, and 0 elsewhere: in a decoder no token sees the next
+    with `m_ij = 1` where the model lets token `i` see token `j`, and 0 elsewhere: in a decoder no token sees the next
     one, and none sees padding.
 
     Args:
@@ -32,7 +33,7 @@ class Neighbours(TaskUnit):
         super().__init__()
         self.dropout = dropout
         self.projections = Projections(width, hidden_size)
-        self.taps = nn.Parameter(torch.empty(3, hidden_size))
+        self.taps = nn.Parameter(torch.empty(4, hidden_size))  # w_-1, w_0, w_1 and v
 
     def signature(self) -> tuple[object, ...]:
         return (type(self), self.taps.shape, self.dropout)
@@ -51,7 +52,7 @@ class Neighbours(TaskUnit):
         window = F.pad(window, (0, 0, 0, 1))
         taps = w["taps"] if w["taps"].dim() == 3 else w["taps"][None]  # one set, or one for each example
         seen = self._seen(inputs, n, before)
-        mixed = torch.zeros_like(tokens)
+        mixed = taps[:, 3, None] * masked_mean(*inputs.visible_tokens(tokens, slot="mean"))
         for k in range(3):
             part = window[:, k : k + n] * taps[:, k, None]
             mixed = mixed + (part if seen is None else part * seen[:, :, k, None].to(part.dtype))
@@ -64,5 +65,5 @@ class Neighbours(TaskUnit):
         visible = inputs.mask.visible(n, int(before) + n)
         if visible is None:
             return None
-        visible = F.pad(visible, (1, 1))[..., -n - 2 :]  # the keys from the one before this call to the one behind it
+        visible = F.pad(visible, (1, 1))[..., -n - 2 :]  # the keys from just before this call to just after it
         return torch.stack([visible.diagonal(k, -2, -1) for k in range(3)], dim=-1)

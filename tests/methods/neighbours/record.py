@@ -28,6 +28,8 @@ class NeighboursReference(Reference):
             for k in (-1, 0, 1):
                 if 0 <= i + k < n:
                     row = row + values.keep[:, 0, i, i + k, None] * w["taps"][k + 1] * tokens[:, i + k]
+            seen = values.keep[:, 0, i, :, None]
+            row = row + w["taps"][3] * (seen * tokens).sum(1) / seen.sum(1).clamp(min=1)
             rows.append(row)
         return plain.linear(plain.gelu(torch.stack(rows, dim=1)), w, "projections.decoder")
 
@@ -39,7 +41,7 @@ RECORDS = [
         options={"hidden_size": 6},
         wider={"hidden_size": 9},
         changes={"hidden_size": 5, "dropout": 0.25},
-        counts=(({}, 157_056, 418_560),),  # L (2 d r + r + d + 3 r)
+        counts=(({}, 157_152, 418_752),),  # L (2 d r + r + d + 4 r)
         attends=True,
     )
 ]
