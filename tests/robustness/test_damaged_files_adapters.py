@@ -168,7 +168,8 @@ JSON: dict[str, Callable[[dict[str, Any]], Any]] = {
     "another width": lambda c: {**c, "hidden_size": 32},
     "nested too deeply": lambda c: '{"config":' * 100_000 + "1" + "}" * 100_000,
     "a method of the host": lambda c: {
-        **c, "config": None if "adapter_names" in c else adapters.LoRAConfig(r=2).to_dict(),
+        **c,
+        "config": None if "adapter_names" in c else adapters.LoRAConfig(r=2).to_dict(),
     },
     "unknown method": lambda c: {**c, "config": {**c["config"], "architecture": "no such method"}},
     "another method": lambda c: {**c, "config": {"architecture": "low_rank", "hidden_size": 5}},
