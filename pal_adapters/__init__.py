@@ -22,6 +22,7 @@ from .errors import (
     UnknownAdapterError,
     UnsupportedError,
     UntestedVersionWarning,
+    how_to_install,
 )
 from .fusion.folding import fold
 from .fusion.penalty import fusion_regularization
@@ -122,9 +123,7 @@ def _load(host: str) -> None:
 def __getattr__(name: str) -> Any:
     host = "peft" if "Peft" in name else "adapters"
     if name in _PUBLIC and host in _missing:
-        raise MissingHostError(
-            f"pal_adapters.{name} needs {host}, but {_missing[host]}: pip install 'pal-adapters[{host}]'."
-        )
+        raise MissingHostError(f"pal_adapters.{name} needs {host}, but {_missing[host]}; {how_to_install(host)}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

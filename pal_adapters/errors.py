@@ -33,3 +33,12 @@ class MissingHostError(PalAdaptersError, ImportError):
 
 class UntestedVersionWarning(UserWarning):
     """A host library is newer than the versions that this package was tested with."""
+
+
+def how_to_install(*extras: str) -> str:
+    """What an error tells users to run for packages that are missing. Change it with the first release on PyPI.
+
+    Args:
+        *extras: Extras of this package that contain what is missing; one of them suffices.
+    """
+    return "in a clone of this package's repository: " + " or ".join(f"pip install -e '.[{name}]'" for name in extras)

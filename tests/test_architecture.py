@@ -60,7 +60,10 @@ def _upward() -> set[str]:
         f"{_short(a)} -> {_short(b)}"
         for a, b in EDGES
         if _folder(a) in ORDER
-        and (b == ROOT.name or (_folder(b) in ORDER and ORDER.index(_folder(b)) > ORDER.index(_folder(a))))
+        and (
+            (b == ROOT.name and _folder(a) != "cli")
+            or (_folder(b) in ORDER and ORDER.index(_folder(b)) > ORDER.index(_folder(a)))
+        )
     }
 
 

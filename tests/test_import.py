@@ -54,7 +54,7 @@ def test_import_works_without_hosts_and_names_say_what_to_install(blocked: tuple
     lines = dict(line.split(" ", 1) for line in out.splitlines())
     for host, name in (("adapters", "PALConfig"), ("peft", "PALPeftConfig")):
         if host in blocked:
-            assert f"pip install 'pal-adapters[{host}]'" in lines[name]
+            assert f"pip install -e '.[{host}]'" in lines[name]
 
 
 def test_importing_twice_registers_once() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -68,22 +68,6 @@ _AROUND = CallValue()
 Around = Callable[..., Any]
 
 
-# Whether this thread knows what holds for the call: it is inside it, or runs a part of it again by `Rerun`.
-_KNOWN = CallValue()
-
-
-def call_known() -> AbstractContextManager[None]:
-    """Within it, this thread is inside a call, also where the call is part of a backward pass."""
-    return _KNOWN.bound(True)
-
-
-def is_run_again() -> bool:
-    """Whether a backward pass runs a block again without what held in its call: a caller's own checkpointing."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._current_graph_task_id() != -1 and not _KNOWN.value
-
-
 class Rerun:
     """A checkpoint function whose function finds, whenever it runs, what held when it was first called.
 
@@ -110,7 +94,6 @@ def _again(
     **kwargs: Any,
 ) -> Any:
     with ExitStack() as stack:
-        stack.enter_context(call_known())
         for value, held in given:
             stack.enter_context(value.bound(held))
         if around and isinstance(run, functools.partial):  # the host's: keywords are for those around, too

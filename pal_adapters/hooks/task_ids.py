@@ -13,7 +13,7 @@ from torch import Tensor
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
 from pal_adapters.nn.unit import BatchTasks, batch_tasks
 
-from .call import CallValue, is_run_again
+from .call import CallValue
 
 ARGUMENT = "task_ids"
 # The name under which they pass through `PeftModelFor*.forward`, which drops `task_ids`.
@@ -121,11 +121,6 @@ class TaskRows:
         given = self.call.value or _Given()
         if torch.compiler.is_compiling():
             return batch_tasks(task_numbers(given.ids, tasks, batch, repeated=given.repeated)).to(device)
-        if len(tasks) > 1 and is_run_again():
-            raise UnsupportedError(
-                "a block is run again in the backward pass by a checkpointing of your own, which does not restore the "
-                "task_ids of its call: use model.gradient_checkpointing_enable()."
-            )
         key = (tuple(tasks), batch, device)
         if key not in given.known:
             numbers = task_numbers(given.ids, tasks, batch, repeated=given.repeated)

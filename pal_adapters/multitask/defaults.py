@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pal_adapters.errors import ConfigError
+from pal_adapters.errors import ConfigError, how_to_install
 from pal_adapters.hosts.which import host_of, is_peft_model
 
 HOSTS = ("adapters", "peft")
@@ -23,7 +23,7 @@ def default_host() -> str:
         # On import, `adapters` replaces itself by a module without a spec, for which `find_spec` raises.
         if host in sys.modules or importlib.util.find_spec(host) is not None:
             return host
-    raise ConfigError("no host is installed: pip install 'pal-adapters[adapters]' or 'pal-adapters[peft]'")
+    raise ConfigError(f"no host is installed; {how_to_install('adapters', 'peft')}")
 
 
 def default_model() -> str:

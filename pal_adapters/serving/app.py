@@ -14,13 +14,14 @@ from fastapi import Depends, FastAPI, Header, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from pal_adapters.errors import ConfigError, PalAdaptersError
 
 from .batcher import Batcher, QueueFullError
-from .checks import check_requests, task_folder
-from .interface import PredictorLike, RequestError
+from .checks import CallError, check_requests, task_folder
+from .interface import PredictorLike
 from .metrics import Metrics
 from .middleware import BodyLimit, StatusCount
 from .options import ServingOptions
@@ -37,7 +38,7 @@ class PredictionRequest(BaseModel):
     """The name of a task, and the task's text columns as further fields; `GET /tasks` lists both."""
 
     model_config = ConfigDict(
-        extra="allow", json_schema_extra={"examples": [{"task": "sentiment", "sentence": "a fine film"}]}
+        extra="allow", json_schema_extra={"examples": [{"task": "sentiment", "text": "a fine film"}]}
     )
     task: str
 
@@ -95,7 +96,7 @@ def create_app(
     async def predict_all(body: PredictionRequest | list[PredictionRequest]) -> Any:
         start = time.perf_counter()
         requests = [one.model_dump() for one in (body if isinstance(body, list) else [body])]
-        check_requests(requests, predictor, options)
+        await run_in_threadpool(check_requests, requests, predictor, options)  # which tokenizes the texts
         answers = await batcher.submit(requests)
         for request in requests:
             metrics.predictions.labels(request["task"]).inc()
@@ -163,8 +164,8 @@ def create_app(
 def _report_problems(app: FastAPI) -> None:
     """Every error of a call becomes a `Problem` with a status that says whose fault it is."""
 
-    @app.exception_handler(RequestError)
-    async def bad_request(_: Request, error: RequestError) -> JSONResponse:
+    @app.exception_handler(CallError)
+    async def bad_request(_: Request, error: CallError) -> JSONResponse:
         return _problem(422, str(error), index=error.index, task=error.task)
 
     @app.exception_handler(QueueFullError)

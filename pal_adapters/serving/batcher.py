@@ -10,7 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from .interface import RequestError
+from pal_adapters.multitask import RequestError
+
+from .checks import CallError
 
 Request = Mapping[str, Any]
 
@@ -111,11 +113,7 @@ class Batcher:
             try:
                 answers = await self.in_worker(self._predict, [one.request for one in batch])
             except RequestError as error:  # accepted when it arrived; since then its task was removed
-                if error.index is None or not 0 <= error.index < len(batch):
-                    return _fail(batch, error)
-                failed = batch.pop(error.index)
-                error.index = None  # the place in the batch means nothing to the caller
-                _fail([failed], error)
+                _fail([batch.pop(error.index)], CallError(error.reason))
             except Exception as error:  # of whatever kind: it belongs to the callers, and the service goes on
                 return _fail(batch, error)
             else:

@@ -38,11 +38,3 @@ class PredictorLike(Protocol):
     def remove_task(self, name: str, /) -> Any:
         """Remove a task."""
         ...
-
-
-class RequestError(Exception):
-    """A request cannot be answered; `index` is its place among the requests, if there are several."""
-
-    def __init__(self, message: str, index: int | None = None, task: str | None = None) -> None:
-        super().__init__(message)
-        self.index, self.task = index, task

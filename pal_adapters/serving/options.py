@@ -24,12 +24,13 @@ class ServingOptions:
     max_body_bytes: int = _field(1_000_000, "largest body of a call, in bytes")
     max_requests: int = _field(256, "largest number of requests in one call")
     max_text_length: int = _field(20_000, "largest number of characters in one request, over all its columns")
+    max_new_tokens: int = _field(256, "largest number of tokens that a request may generate")
     tasks_root: str | None = _field(
         None, "folder whose subfolders an administrator may add as tasks while the service runs"
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "max_queue", "max_body_bytes", "max_requests", "max_text_length"):
+        for name in ("max_batch", "max_queue", "max_body_bytes", "max_requests", "max_text_length", "max_new_tokens"):
             require_int(name, getattr(self, name), minimum=1)
         if not 0 <= self.max_wait_ms <= 60_000:
             raise ConfigError(f"max_wait_ms={self.max_wait_ms!r} is not allowed: use a number from 0 to 60000.")

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from pal_adapters.cli.options import parse
 from pal_adapters.multitask import load_toy_task
 from tests.multitask.tiny_encoder import save_tiny_encoder
 
@@ -140,6 +141,11 @@ def heads_on_a_plain_base(names: Names) -> None:
     names["MultiTaskTrainingArguments"] = MultiTaskTrainingArguments
 
 
+def served_folder(names: Names) -> None:
+    heads_on_a_plain_base(names)
+    names["model"].save_pretrained("out", processing_class=names["tokenizer"], tasks=names["tasks"])
+
+
 # For each page, for each of its snippets in order: the host that it needs, and what it starts from.
 PAGES: dict[str, list[tuple[str, Prepare]]] = {
     "README.md": [
@@ -192,6 +198,7 @@ PAGES: dict[str, list[tuple[str, Prepare]]] = {
         ("bitsandbytes", nothing),
     ],
     "docs/sampling.md": [("peft", heads_on_a_plain_base), ("peft", nothing), ("peft", heads_on_a_plain_base)],
+    "docs/serve.md": [("uvicorn", served_folder)],
     "docs/transfer.md": [
         ("adapters", sources_in_files),
         ("adapters", nothing),
@@ -215,6 +222,8 @@ def test_every_page_is_here() -> None:
 @pytest.mark.parametrize(("page", "host"), [(p, h) for p, s in PAGES.items() for h in sorted({host for host, _ in s})])
 def test_snippets_run(page: str, host: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(host)
+    if host == "uvicorn":
+        monkeypatch.setattr("uvicorn.run", lambda app, **_: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.load_dataset", toy)
     code = snippets(page)
@@ -232,8 +241,23 @@ def test_snippets_run(page: str, host: str, folder: str, tmp_path: Path, monkeyp
             run(number)
 
 
-STUBS = "python() { printf '%q ' \"$@\"; echo; }; pip() { :; }; torchrun() { :; }; accelerate() { :; }"
-PARSERS = {"quickstart": "quickstart", "train_tasks": "train_tasks", "transfer": "transfer_cli", "glue": "glue"}
+STUBS = (
+    'python() { [ "$1" = -c ] || { printf \'%q \' "$@"; echo; }; }; '
+    "pal-adapters() { printf '%q ' pal-adapters \"$@\"; echo; }; "
+    "PAL_ADAPTERS_ADMIN_TOKEN=; pip() { :; }; torchrun() { :; }; accelerate() { :; }; curl() { :; }"
+)
+SCRIPTS = {"train_tasks": "train", "transfer": "transfer"}
+FOLDERS = ("predict", "serve", "info", "fold")
+
+
+def check_options(command: str, options: list[str]) -> None:
+    """Parses the options of a script or of a subcommand of `pal-adapters`, which end the process if one is wrong."""
+    command = SCRIPTS.get(command, command)
+    if command == "run":
+        return
+    module = importlib.import_module(command if command in ("quickstart", "glue") else f"pal_adapters.cli.{command}")
+    (made,) = (value for name, value in vars(module).items() if name == f"{command.title()}Options")
+    parse(command, "", options, made, **({"folder": ""} if command in FOLDERS else {}))
 
 
 @pytest.mark.parametrize("page", [page for page in pages() if snippets(page, "bash")])
@@ -243,10 +267,12 @@ def test_commands_name_scripts_and_options_that_exist(
     """Bash expands the loops and functions of a page; no script runs."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     for block in snippets(page, "bash"):
-        command = ["bash", "-euc", f"{STUBS}\n{block}"]
+        command = ["bash", "-euc", f"{STUBS}\n{block.replace('/srv/tasks', '.')}"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         for line in done.stdout.splitlines():
             script, *options = shlex.split(line)
             if script.startswith("examples/"):
-                importlib.import_module(PARSERS[Path(script).stem]).parse(options)
-            assert script == "-m" or (ROOT / script).is_file()
+                check_options(Path(script).stem, options)
+            elif script == "pal-adapters":
+                check_options(options[0], options[1:])
+            assert script in ("-m", "pal-adapters") or (ROOT / script).is_file()

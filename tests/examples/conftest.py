@@ -7,6 +7,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.multitask.tiny_encoder import save_tiny_encoder
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "examples"))  # a script finds the files beside it
 
@@ -16,24 +18,14 @@ def load_script(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    helper = load_script(ROOT / "tests" / "multitask" / "tiny_encoder.py")
-    return helper.save_tiny_encoder(tmp_path_factory.mktemp("tiny_encoder"))
-
-
-@pytest.fixture(scope="session")
-def train_tasks() -> ModuleType:
-    return load_script(ROOT / "examples" / "train_tasks.py")
-
-
-@pytest.fixture(scope="session")
-def transfer() -> ModuleType:
-    return load_script(ROOT / "examples" / "transfer.py")
+    return save_tiny_encoder(tmp_path_factory.mktemp("tiny_encoder"))
 
 
 @pytest.fixture(scope="session")

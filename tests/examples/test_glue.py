@@ -111,7 +111,7 @@ def test_bias_correction_is_the_recipes_unless_given(
         assert arguments.adam_bias_correction is corrects
         raise Stop
 
-    monkeypatch.setattr("pal_adapters.multitask.MultiTaskTrainer", trainer)
+    monkeypatch.setattr(glue, "MultiTaskTrainer", trainer)
     with pytest.raises(Stop):
         glue.main(options(data, tiny_encoder, tmp_path, "--preset", "full", *given))
 
@@ -129,7 +129,7 @@ def test_bias_correction_is_the_recipes_unless_given(
 def test_what_is_refused(
     glue: ModuleType, data: Path, tiny_encoder: str, tmp_path: Path, capsys: Any, more: Any, message: str
 ) -> None:
-    assert glue.main([*options(data, tiny_encoder, tmp_path / "out"), *more]) == 1
+    assert glue.main([*options(data, tiny_encoder, tmp_path / "out"), *more]) == 2
     problem = capsys.readouterr().err
     assert message in problem
     assert problem.count("\n") == 1
@@ -137,7 +137,7 @@ def test_what_is_refused(
 
 def test_folder_of_another_run(glue: ModuleType, data: Path, tiny_encoder: str, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"preset": "pals"}))
-    assert glue.main(options(data, tiny_encoder, tmp_path, "--preset", "full")) == 1
+    assert glue.main(options(data, tiny_encoder, tmp_path, "--preset", "full")) == 2
     assert "contains a run with" in capsys.readouterr().err
 
 

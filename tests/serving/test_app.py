@@ -84,6 +84,7 @@ def test_tasks_health_and_schema() -> None:
         (None, 422, "pass an object with a task", None),
         ({**FILM, "sentence": "x" * 101}, 422, "longer than 100 characters", 0),
         ({**FILM, "more": [["x" * 60], {"y": "x" * 60}]}, 422, "longer than 100 characters", 0),
+        ({**FILM, "max_new_tokens": 257}, 422, "max_new_tokens=257 is more than 256", 0),
         ({"task": ["sentiment"], "sentence": "x"}, 422, "pass an object with a task", None),
     ],
 )

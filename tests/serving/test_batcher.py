@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
+from pal_adapters.multitask import RequestError
 from pal_adapters.serving.batcher import Batcher, QueueFullError
-from pal_adapters.serving.interface import RequestError
+from pal_adapters.serving.checks import CallError
 
 LONG = 3600.0  # no test waits for it: a batch that is full does not
 
@@ -98,7 +99,7 @@ def test_one_bad_request_does_not_spoil_its_batch() -> None:
 
     found = run(predict, work)
     assert [found[0], *found[2:]] == [[2], [6], [8]]
-    assert isinstance(found[1], RequestError)
+    assert isinstance(found[1], CallError)
     assert found[1].index is None
     assert predict.batches == [[1, 13, 3, 4], [1, 3, 4]]
 

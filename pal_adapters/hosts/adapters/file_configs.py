@@ -44,12 +44,7 @@ def adapter_load(original: Any) -> Any:
     ) -> Any:
         requested = AdapterConfig.load(config) if config else None
         name = self.model.model_name or model_name
-        try:
-            folder = resolve_adapter_path(
-                adapter_name_or_path, name, adapter_config=requested, version=version, **kwargs
-            )
-        except OSError as error:
-            raise StorageError(f"{adapter_name_or_path} cannot be loaded ({error}).") from error
+        folder = resolve_adapter_path(adapter_name_or_path, name, adapter_config=requested, version=version, **kwargs)
         _check_adapter(self.model, *_read(self.weights_helper, folder), load_as, leave_out)
         return original(
             self, folder, config, version, model_name, load_as, loading_info, leave_out, set_active, **kwargs
@@ -80,7 +75,7 @@ def load_weights_config(original: Any) -> Any:
         path = Path(save_directory, self.config_name)
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise StorageError(f"{path} cannot be read ({error}): the folder is damaged, save it again.") from error
         if not isinstance(config, dict) or "config" not in config or "name" not in config:
             raise StorageError(f"{path} is not the configuration of something saved: it needs 'name' and 'config'.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,8 +19,6 @@ from .config import task_configs
 from .fusion import combination_config
 from .layer import base_parameters, trains_originals
 
-# Tensors of our methods and fusions, of which the host's own would load none.
-_OURS = re.compile(r"\.pal_adapters\.|\.adapter_fusion_layer\.[^.]+\.omega$")
 _CHECK_ALL: ContextVar[bool] = ContextVar("pal_adapters_check_all_files", default=False)
 
 
@@ -190,11 +187,6 @@ def load_weights_from_state_dict(original: Any) -> Any:
         named = _file_names(self.model, given, in_base_model, start_prefix)
         if isinstance(filter_func, OwnTensors):
             _check(self.model, given, named, filter_func)
-        elif foreign := [key for key in given if _OURS.search(key)]:
-            raise StorageError(
-                f"{_some(foreign)} not expected: the config beside this file is of another method, the files do not "
-                "belong together."
-            )
         tensors = self.model.state_dict(keep_vars=True)
         keep_values(tensor for name, tensor in tensors.items() if named(name) in given)
         return original(self, state_dict, filter_func, rename_func, loading_info, in_base_model, start_prefix)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from adapters.composition import AdapterCompositionBlock, BatchSplit, Fuse, MultiTask
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from pal_adapters.blocks.sites import Block, mark_added, resolve
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.attachment import Attachment
-from pal_adapters.hooks.call import is_run_again
 from pal_adapters.hooks.rows import RowPlan, run_rows, run_unit
 from pal_adapters.hosts.method import generator_for
 from pal_adapters.nn.unit import TaskUnit, UnitInputs
@@ -30,10 +28,6 @@ from .config import TaskAdapterConfig, fusable_methods, is_ours, task_configs
 from .network import LayerNetwork
 
 mark_added(AdapterLayerBase)
-
-
-# Models that were called inside an `AdapterSetup` in training.
-_CHOSEN: WeakSet[nn.Module] = WeakSet()
 
 
 class TaskLayer(ValueComposition, nn.Module):
@@ -237,14 +231,7 @@ class TaskLayer(ValueComposition, nn.Module):
         given = AdapterSetup.get_context()
         setup = self.adapters_config.active_setup if given is None else given.adapter_setup
         context = ForwardContext.get_context()
-        if given is not None and (self.training or torch.is_grad_enabled()):
-            _CHOSEN.add(self.model)
         if context is None:
-            if is_run_again() and self.model in _CHOSEN:
-                raise UnsupportedError(
-                    "a block is run again in the backward pass by a checkpointing of your own, which does not restore "
-                    "the AdapterSetup of its call: use model.gradient_checkpointing_enable()."
-                )
             return setup
         # Activation checkpointing re-runs a block with the forward context restored, but outside of
         # `with AdapterSetup(...)`: keep the setup in the forward context.

@@ -76,7 +76,7 @@ def _fusions(folder: Path) -> list[Fuse]:
         for setup in setups:
             names += [*setup.flatten(), *(fuse.name for fuse in fusions_in(setup))]
         outside = [n for n in names if not (folder / n).resolve().is_relative_to(folder.resolve())]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise StorageError(
             f"{path} is not a readable setup ({type(error).__name__}: {error}): save it again with save_adapter_setup."
         ) from error
@@ -91,7 +91,7 @@ def _is_ours(folder: Path) -> bool:
     try:
         saved = json.loads((folder / ADAPTERFUSION_CONFIG_NAME).read_text(encoding="utf-8"))
         return combination_config(saved["config"]) is not None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return True  # its loader says what is wrong
 
 

@@ -6,7 +6,7 @@ import re
 import threading
 from collections.abc import Iterator
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pal_adapters.blocks.sites import Block, mark_added
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.attachment import Attachment
-from pal_adapters.hooks.call import CallValue, is_run_again
+from pal_adapters.hooks.call import CallValue
 from pal_adapters.hooks.rows import RowPlan, run_rows, run_unit
 from pal_adapters.hosts.method import Method
 from pal_adapters.nn.unit import TaskUnit, UnitInputs
@@ -26,8 +26,6 @@ from .joint import mark_base
 # Beside the models, so that nothing of it stays on one that is unloaded.
 _PLANS: WeakKeyDictionary[nn.Module, CallValue] = WeakKeyDictionary()
 _LOCK = threading.Lock()
-# Base models that were called with `adapter_names` and gradients.
-ROUTED: WeakSet[nn.Module] = WeakSet()
 
 mark_added(BaseTunerLayer, AuxiliaryTrainingWrapper)
 
@@ -65,13 +63,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     @property
     def plan(self) -> RowPlan | None:
         """The adapter of each row while `adapter_names` is in force in this thread."""
-        plan = self.plans.value
-        if plan is None and is_run_again() and self._model[0] in ROUTED:
-            raise UnsupportedError(
-                "a block is run again in the backward pass by a checkpointing of your own, which does not restore the "
-                "adapter_names of its call: use model.gradient_checkpointing_enable()."
-            )
-        return plan
+        return self.plans.value
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)

@@ -13,10 +13,10 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
-from pal_adapters.hooks.call import CallValue, bind_reruns, call_known
+from pal_adapters.hooks.call import CallValue, bind_reruns
 from pal_adapters.hooks.rows import RowPlan
 
-from .layer import ROUTED, TunerLayer, entry
+from .layer import TunerLayer, entry
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 
@@ -135,12 +135,9 @@ class Routing:
                 module.__dict__["forward"] = _Routed(module, plans)
         if checkpointed:
             bind_reruns(modules, *self._places)
-        if torch.is_grad_enabled():
-            ROUTED.add(model)
         self._stack = ExitStack()
 
     def __enter__(self) -> Routing:
-        self._stack.enter_context(call_known())
         for place in self._places:
             self._stack.enter_context(place.bound(self.plan))
         return self

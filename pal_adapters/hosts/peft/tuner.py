@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 from pal_adapters.blocks.sites import Block, find_blocks
 from pal_adapters.blocks.survey import partial_reach
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
-from pal_adapters.hooks.call import bind_reruns, call_known
 from pal_adapters.hosts.method import Method, parameters_of
 from pal_adapters.hosts.names import require_adapter_name
 from pal_adapters.hosts.unchanged import keep_values
@@ -319,11 +318,7 @@ class TaskTuner(BaseTuner):
             _refuse_task_ids(self, args, kwargs)
         names = kwargs.pop("adapter_names", None)
         if names is None:
-            # A later call may have `adapter_names`, before the backward pass of this one.
-            if self.model.training and len(self.peft_config) > 1 and torch.is_grad_enabled():
-                bind_reruns(self.model.modules(), self._plans)
-            with call_known():
-                yield
+            yield
             return
         known = [name for name, config in self.peft_config.items() if method_of(config) is not None]
         with Routing(self.model, self._plans, names, known, args, kwargs):

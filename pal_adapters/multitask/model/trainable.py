@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -88,7 +90,8 @@ def _train_in_adapters(model: nn.Module, backbone: Any, names: Sequence[str], fu
     modes = {module: module.training for module in model.modules()}
     setup, chosen = backbone.active_adapters, []
     if names:
-        backbone.train_adapter(Parallel(*names) if len(names) > 1 else names[0])
+        with _quiet_activation():
+            backbone.train_adapter(Parallel(*names) if len(names) > 1 else names[0])
         chosen += [p for p in backbone.parameters() if p.requires_grad]
     for fuse in fusions:  # each call freezes what the ones before it have chosen
         backbone.train_adapter_fusion(fuse)
@@ -98,6 +101,21 @@ def _train_in_adapters(model: nn.Module, backbone: Any, names: Sequence[str], fu
     backbone.set_active_adapters(setup)
     for module, mode in modes.items():
         module.training = mode
+
+
+@contextmanager
+def _quiet_activation() -> Iterator[None]:
+    """Drops the host's warning that no adapter is active, which it also gives while it activates the first one."""
+
+    def drop(record: logging.LogRecord) -> bool:
+        return "none are activated" not in record.msg
+
+    logger = logging.getLogger("adapters.model_mixin")
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
 
 
 def train_base(backbone: Any, base: Mapping[str, Tensor], heads: Iterable[Head]) -> None:

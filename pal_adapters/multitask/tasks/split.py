@@ -16,7 +16,7 @@ def train_dev_split(
     fraction: float = 0.1,
     seed: int = 42,
     *,
-    label_column: str = "label",
+    label_column: str | None = "label",
     split_columns: Sequence[str] = (),
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Cuts a training set in two: one part to train on, one to choose the best checkpoint with.
@@ -26,7 +26,7 @@ def train_dev_split(
         fraction: Share of the examples in the second part.
         seed: Seed of the draw. The same seed gives the same parts.
         label_column: Column to stratify by. Each class gives the same share of its examples to the second part, and at
-            least one if it has two. A column of floats (a regression) is not stratified.
+            least one if it has two. A column of floats (a regression) is not stratified, nor is `None`.
         split_columns: If given, examples that agree in all these columns stay together, and labels are ignored.
 
     Returns:
@@ -50,7 +50,7 @@ def train_dev_split(
             if len(held_out) >= fraction * count:
                 break
             held_out += members[position]
-    elif dataset.features[label_column].dtype.startswith("float"):
+    elif label_column is None or dataset.features[label_column].dtype.startswith("float"):
         held_out = rng.permutation(count)[: max(1, round(count * fraction))].tolist()
     else:
         labels = np.asarray(dataset[label_column])

@@ -1,10 +1,17 @@
-"""The methods of `train_tasks.py`: builds a base with the modules of one method and counts its parameters."""
+"""The methods of `pal-adapters train`: builds a base with the modules of one method and counts its parameters."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
+
+import transformers
+
+import pal_adapters
+from pal_adapters.methods.camtl.network import network_size
+from pal_adapters.multitask import TaskHeads, add_adapter
+
+from .fitting import size
 
 SIZED = ("pal", "low_rank", "top_attention", "houlsby", "houlsby_pal")
 NETWORKS = ("ca_mtl_base", "ca_mtl_large")
@@ -21,10 +28,8 @@ HOULSBY_WIDTH = 64
 NETWORK = "tasks"  # the name of the adapter that all tasks share
 
 
-def make_config(args: argparse.Namespace, names: Sequence[str], base_width: int) -> Any:
+def make_config(args: Any, names: Sequence[str], base_width: int) -> Any:
     """The config of one task's adapter, or of the network for all tasks."""
-    import pal_adapters
-
     more: dict[str, Any] = {} if args.hidden_size is None else {"hidden_size": args.hidden_size}
     suffix = "Config" if args.host == "adapters" else "PeftConfig"
     if args.host == "peft":
@@ -44,14 +49,8 @@ def make_config(args: argparse.Namespace, names: Sequence[str], base_width: int)
     return getattr(pal_adapters, CONFIGS[args.method] + suffix)(**more)
 
 
-def build(args: argparse.Namespace, base: Any, tasks: Sequence[Any]) -> tuple[Any, dict[str, int]]:
+def build(args: Any, base: Any, tasks: Sequence[Any]) -> tuple[Any, dict[str, int]]:
     """The base with an adapter and a head per task, and the number of parameters of each task's adapter."""
-    import transformers
-    from fitting import size
-
-    from pal_adapters import network_size
-    from pal_adapters.multitask import TaskHeads, add_adapter
-
     names = [task.name for task in tasks]
     model, sizes, width = None, {}, base.config.hidden_size
     if args.host == "adapters":
@@ -76,10 +75,8 @@ def build(args: argparse.Namespace, base: Any, tasks: Sequence[Any]) -> tuple[An
     return model, sizes
 
 
-def count(args: argparse.Namespace, model: Any, base: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
+def count(args: Any, model: Any, base: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
     """Parameters of the base, and those that each task adds."""
-    from pal_adapters import network_size
-
     total = sum(p.numel() for p in base.values())
     trained = sum(p.numel() for n, p in base.items() if not n.startswith("pooler.")) if trains_base(args) else 0
     counts: dict[str, Any] = {"base_total": total, "base_trained": trained}
@@ -95,10 +92,11 @@ def count(args: argparse.Namespace, model: Any, base: dict[str, Any], sizes: dic
     return counts
 
 
-def trains_base(args: argparse.Namespace) -> bool:
+def trains_base(args: Any) -> bool:
+    """Whether the base trains."""
     return args.joint or args.method == "full"
 
 
-def saves_base(args: argparse.Namespace) -> bool:
+def saves_base(args: Any) -> bool:
     """Whether the trained base has to be saved separately from the adapters."""
     return args.joint and (args.method == "full" or (args.method, args.host) == ("houlsby", "adapters"))

@@ -5,14 +5,14 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import datasets
 import pytest
 from safetensors import safe_open
 
-from .data import write, write_tasks
+from pal_adapters.cli import main
+from tests.examples.data import write, write_tasks
 
 RTE = ("--tasks", "rte", "--method")
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,13 +50,13 @@ def test_options_of_networks_are_refused_elsewhere(start: Any, capsys: pytest.Ca
 
 
 @pytest.fixture
-def start(train_tasks: ModuleType, data: Path, tiny_encoder: str, tmp_path: Path) -> Any:
+def start(data: Path, tiny_encoder: str, tmp_path: Path) -> Any:
     """Runs the script in this process."""
 
     def run(*options: str, model: str | None = None) -> int:
         common = ["--data_dir", str(data), "--output_dir", str(tmp_path / "out"), "--model", model or tiny_encoder]
         try:
-            return train_tasks.main([*common, *options])
+            return main(["train", *common, *options])
         except SystemExit as stop:
             return int(stop.code or 0)
 
@@ -153,9 +153,9 @@ def test_a_task_is_trained_alike_alone_and_behind_others(start: Any, tmp_path: P
         ([*RTE, "full", "--hidden_size", "8"], "--hidden_size has no effect with --method full"),
         ([*RTE, "head", "--hidden_size", "8"], "--hidden_size has no effect with --method head"),
         ([*RTE, "head", "--epochs", "0"], "--epochs: got '0'; allowed: an integer of at least 1"),
-        ([*RTE, "head", "--max_steps", "-3"], "--max_steps: got '-3'"),
-        ([*RTE, "head", "--batch_size", "x"], "--batch_size: got 'x'"),
-        ([*RTE, "head", "--learning_rate", "nan"], "--learning_rate: got 'nan'; allowed: a number"),
+        ([*RTE, "head", "--max_steps", "-3"], "--max_steps/--max-steps: got '-3'"),
+        ([*RTE, "head", "--batch_size", "x"], "--batch_size/--batch-size: got 'x'"),
+        ([*RTE, "head", "--learning_rate", "nan"], "--learning_rate/--learning-rate: got 'nan'; allowed: a number"),
         ([*RTE, "head", "--seed", "-1"], "--seed: got '-1'; allowed: an integer from 0 to"),
         ([*RTE, "head", "--max_length", "1000"], "--max_length 1000: allowed for this model: 5 to 128"),
         ([*RTE, "head", "--max_length", "4"], "--max_length 4: allowed for this model: 5 to 128"),
@@ -167,17 +167,17 @@ def test_a_task_is_trained_alike_alone_and_behind_others(start: Any, tmp_path: P
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(start: Any, capsys: Any, options: list[str], message: str) -> None:
-    assert start(*options) != 0
+    assert start(*options) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("train_tasks.py: error: ") or ": error: " in captured.err
+    assert captured.err.startswith("pal-adapters train: error: ")
     assert message in captured.err
     assert captured.err.count("\n") == 1
 
 
 def test_bad_models_are_one_line(start: Any, capsys: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert start("--tasks", "rte", "--method", "head", model=str(tmp_path / "empty")) == 1
+    assert start("--tasks", "rte", "--method", "head", model=str(tmp_path / "empty")) == 2
     captured = capsys.readouterr()
     assert f"--model {tmp_path / 'empty'}: cannot be loaded" in captured.err
     assert captured.err.count("\n") == 1
@@ -186,7 +186,7 @@ def test_bad_models_are_one_line(start: Any, capsys: Any, tmp_path: Path) -> Non
 def test_bad_rows_are_one_line(start: Any, capsys: Any, tmp_path: Path) -> None:
     rows = [{"sentence": "a.", "label": 0}, {"sentence": "b.", "label": 7}]
     write(tmp_path / "data" / "sst2", {"train": rows, "validation": rows})
-    assert start("--tasks", "sst2", "--method", "head", "--data_dir", str(tmp_path / "data")) == 1
+    assert start("--tasks", "sst2", "--method", "head", "--data_dir", str(tmp_path / "data")) == 2
     captured = capsys.readouterr()
     path = tmp_path / "data" / "sst2" / "train.jsonl"
     assert f"{path}, row 2: label 7 is out of range: allowed are 0 to 1" in captured.err
@@ -194,7 +194,6 @@ def test_bad_rows_are_one_line(start: Any, capsys: Any, tmp_path: Path) -> None:
 
 
 def test_without_a_folder_the_hub_is_asked(
-    train_tasks: ModuleType,
     data: Path,
     tiny_encoder: str,
     tmp_path: Path,
@@ -210,7 +209,7 @@ def test_without_a_folder_the_hub_is_asked(
         return local("json", data_files=files, cache_dir=str(tmp_path / "cache"))
 
     monkeypatch.setattr(datasets, "load_dataset", from_hub)
-    assert train_tasks.main([*options, "--epochs", "1"]) == 0
+    assert main(["train", *options, "--epochs", "1"]) == 0
     assert asked == [("nyu-mll/glue", "rte")]
 
     def no_network(*names: str) -> Any:
@@ -218,7 +217,7 @@ def test_without_a_folder_the_hub_is_asked(
 
     monkeypatch.setattr(datasets, "load_dataset", no_network)
     capsys.readouterr()
-    assert train_tasks.main(options) == 1
+    assert main(["train", *options]) == 2
     error = capsys.readouterr().err
     assert "cannot load nyu-mll/glue (rte) from the Hub (no network); set data_dir to read local files" in error
     assert error.count("\n") == 1
@@ -232,6 +231,6 @@ def test_as_a_command(data: Path, tmp_path: Path, importable: None) -> None:
         text=True,
         check=False,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert "train_tasks.py: error: unknown task 'nope'" in done.stderr
+    assert "pal-adapters train: error: unknown task 'nope'" in done.stderr

@@ -6,13 +6,13 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from safetensors import safe_open
 
-from .data import write_tasks
+from pal_adapters.cli import main
+from tests.examples.data import write_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif("adapters" not in sys.modules and find_spec("adapters") is None, reason="adapters")
@@ -32,21 +32,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(script: ModuleType, *options: str) -> int:
-    """Runs the script in this process."""
+def start(*options: str) -> int:
+    """Runs the command in this process."""
     try:
-        return int(script.main(list(options)))
+        return main(["transfer", *options])
     except SystemExit as stop:
         return int(stop.code or 0)
 
 
 @pytest.fixture(scope="module")
-def sources(transfer: ModuleType, data: Path, tiny_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sources(data: Path, tiny_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sources that were trained once."""
     root = tmp_path_factory.mktemp("trained")
     options = ["--data_dir", str(data), "--model", tiny_encoder, "--sources", "rte", "STS-B", "--target", "cola"]
     options += ["--method", "average", "--output_dir", str(root / "out"), "--source_dir", str(root / "sources")]
-    assert start(transfer, *options, *COMMON) == 0
+    assert start(*options, *COMMON) == 0
     results = json.loads((root / "out" / "results.json").read_text(encoding="utf-8"))
     assert [results["sources"][name]["trained_here"] for name in ("rte", "stsb")] == [True, True]
     return root / "sources"
@@ -55,13 +55,13 @@ def sources(transfer: ModuleType, data: Path, tiny_encoder: str, tmp_path_factor
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("target", ["rte", "copa"])
 def test_every_method(
-    method: str, target: str, transfer: ModuleType, data: Path, tiny_encoder: str, sources: Path, tmp_path: Path,
+    method: str, target: str, data: Path, tiny_encoder: str, sources: Path, tmp_path: Path,
     capsys: Any,
 ) -> None:  # fmt: skip
     before = {p: p.read_bytes() for p in sources.rglob("*") if p.is_file()}
     options = ["--data_dir", str(data), "--model", tiny_encoder, "--sources", "rte", "stsb", "--target", target]
     options += ["--method", method, "--output_dir", str(tmp_path), "--source_dir", str(sources)]
-    assert start(transfer, *options, *COMMON) == 0
+    assert start(*options, *COMMON) == 0
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     found = results["target"]
     assert found["parameters"] == {"transfer": COUNTS[method], "head": 50 if target == "rte" else 25}
@@ -97,7 +97,7 @@ def test_every_method(
 
 
 @pytest.mark.skipif(find_spec("peft") is None, reason="needs peft")
-def test_in_peft(transfer: ModuleType, data: Path, tiny_encoder: str, tmp_path: Path) -> None:
+def test_in_peft(data: Path, tiny_encoder: str, tmp_path: Path) -> None:
     counts = {
         "scalearn": 2 * 2 * 2 * 24,
         "scalearn_uniform_pp": 2,
@@ -108,7 +108,7 @@ def test_in_peft(transfer: ModuleType, data: Path, tiny_encoder: str, tmp_path: 
         options = ["--data_dir", str(data), "--model", tiny_encoder, "--sources", "rte", "stsb", "--target", "rte"]
         options += ["--method", method, "--host", "peft", "--output_dir", str(tmp_path / method)]
         options += ["--source_dir", str(tmp_path / "sources"), "--source_learning_rate", "0.05", *COMMON]
-        assert start(transfer, *options) == 0
+        assert start(*options) == 0
         results = json.loads((tmp_path / method / "results.json").read_text(encoding="utf-8"))
         assert results["target"]["parameters"] == {"transfer": count, "head": 50}
         assert results["sources"]["rte"]["trained_here"] is (number == 0)
@@ -124,16 +124,14 @@ def test_in_peft(transfer: ModuleType, data: Path, tiny_encoder: str, tmp_path: 
         assert (tmp_path / method / "transfer.png").is_file()
 
 
-def test_the_folded_adapter_is_plain(
-    transfer: ModuleType, data: Path, tiny_encoder: str, sources: Path, tmp_path: Path
-) -> None:
+def test_the_folded_adapter_is_plain(data: Path, tiny_encoder: str, sources: Path, tmp_path: Path) -> None:
     import adapters
     import torch
     from transformers import AutoModel
 
     options = ["--data_dir", str(data), "--model", tiny_encoder, "--sources", "rte", "stsb", "--target", "copa"]
     options += ["--method", "scalearn", "--output_dir", str(tmp_path), "--source_dir", str(sources), *COMMON]
-    assert start(transfer, *options) == 0
+    assert start(*options) == 0
     base = AutoModel.from_pretrained(tiny_encoder)
     adapters.init(base)
     assert base.load_adapter(str(tmp_path / "folded" / "copa"), set_active=True, use_safetensors=True) == "copa_folded"
@@ -143,12 +141,12 @@ def test_the_folded_adapter_is_plain(
         assert base(input_ids=torch.tensor([[2, 5, 3]])).last_hidden_state.isfinite().all()
 
 
-def test_seeds(transfer: ModuleType, data: Path, tiny_encoder: str, sources: Path, tmp_path: Path) -> None:
+def test_seeds(data: Path, tiny_encoder: str, sources: Path, tmp_path: Path) -> None:
     histories = []
     for seed in ("0", "0", "1"):
         options = ["--data_dir", str(data), "--model", tiny_encoder, "--sources", "rte", "stsb", "--target", "stsb"]
         options += ["--method", "scalearn_pp", "--output_dir", str(tmp_path), "--source_dir", str(sources)]
-        assert start(transfer, *options, *COMMON, "--epochs", "2", "--seed", seed) == 0
+        assert start(*options, *COMMON, "--epochs", "2", "--seed", seed) == 0
         with safe_open(tmp_path / "target" / "stsb" / "head.safetensors", "pt") as head:
             histories.append(head.get_tensor("weight"))
     assert histories[0].equal(histories[1])
@@ -162,7 +160,7 @@ BAD = [
     (["--method", "scalearn"], "--sources is needed with --method scalearn"),
     (["--sources", "rte", "--method", "lora"], "argument --method: invalid choice: 'lora'"),
     (["--method", "single", "--source_epochs", "2"], "--source_epochs has no effect with --method single"),
-    (["--sources", "rte", "--train_rows", "0"], "--train_rows: got '0'"),
+    (["--sources", "rte", "--train_rows", "0"], "--train_rows/--train-rows: got '0'"),
     (["--sources", "rte", "--reduction_factor", "100"], "reduction_factor=100"),
     (["--sources", "rte", "--output_dir", __file__], "cannot be made"),
     (["--sources", "rte", "--reduction_factor", "8"], "the source was trained with reduction_factor=4"),
@@ -171,12 +169,12 @@ BAD = [
 
 @pytest.mark.parametrize(("options", "message"), BAD)
 def test_bad_input_is_one_line(
-    options: list[str], message: str, transfer: ModuleType, data: Path, tiny_encoder: str, sources: Path, capsys: Any,
+    options: list[str], message: str, data: Path, tiny_encoder: str, sources: Path, capsys: Any,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     given = ["--data_dir", str(data), "--model", tiny_encoder, "--target", "cola", "--method", "average"]
     given += ["--output_dir", str(tmp_path), "--source_dir", str(sources), *COMMON]
-    assert start(transfer, *given, *options) != 0
+    assert start(*given, *options) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err
@@ -185,7 +183,7 @@ def test_bad_input_is_one_line(
 
 @pytest.mark.parametrize("how", ["weights", "record", "head"])
 def test_a_broken_source_is_one_line(
-    how: str, transfer: ModuleType, data: Path, tiny_encoder: str, sources: Path, capsys: Any, tmp_path: Path
+    how: str, data: Path, tiny_encoder: str, sources: Path, capsys: Any, tmp_path: Path
 ) -> None:
     shutil.copytree(sources, tmp_path / "sources")
     folder = tmp_path / "sources" / "rte"
@@ -198,7 +196,7 @@ def test_a_broken_source_is_one_line(
         file.write_bytes(b"\x00" * 30)
     options = ["--data_dir", str(data), "--model", tiny_encoder, "--sources", "rte", "--target", "cola"]
     options += ["--method", "average", "--output_dir", str(tmp_path / "out")]
-    assert start(transfer, *options, "--source_dir", str(tmp_path / "sources"), *COMMON) == 1
+    assert start(*options, "--source_dir", str(tmp_path / "sources"), *COMMON) == 2
     captured = capsys.readouterr()
     assert str(folder) in captured.err
     assert captured.err.count("\n") == 1
@@ -210,4 +208,4 @@ def test_as_a_command(data: Path, tmp_path: Path, importable: None) -> None:
         [*command, "--method", "scalearn", "--output_dir", str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr == "transfer.py: error: --sources is needed with --method scalearn\n"
+    assert done.stderr == "pal-adapters transfer: error: --sources is needed with --method scalearn\n"

@@ -1,15 +1,17 @@
-"""One training run with `MultiTaskTrainer`, as the scripts use it: keeps the best epoch and scores the tasks."""
+"""One training run with `MultiTaskTrainer`: keeps the best epoch, and scores the tasks on data it has not seen."""
 
 from __future__ import annotations
 
 import math
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,15 +20,19 @@ from transformers import EarlyStoppingCallback
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from pal_adapters.errors import ConfigError
 from pal_adapters.multitask import (
     EncodedTask,
     MultiTaskTrainer,
     MultiTaskTrainingArguments,
     Task,
+    TaskDataError,
     TaskHeads,
     train_dev_split,
 )
 from pal_adapters.multitask.model.heads import pool
+
+_ONE_LABEL = ("single_label", "multiple_choice", "regression")
 
 
 @dataclass
@@ -36,23 +42,32 @@ class Data:
     task: Task
     train: EncodedTask
     dev: EncodedTask
-    test: dict[str, EncodedTask]
+    test: dict[str, EncodedTask]  # by split; without a validation split, the examples that selected the epoch
 
 
 def encode(task: Task, tokenizer: Any, max_length: int, *, seed: int, limit: int | None = None) -> Data:
     """Holds out a tenth of the training examples, of which at most `limit` are used, to select the best epoch."""
+    if task.kind == "language_modeling":
+        raise ConfigError(f"task {task.name!r}: language modeling is not supported here; use MultiTaskTrainer")
+    if task.train_split not in task.dataset:
+        raise TaskDataError(f"task {task.name!r} has no split {task.train_split!r} to train on")
     rows = task.dataset[task.train_split]
     if limit is not None and len(rows) > limit:
         rows = rows.shuffle(seed=42, keep_in_memory=True).select(range(limit))
-    label = task.label_column or "label"
-    parts = train_dev_split(rows, seed=seed, label_column=label, split_columns=task.split_columns)
+    parts = held_out(task, rows, seed)
     train, dev = (EncodedTask(task, part, tokenizer, max_length, where="training") for part in parts)
     tests = {
         split: EncodedTask(task, task.dataset[split], tokenizer, max_length, where=split)
         for split in task.validation_splits
         if split in task.dataset
     }
-    return Data(task, train, dev, tests)
+    return Data(task, train, dev, tests or {"held out of training": dev})
+
+
+def held_out(task: Task, rows: datasets.Dataset, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The training examples without a tenth, and that tenth: of each class, if an example has one label."""
+    label = task.label_column if task.kind in _ONE_LABEL else None
+    return train_dev_split(rows, seed=seed, label_column=label, split_columns=task.split_columns)
 
 
 def make_trainer(model: TaskHeads, data: Sequence[Data], tokenizer: Any, folder: str, **options: Any) -> Any:
@@ -122,7 +137,10 @@ def train(
         )
         if patience is not None:
             trainer.add_callback(EarlyStoppingCallback(patience))
-        trainer.train()
+        with warnings.catch_warnings():
+            # transformers 4, when checkpoints are written within a second of each other
+            warnings.filterwarnings("ignore", "mtime may not be reliable")
+            trainer.train()
     return trainer
 
 
@@ -130,8 +148,9 @@ class _Bar(ProgressCallback):
     """One progress bar for the steps, without a line for each log entry."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+        bar: Any = self.training_bar
+        if bar is not None and logs and "loss" in logs:
+            bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
 
     def on_prediction_step(self, *_: Any, **__: Any) -> None: ...
 
@@ -147,9 +166,13 @@ def score(data: Data, logits: dict[str, np.ndarray]) -> dict[str, dict[str, floa
 
 
 def trivial(data: Data) -> dict[str, dict[str, float]]:
-    """Metrics of predicting the most frequent training class, or the mean training label, for every example."""
+    """Metrics of predicting the most frequent training class, or the mean training label, for every example.
+
+    Tasks whose examples have several labels have no such prediction: then there are none.
+    """
     labels = data.train.labels
-    assert labels is not None
+    if labels is None or data.task.kind not in _ONE_LABEL:
+        return {split: {} for split in data.test}
     if data.task.kind == "regression":
         return score(data, {split: np.full(len(rows), labels.mean()) for split, rows in data.test.items()})
     counts = np.bincount(labels, minlength=2)
@@ -214,7 +237,7 @@ def frozen(base: Any, pooling: str) -> Iterator[None]:
             pooled = pool(hidden, attention_mask[new], pooling)
             known.update(zip((keys[number] for number in new), pooled, strict=True))
         # Pooling equal states returns that state, whatever the pooling.
-        states = torch.stack([known[key] for key in keys]).unsqueeze(1).expand(-1, rows.shape[1], -1)
+        states: Any = torch.stack([known[key] for key in keys]).unsqueeze(1).expand(-1, rows.shape[1], -1)
         return BaseModelOutput(last_hidden_state=states)
 
     base.forward = forward

@@ -1,4 +1,4 @@
-"""The two stages of `transfer.py` in each host, by calls of its public interface."""
+"""The two stages of `pal-adapters transfer` in each host, by calls of its public interface."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from command_line import InputError, first_line
+from pal_adapters.errors import ConfigError
+
+from .shared import first_line
 
 
 class InAdapters:
@@ -144,8 +146,8 @@ def read_record(record: Path, made: dict[str, Any]) -> dict[str, Any]:
         known = json.loads(record.read_text(encoding="utf-8"))
         result = dict(known.pop("result"))
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{record}: cannot be read as the record of a source ({first_line(error)})") from error
+        raise ConfigError(f"{record}: cannot be read as the record of a source ({first_line(error)})") from error
     for key, value in made.items():
         if known.get(key) != value:
-            raise InputError(f"{record}: the source was trained with {key}={known.get(key)}, not {value}")
+            raise ConfigError(f"{record}: the source was trained with {key}={known.get(key)}, not {value}")
     return result

@@ -1,9 +1,8 @@
-"""What the scripts share: one run, its best epoch, its scores, and the shortcut for a head alone."""
+"""One training run: its best epoch, its scores, and the shortcut for a head alone."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from importlib.util import find_spec
@@ -15,22 +14,16 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from pal_adapters.cli import fitting, main, methods
 from pal_adapters.multitask import DivergedError, EncodedTask, Task, TaskHeads, load_toy_task
 
-pytestmark = pytest.mark.usefixtures("train_tasks")  # puts the folder of the scripts on the path
 INSTALLED = [host for host in ("adapters", "peft") if host in sys.modules or find_spec(host)]
-
-
-@pytest.fixture
-def fitting() -> Any:
-    return importlib.import_module("fitting")
 
 
 class Setup:
     """A tiny model with a head for each of some made-up tasks."""
 
     def __init__(self, folder: str, *names: str, size: int = 80) -> None:
-        fitting: Any = importlib.import_module("fitting")
         torch.manual_seed(3)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.base = AutoModel.from_pretrained(folder)
@@ -43,7 +36,6 @@ class Setup:
         self.model.prepare_training()
 
     def train(self, output: Path, **options: Any) -> Any:
-        fitting: Any = importlib.import_module("fitting")
         options = {"learning_rate": 1e-2, "epochs": 2, "use_cpu": True, **options}
         return fitting.train(self.model, self.data, self.tokenizer, output, **options)
 
@@ -71,7 +63,7 @@ def test_a_tenth_of_the_rows_chooses_and_the_rest_trains(tiny_encoder: str, tmp_
 
 @pytest.mark.parametrize(("epochs", "bound", "steps", "evaluations"), [(3, 7, 7, 2), (1, 100, 5, 1)])
 def test_max_steps_is_an_upper_bound(
-    tiny_encoder: str, tmp_path: Path, fitting: Any, epochs: int, bound: int, steps: int, evaluations: int
+    tiny_encoder: str, tmp_path: Path, epochs: int, bound: int, steps: int, evaluations: int
 ) -> None:
     setup = Setup(tiny_encoder, "sentiment")
     trainer = setup.train(tmp_path, epochs=epochs, max_steps=bound)
@@ -79,7 +71,7 @@ def test_max_steps_is_an_upper_bound(
     assert len(fitting.summary(trainer, setup.data[0])["dev_history"]) == evaluations
 
 
-def test_the_best_epoch_is_what_stays(tiny_encoder: str, tmp_path: Path, fitting: Any) -> None:
+def test_the_best_epoch_is_what_stays(tiny_encoder: str, tmp_path: Path) -> None:
     setup = Setup(tiny_encoder, "similarity")
     trainer = setup.train(tmp_path, epochs=6, learning_rate=0.3)
     found = fitting.summary(trainer, setup.data[0])
@@ -89,7 +81,7 @@ def test_the_best_epoch_is_what_stays(tiny_encoder: str, tmp_path: Path, fitting
     assert trainer.evaluate()["eval_similarity_pearson"] == pytest.approx(max(scores), abs=1e-6)
 
 
-def test_the_best_epoch_by_loss_and_patience(tiny_encoder: str, tmp_path: Path, fitting: Any) -> None:
+def test_the_best_epoch_by_loss_and_patience(tiny_encoder: str, tmp_path: Path) -> None:
     """Epochs whose losses are made up; the metric would choose another one."""
     setup = Setup(tiny_encoder, "sentiment")
     states: list[dict[str, torch.Tensor]] = []
@@ -146,7 +138,7 @@ def test_the_same_seed_gives_the_same_weights(tiny_encoder: str, tmp_path: Path)
 
 @pytest.mark.parametrize("pooling", ["mean", "first"])
 def test_a_head_on_a_base_that_runs_once_a_row(
-    tiny_encoder: str, tmp_path: Path, fitting: Any, pooling: str, monkeypatch: pytest.MonkeyPatch
+    tiny_encoder: str, tmp_path: Path, pooling: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup = Setup(tiny_encoder, "entailment")
     setup.model.remove("entailment")
@@ -168,7 +160,7 @@ def test_a_head_on_a_base_that_runs_once_a_row(
     np.testing.assert_allclose(stored, fitting.predict(trainer, setup.data[0])["validation"], atol=1e-5)
 
 
-def test_scores_and_what_needs_no_input(tiny_encoder: str, fitting: Any) -> None:
+def test_scores_and_what_needs_no_input(tiny_encoder: str) -> None:
     setup = Setup(tiny_encoder, "sentiment", "similarity")
     first, second = setup.data
     truth = first.test["validation"].labels
@@ -179,7 +171,7 @@ def test_scores_and_what_needs_no_input(tiny_encoder: str, fitting: Any) -> None
     assert fitting.score(first, right) == {"validation": {"accuracy": 1.0}}
 
 
-def test_heads_in_files(tiny_encoder: str, tmp_path: Path, fitting: Any) -> None:
+def test_heads_in_files(tiny_encoder: str, tmp_path: Path) -> None:
     one, two = Setup(tiny_encoder, "sentiment").model, Setup(tiny_encoder, "sentiment").model
     torch.nn.init.normal_(one.head("sentiment").linear.weight)  # type: ignore[union-attr]
     fitting.save_head(one, "sentiment", tmp_path / "sentiment")
@@ -191,7 +183,6 @@ def test_heads_in_files(tiny_encoder: str, tmp_path: Path, fitting: Any) -> None
 @pytest.mark.skipif("adapters" not in INSTALLED, reason="needs adapters")
 @pytest.mark.parametrize("size", [1, 5, 7, 10, 12, 24])
 def test_houlsby_has_the_width_that_was_asked_for(tiny_encoder: str, size: int) -> None:
-    methods = importlib.import_module("methods")
     given = {"method": "houlsby", "host": "adapters", "hidden_size": size, "joint": False, "seed": 0}
     task = Task.from_spec(*load_toy_task("sentiment", train_size=8, test_size=4))
     _, sizes = methods.build(argparse.Namespace(**given), AutoModel.from_pretrained(tiny_encoder), [task])
@@ -199,9 +190,7 @@ def test_houlsby_has_the_width_that_was_asked_for(tiny_encoder: str, size: int) 
     assert sizes == {"sentiment": 2 * 2 * (2 * 24 * size + size + 24)}
 
 
-def test_what_was_saved_is_a_model_of_its_own(
-    train_tasks: Any, tiny_encoder: str, tmp_path: Path, fitting: Any
-) -> None:
+def test_what_was_saved_is_a_model_of_its_own(tiny_encoder: str, tmp_path: Path) -> None:
     """The folder of a joint run gives the logits of its scores again."""
     _, splits = load_toy_task("entailment", train_size=40, test_size=15)
     folder = tmp_path / "data" / "rte"
@@ -212,7 +201,7 @@ def test_what_was_saved_is_a_model_of_its_own(
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     given = ["--data_dir", str(tmp_path / "data"), "--tasks", "rte", "--model", tiny_encoder, "--joint"]
     given += ["--method", "pal", "--hidden_size", "12", "--output_dir", str(tmp_path / "out"), "--max_steps", "3"]
-    assert train_tasks.main([*given, "--learning_rate", "0.01"]) == 0
+    assert main(["train", *given, "--learning_rate", "0.01"]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     model = TaskHeads.from_pretrained(tmp_path / "out" / "adapters")
     tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)

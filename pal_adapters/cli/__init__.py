@@ -1,0 +1,9 @@
+"""The command `pal-adapters`, one file per subcommand, and the training runs that it shares with the examples.
+
+What users need from Python belongs in `multitask` or `fusion`. Here is what only a command line needs: options,
+tables, result files, and errors in one line.
+"""
+
+from .main import main
+
+__all__ = ["main"]
