@@ -101,12 +101,12 @@ REPLACED: tuple[Replaced, ...] = (
         "that blocks share; a rejected fusion stayed in parts",
     ),
     Replaced(
-        _MODEL, "delete_adapter", ("self", "adapter_name"), deleting.delete_adapter,
-        "configs of deleted adapters stayed",
+        _MODEL, "delete_adapter", ("self", "adapter_name"), _whole(deleting.delete_adapter),
+        "configs of deleted adapters stayed; what was deleted half way stayed in parts",
     ),
     Replaced(
-        _MODEL, "delete_adapter_fusion", ("self", "adapter_names"), deleting.delete_adapter_fusion,
-        "configs and names of deleted fusions stayed",
+        _MODEL, "delete_adapter_fusion", ("self", "adapter_names"), _whole(deleting.delete_adapter_fusion),
+        "configs and names of deleted fusions stayed; what was deleted half way stayed in parts",
     ),
     Replaced(
         _MODEL, "load_adapter",
