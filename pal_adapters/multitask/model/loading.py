@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
-from pal_adapters.errors import StorageError
+from pal_adapters.errors import ConfigError, StorageError
 from pal_adapters.hosts.unchanged import keep_values
 
 from .adapter_files import add_adapters, check_adapter_files, reading
@@ -134,12 +135,25 @@ def _load_base(description: Description, directory: Path) -> Any:
         raise StorageError(f"{directory} does not say which base model it is for: pass backbone=..., the base model.")
     wanted = description.base_class()
     try:
-        return wanted.from_pretrained(source, **({"use_safetensors": True} if stored else {}))
+        config = wanted.config_class.from_pretrained(source)
+        _check_implementations(config)
+        return wanted.from_pretrained(source, config=config, use_safetensors=True)
     except Exception as error:  # the errors of transformers and of the Hub have no common base
         raise StorageError(
             f"{source}, the base model of {directory}, cannot be loaded ({cause_of(error)}): pass backbone=..., the "
             "base model."
         ) from error
+
+
+def _check_implementations(config: PretrainedConfig) -> None:
+    """Raises `ConfigError` if a config names attention that transformers would download as code, "owner/kernel"."""
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            _check_implementations(value)
+        elif name.endswith(("_implementation", "_implementation_internal")):
+            for chosen in value.values() if isinstance(value, dict) else [value]:
+                if isinstance(chosen, str) and "/" in chosen:
+                    raise ConfigError(f"its config asks for the code of {chosen!r}")
 
 
 def _resize_embeddings(backbone: Any, stored: dict[str, Tensor], directory: Path) -> None:

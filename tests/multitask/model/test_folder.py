@@ -200,3 +200,34 @@ def test_an_adapter_that_transformers_added(tiny_encoder: str) -> None:
 def test_saving_rejects_what_it_does_not_know(tiny_encoder: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="safe_serialization"):
         heads(tiny_encoder, "none").save_pretrained(tmp_path, safe_serialization=False)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
+def test_a_base_config_that_asks_for_code(tiny_encoder: str, key: str, trained: bool, tmp_path: Path) -> None:
+    """transformers downloads and runs a kernel that a config names."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_encoder, base)
+    heads(str(base), "none", base=trained).save_pretrained(tmp_path / "saved")
+    config = tmp_path / "saved" / "base.model" / "config.json" if trained else base / "config.json"
+    TaskHeads.from_pretrained(tmp_path / "saved")
+    config.write_text(json.dumps({**json.loads(config.read_text()), key: "stranger/kernel"}))
+    try:
+        model = TaskHeads.from_pretrained(tmp_path / "saved")
+    except StorageError as error:
+        assert "asks for the code of 'stranger/kernel'): pass backbone=" in str(error)  # noqa: PT017
+    else:  # releases of transformers differ in which of the keys they read
+        assert key != "_attn_implementation"
+        assert model.config._attn_implementation in ("sdpa", "eager")
+
+
+def test_a_base_model_that_is_a_pickle(tiny_encoder: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_encoder, base)
+    heads(str(base), "none").save_pretrained(tmp_path / "saved")
+    (file,) = base.glob("*.safetensors")
+    torch.save(load_file(file), base / "pytorch_model.bin")
+    file.unlink()
+    with pytest.raises(StorageError, match=r"cannot be loaded .*pass backbone="):
+        TaskHeads.from_pretrained(tmp_path / "saved")
+    TaskHeads.from_pretrained(tmp_path / "saved", AutoModel.from_pretrained(base))
