@@ -149,7 +149,7 @@ def create_app(
 
         return dict(await batcher.in_worker(add))
 
-    @app.delete("/tasks/{name}", status_code=204, summary="Remove a task", dependencies=admin)
+    @app.delete("/tasks/{name}", status_code=204, response_model=None, summary="Remove a task", dependencies=admin)
     async def remove_task(name: str) -> None:
         def remove() -> None:
             if name not in predictor.tasks:
