@@ -12,6 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+import torch.nn.functional as F
 from tiny_tasks import losses, make_trainer, without_dropout
 from transformers import TrainerCallback
 
@@ -51,11 +52,39 @@ def whole(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
 
 
+def evaluations(trainer: Any, sizes: list[int]) -> list[dict[str, float]]:
+    """The losses on the evaluation sets, for each batch size."""
+    found = []
+    for size in sizes:
+        trainer.args.per_device_eval_batch_size = size
+        found.append({name: value for name, value in trainer.evaluate().items() if name.endswith("_loss")})
+    return found
+
+
+def exact_losses(trainer: Any) -> dict[str, float]:
+    """The same, one example at a time: cross entropy over examples or tags, squared error of regression."""
+    found, model = {}, trainer.model.eval()
+    for task, rows in trainer.eval_dataset.items():
+        total, count = 0.0, 0
+        for row in rows:
+            batch = trainer.collator([row])
+            label = batch.pop("labels")[task][0]
+            with torch.no_grad():
+                logits = model(**batch).logits[task][0]
+            if rows.task.kind == "regression":
+                total, count = total + float((logits - label) ** 2), count + 1
+            else:
+                total += float(F.cross_entropy(logits, label.long(), ignore_index=-100, reduction="sum"))
+                count += int((label != -100).sum())
+        found[f"eval_{task}_loss"] = total / count
+    return found
+
+
 def run(folder: str, output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if "fsdp" in settings:
         shard(settings)
     kill, resume = settings.pop("kill", None), settings.pop("resume", False)
-    dropout = settings.pop("dropout", True)
+    dropout, sizes = settings.pop("dropout", True), settings.pop("evaluate", [])
     callbacks = [Killer(kill)] if kill is not None else []
     trainer = make_trainer(folder, output, callbacks=callbacks, **settings)
     if not dropout:
@@ -63,7 +92,11 @@ def run(folder: str, output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=resume or None)
     parameters = {name: whole(value.detach()) for name, value in trainer.model.named_parameters()}
     kinds = sorted({type(value.data).__name__ for value in trainer.model.parameters()})
-    return {"losses": losses(trainer), "parameters": parameters, "sharded": kinds}
+    result = {"losses": losses(trainer), "parameters": parameters, "sharded": kinds}
+    if sizes:
+        result["evaluations"] = evaluations(trainer, sizes)
+        result["exact"] = exact_losses(trainer) if trainer.args.world_size == 1 else None
+    return result
 
 
 def main() -> None:

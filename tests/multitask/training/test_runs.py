@@ -55,6 +55,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(start: Any, tiny_encoder
     common: dict[str, Any] = {"names": ["rte", "stsb", "ner"], "max_steps": 5, "dropout": False, "base": True}
     common |= {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 1.0, "gradient_accumulation_steps": 2}
     common |= {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 5}
+    common |= {"evaluate": [1, 3, 8]}  # batch sizes; the five examples of a task do not divide evenly
     settings = [{**common, "host": host, "mixed_batches": mixed} for host, mixed in cases]
     halves = [{**one, "per_device_train_batch_size": 3, "ddp_backend": "gloo"} for one in settings]
     two = start(tmp_path / "two", *halves, processes=2)
@@ -67,6 +68,10 @@ def test_two_processes_equal_one_with_the_doubled_batch(start: Any, tiny_encoder
             assert left == pytest.approx(right, abs=2e-4)
         for name, value in expected["parameters"].items():
             torch.testing.assert_close(value, got["parameters"][name], atol=2e-5, rtol=1e-4, msg=name)
+        assert set(expected["exact"]) == {"eval_rte_loss", "eval_stsb_loss", "eval_ner_loss"}
+        for found in (*got["evaluations"], *expected["evaluations"]):
+            for name, value in expected["exact"].items():
+                assert found[name] == pytest.approx(value, rel=1e-3), name
         assert (tmp_path / "two" / str(number) / "checkpoint-5" / "task_heads.json").is_file()
 
 
