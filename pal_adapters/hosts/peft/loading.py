@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -137,6 +138,31 @@ def check_folder(path: Any, subfolder: str | None = None, *, weights: bool = Tru
         )
     if weights:
         _check_weights_file(file.parent, kind)
+
+
+def folder_of(path: Any, subfolder: str | None, download: Mapping[str, Any]) -> Path | None:
+    """The folder that holds an adapter: a local one, or for one of our methods on the Hub its snapshot in the cache.
+
+    Args:
+        path: a folder or a Hub repo ID.
+        subfolder: where in it the adapter is.
+        download: options of `hf_hub_download`.
+
+    Returns:
+        None for anything else, and for a repo that cannot be read, of which the host says what is wrong.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        return None
+    if os.path.isdir(path):
+        return Path(path, subfolder or "")
+    try:
+        config = hf_hub_download(str(path), CONFIG_NAME, subfolder=subfolder, **download)
+        if json.loads(Path(config).read_text(encoding="utf-8"))["peft_type"] not in methods():
+            return None
+        hf_hub_download(str(path), SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **download)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return Path(config).parent
 
 
 def _check_weights_file(folder: Path, kind: str) -> None:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
@@ -25,7 +23,7 @@ from pal_adapters.errors import PalAdaptersError, StorageError
 
 from .change import changing
 from .joint import check_base_complete, check_base_untouched, check_restorable, is_joint
-from .loading import check_folder, check_loaded, check_settings, kinds_in
+from .loading import check_folder, check_loaded, check_settings, folder_of, kinds_in
 from .registry import method_of
 from .tuner import TaskTuner
 
@@ -130,10 +128,11 @@ def _load_by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         name = (args[1] if len(args) > 1 else kwargs.get("adapter_name")) or "default"
         path = args[0] if args else kwargs.get("peft_model_id")
-        subfolder = (kwargs.get("adapter_kwargs") or {}).get("subfolder")
-        check_folder(path, subfolder, weights=kwargs.get("adapter_state_dict") is None)
+        given = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
+        download = {key: given[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in given}
+        folder = folder_of(path, given.get("subfolder"), download)
+        check_folder(folder, weights=kwargs.get("adapter_state_dict") is None)
         with changing(self, kwargs.get("peft_config"), getattr(self, "peft_config", None)), _reading(path):
-            folder = Path(path, subfolder or "") if isinstance(path, (str, os.PathLike)) else None
             if folder is not None:
                 check_base_untouched(self, folder, kwargs.get("peft_config"))
             try:
@@ -146,7 +145,7 @@ def _load_by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
                 raise StorageError(f"the weights in {str(path)!r} do not fit adapter {name!r}: {error}") from error
             config = self.peft_config[name]
             if info is not None and method_of(config) is not None:  # transformers 5 has loaded the weights itself
-                check_loaded(self, name, info, kinds_in(path))
+                check_loaded(self, name, info, kinds_in(folder))
                 if folder is not None and is_joint(config):
                     check_base_complete(self, folder, name)
             return info

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -180,6 +181,38 @@ def test_files_that_do_not_make_an_adapter(
             PeftModel.from_pretrained(model, folder, adapter_name="new")
         else:
             model.load_adapter(str(folder), "new")
+
+
+def _base_weights(folder: pathlib.Path) -> None:
+    """Which transformers 5 would load into the base model."""
+    name = "base_model.model.bert.encoder.layer.0.output.dense.weight"
+    _edit_weights(folder, lambda t: {**t, name: torch.ones_like(cases.bert().state_dict()[name[17:]])})
+
+
+@pytest.mark.parametrize("damage", [_base_weights, _one_missing], ids=lambda d: d.__name__)
+def test_a_repository_in_transformers(
+    damage: Callable[[pathlib.Path], None], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub is the local cache here."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
+    whole = _saved("pal", tmp_path, task_type=None)
+    repository = tmp_path / "hub" / "models--user--adapters"
+    for commit, damaged in (("a" * 40, True), ("b" * 40, False)):
+        shutil.copytree(whole, repository / "snapshots" / commit)
+        if damaged:
+            damage(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    base = cases.bert()
+    with rejected(base, error=pa.StorageError):
+        base.load_adapter("user/adapters", "new", adapter_kwargs={"cache_dir": str(tmp_path / "hub")})
+    (repository / "refs" / "main").write_text("b" * 40)
+    base.load_adapter("user/adapters", "new", adapter_kwargs={"cache_dir": str(tmp_path / "hub")})
+    expected = cases.run(cases.peft_model("pal", adapters=("new",), task_type=None), "new", cases.inputs())
+    with torch.no_grad():
+        assert torch.equal(base.eval()(**cases.inputs()).logits, expected)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4])
