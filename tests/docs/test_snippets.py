@@ -146,6 +146,40 @@ def served_folder(names: Names) -> None:
     names["model"].save_pretrained("out", processing_class=names["tokenizer"], tasks=names["tasks"])
 
 
+def answering(names: Names) -> None:
+    """A saved model with the tasks of the page, and one with a single task."""
+    from transformers import AutoTokenizer
+
+    from pal_adapters.multitask import Task, TaskHeads
+
+    plain(names)
+    tokenizer = names["tokenizer"] = AutoTokenizer.from_pretrained(names["folder"])
+    tasks = [Task(name, {}, text_columns=("sentence",), num_labels=2) for name in ("sentiment", "topic", "toxicity")]
+    tasks.append(Task("rte", {}, text_columns=("premise", "hypothesis"), num_labels=2))
+    tasks.append(Task("ner", {}, kind="token_tagging", label_names=("O", "B-PER", "I-PER")))
+    irony = Task("irony", {}, text_columns=("sentence",), num_labels=2)
+    for place, some in (("runs/irony/best", [irony]), ("out/best", tasks)):
+        names["model"] = TaskHeads(names["base"])
+        for task in some:
+            names["model"].add(task.name, task.head_config())
+        names["model"].prepare_training()
+        names["model"].save_pretrained(place, processing_class=tokenizer, tasks=some)
+    names |= {"Task": Task, "tasks": tasks}
+
+
+def folder_of_an_earlier_release(names: Names) -> None:
+    for name in names["model"].tasks:
+        if name != "rte":
+            names["model"].remove(name)
+    names["model"].save_pretrained("old")
+    Path("old/tasks.json").unlink()
+
+
+def answering_again(names: Names) -> None:
+    answering(names)
+    names["predictor"] = names["Predictor"].from_pretrained("out/best")
+
+
 # For each page, for each of its snippets in order: the host that it needs, and what it starts from.
 PAGES: dict[str, list[tuple[str, Prepare]]] = {
     "README.md": [
@@ -196,6 +230,15 @@ PAGES: dict[str, list[tuple[str, Prepare]]] = {
         ("peft", nothing),
         ("peft", nothing),
         ("bitsandbytes", nothing),
+    ],
+    "docs/predict.md": [
+        ("peft", answering),
+        ("peft", nothing),
+        ("peft", folder_of_an_earlier_release),
+        ("peft", answering_again),
+        ("peft", answering_again),
+        ("peft", lora_in_files("rte", "sst2")),
+        ("peft", answering_again),
     ],
     "docs/sampling.md": [("peft", heads_on_a_plain_base), ("peft", nothing), ("peft", heads_on_a_plain_base)],
     "docs/serve.md": [("uvicorn", served_folder)],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,21 +47,29 @@ def check_adapter_files(description: Description, directory: Path) -> None:
                 read_json(path)
 
 
-def add_adapters(model: Any, description: Description, directory: Path) -> Any:
-    """The model with the adapters and fusions of the folder. Those that it already has are not loaded."""
+def add_adapters(model: Any, description: Description, directory: Path, names: Mapping[str, str] | None = None) -> Any:
+    """The model with the adapters and fusions of the folder. Those that it already has are not loaded.
+
+    Args:
+        model: The model.
+        description: What the folder holds.
+        directory: The folder.
+        names: New names of adapters, by the names that they have in the folder.
+    """
+    renamed = {name: (names or {}).get(name, name) for name in description.adapters}
     present = adapter_names(model)
     if description.host == "peft":
         import peft  # only here: other hosts do without it
 
         for name in description.adapters:
-            if name in present:
+            if renamed[name] in present:
                 continue
             place = _adapter_place(directory, name, "peft")
             with reading(place):
                 if isinstance(model, peft.PeftModel):
-                    model.load_adapter(str(place), adapter_name=name)
+                    model.load_adapter(str(place), adapter_name=renamed[name])
                 else:
-                    model = peft.PeftModel.from_pretrained(model, str(place), adapter_name=name)
+                    model = peft.PeftModel.from_pretrained(model, str(place), adapter_name=renamed[name])
     elif description.host == "adapters":
         import adapters  # only here: other hosts do without it
 
@@ -69,9 +77,9 @@ def add_adapters(model: Any, description: Description, directory: Path) -> Any:
             with reading(directory):
                 adapters.init(model)
         for name in description.adapters:
-            if name not in present:
+            if renamed[name] not in present:
                 with reading(directory / name):
-                    model.load_adapter(str(directory / name), load_as=name, use_safetensors=True)
+                    model.load_adapter(str(directory / name), load_as=renamed[name], use_safetensors=True)
         for name in description.fusions:
             if name not in model.adapters_config.fusions:
                 with reading(directory / name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from pal_adapters.errors import UnknownAdapterError, UnsupportedError
 from pal_adapters.fusion.penalty import penalty_of
 from pal_adapters.hooks.penalty import penalty_by_caller
 from pal_adapters.hosts.method import Method
+from pal_adapters.hosts.which import is_peft_model
 
 from .routes import (
     adapter_config,
@@ -90,12 +92,18 @@ def batch_group(backbone: Any, adapter: Any) -> Hashable:
     return "LoRA" if plain else own
 
 
-def adds_tokens(backbone: Any, adapter: Any) -> bool:
-    """Whether an adapter puts virtual tokens in front of the text in each pass."""
-    if adapter_host(backbone) == "peft":
-        return any(adapter_config(backbone, name).is_prompt_learning for name in adapters_in(adapter))
-    parts = [part for name in adapters_in(adapter) for part in _parts(backbone, name)]
-    return any(getattr(part, "architecture", None) in ("prefix_tuning", "prompt_tuning") for part in parts)
+def cache_argument(backbone: Any, adapter: Any) -> str | None:
+    """The argument for a cache of keys and values that a pass continues from; `None` if it cannot.
+
+    Not in `adapters` 1.3, whose attention ignores the cache of transformers 4.57, and not with virtual tokens, which
+    PEFT would put in front of the text in each pass.
+    """
+    if adapter_host(backbone) == "adapters":
+        return None
+    if any(adapter_config(backbone, name).is_prompt_learning for name in adapters_in(adapter)):
+        return None
+    # Renamed in transformers 5.
+    return "cache" if "cache" in inspect.signature(bare_model(backbone).forward).parameters else "past_key_values"
 
 
 def run_active(backbone: Any, inputs: dict[str, Any], more: dict[str, Any], *, prompt_at: int = 0) -> Hidden:
@@ -108,13 +116,15 @@ def run_active(backbone: Any, inputs: dict[str, Any], more: dict[str, Any], *, p
         prompt_at: Where the virtual tokens of a prompt stand in the hidden states; they are removed.
     """
     # A model of `adapters` with heads would run one of them.
-    model = backbone if adapter_host(backbone) == "peft" else bare_model(backbone)
+    model: Any = backbone if adapter_host(backbone) == "peft" else bare_model(backbone)
+    if model is backbone and is_peft_model(backbone) and bare_model(backbone) is not backbone.get_base_model():
+        more = {**more, "output_hidden_states": True}  # around a model with a head, whose outputs lack them
     with penalty_by_caller():  # it is added to the loss of the tasks, see `fusion_penalty`
         outputs = model(**inputs, **more, return_dict=True)
         hidden = getattr(outputs, "last_hidden_state", None)
-        if hidden is None:  # a PeftModel around a model with a head
+        if hidden is None and outputs.hidden_states is None:  # a model whose bare model is not known
             outputs = model(**inputs, **more, return_dict=True, output_hidden_states=True)
-            hidden = outputs.hidden_states[-1]
+    hidden = outputs.hidden_states[-1] if hidden is None else hidden
     given = inputs.get("input_ids", inputs.get("inputs_embeds"))
     if given is not None and (virtual := hidden.shape[1] - given.shape[1]) > 0:
         hidden = torch.cat([hidden[:, :prompt_at], hidden[:, prompt_at + virtual :]], dim=1)

@@ -28,6 +28,7 @@ from .routes import Route, adapter_host
 from .routing import run_batch
 from .saving import save
 from .task_description import TaskDescription
+from .task_model import TaskModel
 from .tasks_file import described_tasks
 from .trainable import check_base, train_base, train_routes
 
@@ -186,6 +187,19 @@ class TaskHeads(nn.Module):
         head = self.heads[self._route(task).head]
         assert isinstance(head, Head)
         return head
+
+    def for_task(self, task: str) -> TaskModel:
+        """One task as a model of its own, which shares all weights with this one.
+
+        It has the interface of transformers' models for such tasks, with the label names in its config:
+
+            pipeline("text-classification", model=model.for_task("rte"), tokenizer=tokenizer)
+
+        Raises:
+            UnsupportedError: For a task of `language_modeling`.
+        """
+        described = self.described.get(task)
+        return TaskModel(self, task, self.head(task).config, described.label_names if described else ())
 
     def _route(self, task: str) -> Route:
         require_task(task, self.tasks)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pal_adapters.multitask.model.heads import HeadConfig
-from pal_adapters.multitask.model.routing import adds_tokens, batch_group
+from pal_adapters.multitask.model.routing import batch_group, cache_argument
 from pal_adapters.multitask.model.task_description import TaskDescription
 from pal_adapters.multitask.model.task_heads import TaskHeads
 
@@ -39,8 +39,8 @@ class Engine(Protocol):
         """Equal for tasks whose examples may share a batch."""
         ...
 
-    def caches(self, task: str) -> bool:
-        """Whether a language model may keep keys and values of earlier tokens."""
+    def cache_argument(self, task: str) -> str | None:
+        """The argument for a cache of keys and values; `None` if a pass cannot continue from one."""
         ...
 
     def logits(self, tasks: Sequence[str], inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -76,9 +76,9 @@ class TaskHeadsEngine:
         """Equal for tasks whose examples may share a batch."""
         return batch_group(self.model.backbone, self.model.routes[task].adapter)
 
-    def caches(self, task: str) -> bool:
-        """Whether a language model may keep keys and values of earlier tokens; virtual tokens would be added anew."""
-        return not adds_tokens(self.model.backbone, self.model.routes[task].adapter)
+    def cache_argument(self, task: str) -> str | None:
+        """The argument for a cache of keys and values; `None` if a pass cannot continue from one."""
+        return cache_argument(self.model.backbone, self.model.routes[task].adapter)
 
     def logits(self, tasks: Sequence[str], inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The logits of each task in a batch."""

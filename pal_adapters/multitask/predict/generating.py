@@ -67,19 +67,15 @@ def _continue(
     device = device_of(engine)
     tokens = prompts.to(device)
     mask = torch.ones(rows, length + new, dtype=torch.long, device=device)
-    cache = DynamicCache() if engine.caches(task) else None
+    argument, cache = engine.cache_argument(task), DynamicCache()
     scores: list[Tensor] = []
     running = torch.ones(rows, dtype=torch.bool, device=device)
     lengths = torch.zeros(rows, dtype=torch.long, device=device)
     for step in range(new):
         seen = length + step
         inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask[:, :seen]}
-        if cache is not None:
-            inputs |= {
-                "input_ids": tokens if not step else tokens[:, -1:],
-                "past_key_values": cache,
-                "use_cache": True,
-            }
+        if argument is not None:
+            inputs |= {"input_ids": tokens if not step else tokens[:, -1:], argument: cache, "use_cache": True}
         logits = engine.logits([task] * rows, inputs)[task][:, -1].float()
         score, token = logits.log_softmax(-1).max(-1)
         tokens = torch.cat([tokens, token[:, None]], dim=1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from pal_adapters.errors import ConfigError, StorageError
-from pal_adapters.multitask.model.files import cause_of
+from pal_adapters.multitask.model.files import cause_of, inside
 from pal_adapters.multitask.model.hub import fetch
 from pal_adapters.multitask.model.task_description import TaskDescription, default_length
 from pal_adapters.multitask.model.task_heads import TaskHeads
@@ -18,7 +19,7 @@ from pal_adapters.multitask.tasks.described import described_task
 from pal_adapters.multitask.tasks.task import Task
 
 from .engines import Engine
-from .served import ServedTask
+from .served import ServedTask, ServedTasks
 
 
 def served_tasks(
@@ -75,6 +76,23 @@ def served_task(one: Task | TaskDescription, engine: Engine, tokenizer: Any) -> 
     return ServedTask(description, task, head, engine.group(one.name))
 
 
+def grown(served: ServedTasks, more: TaskDescription, engine: Engine, tokenizer: Any) -> ServedTasks:
+    """The tasks with one more."""
+    tasks = {**served.tasks, more.name: served_task(more, engine, tokenizer)}
+    return ServedTasks(_regrouped(tasks, engine), tokenizer)
+
+
+def shrunk(served: ServedTasks, name: str, engine: Engine, tokenizer: Any) -> ServedTasks:
+    """The tasks without one of them."""
+    tasks = {task: one for task, one in served.tasks.items() if task != name}
+    return ServedTasks(_regrouped(tasks, engine), tokenizer)
+
+
+def _regrouped(tasks: Mapping[str, ServedTask], engine: Engine) -> dict[str, ServedTask]:
+    """Which tasks share a batch may depend on all adapters of a model."""
+    return {name: replace(one, group=engine.group(name)) for name, one in tasks.items()}
+
+
 def load_predictor(
     directory: str | Path,
     *,
@@ -114,12 +132,14 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises:
         ConfigError: If the folder has none.
-        StorageError: If it is damaged.
+        StorageError: If it is damaged, or a file is a link that leads out of the folder.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ConfigError(
             f"{folder} has no tokenizer: pass processing_class=, the one that the model was trained with."
         )
+    for path in folder.iterdir():
+        inside(folder, path.name)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # readers of damaged tokenizers raise errors without a common base

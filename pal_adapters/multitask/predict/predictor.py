@@ -14,18 +14,21 @@ import torch
 from tqdm.auto import tqdm
 
 from pal_adapters.checks import require_bool, require_int
-from pal_adapters.errors import ConfigError
+from pal_adapters.errors import ConfigError, UnsupportedError
+from pal_adapters.multitask.model.readout import require_task
 from pal_adapters.multitask.model.task_description import TaskDescription
 from pal_adapters.multitask.model.task_heads import TaskHeads
 from pal_adapters.multitask.model.visiting import visiting
 from pal_adapters.multitask.tasks.task import Task
 
+from .adding import add_saved_task, read_saved_task, remove_saved_task
 from .decoding import decode
 from .encoding import Piece, encode_requests
 from .engines import Engine, TaskHeadsEngine
 from .gate import Gate
 from .generating import generate
-from .loading import load_predictor, served_tasks
+from .host_models import HostEngine
+from .loading import grown, load_predictor, served_tasks, shrunk
 from .predictions import Prediction
 from .requests import Request, RequestError, as_requests, check_request
 from .running import run_pieces
@@ -52,8 +55,16 @@ class Predictor:
     trains nor which adapter is active. A model in training mode is put into evaluation mode for as long as any call
     runs, which other threads that use the model notice.
 
+    Adapters that the hosts trained one by one work as well, with the heads that the hosts gave them:
+
+        model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(...), "rte", "rte")
+        model.load_adapter("sst2", "sst2")  # with modules_to_save, as task_type="SEQ_CLS" sets it
+        Predictor(model, tokenizer, [Task("rte", {}, text_columns=..., label_names=...), Task("sst2", {}, ...)])
+
+    A task uses the adapter of its name and, in `adapters`, the head of its name; batches have one task then.
+
     Args:
-        model: `TaskHeads`.
+        model: `TaskHeads`, a `PeftModel`, or a model of `adapters`.
         processing_class: The tokenizer. The predictor uses a copy of it.
         tasks: A `TaskDescription` or a `Task` for each task of the model that requests may ask for. A `Task` is
             described with the tokenizer's `model_max_length`, at most 512. By default the tasks that were saved with
@@ -81,13 +92,15 @@ class Predictor:
         require_int("max_tokens_per_batch", max_tokens_per_batch, minimum=1)
         if processing_class is None or getattr(processing_class, "pad_token_id", None) is None:
             raise ConfigError("processing_class needs to be a tokenizer with a padding token.")
-        if not isinstance(model, TaskHeads):
-            raise ConfigError(f"model is a {type(model).__name__}: pass TaskHeads.")
-        self._engine: Engine = TaskHeadsEngine(model)
+        tasks = None if tasks is None else list(tasks)
+        self._engine: Engine = (
+            TaskHeadsEngine(model) if isinstance(model, TaskHeads) else HostEngine(model, tasks or ())
+        )
         # The settings of a fast tokenizer belong to the object, not to the call.
         self._tokenizer = copy.deepcopy(processing_class)
         self._tokenizing = threading.Lock()
         self._gate = Gate()
+        self._changing = threading.Lock()
         self._limit = max_tokens_per_batch
         self._served = ServedTasks(served_tasks(self._engine, self._tokenizer, tasks), self._tokenizer)
 
@@ -139,6 +152,52 @@ class Predictor:
     def tasks(self) -> Mapping[str, TaskDescription]:
         """The tasks that requests may ask for."""
         return MappingProxyType(self._served.descriptions)
+
+    def add_task(self, name: str, folder: str | Path) -> None:
+        """Adds a task that was saved on the same base model, with its adapter and head. All of it or nothing.
+
+        Calls that run finish first; calls that come meanwhile wait.
+
+        Args:
+            name: The name of the task: one of the folder's tasks or, if the folder has only one, any name.
+            folder: A folder of `TaskHeads.save_pretrained` or the `MultiTaskTrainer`, on disk.
+
+        Raises:
+            ConfigError: If there is a task of that name already, or none in the folder.
+            StorageError: If the folder is incomplete, damaged or does not fit the model.
+            UnsupportedError: If it was saved on another base model, or needs another host.
+        """
+        model = self._task_heads()
+        with self._changing:
+            with self._tokenizing:
+                saved = read_saved_task(model, self._tokenizer, name, Path(folder))
+            with self._gate.change(), self._tokenizing:
+                add_saved_task(model, saved)
+                try:
+                    self._served = grown(self._served, saved.description, self._engine, self._tokenizer)
+                except BaseException:
+                    remove_saved_task(model, name)
+                    raise
+
+    def remove_task(self, name: str) -> None:
+        """Removes a task with its head and, unless another task uses it, its adapter.
+
+        Calls that run finish first; calls that come meanwhile wait.
+
+        Raises:
+            UnknownAdapterError: If there is no task of that name.
+        """
+        model = self._task_heads()
+        with self._changing:
+            require_task(name, tuple(self._served.tasks))
+            with self._gate.change(), self._tokenizing:
+                remove_saved_task(model, name)
+                self._served = shrunk(self._served, name, self._engine, self._tokenizer)
+
+    def _task_heads(self) -> TaskHeads:
+        if not isinstance(self._engine, TaskHeadsEngine):
+            raise UnsupportedError("the tasks of a host's own model are fixed: make the predictor of TaskHeads.")
+        return self._engine.model
 
     def check(self, request: Mapping[str, Any]) -> None:
         """Raises `RequestError` for a request that cannot be answered. The model does not run."""
@@ -194,7 +253,7 @@ class Predictor:
         with self._gate.call():
             served = self._served
             checked, pieces = self._encoded(asked, served)
-            with tqdm(total=len(checked), disable=not shown, unit="request") as bar:
+            with tqdm(total=sum(map(len, pieces)), disable=not shown, unit="text") as bar:
                 predictions = self._answers(checked, pieces, served, bar.update)
         found = [one if arrays else replace(one, array=None) for one in predictions]
         return found[0] if single else found

@@ -36,6 +36,7 @@ def made(folder: str, host: str, names: tuple[str, ...] = tuple(NAMES)) -> tuple
         assert head is not None
         torch.nn.init.normal_(head.weight, std=0.5)
         torch.nn.init.normal_(head.bias, std=0.5)
+    model.prepare_training()
     return model.eval(), tasks
 
 

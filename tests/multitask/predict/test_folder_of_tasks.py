@@ -119,6 +119,14 @@ def test_a_damaged_tokenizer(tiny_encoder: str, tmp_path: Path) -> None:
         Predictor.from_pretrained(tmp_path)
 
 
+def test_a_tokenizer_that_is_a_link(tiny_encoder: str, tmp_path: Path) -> None:
+    saved(tiny_encoder, "none", tmp_path / "folder")
+    shutil.move(tmp_path / "folder" / "tokenizer.json", tmp_path / "outside.json")
+    (tmp_path / "folder" / "tokenizer.json").symlink_to(tmp_path / "outside.json")
+    with pytest.raises(StorageError, match="leads out of its folder"):
+        Predictor.from_pretrained(tmp_path / "folder")
+
+
 def test_texts_made_by_functions(tiny_encoder: str, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
     model, _ = made(tiny_encoder, "none", ("rte", "copa"))
