@@ -58,12 +58,12 @@ class Scales(nn.Module):
         return self.coefficients(self.omega)
 
     def coefficients(self, omega: Tensor) -> Tensor:
-        """The coefficients from an `omega` that may be registered elsewhere, as places can share one."""
+        """The coefficients from an `omega` that may be registered elsewhere, because places can share one."""
         return normalise(F.dropout(omega, self.dropout, self.training), self.ablation)
 
 
 def normalise(omega: Tensor, ablation: Ablation | None) -> Tensor:
-    """`omega` `[S, ...]`, normalised over the sources as an ablation does.
+    """`omega` `[S, ...]`, normalised over the sources as in an ablation.
 
     If dropout has set all entries of a channel to 0, "mean" gives 0 (the authors' code: NaN).
     """

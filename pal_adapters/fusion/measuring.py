@@ -1,4 +1,4 @@
-"""Statistics of a model's inner values over a data set."""
+"""Statistics of a model's hidden values over a data set."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def moments_of_data(
     """The moments of hidden values over all tokens that are not padding, see `truncation.moments`.
 
     Args:
-        model: what is run.
-        hidden: for each place a module and a function that takes the module's arguments to the hidden values
+        model: the model to run.
+        hidden: for each place a module, and a function that maps the module's arguments to the hidden values
             `[b, n, r]`.
         data: batches, mappings of model inputs.
     """

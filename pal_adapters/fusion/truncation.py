@@ -70,7 +70,7 @@ def _remaining(up: Tensor, covariance: Tensor, width: int) -> Tensor:
         column, pivot = inverse[:, unit].clone(), inverse[unit, unit].clone()
         fitted -= fitted[:, unit : unit + 1] * (column / pivot)
         inverse -= torch.outer(column, column) / pivot
-        inverse[unit, unit] = 1.0  # any number: it is gone
+        inverse[unit, unit] = 1.0  # its score no longer matters: it is removed
     return left.nonzero().flatten()
 
 

@@ -221,7 +221,7 @@ class UnitSources(SourceGroup):
         return site in self.sites
 
     def equals(self, other: nn.Module) -> bool:
-        """False: the modules have settings of their own, and share weights that one block alone registers."""
+        """False: the modules have their own settings, and share weights that only one block registers."""
         return False
 
     def outputs(self, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
@@ -302,7 +302,7 @@ class CombinedUnit(TaskUnit):
         return self.select(site, normalise(mixer.omega.detach(), mixer.ablation))
 
     def select(self, site: str, omega: Tensor) -> Tensor:
-        """The rows of shared coefficients that belong to this place's sources."""
+        """The rows of shared coefficients for this place's sources."""
         rows = self._rows[site]
         return omega if rows is None else omega[rows]
 

@@ -15,7 +15,7 @@ class RowPlan:
     """Which adapter each row of a batch goes through, during one forward pass.
 
     Args:
-        names: one adapter name a row.
+        names: one adapter name per example.
         keep: whether weights shared by the blocks may be gathered once for all of them. Not under activation
             checkpointing, where a block that runs again has to repeat everything.
     """
@@ -40,7 +40,8 @@ class RowPlan:
         if batch not in self._repeated:
             if batch % len(self.names):
                 raise UnsupportedError(
-                    f"{len(self.names)} adapter names were passed for a batch of {batch} rows: pass one name a row."
+                    f"{len(self.names)} adapter names were passed for a batch of {batch} examples: pass one name per "
+                    "example."
                 )
             times = batch // len(self.names)
             names = [name for name in self.names for _ in range(times)]
@@ -64,7 +65,7 @@ def run_rows(units: Mapping[str, TaskUnit], plan: RowPlan, site: str, value: Ten
     """Send each row through its own unit, with one call for all rows of the same kind.
 
     Args:
-        units: the units by adapter name; a row whose name is missing keeps its value.
+        units: the units by adapter name; an example whose name is missing keeps its value.
         plan: one name a row of `value`, or of the tokens of `value` `[b n, d]`.
 
     Returns:

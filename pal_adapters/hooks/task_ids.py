@@ -49,7 +49,7 @@ def task_numbers(ids: Any, tasks: Sequence[str], batch: int, *, repeated: bool =
         if len(tasks) > 1:
             raise UnsupportedError(
                 f"task_ids is None, but the active adapter has the tasks {', '.join(map(repr, tasks))}: pass task_ids "
-                "to the model, one name or number a row."
+                "to the model, one name or number per example."
             )
         return torch.zeros(batch, dtype=torch.long)
     if isinstance(ids, Tensor):
@@ -63,7 +63,7 @@ def task_numbers(ids: Any, tasks: Sequence[str], batch: int, *, repeated: bool =
         else:  # this waits for the device, once a forward pass
             numbers = torch.tensor([_number(task, tasks) for task in ids.tolist()], dtype=torch.long)
     elif isinstance(ids, str) or not hasattr(ids, "__iter__"):
-        raise UnsupportedError(f"task_ids={ids!r} is not allowed: pass one name or number a row.")
+        raise UnsupportedError(f"task_ids={ids!r} is not allowed: pass one name or number per example.")
     else:
         numbers = torch.tensor([_number(task, tasks) for task in ids], dtype=torch.long)
     count = numbers.shape[0]
@@ -71,7 +71,7 @@ def task_numbers(ids: Any, tasks: Sequence[str], batch: int, *, repeated: bool =
         return numbers
     if repeated and count and batch % count == 0:
         return numbers.repeat_interleave(batch // count)
-    raise UnsupportedError(f"task_ids has {count} entries, but the batch has {batch} rows: pass one a row.")
+    raise UnsupportedError(f"task_ids has {count} entries, but the batch has {batch} examples: pass one per example.")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What an adapter or a fusion may be called, at every door of both hosts."""
+"""The names that adapters and fusions may have, in both hosts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def require_adapter_name(argument: str, name: object) -> None:
     Names become modules, folders and parts of fusion names.
 
     Args:
-        argument: the argument that the name was passed as.
+        argument: the name of the argument.
         name: the name.
     """
     if not isinstance(name, str) or not name:
@@ -27,7 +27,7 @@ def require_adapter_name(argument: str, name: object) -> None:
             raise ConfigError(f"{argument}={name!r} is not allowed: {character!r} is a separator in {where}.")
     if name != name.strip() or not name.isprintable():
         raise ConfigError(
-            f"{argument}={name!r} is not allowed: use printable characters, without spaces around the name."
+            f"{argument}={name!r} is not allowed: use printable characters, without leading or trailing spaces."
         )
     if name in _RESERVED:
         raise ConfigError(f"{argument}={name!r} is not allowed: the name is reserved for the base model.")

@@ -21,7 +21,7 @@ _LEAVES = (Tensor, nn.Module, type, FunctionType, MethodType, ModuleType, str, b
 
 
 class _Snapshot:
-    """What a model and the objects beside it were at the start of a change."""
+    """The state of a model and of the objects that change with it, before a change."""
 
     def __init__(self, model: nn.Module, beside: Iterable[Any]) -> None:
         self._seen: set[int] = set()
@@ -39,7 +39,7 @@ class _Snapshot:
             self._take(thing)
 
     def _take(self, thing: Any) -> None:
-        """Save an object with everything it holds, down to modules and tensors."""
+        """Save an object and everything it refers to, down to modules and tensors."""
         if isinstance(thing, _LEAVES) or id(thing) in self._seen:
             return
         if self._take_container(thing, deep=True):
@@ -97,12 +97,12 @@ _OPEN: ContextVar[tuple[_Snapshot, ...]] = ContextVar("pal_adapters_open_snapsho
 
 @contextmanager
 def all_or_nothing(model: nn.Module, *beside: Any) -> Iterator[None]:
-    """Put a model back to what it was if the body raises anything, `KeyboardInterrupt` included. May be nested.
+    """Restore a model if the body raises anything, `KeyboardInterrupt` included. May be nested.
 
     Args:
-        model: the model; of its modules the attributes are saved, and the lists, sets and dicts among them.
-        beside: objects outside the module tree that change with it, such as the host's configuration or the objects
-            that own hooks; they are saved with everything they hold, down to modules and tensors.
+        model: the model; the attributes of its modules are saved, including lists, sets and dicts.
+        beside: objects outside the module tree that change with the model, such as the host's configuration or the
+            owners of hooks; they are saved with everything they refer to, down to modules and tensors.
     """
     snapshot = _Snapshot(model, beside)
     token = _OPEN.set((*_OPEN.get(), snapshot))

@@ -26,7 +26,7 @@ SHARED = "tasks"
 
 
 class RecipeWarning(UserWarning):
-    """A preset is used without a setting that its results depend on."""
+    """A preset is used without a setting on which its results depend."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Preset:
             combination of existing sources per task, or `"none"`.
         config: By host, the name of the adapter's config in `pal_adapters` and its arguments.
         arguments: Training arguments.
-        pooling: What the heads read, see `HeadConfig`; `"pooler"` is `"first"` for a base model without a pooler.
+        pooling: Pooling of the heads, see `HeadConfig`; `"pooler"` means `"first"` for a base model without a pooler.
         steps_per_task: Steps per epoch for each task; 0 for one pass over the data.
-        needs: Arguments that the results of the recipe depend on.
+        needs: Arguments on which the results of the recipe depend.
     """
 
     name: str
@@ -66,16 +66,16 @@ class Preset:
         sources: Sequence[str] | Mapping[str, str] | None = None,
         **changes: Any,
     ) -> TaskHeads:
-        """Builds the model of the recipe: adapters and heads on a base model, with what the recipe trains trainable.
+        """Builds the recipe's model: adapters and heads on a base model, with the parameters to train set trainable.
 
         Args:
-            base: A model of `transformers`; it is changed. For a recipe that combines sources, they may be on it.
+            base: A model of `transformers`, changed in place. For a recipe that combines sources, it may have them.
             tasks: The tasks.
             host: `"adapters"` or `"peft"`, for recipes with adapters; by default the first that is installed.
-            pooling: What heads with one vector per example read, instead of the recipe's `pooling`; see `HeadConfig`.
+            pooling: Replaces the recipe's `pooling`; see `HeadConfig`.
                 A task with its own `pooling` or `head` keeps it.
-            sources: What a recipe combines: folders of saved adapters by name or, in `adapters`, names of adapters on
-                the base model.
+            sources: The sources that a recipe combines: folders of saved adapters by name or, in `adapters`, names of
+                adapters on the base model.
             **changes: Changed arguments of the adapter's config.
 
         Raises:
@@ -90,7 +90,7 @@ class Preset:
         if combines is not bool(sources):
             raise ConfigError(
                 f"sources={sources!r} is not allowed for the preset {self.name!r}, which "
-                f"{'combines sources: name them' if combines else 'combines none: leave it out'}."
+                f"{'combines sources: pass them' if combines else 'combines none: leave it out'}."
             )
         routes: dict[str, Any] = {}
         if combines:
@@ -172,8 +172,8 @@ class Preset:
         """The training arguments of the recipe.
 
         Args:
-            output_dir: Where checkpoints go.
-            num_tasks: Number of tasks, which the length of an epoch may depend on.
+            output_dir: Folder of the checkpoints.
+            num_tasks: Number of tasks, on which the length of an epoch may depend.
             **changes: Changed arguments. Changing one that the results depend on gives a `RecipeWarning`.
         """
         arguments = {**self.arguments}

@@ -1,4 +1,4 @@
-"""Bottlenecks in plain torch: a pair of projections with a non-linearity, and several bottlenecks as a wide one.
+"""Bottlenecks in plain torch: two projections with a non-linearity, and several bottlenecks as one wide bottleneck.
 
 Legend: b batch size, n tokens, d model width, r inner width, S sources, r_s width of source s, R their sum.
 """
@@ -43,9 +43,9 @@ def project(x: Tensor, weights: Weights, prefix: str = "", activation_site: Acti
 
     Args:
         x: `[b, n, d]`.
-        weights: holds the weights of `Projections` under `prefix`, one set for all or one for each example.
-        prefix: such as `"attention."`.
-        activation_site: where `g` stands: between the projections, behind both, or nowhere.
+        weights: contains the weights of `Projections` under `prefix`, one set for all or one per example.
+        prefix: prefix of the weights' names, such as `"attention."`.
+        activation_site: where `g` is applied: between the projections, after both, or nowhere.
 
     Returns:
         `[b, n, d]`.

@@ -1,9 +1,9 @@
-"""Plain torch functions that take one set of weights for all rows, or one set a row.
+"""Plain torch functions that take one set of weights for the whole batch, or one set per example.
 
-Legend: b batch rows, n tokens, d width, r inner width, h heads.
+Legend: b examples, n tokens, d width, r inner width, h heads.
 
-Every weight may carry a leading row dimension: `[o, i]` is one matrix for the whole batch, `[b, o, i]` one
-matrix a row. A batch that mixes tasks is therefore one call, without a loop over tasks or rows.
+Every weight may have a leading batch dimension: `[o, i]` is one matrix for the whole batch, `[b, o, i]` one matrix per
+example. A mixed batch is therefore one call, without a loop over tasks or examples.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Args:
         x: `[b, n, i]`.
-        weight: `[o, i]`, or `[b, o, i]` for one matrix a row.
+        weight: `[o, i]`, or `[b, o, i]` for one matrix per example.
         bias: `[o]` or `[b, o]`, or None.
 
     Returns:
@@ -87,8 +87,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: b
         dropout: probability, 0 outside training.
     """
     if mask is not None and mask.dtype != torch.bool:
-        # A mask built in float32 holds float32's minimum, which is -inf in a narrower dtype, and so may the sum of a
-        # mask and a score be: a row that is masked everywhere would then be NaN.
+        # A float32 mask holds float32's minimum, which is -inf in a narrower dtype, and the sum of mask and score may
+        # overflow too: a query that sees no key would then be NaN.
         floor = max(torch.finfo(q.dtype).min, torch.finfo(mask.dtype).min) / 2
         mask = mask.clamp(min=floor).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)

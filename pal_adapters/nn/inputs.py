@@ -1,8 +1,8 @@
-"""What a unit reads beside the value that it changes: the block's values, the attention mask, earlier tokens.
+"""What a unit may read besides the value it changes: the block's inputs, the attention mask, earlier tokens.
 
-Plain torch. The protocols say what a unit may ask for; `hooks/` implements them for the models of transformers.
+Plain torch. The protocols define what a unit may call; `hooks/` implements them for models of transformers.
 
-Legend: b batch rows, n tokens of this call, m tokens so far, d model width, r inner width, h heads, k width of a head.
+Legend: b examples, n tokens of this call, m tokens so far, d model width, r inner width, h heads, k width of a head.
 """
 
 from __future__ import annotations
@@ -20,71 +20,70 @@ from pal_adapters.errors import UnsupportedError
 class KeyValueCache(Protocol):
     """What a unit keeps of earlier tokens during generation.
 
-    The cache reorders, repeats and crops it along with the host's own keys and values. Units do not call it: see
-    `self_attention` and `UnitInputs.extend`.
+    It is reordered, repeated and cropped together with the host's keys and values. Units do not call this class, but
+    `self_attention`, `UnitInputs.visible_tokens` and `UnitInputs.extend`.
     """
 
     def update(
         self, slot: object, keys: Tensor, values: Tensor, *, rows: Tensor | None, batch: int
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values `[b, h, n, k]` to a slot and return all that attention is to see.
+        """Append keys and values `[b, h, n, k]` to a slot and return everything that attention may read.
 
-        The length of what is returned is the `kv_len` to ask the mask for. A sliding window returns fewer tokens
-        than there were, a static cache may return empty places behind them, which the mask hides.
+        Pass the length of the result as `kv_len` to the mask. It has fewer tokens than there were if a sliding window
+        dropped some, and may end with unused places of a static cache, which the mask hides.
 
         Args:
-            slot: names the unit and the place in it.
+            slot: identifies the unit and the place in it.
             keys, values: those of this call's tokens.
-            rows: the batch rows that they belong to, or None for all.
-            batch: rows of the whole batch.
+            rows: the indices of their examples in the batch, or None for all.
+            batch: the size of the whole batch.
         """
 
     def extend(
         self, slot: object, tokens: Tensor, *, rows: Tensor | None, batch: int, last: int | None = None
     ) -> tuple[Tensor, int | Tensor]:
-        """Append one vector a token, `[b, n, r]`, to a slot and return them behind the earlier ones.
+        """Append one vector per token, `[b, n, r]`, to a slot and return them after the earlier ones.
 
-        Unlike `update` it knows no window: where the host attends to a sliding window, a convolution or a state still
-        gets the tokens in front of it.
+        Unlike `update`, it ignores sliding windows: a convolution or a recurrence also gets the tokens before the
+        window.
 
         Args:
-            slot: names the unit and the place in it.
+            slot: identifies the unit and the place in it.
             tokens: the vectors of this call's tokens.
-            rows: the batch rows that they belong to, or None for all.
-            batch: rows of the whole batch.
-            last: how many of the earlier tokens are needed, None for all.
+            rows: the indices of their examples in the batch, or None for all.
+            batch: the size of the whole batch.
+            last: how many earlier tokens are needed, None for all.
 
         Returns:
-            The tokens, oldest first, and how many came before this call: the position of this call's first token. The
-            tokens are `[b, m, r]` with `last=None`, and `[b, last + n, r]` otherwise, with zeros in front where there
-            were fewer. The number is an integer, and a tensor without dimensions where a graph is compiled over a
-            static cache.
+            The tokens, oldest first, and how many came before this call, which is the position of its first token. The
+            tokens are `[b, m, r]` with `last=None`, and otherwise `[b, last + n, r]`, zero-padded at the front. The
+            number is an integer, or a scalar tensor in a graph compiled with a static cache.
 
         Raises:
-            UnsupportedError: if the cache holds tokens that this slot has not seen; if a static cache keeps a window
-                with fewer than the tokens asked for; for `last=None` where a graph is compiled over a static cache.
+            UnsupportedError: if the cache holds tokens that this slot has not seen; if the sliding window of a static
+                cache is too short; for `last=None` in a graph compiled with a static cache.
         """
 
 
 class MaskFunction(Protocol):
-    """Who sees whom in one call of a block, in the two forms that units use."""
+    """Which tokens see which in one call of a block, in two forms."""
 
     def __call__(self, q_len: int, kv_len: int, /) -> tuple[Tensor | None, bool]:
         """`(mask, is_causal)` for `functional.attend` with `q_len` queries and `kv_len` keys.
 
-        The mask is boolean (True is kept) or added to the scores, and broadcasts to `[b, h, q_len, kv_len]`; None
-        hides nothing but what `is_causal` hides.
+        The mask is boolean (True is kept) or added to the scores, and broadcasts to `[b, h, q_len, kv_len]`. With
+        None, only `is_causal` hides anything.
         """
 
     def visible(self, q_len: int, kv_len: int, /) -> Tensor | None:
-        """The same as one boolean tensor, `[b or 1, q_len, kv_len]`: query `i` sees key `j`. None: each sees all.
+        """One boolean tensor, `[b or 1, q_len, kv_len]`: whether query `i` sees key `j`. None if all see all.
 
-        Keys are counted so that the last one is this call's last token. What a mask adds to scores without hiding a
-        key (position biases) is left out.
+        The last key is this call's last token. Position biases, which a mask adds to scores without hiding a key, are
+        left out.
         """
 
     def select(self, rows: Tensor, /) -> MaskFunction:
-        """The mask of these rows, counted over the batch that the mask is for, or a repetition of it."""
+        """The mask of the examples with these indices in the mask's batch, or in a repetition of it."""
 
     def slice_tokens(self, start: int, end: int, length: int, /) -> MaskFunction:
         """The mask among the tokens `start:end` of `length`."""
@@ -110,17 +109,17 @@ no_mask = _NoMask()
 
 
 class UnitInputs(NamedTuple):
-    """What a unit may read beside the value that it changes.
+    """What a unit may read besides the value it changes.
 
     Attributes:
-        x: `[b, n, d]` what self-attention reads: the block's input, normalised in pre-LN blocks.
-        raw: `[b, n, d]` the block's input as it is.
-        h: `[b, n, d]` feed-forward input. All three are None where no unit needs them.
+        x: `[b, n, d]`, the input of self-attention: the block's input, normalised in pre-LN blocks.
+        raw: `[b, n, d]`, the block's input itself.
+        h: `[b, n, d]`, the feed-forward input. All three are None if no unit needs them.
         mask: the host's attention mask for this call.
         cache: earlier tokens, or None outside generation.
-        rows: batch rows that `x` holds, or None for all of them.
-        batch: rows of the whole batch.
-        slot: names this unit in `cache`.
+        rows: the indices of the examples in `x` in the batch, or None for all.
+        batch: the size of the whole batch.
+        slot: identifies this unit in `cache`.
     """
 
     x: Tensor | None = None
@@ -137,13 +136,13 @@ class UnitInputs(NamedTuple):
         tensor = getattr(self, name)
         if tensor is None:
             raise UnsupportedError(
-                f"{name} was not captured: the block did not call the modules that its sites name, or was called "
-                "again from inside itself."
+                f"{name} was not captured: add it to the unit's needs. If it is there, the block did not call the "
+                "modules that its sites name, or was called from within itself."
             )
         return tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> UnitInputs:
-        """`function` applied to `x`, `raw` and `h`."""
+        """The inputs with `function` applied to `x`, `raw` and `h`."""
         x, raw, h = (None if t is None else function(t) for t in (self.x, self.raw, self.h))
         return self._replace(x=x, raw=raw, h=h)
 
@@ -201,11 +200,11 @@ class UnitInputs(NamedTuple):
 
 
 class BatchTasks(NamedTuple):
-    """The tasks that the rows of a batch belong to, for modules that serve many tasks.
+    """The tasks of a batch's examples, for modules that serve many tasks.
 
     Attributes:
-        tasks: `[c]`, the tasks in the batch, each once; None for all there are.
-        member: `[b]`, the position in `tasks` of each row's task.
+        tasks: `[c]`, the tasks in the batch, each once; None for all tasks.
+        member: `[b]`, the index in `tasks` of each example's task.
     """
 
     tasks: Tensor | None
@@ -217,10 +216,10 @@ class BatchTasks(NamedTuple):
 
 
 def batch_tasks(numbers: Tensor) -> BatchTasks:
-    """`BatchTasks` from `[b]`, the number of each row's task.
+    """`BatchTasks` from `[b]`, the number of each example's task.
 
-    Absent tasks then cost nothing and do not change the rounding of the others. A compiled graph cannot have a size
-    that depends on values: there, every task counts as present.
+    Absent tasks then cost nothing and do not change the rounding of the others. In a compiled graph, where sizes must
+    not depend on values, every task counts as present.
     """
     if torch.compiler.is_compiling():
         return BatchTasks(None, numbers)

@@ -1,18 +1,18 @@
-"""What every task module has in common: plain torch, no host.
+"""The base class of task modules, in plain torch.
 
-A *unit* is the part of one task's module that belongs to one transformer block. It acts at *sites* of the block:
+A *unit* is the part of one task's module in one Transformer block. It acts at *sites* of the block:
 
-| site           | value it gets and returns                                       |
+| site           | value it receives and returns                                   |
 |----------------|-----------------------------------------------------------------|
 | `attention`    | `o1`, the attention output before the residual sum              |
 | `ffn`          | `o2`, the feed-forward output before the residual sum           |
-| `residual`     | the sum (or a summand of it) that ends the block                |
+| `residual`     | the residual sum at the end of the block, or one of its terms   |
 | `output`       | `y`, the block's output                                         |
 | `stack_output` | the output of the whole stack of blocks (after a final norm)    |
 
-At initialisation and with no task selected a unit is not called at all, so the host stays bit-identical.
+With no active task, no unit is called and the base model computes exactly what it did before.
 
-Legend: b batch rows, n tokens, d model width, r inner width, h heads.
+Legend: b examples, n tokens, d model width, r inner width, h heads.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ Weights = Mapping[str, Tensor]
 
 
 class TaskUnit(nn.Module):
-    """Base of the units. Subclasses set `sites` and `needs` and implement `forward`."""
+    """Base of the units. Subclasses set `sites` and `needs` (of `x`, `raw`, `h`, `mask`) and implement `forward`."""
 
     sites: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
-    # Whether this is the part of a network that steers the whole model, and acts through hooks of its own.
+    # Whether this is part of a network over the whole model, which has its own hooks (`hooks/network.py`).
     is_network: ClassVar[bool] = False
 
     def __init__(self) -> None:
@@ -50,12 +50,12 @@ class TaskUnit(nn.Module):
         self._shared: tuple[Mapping[str, Tensor] | nn.Module, ...] = ()
 
     def share(self, weights: Mapping[str, Tensor] | nn.Module) -> None:
-        """Read the weights of `weights` too; they stay registered where they are."""
+        """Also read these weights, which stay registered where they are."""
         self._shared = (weights,)
 
     @property
     def shares(self) -> bool:
-        """Whether some weights come from elsewhere."""
+        """Whether some weights are shared."""
         return bool(self._shared)
 
     def shared_key(self) -> object:
@@ -63,13 +63,13 @@ class TaskUnit(nn.Module):
         return tuple(id(t) for t in self.shared_weights().values())
 
     def own_weights(self) -> dict[str, Tensor]:
-        """The tensors registered here, by name."""
+        """The weights registered here, by name."""
         own: dict[str, Tensor] = {}
         _collect(self, "", own)
         return own
 
     def shared_weights(self) -> dict[str, Tensor]:
-        """The tensors that come from elsewhere, by name."""
+        """The shared weights, by name."""
         shared: dict[str, Tensor] = {}
         for source in self._shared:
             if isinstance(source, nn.Module):
@@ -79,24 +79,24 @@ class TaskUnit(nn.Module):
         return shared
 
     def weights(self) -> dict[str, Tensor]:
-        """All tensors that `forward` reads, by name."""
+        """All weights that `forward` reads, by name."""
         return {**self.own_weights(), **self.shared_weights()} if self._shared else self.own_weights()
 
     def signature(self) -> tuple[object, ...]:
-        """What has to be equal for units to run as one batch, with one set of weights a row.
+        """What must be equal for units to run in one call, with one set of weights per example.
 
-        All that `forward` reads from the unit itself: sizes, options, which weights there are. `stack_weights`
-        compares the names and shapes of the weights, own and shared, and raises where they differ; options that
-        change no weight are the unit's to list.
+        Everything that `forward` reads from the unit itself: sizes, options, which weights exist. `stack_weights`
+        compares the names and shapes of all weights and raises if they differ, but it cannot see options that do not
+        change the weights.
         """
         return (type(self),)
 
     def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
-        """Initialise; `identity=True` makes the unit leave the value as it is."""
+        """Initialise all parameters; with `identity=True`, `forward` returns the value unchanged."""
         raise NotImplementedError
 
     def mark_frozen(self) -> None:
-        """Take `requires_grad` from what does not train although its adapter does."""
+        """Set `requires_grad=False` on parameters that stay frozen while their adapter trains."""
 
     def forward(self, site: str, value: Tensor, inputs: UnitInputs, weights: Weights) -> Tensor:
         """The new value at `site`, `[b, n, d]`, in the dtype of `value`."""
@@ -113,7 +113,7 @@ def _collect(module: nn.Module, prefix: str, into: dict[str, Tensor]) -> None:
 
 
 def init_linear(layer: nn.Linear, *, zero: bool = False, generator: torch.Generator | None = None) -> None:
-    """`N(0, 0.02^2)` weights (or zero) and zero biases."""
+    """Weights from `N(0, 0.02^2)`, or zero, and zero biases."""
     with torch.no_grad():
         if zero:
             layer.weight.zero_()
@@ -146,18 +146,18 @@ def self_attention(
 def stack_weights(
     units: Sequence[TaskUnit], index: Tensor | None, kept: dict[object, dict[str, Tensor]] | None = None
 ) -> dict[str, Tensor]:
-    """One set of weights a row.
+    """One set of weights per example.
 
     Args:
-        units: the distinct units of a batch, with equal signatures.
-        index: `[b]`, the unit of each row; None if `units` has one entry a row already.
-        kept: keeps what the units share with other blocks, so that it is gathered once for all of them.
+        units: the different units of a batch, with equal signatures.
+        index: `[b]`, the unit of each example; None if `units` already has one entry per example.
+        kept: keeps the weights that blocks share, so that they are gathered once for all blocks.
 
     Returns:
-        Each weight as `[b, *shape]`; a single unit's weights stay as they are.
+        Each weight as `[b, *shape]`, or unchanged if there is only one unit.
 
     Raises:
-        UnsupportedError: if the weights of the units differ in names or shapes, although their signatures are equal.
+        UnsupportedError: if the weights of the units differ in name or shape although their signatures are equal.
     """
     if len(units) == 1:
         return units[0].weights()
@@ -192,5 +192,5 @@ def _difference(first: Mapping[str, Tensor], other: Mapping[str, Tensor], unit: 
     found = " and ".join(str(table[name]) if name in table else "none" for table in shapes)
     return (
         f"two {type(unit).__name__} modules have equal signatures, but their weights {name!r} differ in shape: "
-        f"{found}. signature() has to tell them apart."
+        f"{found}. Return different signatures for them."
     )

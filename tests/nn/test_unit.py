@@ -269,7 +269,7 @@ def test_equal_signatures_with_other_weights(units: list[TaskUnit], message: str
     value, named = torch.randn(len(units), 2, D), {str(number): unit for number, unit in enumerate(units)}
     with pytest.raises(UnsupportedError, match=message) as error:
         run_rows(named, RowPlan(list(named), keep=True), "residual", value, UnitInputs())
-    assert "signature() has to tell them apart" in str(error.value)
+    assert "Return different signatures for them" in str(error.value)
 
 
 def test_init_linear() -> None:

@@ -1,4 +1,4 @@
-"""ScaLearn in `adapters`: its config and layer, its fold into a bottleneck of the host, and its report.
+"""ScaLearn in `adapters`: its config and coefficients, folding into one of the host's bottlenecks, and reports.
 
-How a fusion acts in a block belongs to `hosts.adapters`, the maths to `fusion`.
+How a fusion acts in a block is in `hosts.adapters`, the maths in `fusion`.
 """

@@ -1,4 +1,4 @@
-"""ScaLearn in `adapters`, as a fusion config."""
+"""The fusion config of ScaLearn in `adapters`."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ _DEFAULTS = {"init_scale": 2.0, "init_std": 1e-3, "regularization": 0.0, "regula
 
 @dataclass(eq=False)
 class ScaLearnConfig(CombinationConfig):
-    r"""Learned coefficients that scale and add what frozen source adapters give.
+    r"""ScaLearn: a sum of the outputs of frozen source adapters with learned coefficients.
 
     $$y = \mathrm{LN}\Big(h_1 + o_2 + \sum_s D(\omega_s) \odot a_s\Big)$$
 
-    $a_s$ `[b, n, d]` is what source $s$ adds to its residual. Only $\omega$ trains, and the head. Four sizes,
-    parameters for S sources, L blocks of width d and one place a block:
+    $a_s$ `[b, n, d]` is what source $s$ adds to its residual. Only $\omega$ and the head are trained. There are four
+    sizes; the parameters are for S sources and L blocks of width d with one place per block:
 
     | variant | coefficients | parameters | dropout |
     |---|---|---|---|
-    | `"scalearn"` | one a channel, in each block | L S d | 0.3 |
-    | `"scalearn_uniform"` | one a source, in each block | L S | 0.3 |
-    | `"scalearn_pp"` | one a channel, shared by all blocks | S d | 0.3 |
-    | `"scalearn_uniform_pp"` | one a source, shared by all blocks | S | 0 |
+    | `"scalearn"` | one per channel, in each block | L S d | 0.3 |
+    | `"scalearn_uniform"` | one per source, in each block | L S | 0.3 |
+    | `"scalearn_pp"` | one per channel, shared by all blocks | S d | 0.3 |
+    | `"scalearn_uniform_pp"` | one per source, shared by all blocks | S | 0 |
 
-    Sources may be any bottlenecks of the host, with one place or two a block, and PAL or low-rank modules. A place
-    draws its own dropout mask at each call, also where the coefficients are shared.
+    Sources may be any of the host's bottlenecks, with one or two places per block, and PALs or low-rank layers. Each
+    place draws its own dropout mask at each call, even if the coefficients are shared.
 
-    Source: Frohmann et al., ScaLearn, Findings of ACL 2024. The authors' code loses the shared coefficients when it
-    saves; here they are saved and restored.
+    Source: Frohmann et al., ScaLearn, Findings of ACL 2024. The authors' code does not save shared coefficients; here
+    they are saved and restored.
 
     Args:
-        variant: one of the four, `"scalearn++"` and `"scalearn_uniform++"` also name the shared ones.
-        omega_dropout: dropout of the coefficients; None is the variant's own, 0 for an ablation.
+        variant: one of the four; `"scalearn++"` and `"scalearn_uniform++"` are other names for the shared ones.
+        omega_dropout: dropout on the coefficients; None is the variant's default, or 0 for an ablation.
         init_scale: `c` of the initial `N(c / S, init_std^2)`.
         init_std: standard deviation of the initial coefficients.
-        ablation: "mean" or "softmax" normalise the coefficients over the sources; None is the method.
+        ablation: "mean" or "softmax" normalises the coefficients over the sources; None is the method itself.
         regularization: weight of the penalty on sources whose mean coefficient is not one, see
-            `pal_adapters.fusion.layer.regularization`. The model adds it to the loss that it returns in training, so
-            loss scaling and gradient accumulation treat it as they treat the loss.
+            `pal_adapters.fusion.layer.regularization`. In training, the model adds it to the loss it returns, so loss
+            scaling and gradient accumulation apply to it.
         regularization_form: "mean", or "code" for what the authors' code computes for shared coefficients.
-        fixed: coefficients that do not train, to probe: `{source: number}`, or one number a source in the order of the
+        fixed: fixed coefficients, for probing: `{source: number}`, or one number per source in the order of the
             sources. They are the same for all channels and blocks.
-        architecture: marks the config in a file.
-        key: this and the fields below belong to the host's own fusion and cannot be changed.
+        architecture: identifies the config in a file.
+        key: this and the fields below belong to the host's AdapterFusion and cannot be changed.
         query: see `key`.
         value: see `key`.
         query_before_ln: see `key`.
@@ -100,9 +100,7 @@ class ScaLearnConfig(CombinationConfig):
         for name in HOST_ONLY:
             value, only = getattr(self, name), type(self).__dataclass_fields__[name].default
             if type(value) is not type(only) or value != only:
-                raise ConfigError(
-                    f"{name}={shown(value)} is not allowed: it has no meaning in ScaLearn, leave it out."
-                )
+                raise ConfigError(f"{name}={shown(value)} is not allowed: ScaLearn does not use it, leave it out.")
 
     def _check_fixed(self) -> None:
         if not self.fixed:
@@ -112,17 +110,17 @@ class ScaLearnConfig(CombinationConfig):
                 raise ConfigError(f"{name}={getattr(self, name)!r} has no effect on fixed coefficients: leave it out.")
         if self.omega_dropout:
             raise ConfigError(
-                f"omega_dropout={self.omega_dropout!r} is not allowed: fixed coefficients do not drop out."
+                f"omega_dropout={self.omega_dropout!r} is not allowed: fixed coefficients have no dropout."
             )
         if self.variant not in ("scalearn", "scalearn_uniform_pp", "scalearn_uniform++"):
             raise ConfigError(
-                f"variant={self.variant!r} has no effect on fixed coefficients, which are one a source: leave it out."
+                f"variant={self.variant!r} has no effect on fixed coefficients, one per source: leave it out."
             )
         object.__setattr__(self, "variant", "scalearn_uniform_pp")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ScaLearnConfig:
-        # The host keeps names that it does not know as attributes, so that a misspelt one would be ignored.
+        # The host keeps unknown names as attributes, so a misspelt one would be ignored.
         for key, value in config.items():
             if key not in cls.__dataclass_fields__:
                 raise ConfigError(
@@ -177,7 +175,7 @@ class ScaLearnLayer(Scales, Combination):
         self.names = tuple(names)
         self.shared = not own
         self.penalised = config.regularization > 0
-        # A tuple, so that coefficients of another place are neither registered nor saved here.
+        # In a tuple, so that another place's coefficients are neither registered nor saved here.
         self._owner: tuple[ScaLearnLayer, ...] = ()
         if config.fixed is not None:
             values = config.fixed_values(names)
@@ -197,7 +195,7 @@ class ScaLearnLayer(Scales, Combination):
         self._owner = (owner,)
 
     def get_omega(self) -> Tensor:
-        """`[S, d]` or `[S, 1]`, wherever it is registered."""
+        """`omega`, `[S, d]` or `[S, 1]`, wherever it is registered."""
         return self._owner[0].omega if self._owner else self.omega
 
     def forward(self) -> Tensor:

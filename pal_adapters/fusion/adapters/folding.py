@@ -1,4 +1,4 @@
-"""Folding in `adapters`: a ScaLearn fusion of bottlenecks becomes one bottleneck of the host."""
+"""Folding in `adapters`: a ScaLearn fusion of bottlenecks becomes one of the host's bottlenecks."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _fold_place(layer: BottleneckLayer, key: str, index: int) -> Bottleneck | No
 
 
 def _weights(adapter: Adapter, no_fold: str) -> Bottleneck:
-    """The weights in float64; those of a norm in front go into the down-projection."""
+    """The weights in float64; those of a preceding norm are absorbed into the down-projection."""
     down, down_bias = _linear(down_of(adapter), adapter.input_size, no_fold)
     up, up_bias = _linear(adapter.adapter_up, adapter.down_sample, no_fold)
     if adapter.add_layer_norm_before:
@@ -177,9 +177,9 @@ def _add(model: Any, name: str, source: BnConfig, wide: Mapping[BottleneckLayer,
 
 
 def _reduction_factor(hidden: int, width: int) -> float:
-    """A reduction factor from which the host computes exactly this width."""
+    """A reduction factor for which the host computes exactly this width."""
     factor = hidden / width
-    # The host rounds down, so stay away from the edge.
+    # The host rounds down, so aim for the middle of the interval.
     return factor if int(hidden // factor) == width else hidden / (width + 0.5)
 
 

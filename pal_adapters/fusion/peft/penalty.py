@@ -16,7 +16,7 @@ from .layers import combinations
 def regularization_loss(model: nn.Module, adapter: str | None = None) -> Tensor | None:
     """The regulariser of one combination or of the active ones; None if there is none.
 
-    In training, the loss that the model returns already contains it. Add it only to a loss of your own.
+    In training, the loss that the model returns already contains it. Add it only to a loss that you compute yourself.
 
     Args:
         model: a `PeftModel` or its base model.

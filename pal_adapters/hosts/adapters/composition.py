@@ -1,4 +1,4 @@
-"""What the compositions of `adapters` mean for values: `Stack` in order, `Average` of results, the rest by rows."""
+"""The compositions of `adapters` applied to values: `Stack` in sequence, `Average` of results, the others by row."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ COMPOSITIONS = [Stack, Fuse, Split, Parallel, BatchSplit, Average, MultiTask]
 
 
 class State(NamedTuple):
-    """What a composition carries along, all with the same rows.
+    """The state that a composition passes along; every tensor has the same rows.
 
     Attributes:
         value: `[b, n, d]`, the running value at a site.
         inputs: what task modules read.
-        site: where in the block this is.
-        stream: `[b, n, d]`, the residual stream beside `value`; only in a `Mixture`.
-        term: `[b, n, d]`, what the last adapter added, the summand of a fusion; only in a `Mixture`.
-        closed: whether `stream` is part of `value` already; only in a `Mixture`.
+        site: the site in the block.
+        stream: `[b, n, d]`, the residual stream that goes with `value`; only in a `Mixture`.
+        term: `[b, n, d]`, what the last adapter added, which a fusion combines; only in a `Mixture`.
+        closed: whether `value` already includes `stream`; only in a `Mixture`.
     """
 
     value: Tensor
@@ -38,7 +38,7 @@ class State(NamedTuple):
 
 
 class ValueComposition(ComposableAdapterLayerBase):
-    """The host's compositions on a `State`."""
+    """The host's compositions of a `State`."""
 
     supported_compositions = COMPOSITIONS
 
@@ -66,11 +66,11 @@ class ValueComposition(ComposableAdapterLayerBase):
         return states[0]._replace(value=(values * weights.to(values.dtype)).sum(0), term=None)
 
     def even(self, states: list[State]) -> list[State]:
-        """The same states, all `closed` or none."""
+        """The same states, either all `closed` or none."""
         return states
 
     def child(self, parent: AdapterCompositionBlock, child: Any, state: State, lvl: int) -> State:
-        """One child of a composition; a name that this layer does not have changes nothing."""
+        """Run one child of a composition; an adapter that this layer does not have changes nothing."""
         if isinstance(child, AdapterCompositionBlock):
             self.check_composition_valid(parent, child, lvl)
             return self._get_compose_func(type(child))(child, state, lvl=lvl + 1)
@@ -79,7 +79,7 @@ class ValueComposition(ComposableAdapterLayerBase):
         return state
 
     def compose_average(self, adapter_setup: Average, state: State, lvl: int = 0) -> State:
-        # The host weighs and then takes the mean, which divides twice; the weights are the average.
+        # The host multiplies by the weights and then takes the mean, which divides twice.
         states = [self.child(adapter_setup, child, state, lvl) for child in adapter_setup]
         weights = torch.tensor(adapter_setup.weights, device=state.value.device)[:, None, None, None]
         return self.mean(states, weights)
@@ -118,20 +118,20 @@ class ValueComposition(ComposableAdapterLayerBase):
             for child, r in zip(rows_of, rows, strict=True)
         ]
         together = self.pad_and_concat(parts)
-        # Back into the order of the batch; a new tensor, since the value may be needed for the gradient.
+        # Back to batch order, in a new tensor, because autograd may need the old value.
         value = together.value.index_select(0, torch.cat(rows).argsort())
         return state._replace(value=value, term=None, closed=together.closed)
 
 
 def task_children(setup: MultiTask, batch: int) -> list[int]:
-    """The child of `MultiTask` that each row goes through, by position, from `task_ids` of the forward call.
+    """The index of the `MultiTask` child for each example, from `task_ids` of the forward call.
 
     Raises:
-        UnknownAdapterError: for a task that is no child of the block.
-        UnsupportedError: without `task_ids`, or with another number of them than rows.
+        UnknownAdapterError: for a task that is not a child of the composition.
+        UnsupportedError: without `task_ids`, or if there is not one per example.
     """
     context = ForwardContext.get_context()
-    # Every site of every block asks: look at `task_ids`, which may lie on a GPU, once a forward pass.
+    # Every site of every block asks: read `task_ids`, which may be on a GPU, once per forward pass.
     known: dict[tuple[int, int], list[int]] = {}
     if context is not None:
         known = context.__dict__.setdefault("pal_adapters_tasks", known)
@@ -146,12 +146,14 @@ def _task_children(setup: MultiTask, batch: int, ids: Any) -> list[int]:
     if ids is None:
         raise UnsupportedError(
             f"MultiTask({', '.join(map(str, children))}) is active but task_ids is None: pass task_ids to the model, "
-            "one name or number a row."
+            "one name or number per example."
         )
     if isinstance(ids, Tensor):
         ids = ids.flatten().tolist()
     if len(ids) == 0 or batch % len(ids):
-        raise UnsupportedError(f"task_ids has {len(ids)} entries, but the batch has {batch} rows: pass one a row.")
+        raise UnsupportedError(
+            f"task_ids has {len(ids)} entries, but the batch has {batch} examples: pass one per example."
+        )
     rows = []
     for task in ids:
         if isinstance(task, str) and task in children:
@@ -160,26 +162,26 @@ def _task_children(setup: MultiTask, batch: int, ids: Any) -> list[int]:
             rows.append(int(task))
         else:
             raise UnknownAdapterError(
-                f"task_ids has {task!r}, which is no task of this MultiTask: use one of {children} or a number from 0 "
-                f"to {len(children) - 1}."
+                f"task_ids has {task!r}, which is not a task of this MultiTask: use one of {children} or a number "
+                f"from 0 to {len(children) - 1}."
             )
-    # Beam search repeats every row.
+    # Beam search repeats every example.
     return [child for child in rows for _ in range(batch // len(ids))]
 
 
 def _is_integer(task: Any) -> bool:
-    if isinstance(task, int):  # first: torch.compile does not trace the other test
+    if isinstance(task, int):  # checked first, because torch.compile cannot trace the other check
         return not isinstance(task, bool)
-    return not isinstance(task, str) and hasattr(task, "__index__")  # numpy's
+    return not isinstance(task, str) and hasattr(task, "__index__")  # NumPy integers
 
 
 def with_rows(inputs: UnitInputs, rows: Tensor) -> UnitInputs:
-    """`inputs`, whose tensors hold these rows of the whole batch."""
+    """`inputs` for tensors that hold only these rows of the batch."""
     return inputs._replace(mask=inputs.mask.select(rows), rows=rows)
 
 
 def grow(inputs: UnitInputs, batch: int, device: torch.device) -> UnitInputs:
-    """The inputs of a batch that the host repeated as a whole (`Parallel`)."""
+    """The inputs for a batch that the host has repeated as a whole (`Parallel`)."""
 
     def tile(t: Tensor) -> Tensor:
         return t if t.shape[0] == batch else t.repeat(batch // t.shape[0], 1, 1)
@@ -191,7 +193,7 @@ def grow(inputs: UnitInputs, batch: int, device: torch.device) -> UnitInputs:
 def _tokens(state: State, start: int, end: int) -> State:
     inputs = state.inputs
     if inputs.cache is not None:
-        raise UnsupportedError("Split cannot be used while generating with a cache: pass use_cache=False.")
+        raise UnsupportedError("Split is not supported with a generation cache: pass use_cache=False.")
     mask = inputs.mask.slice_tokens(start, end, state.value.shape[1])
     stream = None if state.stream is None else state.stream[:, start:end]
     inputs = inputs.map(lambda t: t[:, start:end])._replace(mask=mask)
@@ -199,7 +201,7 @@ def _tokens(state: State, start: int, end: int) -> State:
 
 
 def architectures(config: Mapping[str, Any] | None) -> set[str | None]:
-    """The architectures of an adapter's config, or of a union's members; None is the host's bottleneck."""
+    """The architectures of an adapter's config, or of a union's members; None stands for the host's bottleneck."""
     if config is None:
         return set()
     if config.get("architecture") == "union":

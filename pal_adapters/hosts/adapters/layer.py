@@ -1,6 +1,6 @@
-"""The layer that a block of an `adapters` model gets.
+"""The layer that is added to each block of an `adapters` model.
 
-Built on `ComposableAdapterLayerBase` (adapters 1.3), the base class that the host offers to its own methods.
+It derives from `ComposableAdapterLayerBase` (adapters 1.3), the base class of the host's own methods.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ mark_added(AdapterLayerBase)
 class TaskLayer(ValueComposition, nn.Module):
     """All task modules of one block of an `adapters` model.
 
-    `pal_adapters.<adapter name>.<method>` holds the units: the host's loader saves, loads and renames what a container
-    of this name holds. What the blocks of a stack share lies in the base model's `shared_parameters`, the host's own
-    place for that.
+    The units are in `pal_adapters.<adapter name>.<method>`: the host's loader saves, loads and renames everything in a
+    container of this name. Weights that the blocks of a stack share are in the base model's `shared_parameters`, where
+    the host keeps shared weights.
 
     Args:
         model: the host's base model.
@@ -51,7 +51,7 @@ class TaskLayer(ValueComposition, nn.Module):
         self.adapters_config: Any = model.adapters_config
         self.pal_adapters: Any = nn.ModuleDict()
         self.attachment = Attachment(model, block, self)
-        # Tuples keep what is only referred to out of the module tree.
+        # In tuples, so that these references do not become submodules.
         self._bottlenecks = tuple(m for m in block.module.modules() if isinstance(m, BottleneckLayer))
         for layer in self._bottlenecks:
             layer.pal_adapters_task_layer = (self,)
@@ -59,9 +59,9 @@ class TaskLayer(ValueComposition, nn.Module):
         self.network: LayerNetwork | None = None
 
     def link(self, model: nn.Module, block: Block) -> None:
-        """Set the model that shared parameters are kept in, and the block as this model counts it.
+        """Set the model that holds the shared parameters, and the block as numbered in this model.
 
-        An encoder and a decoder are models of their own before the host makes them one.
+        An encoder and a decoder are separate models before the host combines them.
         """
         self._model = (model,)
         self._block = (block,)
@@ -80,15 +80,15 @@ class TaskLayer(ValueComposition, nn.Module):
         return self._model[0].shared_parameters
 
     def units(self, name: str) -> Iterator[TaskUnit]:
-        """The units of an adapter in this block."""
+        """An adapter's units in this block."""
         if name in self.pal_adapters:
             yield from self.pal_adapters[name].values()
 
     def methods(self, name: str) -> list[str]:
-        """The methods that an adapter has in this block."""
+        """The methods of an adapter's units in this block."""
         return list(self.pal_adapters[name]) if name in self.pal_adapters else []
 
-    # The host's life cycle
+    # Called by the host
 
     def add_adapter(self, adapter_name: str, layer_idx: int) -> bool:
         self.layer_idx = layer_idx
@@ -132,7 +132,7 @@ class TaskLayer(ValueComposition, nn.Module):
         if adapter_name not in self._shared:
             self._shared[adapter_name] = nn.ParameterDict()
         table = self._shared[adapter_name]
-        if not all(key in table for key in keys.values()):  # the first block of its stack
+        if not all(key in table for key in keys.values()):  # the first block of the stack
             first = generator_for(config.init_weights_seed, replace(block, index=-1))
             shared.reset_parameters(identity=config.identity_init, generator=first)  # type: ignore[operator]
             device = next(block.module.parameters()).device
@@ -157,7 +157,7 @@ class TaskLayer(ValueComposition, nn.Module):
         if not unfreeze_adapters:
             return
         for name in adapter_setup.flatten():
-            # The host does not, when it trains a fusion with its adapters.
+            # The host does not do this when it trains a fusion together with its adapters.
             if name in self.pal_adapters and name in self._shared:
                 for parameter in self._shared[name].parameters():
                     parameter.requires_grad = True
@@ -176,7 +176,7 @@ class TaskLayer(ValueComposition, nn.Module):
     # Compositions
 
     def compose_fuse(self, adapter_setup: Fuse, state: State, lvl: int = 0) -> State:
-        # The fusion layer is the host's, and so is the place: `Mixture` runs it, where it can.
+        # The fusion layer belongs to one of the host's bottleneck layers: `Mixture` runs it if possible.
         reason = unfusable(sorted(adapter_setup.flatten()), self)
         if reason is not None:
             raise UnsupportedError(reason)
@@ -212,7 +212,7 @@ class TaskLayer(ValueComposition, nn.Module):
         return state._replace(value=value)
 
     def _plan(self, setup: AdapterCompositionBlock, names: list[str]) -> RowPlan:
-        """One plan for all blocks of a forward pass, so that tied projections are gathered once."""
+        """One plan for all blocks of a forward pass, so that tied projections are gathered only once."""
         context = ForwardContext.get_context()
         plans = {} if context is None else context.__dict__.setdefault("pal_adapters_plans", {})
         key = (id(setup), len(names))
@@ -222,10 +222,10 @@ class TaskLayer(ValueComposition, nn.Module):
             plans[key] = RowPlan(names, keep=context is not None and not again)
         return plans[key]
 
-    # The runner of `Attachment`
+    # `Runner`, for `Attachment`
 
     def setup(self) -> AdapterCompositionBlock | None:
-        """The active setup, whether or not this block has a module of it."""
+        """The active setup, even if this block has none of its modules."""
         if self.adapters_config.skip_layers is not None and self.layer_idx in self.adapters_config.skip_layers:
             return None
         given = AdapterSetup.get_context()
@@ -233,8 +233,8 @@ class TaskLayer(ValueComposition, nn.Module):
         context = ForwardContext.get_context()
         if context is None:
             return setup
-        # Activation checkpointing re-runs a block with the forward context restored, but outside of
-        # `with AdapterSetup(...)`: keep the setup in the forward context.
+        # Activation checkpointing reruns a block with the forward context restored, but outside `with
+        # AdapterSetup(...)`: keep the setup in the forward context.
         return context.__dict__.setdefault("pal_adapters_setup", setup)
 
     def get_active_setup(self) -> AdapterCompositionBlock | None:
@@ -242,10 +242,11 @@ class TaskLayer(ValueComposition, nn.Module):
         return setup if setup is not None and not setup.flatten().isdisjoint(self.pal_adapters) else None
 
     def site_of(self, bottleneck: BottleneckLayer) -> str | None:
-        """The site whose value this bottleneck layer of the host gets, or None.
+        """The site whose value one of the host's bottleneck layers receives, or None.
 
-        A layer that the host hooks to a projection gets the sub-layer's output, unless a norm follows it (Gemma). One
-        that the host's own block calls gets it unless the block scales (BEiT) or normalises (X-MOD) before.
+        A layer that the host hooks to a projection receives the sublayer's output, unless a norm comes in between
+        (Gemma). A layer that the host's own block calls receives it unless the block first scales (BEiT) or normalises
+        (X-MOD) it.
         """
         sites, block = self.block.sites, self.block.module
         hooked, place = bottleneck.is_layer_hooked, bottleneck.location_key
@@ -253,7 +254,7 @@ class TaskLayer(ValueComposition, nn.Module):
             if resolve(block, sites.attention_output.rpartition(".")[0]) is bottleneck:
                 return "attention"
             if getattr(block, "attention_adapters", None) is not bottleneck:
-                return None  # behind cross-attention; and ALBERT's gets the residual stream as its value
+                return None  # after cross-attention; and ALBERT's receives the residual stream as its value
             scaled = next(block.parameters(recurse=False), None) is not None
             same = sites.attention_output == sites.attention if hooked else not scaled
             return "attention" if same else None
@@ -269,7 +270,7 @@ class TaskLayer(ValueComposition, nn.Module):
         return any(site in unit.sites for name in setup.flatten() for unit in self.units(name))
 
     def mixed_setup(self) -> AdapterCompositionBlock | None:
-        """The active setup if `Mixture` has to run it: our adapters in a `Fuse`, or together with bottlenecks."""
+        """The active setup if `Mixture` must run it: task modules in a `Fuse`, or combined with bottlenecks."""
         setup = self.setup()
         if setup is None or not self._bottlenecks:
             return None
@@ -298,7 +299,7 @@ class TaskLayer(ValueComposition, nn.Module):
 
 
 class SharedWeights(Mapping[str, Tensor]):
-    """The projections of one adapter, read from where the host keeps them, so that replacing them there is seen."""
+    """One adapter's shared weights, read from the host's container at every access, so that replacing them works."""
 
     def __init__(self, layer: TaskLayer, adapter_name: str, keys: dict[str, str]) -> None:
         self._layer = layer
@@ -316,7 +317,7 @@ class SharedWeights(Mapping[str, Tensor]):
 
 
 def fuses(setup: AdapterCompositionBlock | str, names: set[str]) -> bool:
-    """Whether a setup has one of these adapters inside a `Fuse`."""
+    """Whether a setup contains one of these adapters inside a `Fuse`."""
     if isinstance(setup, str):
         return False
     if isinstance(setup, Fuse):
@@ -342,26 +343,26 @@ def unfusable(names: Collection[str], layer: TaskLayer) -> str | None:
         for config in task_configs(layer.adapters_config.get(name)):
             if not config.method.fusable:
                 return (
-                    f"{listed}a fusion weighs terms that are added behind the feed-forward part, and {name!r} "
+                    f"{listed}a fusion weights terms that are added after the feed-forward sublayer, but {name!r} "
                     f"({config.architecture}) acts elsewhere. Fuse bottlenecks, or adapters of type "
                     f"{', '.join(fusable_methods())}."
                 )
     if not any(layer.site_of(b) == "residual" for b in layer._bottlenecks):
         return (
-            f"{listed}{type(layer.block.module).__name__} has no layer of the host's that gets the value to which "
-            "task modules add, and the fusion is the host's."
+            f"{listed}the fusion runs in a bottleneck layer of adapters, and none in "
+            f"{type(layer.block.module).__name__} receives the value to which task modules add."
         )
     return None
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The pretrained parameters of a host model by name: all but those of task modules, of any method."""
+    """The pretrained parameters of a host model by name: all except those that adapters of any method added."""
     task = {id(p) for p in task_parameters(model)}
     return {name: p for name, p in model.named_parameters() if id(p) not in task}
 
 
 def task_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Every parameter that an adapter method, built in or ours, added to a host's base model."""
+    """Every parameter that an adapter of any method, the host's or this package's, added to a base model."""
     for module in model.modules():
         if isinstance(module, AdapterLayerBase):
             containers = [module.adapter_modules, getattr(module, "adapter_fusion_layer", None)]

@@ -1,4 +1,4 @@
-"""Task modules and the bottlenecks of `adapters` in one composition, and both in the host's fusion."""
+"""Task modules and the host's bottlenecks in one composition, including its fusion."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from .sources import added
 
 
 class Mixture(ValueComposition):
-    """Our adapters and the host's bottlenecks in one composition, at one bottleneck layer of the host.
+    """Task modules and the host's bottlenecks in one composition, at one of the host's bottleneck layers.
 
-    Each child reads its own input: a bottleneck what its own `pre_forward` gives (the host asks the first child for
-    all), a task module what its method says. In an adapter that has both, the task module comes first.
+    Each child reads its own input: a bottleneck the result of its own `pre_forward` (the host uses the first child's
+    for all children), a task module the inputs of its method. In an adapter with both, the task module runs first.
 
     Args:
-        bottleneck: the host's layer, behind a sub-layer.
-        task_layer: the layer of the same block.
+        bottleneck: the host's layer, after a sublayer.
+        task_layer: the task layer of the same block.
     """
 
     def __init__(self, bottleneck: BottleneckLayer, task_layer: TaskLayer) -> None:
         super().__init__()
         self._bottleneck = bottleneck
         self._task_layer = task_layer
-        # Where task modules act at another place than this layer, they are passed over here and run there.
+        # Task modules that act at another site are skipped here and run there.
         self._site = task_layer.site_of(bottleneck)
         self._layer_norm: Any = None
         self.adapters_config = bottleneck.adapters_config
@@ -46,14 +46,14 @@ class Mixture(ValueComposition):
         return [*self._bottleneck.adapters, *self._task_layer.pal_adapters]
 
     def add_adapter(self, adapter_name: str, layer_idx: int) -> bool:
-        raise NotImplementedError("a mixture has no modules of its own")
+        raise NotImplementedError("a mixture holds no modules")
 
     def acts(self, setup: AdapterCompositionBlock) -> bool:
         """Whether an adapter of the setup acts here."""
         return not setup.flatten().isdisjoint(self._bottleneck.adapters) or self._task_layer.acts(setup, self._site)
 
     def forward(self, setup: AdapterCompositionBlock, value: Tensor, stream: Tensor | None, layer_norm: Any) -> Tensor:
-        """The layer's output, `[b, n, d]`, for the sub-layer's output `value` and the residual stream."""
+        """The layer's output, `[b, n, d]`, given the sublayer's output `value` and the residual stream."""
         inputs = UnitInputs(batch=value.shape[0])
         if self._site == "residual":
             inputs = self._task_layer.attachment.take_inputs(value)
@@ -81,8 +81,8 @@ class Mixture(ValueComposition):
             return state
         if state.closed and self._layer_norm is not None:
             raise UnsupportedError(
-                f"{name!r} cannot be stacked behind an adapter with original_ln_after=False in a post-LN model: it "
-                "adds in front of the norm. Stack it first."
+                f"{name!r} cannot be stacked after an adapter with original_ln_after=False in a post-LN model: it "
+                "adds before the norm. Stack it first."
             )
         if self._site != "residual":
             return self._task_layer.compose_single(name, state)
@@ -95,7 +95,7 @@ class Mixture(ValueComposition):
         hidden, _, residual = adapter.pre_forward(state.value, state.stream, self._layer_norm)
         done = self._bottleneck.compose_single(name, BottleneckState(hidden, state.stream, residual, self._layer_norm))
         value = done.hidden_states
-        if isinstance(adapter, ParallelAdapter):  # gives its term without a residual
+        if isinstance(adapter, ParallelAdapter):  # returns its term without the residual
             value = state.value + value
         term = done.bottleneck_up if state.term is None else state.term + done.bottleneck_up
         closed = not adapter.original_ln_after and not self._bottleneck.is_layer_hooked
@@ -134,7 +134,7 @@ class Mixture(ValueComposition):
         return state._replace(value=state.value + total, term=None)
 
     def _added(self, setup: Fuse, child: Any, before: State, lvl: int) -> Tensor | None:
-        """What a source adds, `[b, n, d]`, or None where it is left out."""
+        """What a source adds, `[b, n, d]`, or None if it is left out of this block."""
         if not isinstance(child, str):
             return self.child(setup, child, before, lvl).value - before.value
         if child not in self.adapter_modules:
@@ -152,16 +152,16 @@ class Mixture(ValueComposition):
             return self._bottleneck.adapter_fusion_layer[setup.name]
         if setup.name not in self.adapters_config.fusions:
             raise UnsupportedError(f"{setup} is active, but there is no such fusion: call add_adapter_fusion first.")
-        return None  # this one has its layer at another place
+        return None  # the layer of this fusion is elsewhere
 
     def _query(self, setup: Fuse, state: State, config: Any) -> tuple[Tensor, Tensor]:
-        """Query and residual of a fusion `[b, n, d]` as its last bottleneck's settings say, else as `seq_bn`'s do."""
+        """Query and residual of a fusion, `[b, n, d]`, by the settings of its last bottleneck or else of `seq_bn`."""
         lasts = [child if isinstance(child, str) else child.last() for child in setup]
         bottlenecks = [name for name in lasts if name in self._bottleneck.adapters]
         if bottlenecks:
             adapter = self._bottleneck.adapters[bottlenecks[-1]]
             _, query, residual = adapter.pre_forward(state.value, state.stream, self._layer_norm, config)
-            # The host adds the residual stream twice behind parallel bottlenecks.
+            # The host adds the residual stream twice after parallel bottlenecks.
             return query, state.value if isinstance(adapter, ParallelAdapter) else residual
         if config["query_before_ln"]:
             return state.value, state.value

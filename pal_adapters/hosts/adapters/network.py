@@ -1,4 +1,4 @@
-"""The binding of `adapters` for a method that is one network for many tasks: what acts in a block, and `task_ids`."""
+"""The `adapters` binding for methods with one network for many tasks: the part in each block, and `task_ids`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .config import given_configs
 
 
 class UnitsOfBlock(Protocol):
-    """What a block's layer tells its network."""
+    """What the network asks the layer of its block."""
 
     adapters_config: Any
 
@@ -41,7 +41,7 @@ class LayerNetwork:
     """The part of one network in one block of an `adapters` model.
 
     Args:
-        layer: the block's layer, whose units it lets act.
+        layer: the block's layer, which holds the units.
     """
 
     def __init__(self, layer: UnitsOfBlock) -> None:
@@ -49,7 +49,7 @@ class LayerNetwork:
         self.hooks = NetworkHooks(layer.model, layer.block, self)
 
     def complete(self, unit: TaskUnit, config: Any, added: set[int]) -> None:
-        """Give a fresh unit its copies of pretrained weights, and install its hooks.
+        """Give a new unit its copies of pretrained weights, and install its hooks.
 
         Args:
             unit: the unit.
@@ -63,10 +63,10 @@ class LayerNetwork:
         self.hooks.require(made)
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         self.hooks.remove()
 
-    # The runner of `NetworkHooks`
+    # The runner for `NetworkHooks`
 
     def _active(self) -> tuple[str, Any] | None:
         layer = self._layer
@@ -80,7 +80,7 @@ class LayerNetwork:
         if len(names) > 1 or not plain:
             raise UnsupportedError(
                 f"{', '.join(map(repr, sorted(names)))} cannot be active in {setup}: a network for many tasks steers "
-                "the whole model. Activate one of them, alone or in a Stack of adapters of other methods."
+                "the whole model. Activate one of them, alone or in a Stack with adapters of other methods."
             )
         return names[0], next(unit for unit in layer.units(names[0]) if unit.is_network)
 
@@ -94,7 +94,7 @@ class LayerNetwork:
         tasks = _tasks(self._layer.adapters_config, active[0])
         assert tasks is not None
         context = ForwardContext.get_context()
-        # Every block asks: look at `task_ids`, which may lie on a GPU, once a forward pass.
+        # Every block asks: read `task_ids`, which may be on a GPU, once per forward pass.
         known: dict[Any, BatchTasks] = {}
         if context is not None and not torch.compiler.is_compiling():
             known = context.__dict__.setdefault("pal_adapters_batch_tasks", known)
@@ -106,13 +106,13 @@ class LayerNetwork:
 
 
 def _tasks(adapters_config: Any, name: str) -> list[str] | None:
-    """The tasks of an adapter, if it is a network for many."""
+    """The tasks of an adapter that is one network for many tasks."""
     configs = given_configs(adapters_config.get(name))
     return next((config.tasks for config in configs if config.method.network), None)
 
 
 def with_task_tensor(adapters_config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of generation, `task_ids` of an active network as a tensor."""
+    """The arguments of `generate`, with an active network's `task_ids` as a tensor."""
     ids = arguments.get(ARGUMENT)
     if not isinstance(ids, (list, tuple)) or adapters_config is None:
         return arguments

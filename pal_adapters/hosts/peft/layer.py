@@ -1,4 +1,4 @@
-"""The layer that a block of a model gets through PEFT, and what all our layers have in common there."""
+"""The PEFT layer that is added to each block, and the base class of all PEFT layers of this package."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pal_adapters.nn.unit import TaskUnit, UnitInputs
 
 from .joint import mark_base
 
-# Beside the models, so that nothing of it stays on one that is unloaded.
+# Kept outside the models, so that `unload` leaves nothing behind.
 _PLANS: WeakKeyDictionary[nn.Module, CallValue] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 
@@ -31,18 +31,18 @@ mark_added(BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 def plans_of(model: nn.Module) -> CallValue:
-    """The place of a base model for the `RowPlan` of the call that each thread is in."""
+    """Where a base model keeps the `RowPlan` of each thread's current call."""
     with _LOCK:
         return _PLANS.setdefault(model, CallValue())
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):
-    """Base of all our layers: a container of units by adapter name, nothing that could be merged.
+    """Base of all layers: holds units by adapter name, none of which can be merged.
 
     Args:
         model: the base model.
-        width: `d`, of what the layer changes.
-        near: the module whose device and dtype a fresh adapter takes.
+        width: `d`, of the value that the layer changes.
+        near: the module whose device and dtype a new adapter takes.
     """
 
     method: ClassVar[Method]
@@ -62,7 +62,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     @property
     def plan(self) -> RowPlan | None:
-        """The adapter of each row while `adapter_names` is in force in this thread."""
+        """The adapter of each example while `adapter_names` applies in this thread."""
         return self.plans.value
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -74,20 +74,20 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self._mark_base(trainable=enabled)
 
     def _mark_base(self, *, trainable: bool) -> None:
-        # transformers' own `set_adapter` knows layers only, so the layers look after `train_base`, the first for all.
+        # transformers' `set_adapter` only calls layers, so the first layer applies `train_base` for all of them.
         first = next((layer for _, layer in tuner_layers(self._model[0]) if isinstance(layer, TunerLayer)), None)
         if first is self:
             mark_base(self._model[0], self.active_adapters if trainable else [])
 
     def place(self, adapter_name: str, *, inference_mode: bool) -> None:
-        """Bring a fresh adapter to the device and dtype of the base model and settle whether it trains."""
+        """Move a new adapter to the base model's device and dtype, and decide whether it trains."""
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters or [adapter_name], inference_mode=inference_mode)
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
-        # The weights of a quantised module are packed; the norms beside it keep the dtype in which it computes.
+        # The weights of a quantised module are packed; the norms next to it have the dtype it computes in.
         for module in [base_layer, *self._near[0].modules()]:
             weight = getattr(module, "weight", None)
             if not isinstance(weight, Tensor) or not weight.is_floating_point():
@@ -103,14 +103,14 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         raise UnsupportedError(f"{self.method.name} cannot be merged: {self.method.unmergeable}")
 
     def unmerge(self) -> None:
-        """Nothing is ever merged."""
+        """Do nothing: no adapter is ever merged."""
 
     def detach(self) -> None:
-        """Leave the base model as it was."""
+        """Restore the base model."""
         raise NotImplementedError
 
     def forget(self, adapter_name: str) -> None:
-        """Remove an adapter without choosing another active one, and the layer itself if it was the last."""
+        """Remove an adapter without activating another, and the layer itself with its last adapter."""
         for name in self.adapter_layer_names:
             if adapter_name in (container := getattr(self, name)):
                 del container[adapter_name]
@@ -119,7 +119,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
             self.detach()
 
     def run_active(self, units: nn.ModuleDict, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
-        """The active units of `units` that act at `site`, in the order of activation, or each row through its own."""
+        """Run the active units at `site` in order of activation, or each example through its own unit."""
         plan = self.plan
         if plan is not None:
             plan = plan.for_batch(value.shape[0])
@@ -133,16 +133,17 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         return value
 
     def __repr__(self) -> str:
-        # `get_layer_status` shows what stands before the first bracket.
+        # `get_layer_status` shows the part before the first bracket.
         return f"{self.method.name}.{super().__repr__()}"
 
 
 class TaskTunerLayer(TunerLayer):
-    """The modules of one method in one block, of every adapter.
+    """One method's modules in one block, for every adapter.
 
-    It is a child of the block, which is not wrapped: the names of the base weights, the block's class and its
-    attributes stay. `<prefix>units.<adapter name>` are the units; `<prefix>shared.<adapter name>` is what the blocks
-    of a stack share, registered in the first adapted block only and so counted, saved and trained once.
+    It is a child of the block rather than a wrapper: base weights keep their names, and the block its class and
+    attributes. `<prefix>units.<adapter name>` are the units. `<prefix>shared.<adapter name>` are the weights that the
+    blocks of a stack share, registered only in the first adapted block, so that they are counted, saved and trained
+    once.
 
     Args:
         model: the base model.
@@ -158,7 +159,7 @@ class TaskTunerLayer(TunerLayer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not hasattr(cls, "method"):  # a base of the layers of several methods
+        if not hasattr(cls, "method"):  # a base class for layers of several methods
             return
         cls.prefix = f"{cls.method.name}_"
         cls.adapter_layer_names = (f"{cls.prefix}units", f"{cls.prefix}shared")
@@ -179,10 +180,10 @@ class TaskTunerLayer(TunerLayer):
         """Add the module of an adapter.
 
         Args:
-            shared: what an earlier block of the stack holds for this adapter, or None in the first.
+            shared: the adapter's shared weights from an earlier block of the stack, or None in the first.
 
         Returns:
-            What this adapter shares over the blocks, for the next block.
+            The adapter's shared weights, for the next block.
         """
         block = self._block[0]
         unit = self.method.build(config, block)
@@ -204,15 +205,15 @@ class TaskTunerLayer(TunerLayer):
         return shared
 
     def complete(self, unit: TaskUnit, config: Any) -> None:
-        """Install the hooks that a fresh unit asks for."""
+        """Install the hooks that a new unit needs."""
         self.attachment.require(unit.sites, unit.needs)
 
     def detach(self) -> None:
-        """Take the hooks off the block and the layer out of it."""
+        """Remove the hooks and the layer from the block."""
         self.attachment.remove()
         delattr(self.base_layer, self.method.name)
 
-    # The runner of `Attachment`
+    # `Runner`, for `Attachment`
 
     def is_active(self, site: str) -> bool:
         if self.disable_adapters:
@@ -227,19 +228,18 @@ class TaskTunerLayer(TunerLayer):
         return self.run_active(self.units, site, value, inputs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedError("a task layer is not called: its hooks act when its block is.")
+        raise UnsupportedError("a task layer cannot be called: its hooks run when its block is called.")
 
 
 def entry(units: nn.ModuleDict, name: str, default: nn.Module) -> nn.Module:
-    """`nn.ModuleDict` has no `get`."""
+    """`dict.get` for an `nn.ModuleDict`, which has none."""
     return units[name] if name in units else default  # noqa: SIM401
 
 
 def remove_adapter_name(key: str, prefix: str, adapter_name: str) -> str:
     """`...pal_units.rte.query.weight` -> `...pal_units.query.weight`.
 
-    `base_layer`, where another method has wrapped a module around ours, is left out: a file names the base model's
-    modules.
+    `base_layer`, from another method's wrapper around a module, is dropped: files use the names of the base model.
     """
     match = re.search(rf"(?:^|\.){re.escape(prefix)}[a-z]+(\.{re.escape(adapter_name)})(?=\.|$)", key)
     if match is None:
@@ -249,7 +249,7 @@ def remove_adapter_name(key: str, prefix: str, adapter_name: str) -> str:
 
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All layers of PEFT methods in a model, by name."""
+    """All PEFT layers of a model with their names."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Module) and isinstance(module, BaseTunerLayer):
             yield name, module

@@ -1,4 +1,4 @@
-"""The binding of PEFT for a method that is one network for many tasks: layers, tuner, `task_ids`."""
+"""The PEFT binding for methods with one network for many tasks: layers, tuner and `task_ids`."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ def task_rows(model: nn.Module) -> TaskRows:
 
 
 class NetworkTunerLayer(TaskTunerLayer):
-    """The part of one network in one block, of every adapter."""
+    """The part of the network in one block, for every adapter."""
 
     def __init__(self, model: nn.Module, block: Block) -> None:
         super().__init__(model, block)
         self.hooks = NetworkHooks(model, block, self)
-        task_rows(model)  # made here, before threads ask for it
-        # By adapter; the lists are those of the configs.
+        task_rows(model)  # created before several threads ask for it
+        # By adapter; the same list objects as in the configs.
         self.tasks: dict[str, list[str]] = {}
         self._taken: Any = None
         if block.index == 0:
             self._taken = model.register_forward_pre_hook(self._before_model, with_kwargs=True)
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Take `task_ids` where no `PeftModel` did, and see to it that checkpointed blocks know their rows again."""
+        """Take `task_ids` if no `PeftModel` has, and make them available when checkpointed blocks are rerun."""
         rows = task_rows(model)
         if model.training:
             bind_reruns(model.modules(), rows.call)
@@ -58,7 +58,7 @@ class NetworkTunerLayer(TaskTunerLayer):
         return super().update_layer(adapter_name, config, shared)
 
     def complete(self, unit: TaskUnit, config: Any) -> None:
-        """Give a fresh unit its copies of pretrained weights, and install its hooks."""
+        """Give a new unit its copies of pretrained weights, and install its hooks."""
         model, block = self._model[0], self._block[0]
         made: Any = unit
         if config.train_base:
@@ -89,7 +89,7 @@ class NetworkTunerLayer(TaskTunerLayer):
             self._taken.remove()
         super().detach()
 
-    # The runner of `NetworkHooks`
+    # The runner for `NetworkHooks`
 
     def _active(self) -> str | None:
         if self.disable_adapters:
@@ -113,14 +113,14 @@ class NetworkTunerLayer(TaskTunerLayer):
 
 
 class NetworkTuner(TaskTuner):
-    """Base of the tuners of such methods."""
+    """Base of the tuners of methods with one network for many tasks."""
 
     tuner_layer_cls = NetworkTunerLayer
     forward_arguments = (ARGUMENT, CARRIED)
 
     @staticmethod
     def _on_task_ids(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """In front of `PeftModelFor*.forward`, which would drop `task_ids`: let them pass under another name."""
+        """Before `PeftModelFor*.forward`, which would drop `task_ids`: pass them on under another name."""
         if ARGUMENT in kwargs:
             kwargs = {**kwargs, CARRIED: kwargs[ARGUMENT]}
             del kwargs[ARGUMENT]
@@ -130,7 +130,7 @@ class NetworkTuner(TaskTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise UnsupportedError(
-                f"adapter_names is not supported for {self.method.name}: one adapter serves all tasks, pass task_ids."
+                f"adapter_names is not supported for {self.method.name}: one adapter serves all tasks. Pass task_ids."
             )
         ids = kwargs.pop(ARGUMENT, None)
         carried = kwargs.pop(CARRIED, None)
@@ -138,7 +138,7 @@ class NetworkTuner(TaskTuner):
             yield
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """The host's own cast of half precision to float32, which copies of pretrained weights do not follow."""
+        """PEFT's cast of half precision to float32, undone for copies of pretrained weights."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in self.model.modules():
             if isinstance(layer, NetworkTunerLayer) and adapter_name in layer.units:
@@ -147,6 +147,6 @@ class NetworkTuner(TaskTuner):
                     match_dtypes(copies, slots)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own, which may repeat the rows of a batch."""
+        """The model's `generate`, which may repeat the examples of a batch."""
         task_rows(self.model).allow_repeated()
         return self.model.generate(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""`adapter_names` in PEFT: what holds while a batch goes through the model with one adapter name a row."""
+"""`adapter_names` in PEFT: mixed batches with one adapter name per example."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def check_names(names: Any, known: Sequence[str]) -> tuple[str, ...]:
         UnknownAdapterError: for a name that the model does not have.
     """
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
-        raise UnsupportedError(f"adapter_names={names!r} is not allowed: pass a list with one adapter name a row.")
+        raise UnsupportedError(
+            f"adapter_names={names!r} is not allowed: pass a list with one adapter name per example."
+        )
     unknown = sorted({repr(name) for name in names if name not in known and name != "__base__"})
     if unknown:
         raise UnknownAdapterError(
@@ -48,7 +50,7 @@ def _batch_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def generates(model: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether these arguments are for `generate`, which `PeftModel` without a task type calls past the tuner."""
+    """Whether these arguments are for `generate`, which a `PeftModel` without a task type calls on the base model."""
     return bool(set(kwargs) - set(inspect.signature(type(model).forward).parameters))
 
 
@@ -57,7 +59,7 @@ def _select(value: Any, batch: int, index: Tensor) -> Any:
 
 
 def _route(wrapper: ModulesToSaveWrapper, plan: RowPlan, *args: Any, **kwargs: Any) -> Any:
-    """`ModulesToSaveWrapper.forward`, each row through its adapter's copy; the host's takes linear modules alone."""
+    """`ModulesToSaveWrapper.forward`, each example through its adapter's copy; PEFT's only supports linear modules."""
     first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     batch = first.shape[0]
     names = plan.for_batch(batch).names
@@ -74,8 +76,8 @@ def _route(wrapper: ModulesToSaveWrapper, plan: RowPlan, *args: Any, **kwargs: A
         )
         if not isinstance(part, Tensor):
             raise UnsupportedError(
-                f"adapter_names is not possible with modules_to_save on {type(module).__name__}, which returns a "
-                f"{type(part).__name__}: only modules that return one tensor can be mixed in a batch."
+                f"adapter_names is not supported with modules_to_save={type(module).__name__}, which returns a "
+                f"{type(part).__name__}: only modules that return one tensor can be used in a mixed batch."
             )
         parts.append(part)
     order = torch.tensor([row for members in groups.values() for row in members], device=first.device)
@@ -83,7 +85,7 @@ def _route(wrapper: ModulesToSaveWrapper, plan: RowPlan, *args: Any, **kwargs: A
 
 
 class _Routed:
-    """The `forward` of a module to save: each row through its adapter's copy while `adapter_names` is in force."""
+    """The `forward` of a `modules_to_save` module: with `adapter_names`, each example uses its adapter's copy."""
 
     def __init__(self, wrapper: ModulesToSaveWrapper, plans: CallValue) -> None:
         self.wrapper = wrapper
@@ -100,15 +102,15 @@ class _Routed:
 
 
 class Routing:
-    """A context in which every layer of ours and every module to save treats each row with its own adapter.
+    """A context in which every layer and every `modules_to_save` module applies to each example its own adapter.
 
-    It holds for the thread that enters it, and for what activation checkpointing runs again for a call inside.
+    It applies to the thread that enters it, and to whatever activation checkpointing reruns for a call inside it.
 
     Args:
         model: the base model.
-        plans: its place for the plan, see `plans_of`.
+        plans: where the model keeps the plan, see `plans_of`.
         names: the user's `adapter_names`.
-        known: adapters of the model.
+        known: the model's adapters.
         args, kwargs: the other arguments of the call.
     """
 
@@ -125,9 +127,9 @@ class Routing:
         checkpointed = model.training and any(getattr(m, "gradient_checkpointing", False) for m in modules)
         self.plan = RowPlan(check_names(names, known), keep=not checkpointed)
         self.plan.repeated = generates(model, kwargs)
-        # `PeftModelFor*.forward` keeps the inputs to itself here; `TaskTuner.forward` sees them.
+        # `PeftModelFor*.forward` does not pass all inputs here; `TaskTuner.forward` sees them.
         check_batch(model, self.plan, args, {name: kwargs[name] for name in _INPUTS if name in kwargs})
-        # Layers of an adapter that was added to a part of the model ask that part.
+        # An adapter may have been added to a submodule, whose layers look there.
         places = (plans, *(m.plans for m in modules if isinstance(m, TunerLayer)))
         self._places = list({id(place): place for place in places}.values())
         for module in modules:
@@ -149,9 +151,10 @@ class Routing:
 
 
 def check_batch(model: nn.Module, plan: RowPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise `UnsupportedError` for another number of names than rows, where the arguments tell the number of rows."""
+    """Raise `UnsupportedError` unless there is one name per example, if the arguments show the batch size."""
     batch = _batch_size(model, args, kwargs)
     if not plan.repeated and batch is not None and batch != len(plan.names):
         raise UnsupportedError(
-            f"adapter_names has {len(plan.names)} names, but the batch has {batch} rows: pass one name a row."
+            f"adapter_names has {len(plan.names)} names, but the batch has {batch} examples: pass one name per "
+            "example."
         )

@@ -31,7 +31,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """A custom loss: the mean over a batch, from the logits and labels of one task."""
 
 IGNORED = -100
-"""Label of tokens that do not count in the loss."""
+"""The label of tokens that the loss ignores."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,18 @@ class HeadConfig:
     | `single_label` | `[b, c]` | class `[b]` | cross-entropy |
     | `multi_label` | `[b, c]` | 0 or 1 `[b, c]` | binary cross-entropy, mean over classes |
     | `regression` | `[b]`, or `[b, c]` for `c > 1` | float, of the same shape | squared error |
-    | `token_tagging` | `[b, n, c]` | class `[b, n]`, -100 does not count | cross-entropy of the tokens |
+    | `token_tagging` | `[b, n, c]` | class `[b, n]`, -100 is ignored | cross-entropy of the tokens |
     | `span_qa` | `[b, n, 2]` | first and last token `[b, 2]` | mean of the two cross-entropies |
     | `multiple_choice` | `[b, choices]` | index of the choice `[b]` | cross-entropy |
-    | `language_modeling` | `[b, n, v]` | token `[b, n]`, -100 does not count | cross-entropy of the next token |
+    | `language_modeling` | `[b, n, v]` | token `[b, n]`, -100 is ignored | cross-entropy of the next token |
 
     Args:
         kind: One of the above.
         num_labels: `c`; not allowed for the last three kinds.
         num_choices: Encoder inputs per example of `multiple_choice`. They are next to each other in the batch.
-        pooling: What a head reads that needs one vector per example: the mean over the tokens, the first token, the
-            last token that is not padding (for decoders), or the output of the base model's own pooler.
-        dropout: Dropout probability in front of the linear layer.
+        pooling: Where a head gets one vector per example from: the mean over the tokens, the first token, the last
+            token that is not padding (for decoders), or the output of the base model's own pooler.
+        dropout: Dropout probability before the linear layer.
         label_names: Names of the classes, for model cards and predictions.
     """
 
@@ -113,7 +113,7 @@ class Head(nn.Module):
     Args:
         config: Its configuration.
         width: `d` of the base model.
-        loss: A custom loss instead of the one of the kind, see `Loss`. It is not saved.
+        loss: A custom loss that replaces the kind's, see `Loss`. It is not saved.
     """
 
     def __init__(self, config: HeadConfig, width: int, *, loss: Loss | None = None) -> None:
@@ -152,7 +152,9 @@ class Head(nn.Module):
             logits = logits.float()
         kind = self.config.kind
         if self.own_loss is not None:
-            if kind in ("token_tagging", "language_modeling") and not count:  # a mean over nothing would be NaN
+            if (
+                kind in ("token_tagging", "language_modeling") and not count
+            ):  # the mean of an empty selection would be NaN
                 return logits.flatten()[:0].sum(), count
             return self.own_loss(logits, labels) * count, count
         if kind == "regression":
@@ -172,7 +174,7 @@ class Head(nn.Module):
 
 
 def count_items(kind: str, labels: Tensor) -> Tensor:
-    """The number of items that the loss of a kind is a mean over: examples, or tokens that count. A float32 scalar."""
+    """The number of items that a kind's loss averages over: examples, or tokens not ignored. A float32 scalar."""
     if kind == "token_tagging":
         return (labels != IGNORED).sum().float()
     if kind == "language_modeling":
@@ -191,7 +193,7 @@ def pool(hidden: Tensor, mask: Tensor | None, pooling: str, pooled: Tensor | Non
     """
     if pooling == "pooler":
         if pooled is None:
-            raise ConfigError("pooling='pooler' is not possible: the base model has no pooler. Use 'mean' or 'first'.")
+            raise ConfigError("pooling='pooler' is not allowed: the base model has no pooler. Use 'mean' or 'first'.")
         return pooled
     if mask is None:
         mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)

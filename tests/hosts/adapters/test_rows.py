@@ -112,8 +112,8 @@ WRONG: list[tuple[Any, type[Exception], str]] = [
     ([0, -1, 0, 0], UnknownAdapterError, "has -1"),
     (torch.tensor([0.0, 1.0, 0.0, 0.0]), UnknownAdapterError, "has 0.0"),
     ([True, False, True, False], UnknownAdapterError, "has True"),
-    ([0, 1, 0], UnsupportedError, "3 entries.*4 rows"),
-    ([0, 1, 0, 1, 0], UnsupportedError, "5 entries.*4 rows"),
+    ([0, 1, 0], UnsupportedError, "3 entries.*4 examples"),
+    ([0, 1, 0, 1, 0], UnsupportedError, "5 entries.*4 examples"),
     ([], UnsupportedError, "0 entries"),
 ]
 

@@ -170,8 +170,8 @@ WRONG: list[tuple[Any, type[Exception], str]] = [
     ("rte", UnsupportedError, "adapter_names='rte' is not allowed: pass a list"),
     ([], UnsupportedError, r"adapter_names=\[\] is not allowed"),
     (7, UnsupportedError, "adapter_names=7 is not allowed"),
-    (["rte"], UnsupportedError, "adapter_names has 1 names, but the batch has 4 rows: pass one name a row"),
-    (["rte", "sst"], UnsupportedError, "adapter_names has 2 names, but the batch has 4 rows"),
+    (["rte"], UnsupportedError, "adapter_names has 1 names, but the batch has 4 examples: pass one name per example"),
+    (["rte", "sst"], UnsupportedError, "adapter_names has 2 names, but the batch has 4 examples"),
     (["rte"] * 3, UnsupportedError, "adapter_names has 3 names"),
     (["rte"] * 5, UnsupportedError, "adapter_names has 5 names"),
     (["rte"] * 8, UnsupportedError, "adapter_names has 8 names"),
@@ -204,7 +204,7 @@ def test_inputs_as_embeddings_and_as_positional_arguments() -> None:
         torch.testing.assert_close(got, expected)
         got = model(given["input_ids"], given["attention_mask"], adapter_names=names).logits
         torch.testing.assert_close(got, expected)
-        with pytest.raises(UnsupportedError, match="has 2 names, but the batch has 4 rows"):
+        with pytest.raises(UnsupportedError, match="has 2 names, but the batch has 4 examples"):
             model(given["input_ids"], adapter_names=names[:2])
 
 

@@ -70,7 +70,7 @@ def test_the_checkpoint_function_is_wrapped_once() -> None:
     assert any(before.values())
     given = cases.inputs("llama", rows=6)
     model(**given, adapter_names=NAMES[0])
-    with pytest.raises(ValueError, match="pass one name a row"):
+    with pytest.raises(ValueError, match="pass one name per example"):
         model(**given, adapter_names=NAMES[0][:4])
     for name, module in model.named_modules():
         after = vars(module).get("_gradient_checkpointing_func")

@@ -178,7 +178,7 @@ def test_rows_are_forgotten_when_the_model_raises() -> None:
     before = run(tuned)
     with pytest.raises(ValueError, match=r"'nope'.*use 'rte'"):
         run(tuned, adapter_names=["rte", "nope", "rte", "rte"])
-    with pytest.raises(ValueError, match="one name a row"):
+    with pytest.raises(ValueError, match="one name per example"):
         run(tuned, adapter_names=["rte", "rte", "rte"])
     with pytest.raises(ValueError, match="list"):
         run(tuned, adapter_names="rte")

@@ -106,10 +106,10 @@ def test_wrong_names_and_afterwards(task_type: str | None) -> None:
     given = prompt(4)
     model.set_adapter("rte")
     expected = model.generate(**given, **GREEDY)
-    with pytest.raises(UnsupportedError, match="3 adapter names were passed for a batch of 4 rows"):
+    with pytest.raises(UnsupportedError, match="3 adapter names were passed for a batch of 4 examples"):
         model.generate(**given, adapter_names=["rte", "sst", "rte"], **GREEDY)
     with pytest.raises(ValueError, match="'nothing'"):
         model.generate(**given, adapter_names=["nothing"] * 4, **GREEDY)
     assert torch.equal(model.generate(**given, **GREEDY), expected)
-    with torch.no_grad(), pytest.raises(UnsupportedError, match="has 2 names, but the batch has 4 rows"):
+    with torch.no_grad(), pytest.raises(UnsupportedError, match="has 2 names, but the batch has 4 examples"):
         model(**given, adapter_names=["rte", "sst"])  # a forward pass repeats no rows
