@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pal_adapters.methods.released import shared_scalearn_penalty
+
 Ablation = Literal["mean", "softmax"]
-RegularizationForm = Literal["mean", "code"]
 
 
 class Scales(nn.Module):
@@ -80,7 +81,7 @@ def combine(coefficients: Tensor, outputs: Tensor) -> Tensor:
     return (coefficients.to(outputs.dtype) * outputs).sum(-2)
 
 
-def regularization(omegas: Sequence[Tensor], weight: float, form: RegularizationForm = "mean") -> Tensor:
+def regularization(omegas: Sequence[Tensor], weight: float, form: str = "mean") -> Tensor:
     r"""A penalty that pulls the mean coefficient of each source towards one.
 
         $$\frac{\lambda}{S} \sum_l \sum_s \Big(1 - \frac{1}{d} \sum_i \omega^{(l)}_{s,i}\Big)^2$$
@@ -88,8 +89,7 @@ def regularization(omegas: Sequence[Tensor], weight: float, form: Regularization
     Args:
         omegas: one `[S, d]` or `[S, 1]` per block, or a single one that all blocks share.
         weight: `lambda`.
-        form: "mean" for the formula above. "code" for what the authors' code computes for shared coefficients: the sum
-            over the channels instead of the mean, and no division by `S`; for a single `omega`.
+        form: "mean" for the formula above; for "code" see `pal_adapters.methods.released`.
 
     Returns:
         A scalar in float32.
@@ -97,10 +97,8 @@ def regularization(omegas: Sequence[Tensor], weight: float, form: Regularization
     total = torch.zeros((), device=omegas[0].device)
     for omega in omegas:
         omega = omega.float()
-        if form == "code":
-            total = total + (1 - omega.sum(1)).square().sum()
-        else:
-            total = total + (1 - omega.mean(1)).square().sum() / omega.shape[0]
+        mean = (1 - omega.mean(1)).square().sum() / omega.shape[0]
+        total = total + (shared_scalearn_penalty(omega) if form == "code" else mean)
     return weight * total
 
 

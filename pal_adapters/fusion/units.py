@@ -15,7 +15,7 @@ from pal_adapters.methods.houlsby.layer import ACTIVATIONS
 from pal_adapters.nn.functional import linear
 from pal_adapters.nn.unit import TaskUnit, UnitInputs, Weights
 
-from .layer import RegularizationForm, Scales, SourceAttention, combine, normalise
+from .layer import Scales, SourceAttention, combine, normalise
 
 
 class FixedScales(nn.Module):
@@ -275,7 +275,7 @@ class CombinedUnit(TaskUnit):
         names: Mapping[str, Sequence[str]],
         *,
         needs: Sequence[str] = (),
-        regularization: tuple[float, RegularizationForm] = (0.0, "mean"),
+        regularization: tuple[float, str] = (0.0, "mean"),
     ) -> None:
         super().__init__()
         self.sites = tuple(sites)

@@ -11,7 +11,7 @@ from torch import nn
 from pal_adapters.blocks.sites import Block, find_blocks
 
 from .network_unit import NetworkUnit
-from .weight_copies import Slots, block_slots, fill, outer_slots, scratch
+from .weight_copies import Slots, block_slots, fill, outer_slots
 
 
 class CopyOptions(Protocol):
@@ -20,8 +20,10 @@ class CopyOptions(Protocol):
     train_base: bool
     freeze_layers: Collection[int]
     freeze_embeddings: bool
-    top_block_init: str
     sites: Mapping[str, str] | None
+
+    def start_top_block(self, copies: nn.ParameterDict, slots: Slots, generator: torch.Generator | None) -> None:
+        """Change the values with which the copies of the last block start, or leave them pretrained."""
 
 
 def give_copies(
@@ -45,7 +47,7 @@ def give_copies(
         added: parameters of the model that are not pretrained, by id.
         headless: the model without its head, where it differs from `model`.
         left_out: modules that are trained in another way.
-        generator: for a top block that starts from scratch.
+        generator: for a last block that does not start from its pretrained weights.
     """
     if not options.train_base:
         return
@@ -53,8 +55,7 @@ def give_copies(
     fill(unit.base, inner)
     outer: Slots = {}
     if block.last:
-        if options.top_block_init == "scratch":
-            scratch(unit.base, inner, generator)
+        options.start_top_block(unit.base, inner, generator)
         blocks = find_blocks(model, options.sites)
         for embeddings in (False,) if options.freeze_embeddings else (False, True):
             outer |= outer_slots(headless or model, blocks, added, left_out=left_out, embeddings=embeddings)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from pal_adapters.blocks.sites import Block
@@ -122,18 +121,6 @@ def match_dtypes(copies: nn.ParameterDict, slots: Slots) -> None:
         original, copy = module._parameters[name], copies[key_of(key)]
         assert original is not None
         copy.data = copy.data.to(original.dtype)
-
-
-def scratch(into: nn.ParameterDict, slots: Slots, generator: torch.Generator | None, std: float = 0.02) -> None:
-    """Reinitialise the copies: `N(0, std^2)` matrices, zero biases, norm weights of 1."""
-    with torch.no_grad():
-        for key, places in slots.items():
-            module, name = places[0]
-            value = into[key_of(key)]
-            if value.dim() > 1 and value.device.type != "meta":
-                value.copy_(torch.empty(value.shape).normal_(0.0, std, generator=generator))
-            elif value.dim() == 1:
-                value.fill_(1.0 if name == "weight" and "norm" in type(module).__name__.lower() else 0.0)
 
 
 class WrappedForward:

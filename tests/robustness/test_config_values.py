@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 import pal_adapters
 from pal_adapters.checks import check_of
 from pal_adapters.errors import ConfigError, UnsupportedError
-from pal_adapters.fusion.config import CHECKS
 from pal_adapters.hosts.method import REGISTERED
 from tests.methods import RECORDS
 
@@ -94,7 +93,7 @@ def check_value(key: str, field: str, value: Any) -> None:
     result = outcome(lambda: config_class(**{**arguments, field: value}), field)
     if isinstance(result, Exception):
         return
-    check = check_of(config_class, field) or (CHECKS.get(field) if "scalearn" in key else None)
+    check = check_of(config_class, field)
     assert check is None or check.accepts(value)
     again = config_class(**json.loads(saved(result))) if key.startswith("adapters") else result
     assert saved(again) == saved(result)
@@ -162,9 +161,8 @@ def test_every_field_has_a_check(key: str) -> None:
     host_only = {"key", "query", "value", "query_before_ln", "residual_before", "temperature", "value_before_softmax",
                  "value_initialized", "dropout_prob"} if key == "adapters-scalearn" else set()  # fmt: skip
     for f in fields(config_class):
-        known = f.name in host_only or (key.endswith("scalearn") and f.name in CHECKS)
-        # What these take is more than a check can say; the configs check them in code.
-        known = known or f.name in ("adapters", "fixed") or (key == "adapters-scalearn" and f.name == "architecture")
+        # What `adapters` takes is more than a check can say; the configs check it in code.
+        known = f.name in host_only or f.name == "adapters"
         assert known or check_of(config_class, f.name) is not None, f.name
 
 

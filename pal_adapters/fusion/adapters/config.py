@@ -3,57 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pal_adapters.checks import either, list_of, mapping_of, number, one_of, shown
+from pal_adapters.checks import check_fields, either, list_of, mapping_of, number, one_of, option, optional, shown
 from pal_adapters.errors import ConfigError
-from pal_adapters.fusion.config import ALIASES, VARIANTS, check_scalearn, validate_scalearn
+from pal_adapters.fusion.config import ALIASES, VARIANTS, ScaLearnOptions
 from pal_adapters.fusion.layer import Scales, regularization
 from pal_adapters.hosts.adapters.fusion import HOST_ONLY, Combination, CombinationConfig
 from pal_adapters.hosts.adapters.patches import register_fusion
 
 _COEFFICIENT = number(-1e6)
 _FIXED = either(mapping_of(_COEFFICIENT, "numbers"), list_of(_COEFFICIENT, "numbers"))
-_ARCHITECTURE = one_of("scalearn")
-_DEFAULTS = {"init_scale": 2.0, "init_std": 1e-3, "regularization": 0.0, "regularization_form": "mean"}
 
 
 @dataclass(eq=False)
-class ScaLearnConfig(CombinationConfig):
-    r"""ScaLearn: a sum of the outputs of frozen source adapters with learned coefficients.
+class ScaLearnConfig(ScaLearnOptions, CombinationConfig):
+    r"""ScaLearn: `model.add_adapter_fusion(["mnli", "qqp"], config=ScaLearnConfig())`, or the name of a variant.
 
     $$y = \mathrm{LN}\Big(h_1 + o_2 + \sum_s D(\omega_s) \odot a_s\Big)$$
 
-    $a_s$ `[b, n, d]` is what source $s$ adds to its residual. Only $\omega$ and the head are trained. There are four
-    sizes; the parameters are for S sources and L blocks of width d with one place per block:
-
-    | variant | coefficients | parameters | dropout |
-    |---|---|---|---|
-    | `"scalearn"` | one per channel, in each block | L S d | 0.3 |
-    | `"scalearn_uniform"` | one per source, in each block | L S | 0.3 |
-    | `"scalearn_pp"` | one per channel, shared by all blocks | S d | 0.3 |
-    | `"scalearn_uniform_pp"` | one per source, shared by all blocks | S | 0 |
-
-    Sources may be any of the host's bottlenecks, with one or two places per block, and PALs or low-rank layers. Each
-    place draws its own dropout mask at each call, even if the coefficients are shared.
-
-    Source: Frohmann et al., ScaLearn, Findings of ACL 2024. The authors' code does not save shared coefficients; here
-    they are saved and restored.
+    Its options are those of `pal_adapters.fusion.config.ScaLearnOptions`, and `fixed`. Sources may be any bottlenecks
+    of the host, with one place or two per block, and PAL or low-rank modules. The authors' code does not save
+    shared coefficients; here they are saved and restored.
 
     Args:
-        variant: one of the four; `"scalearn++"` and `"scalearn_uniform++"` are other names for the shared ones.
-        omega_dropout: dropout on the coefficients; None is the variant's default, or 0 for an ablation.
-        init_scale: `c` of the initial `N(c / S, init_std^2)`.
-        init_std: standard deviation of the initial coefficients.
-        ablation: "mean" or "softmax" normalises the coefficients over the sources; None is the method itself.
-        regularization: weight of the penalty on sources whose mean coefficient is not one, see
-            `pal_adapters.fusion.layer.regularization`. In training, the model adds it to the loss it returns, so loss
-            scaling and gradient accumulation apply to it.
-        regularization_form: "mean", or "code" for what the authors' code computes for shared coefficients.
         fixed: fixed coefficients, for probing: `{source: number}`, or one number per source in the order of the
             sources. They are the same for all channels and blocks.
         architecture: identifies the config in a file.
@@ -71,15 +48,10 @@ class ScaLearnConfig(CombinationConfig):
         ConfigError: names the argument, its value and what is allowed.
     """
 
-    variant: str = "scalearn"
-    omega_dropout: float | None = None
-    init_scale: float = 2.0
-    init_std: float = 1e-3
-    ablation: str | None = None
-    regularization: float = 0.0
-    regularization_form: str = "mean"
-    fixed: dict[str, float] | list[float] | None = None
-    architecture: str | None = "scalearn"
+    fixed: dict[str, float] | list[float] | None = field(
+        default=None, metadata=option("Coefficients that do not train.", optional(_FIXED))
+    )
+    architecture: str | None = field(default="scalearn", metadata=option("The fusion.", one_of("scalearn")))
     key: bool = False
     query: bool = False
     value: bool = False
@@ -91,12 +63,10 @@ class ScaLearnConfig(CombinationConfig):
     dropout_prob: float | None = None
 
     def __post_init__(self) -> None:
-        check_scalearn(self)
-        _ARCHITECTURE("architecture", self.architecture)
+        check_fields(self)
         if self.fixed is not None:
-            _FIXED("fixed", self.fixed)
             self._check_fixed()
-        validate_scalearn(self)
+        self.complete()
         for name in HOST_ONLY:
             value, only = getattr(self, name), type(self).__dataclass_fields__[name].default
             if type(value) is not type(only) or value != only:
@@ -105,8 +75,8 @@ class ScaLearnConfig(CombinationConfig):
     def _check_fixed(self) -> None:
         if not self.fixed:
             raise ConfigError(f"fixed={self.fixed!r} is not allowed: name at least one source.")
-        for name, default in _DEFAULTS.items():
-            if getattr(self, name) != default:
+        for name in ("init_scale", "init_std", "regularization", "regularization_form"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ConfigError(f"{name}={getattr(self, name)!r} has no effect on fixed coefficients: leave it out.")
         if self.omega_dropout:
             raise ConfigError(
@@ -204,7 +174,7 @@ class ScaLearnLayer(Scales, Combination):
     def penalty(self) -> Tensor | None:
         if self._owner or self.config.regularization == 0 or not self.omega.requires_grad:
             return None
-        return regularization([self.omega], self.config.regularization, self.config.regularization_form)  # type: ignore[arg-type]
+        return regularization([self.omega], self.config.regularization, self.config.regularization_form)
 
 
 PRESETS = {name: ScaLearnConfig(variant=name) for name in VARIANTS}

@@ -27,8 +27,7 @@ from pal_adapters.checks import (
     string,
 )
 from pal_adapters.errors import ConfigError
-from pal_adapters.fusion.config import validate_scalearn
-from pal_adapters.fusion.layer import RegularizationForm
+from pal_adapters.fusion.config import ScaLearnOptions
 from pal_adapters.hosts.method import Method
 from pal_adapters.hosts.peft.config import PEFT_CHECKS
 
@@ -131,7 +130,7 @@ class CombinationPeftConfig(PeftConfig):
         return config
 
     @property
-    def penalty(self) -> tuple[float, RegularizationForm]:
+    def penalty(self) -> tuple[float, str]:
         """Weight and form of the regulariser."""
         return 0.0, "mean"
 
@@ -220,33 +219,14 @@ def _sources(adapters: Any) -> dict[str, str | None]:
 
 
 @dataclass
-class ScaLearnPeftConfig(CombinationPeftConfig):
-    r"""ScaLearn: `get_peft_model(model, ScaLearnPeftConfig(adapters={"mnli": path, "qqp": path}))`.
+class ScaLearnPeftConfig(ScaLearnOptions, CombinationPeftConfig):
+    """ScaLearn: `get_peft_model(model, ScaLearnPeftConfig(adapters={"mnli": path, "qqp": path}))`.
 
-    $$v' = v + \sum_s D(\omega_s) \odot a_s, \qquad \omega \sim N(c / S, \sigma^2)$$
-
-    Only `omega_s` `[d]` (one coefficient per channel) or `[1]` and a head are trained. At a module that only some
-    sources adapt, only those have coefficients. `D` is dropout on the coefficients, with one mask per place and call.
-
-    | variant               | shape of `omega` | separate for each                                            |
-    |-----------------------|------------------|--------------------------------------------------------------|
-    | `scalearn`            | `[S, d]`         | place                                                        |
-    | `scalearn_uniform`    | `[S, 1]`         | place                                                        |
-    | `scalearn_pp`         | `[S, d]`         | kind of module of LoRA sources; one for all places otherwise |
-    | `scalearn_uniform_pp` | `[S, 1]`         | one for all                                                  |
-
-    A *place* is a module that sources adapt (LoRA, Houlsby, layer norms) or a block (PALs). Source: Frohmann et al.,
-    ScaLearn, Findings of ACL 2024. Differences from the paper: LoRA sources and layer norms are supported, and the
-    regulariser is part of the loss.
-
-    Args:
-        variant: `"scalearn"`, `"scalearn_uniform"`, `"scalearn_pp"` or `"scalearn_uniform_pp"` (`++` for `_pp`).
-        init_scale: `c`.
-        init_std: `sigma`.
-        omega_dropout: probability of dropping a coefficient; None for 0.3, or 0 for `scalearn_uniform_pp`.
-        ablation: `"mean"` divides `omega` by its sum over the sources, `"softmax"` takes the softmax over them.
-        regularization: weight of `1/S sum_s (1 - mean omega_s)^2`, summed over the places, in the loss.
-        regularization_form: `"mean"`, or `"code"` for the form of the released code for shared coefficients.
+    Its options are those of `pal_adapters.fusion.config.ScaLearnOptions` and of `CombinationPeftConfig`. A *place* is
+    a module that sources adapt (LoRA, Houlsby, layer norms) or a block (PALs). At a module that only some sources
+    adapt, only those have coefficients. With LoRA sources, `"scalearn_pp"` shares its coefficients by the kind of the
+    module. Differences from the paper: LoRA sources and layer norms are supported, and the regulariser is part of the
+    loss.
 
     Raises:
         ConfigError: for a value that is not allowed.
@@ -254,20 +234,12 @@ class ScaLearnPeftConfig(CombinationPeftConfig):
 
     method: ClassVar[Method] = SCALEARN
 
-    variant: str = field(default="scalearn", metadata={"help": "One of the four sizes."})
-    init_scale: float = field(default=2.0, metadata={"help": "Sum of a channel's coefficients at the start."})
-    init_std: float = field(default=1e-3, metadata={"help": "Standard deviation of the coefficients."})
-    omega_dropout: float | None = field(default=None, metadata={"help": "Dropout on the coefficients."})
-    ablation: str | None = field(default=None, metadata={"help": "None, 'mean' or 'softmax'."})
-    regularization: float = field(default=0.0, metadata={"help": "Weight of the regulariser."})
-    regularization_form: RegularizationForm = field(default="mean", metadata={"help": "'mean' or 'code'."})
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        validate_scalearn(self)
+        self.complete()
 
     @property
-    def penalty(self) -> tuple[float, RegularizationForm]:
+    def penalty(self) -> tuple[float, str]:
         return self.regularization, self.regularization_form
 
 
@@ -322,7 +294,7 @@ class AdapterFusionPeftConfig(CombinationPeftConfig):
             raise ConfigError(f"value_init_noise={self.value_init_noise!r} has no effect with value=False.")
 
     @property
-    def penalty(self) -> tuple[float, RegularizationForm]:
+    def penalty(self) -> tuple[float, str]:
         return self.regularization or 0.0, "mean"
 
 

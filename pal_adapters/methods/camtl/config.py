@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import nn
 
 from pal_adapters.blocks.norms import full_norms
@@ -22,8 +23,9 @@ from pal_adapters.checks import (
     string,
 )
 from pal_adapters.errors import ConfigError, UnsupportedError
+from pal_adapters.hooks.weight_copies import Slots, key_of
 from pal_adapters.hosts.method import Method, Options
-from pal_adapters.methods.released import CAMTL_PRESETS, freezes_attention_film
+from pal_adapters.methods.released import CAMTL_PRESETS, draw_weights, freezes_attention_film
 
 from .layer import ConditionalBlock
 from .task import TaskConditions
@@ -239,6 +241,11 @@ class CAMTLOptions(Options):
             for name, default in defaults.items():
                 if getattr(self, name) != default:
                     _no_effect(name, getattr(self, name), "train_base=False")
+
+    def start_top_block(self, copies: nn.ParameterDict, slots: Slots, generator: torch.Generator | None) -> None:
+        """Draw the last block's copies anew if `top_block_init` says so."""
+        if self.top_block_init == "scratch":
+            draw_weights(((copies[key_of(key)], *places[0]) for key, places in slots.items()), generator)
 
 
 def _no_effect(argument: str, value: Any, other: str) -> None:
