@@ -178,6 +178,21 @@ def check_base_untouched(model: nn.Module, folder: Path, config: PeftConfig | No
         )
 
 
+def _plain_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {plain_name(name): tensor for name, tensor in base_tensors(model, tied="each").items()}
+
+
+def _check_complete(model: nn.Module, own: Iterable[str], given: Iterable[str], adapter_name: str) -> None:
+    """Raise `StorageError` unless each pretrained weight, or one tied to it, is among the given names."""
+    tied = {plain_name(name): id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    there = {tied.get(name, name) for name in given}
+    if missing := [name for name in own if tied.get(name, name) not in there]:
+        raise StorageError(
+            f"adapter {adapter_name!r} comes with its own pretrained weights (train_base=True), and {missing[0]} is "
+            "not among them: load it into the model that it was saved with."
+        )
+
+
 def check_base_complete(model: nn.Module, folder: Path, adapter_name: str) -> None:
     """Raise `StorageError` unless a local folder has all pretrained weights that its adapter on the model trains.
 
@@ -186,14 +201,8 @@ def check_base_complete(model: nn.Module, folder: Path, adapter_name: str) -> No
     names = _stored_names(folder)
     if names is None:
         return
-    tied = {plain_name(name): id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    there = {tied.get(name, name) for name in names}
-    own = {plain_name(name): tensor for name, tensor in base_tensors(model, tied="each").items()}
-    if missing := [name for name in own if tied.get(name, name) not in there]:
-        raise StorageError(
-            f"adapter {adapter_name!r} comes with its own pretrained weights (train_base=True), and {missing[0]} is "
-            f"not among them in {str(folder)!r}."
-        )
+    own = _plain_tensors(model)
+    _check_complete(model, own, names, adapter_name)
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as tensors:
         stored = [(key, plain_name(key.removeprefix(_PREFIX))) for key in tensors.keys()]  # noqa: SIM118
         check_values(adapter_name, ((name, tensors.get_tensor(key), own[name]) for key, name in stored if name in own))
@@ -220,18 +229,11 @@ def match_base(
             )
         return [], state_dict
     # Which modules are wrapped depends on the other adapters, when saving and when loading.
-    own = {plain_name(name): tensor for name, tensor in base_tensors(model, tied="each").items()}
+    own = _plain_tensors(model)
     plain = {key: plain_name(key) for key in state_dict}
     names = {key: name if name in own else name.removeprefix(_PREFIX) for key, name in plain.items()}
     found = {name: state_dict[key] for key, name in names.items() if name in own}
-    tied = {plain_name(name): id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    there = {tied.get(name, name) for name in found}
-    missing = [name for name in own if tied.get(name, name) not in there]
-    if missing:
-        raise StorageError(
-            f"adapter {adapter_name!r} comes with its own pretrained weights (train_base=True), and {missing[0]} is "
-            "not among them: load it into the model that it was saved with."
-        )
+    _check_complete(model, own, found, adapter_name)
     check_values(adapter_name, ((name, value, own[name]) for name, value in found.items()))
     loaded = {name: value for name, value in found.items() if not own[name].is_meta}
     if others and any(not torch.equal(own[n], v.to(own[n])) for n, v in loaded.items()):

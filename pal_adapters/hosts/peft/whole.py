@@ -42,26 +42,20 @@ def _reading(path: Any) -> Iterator[None]:
         raise StorageError(f"the adapter in {str(path)!r} cannot be loaded: {what}.") from error
 
 
-def _construct(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def __init__(self: PeftModel, model: nn.Module, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        if method_of(peft_config) is None:
-            return original(self, model, peft_config, *args, **kwargs)
-        with changing(model, peft_config):
-            return original(self, model, peft_config, *args, **kwargs)
-
-    return __init__
-
-
 def _add(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def add_adapter(self: PeftModel, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        if method_of(peft_config) is None:
-            return original(self, adapter_name, peft_config, *args, **kwargs)
-        with changing(self, peft_config, self.peft_config):
-            return original(self, adapter_name, peft_config, *args, **kwargs)
+    """`PeftModel.__init__`, its `add_adapter`, and the `add_adapter` of transformers."""
 
-    return add_adapter
+    @functools.wraps(original)
+    def add(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = (*args, *kwargs.values())
+        config = next((value for value in given if isinstance(value, PeftConfig)), None)
+        if config is None or method_of(config) is None:
+            return original(self, *args, **kwargs)
+        model = next((value for value in given if isinstance(value, nn.Module)), self)
+        with changing(model, config, getattr(self, "peft_config", None)):
+            return original(self, *args, **kwargs)
+
+    return add
 
 
 def _change(original: Callable[..., None]) -> Callable[..., None]:
@@ -112,17 +106,6 @@ def _read_config(original: Callable[..., Any]) -> Any:
     return classmethod(from_pretrained)
 
 
-def _add_by_transformers(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def add_adapter(self: Any, adapter_config: Any, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(adapter_config, PeftConfig) or method_of(adapter_config) is None:
-            return original(self, adapter_config, *args, **kwargs)
-        with changing(self, adapter_config, getattr(self, "peft_config", None)):
-            return original(self, adapter_config, *args, **kwargs)
-
-    return add_adapter
-
-
 def _load_by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -155,37 +138,28 @@ def _load_by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _disable(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def disable_adapter(self: PeftModel) -> Any:
+    def disable(self: Any) -> Any:
         # Before PEFT's own method, which on an error enables the adapters and makes them trainable.
-        if isinstance(self.base_model, TaskTuner):
-            check_restorable(self.peft_config)
+        if not isinstance(self, PeftModel) or isinstance(self.base_model, TaskTuner):
+            check_restorable(getattr(self, "peft_config", {}))
         return original(self)
 
-    return disable_adapter
-
-
-def _disable_by_transformers(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def disable_adapters(self: Any) -> None:
-        check_restorable(getattr(self, "peft_config", {}))
-        original(self)
-
-    return disable_adapters
+    return disable
 
 
 def install() -> None:
     """Wrap the host's methods."""
     classes: set[Any] = {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
-        *((cls, "__init__", _construct) for cls in classes),
+        *((cls, "__init__", _add) for cls in classes),
         *((cls, "add_adapter", _add) for cls in classes),
         (PeftModel, "set_adapter", _change),
         (PeftModel, "delete_adapter", _change),
         (PeftModel, "load_adapter", _load),
         (PeftModel, "disable_adapter", _disable),
-        (PeftAdapterMixin, "add_adapter", _add_by_transformers),
+        (PeftAdapterMixin, "add_adapter", _add),
         (PeftAdapterMixin, "load_adapter", _load_by_transformers),
-        (PeftAdapterMixin, "disable_adapters", _disable_by_transformers),
+        (PeftAdapterMixin, "disable_adapters", _disable),
     ]
     for cls, name, replacement in replaced:
         if name in vars(cls):
