@@ -5,7 +5,8 @@ Legend: S sources, b examples, n tokens, i input width, d output width, m sum of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ class SourceGroup(nn.Module):
 
     rows: tuple[int, ...]
 
-    def __init__(self, rows: Sequence[int]) -> None:
+    def __init__(self, rows: Iterable[int]) -> None:
         super().__init__()
         self.rows = tuple(rows)
 
@@ -75,6 +76,30 @@ class SourceGroup(nn.Module):
         return combine(omega, self.outputs(site, value, inputs))
 
 
+class Pair(NamedTuple):
+    """A source at one module: `up f(down x + down_bias) + up_bias`, without the residual of a bottleneck.
+
+    Attributes:
+        down: `[r, i]`.
+        up: `[d, r]`; LoRA's scaling is included.
+        down_bias: `[r]`.
+        up_bias: `[d]`.
+        activation: the name of `f`; None for LoRA, which has none.
+        embedding: whether `x` are token IDs.
+    """
+
+    down: Tensor
+    up: Tensor
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    activation: str | None = None
+    embedding: bool = False
+
+    @property
+    def is_lora(self) -> bool:
+        return self.activation is None
+
+
 class StackedSources(SourceGroup):
     """Low-rank pairs or bottlenecks of several sources, side by side.
 
@@ -88,29 +113,21 @@ class StackedSources(SourceGroup):
     up_bias: Tensor | None
     owner: Tensor
 
-    def __init__(
-        self,
-        rows: Sequence[int],
-        down: Sequence[Tensor],
-        up: Sequence[Tensor],
-        *,
-        down_bias: Sequence[Tensor] | None = None,
-        up_bias: Sequence[Tensor | None] | None = None,
-        activations: Sequence[str] | None = None,
-        embedding: bool = False,
-    ) -> None:
+    def __init__(self, rows: Iterable[int], pairs: Sequence[Pair]) -> None:
         super().__init__(rows)
-        self.widths = [weight.shape[0] for weight in down]
-        self.activations = activations
-        self.embedding = embedding
-        self.reads_value = activations is not None
-        self.keep("down", torch.cat(list(down)))
-        self.keep("up", torch.cat([weight.T for weight in up]))
-        self.keep("down_bias", None if down_bias is None else torch.cat(list(down_bias)))
-        biases = [] if up_bias is None else list(up_bias)
-        known = next((bias for bias in biases if bias is not None), None)
+        self.widths = [pair.down.shape[0] for pair in pairs]
+        activations = [pair.activation for pair in pairs if pair.activation is not None]
+        self.activations = activations or None
+        self.embedding = pairs[0].embedding
+        self.reads_value = bool(activations)
+        self.keep("down", torch.cat([pair.down for pair in pairs]))
+        self.keep("up", torch.cat([pair.up.T for pair in pairs]))
+        down_biases = [pair.down_bias for pair in pairs if pair.down_bias is not None]
+        self.keep("down_bias", torch.cat(down_biases) if down_biases else None)
+        known = next((pair.up_bias for pair in pairs if pair.up_bias is not None), None)
         zeros = None if known is None else torch.zeros_like(known)
-        self.keep("up_bias", None if zeros is None else torch.stack([zeros if b is None else b for b in biases]))
+        biases = [zeros if pair.up_bias is None else pair.up_bias for pair in pairs]
+        self.keep("up_bias", None if zeros is None else torch.stack(biases))  # type: ignore[arg-type]
         self.keep("owner", torch.repeat_interleave(torch.arange(len(self.widths)), torch.tensor(self.widths)))
 
     def equals(self, other: nn.Module) -> bool:

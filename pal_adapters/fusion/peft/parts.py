@@ -12,31 +12,13 @@ from torch import Tensor, nn
 
 from pal_adapters.blocks.sites import Block, find_blocks
 from pal_adapters.errors import ConfigError, UnsupportedError
+from pal_adapters.fusion.units import Pair
 from pal_adapters.hosts.method import Method
 from pal_adapters.hosts.peft.saved import lora_extras, lora_scaling
 from pal_adapters.nn.unit import TaskUnit
 
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(?:\.(?P<kind>weight|bias))?$")
 _HALF = (torch.float16, torch.bfloat16)
-
-
-class LoraPart(NamedTuple):
-    """LoRA at one module: `up (down x) + bias` with `down [r, i]`, `up [o, r]` and `bias [o]`, scaling included."""
-
-    down: Tensor
-    up: Tensor
-    bias: Tensor | None
-    embedding: bool
-
-
-class BottleneckPart(NamedTuple):
-    """A Houlsby bottleneck at one module, without its residual."""
-
-    down: Tensor
-    down_bias: Tensor
-    up: Tensor
-    up_bias: Tensor
-    activation: str
 
 
 class NormPart(NamedTuple):
@@ -55,7 +37,7 @@ class UnitPart(NamedTuple):
     shapes: dict[str, list[int]]
 
 
-Part = LoraPart | BottleneckPart | NormPart | UnitPart
+Part = Pair | NormPart | UnitPart
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -90,7 +72,7 @@ def lora_parts(name: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> 
             )
         scaling = lora_scaling(config, module, down.shape[0])
         bias = given.get("B.bias")
-        parts[module] = LoraPart(down, up * scaling, None if bias is None else bias * scaling, embedding)
+        parts[module] = Pair(down, up * scaling, up_bias=None if bias is None else bias * scaling, embedding=embedding)
     return parts, used
 
 
@@ -103,8 +85,9 @@ def houlsby_parts(config: Any, tensors: Mapping[str, Tensor], method: Method) ->
         norm = re.match(rf"(.+)\.{method.name}_norms\.(\w+)$", key)
         if unit is not None:
             prefix = key.removesuffix("down.weight")
-            keys = [prefix + name for name in ("down.weight", "down.bias", "up.weight", "up.bias")]
-            parts[unit[1]] = BottleneckPart(*[_wide(tensors[k]) for k in keys], config.activation)  # type: ignore[call-arg,arg-type]
+            keys = [prefix + name for name in ("down.weight", "up.weight", "down.bias", "up.bias")]
+            down, up, down_bias, up_bias = (_wide(tensors[k]) for k in keys)
+            parts[unit[1]] = Pair(down, up, down_bias, up_bias, config.activation)
             used |= set(keys)
         elif norm is not None:
             copy = parts.setdefault(norm[1], NormPart({}))

@@ -9,9 +9,10 @@ from typing import Any
 
 from pal_adapters.blocks.sites import Block
 from pal_adapters.errors import UnsupportedError
+from pal_adapters.fusion.units import Pair
 
 from .layers import VALUE
-from .parts import LoraPart, NormPart, UnitPart
+from .parts import NormPart, UnitPart
 from .sources import Source
 
 
@@ -46,7 +47,7 @@ class Place:
     @property
     def label(self) -> str:
         """The kind of module, which is the same in every block."""
-        if any(isinstance(part, LoraPart) for part in self.parts.values()):
+        if any(isinstance(part, Pair) and part.is_lora for part in self.parts.values()):
             return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", self.path)
         return f"width {self.width}"
 

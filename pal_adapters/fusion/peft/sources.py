@@ -16,12 +16,13 @@ from transformers.pytorch_utils import Conv1D
 
 from pal_adapters.blocks.sites import Block, iter_blocks
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
+from pal_adapters.fusion.units import Pair
 from pal_adapters.hosts.peft.config import TaskPeftConfig
 from pal_adapters.hosts.peft.registry import method_of
 from pal_adapters.hosts.peft.saved import adapter_on, read_adapter
 from pal_adapters.methods.houlsby.peft import HoulsbyPeftConfig
 
-from .parts import LoraPart, NormPart, Part, UnitPart, houlsby_parts, lora_parts, unit_parts
+from .parts import NormPart, Part, UnitPart, houlsby_parts, lora_parts, unit_parts
 
 PREFIX = "base_model.model."
 
@@ -190,7 +191,7 @@ def _check_fit(
         raise ConfigError(f"source {source.name!r} adapts {path!r}, which the model does not have.{other}")
     given: Any = None
     expected: Any = None
-    if isinstance(part, LoraPart):
+    if isinstance(part, Pair) and part.is_lora:
         expected = widths_of(module)
         if expected is None or part.embedding is not isinstance(innermost(module), nn.Embedding):
             raise UnsupportedError(

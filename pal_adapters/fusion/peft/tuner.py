@@ -34,7 +34,7 @@ from .config import (
     ScaLearnPeftConfig,
 )
 from .layers import FusionBlockLayer, FusionLayer, FusionModuleLayer, FusionNormLayer, combinations
-from .parts import BottleneckPart, LoraPart, UnitPart
+from .parts import UnitPart
 from .penalty import add_regularization, regularization_loss
 from .places import Place, places_of
 from .sources import Source, check_bases, check_model, innermost, read_source
@@ -108,29 +108,20 @@ class CombinationTuner(TaskTuner):
         self._plan, self._mixers, self._held = {}, {}, {}  # the sources are on the model now
         watch(model, add_regularization)
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        place = self._plan[current_key]
+    def _put(self, config: Any, adapter_name: str, target: nn.Module, name: str, parent: nn.Module, path: str) -> None:
+        place = self._plan[path]
         mixers, owned, rows, shared = {}, [], {}, None
         for site in place.sites:
-            key, names, width = self._mixer_key(peft_config, place, site)
+            key, names, width = self._mixer_key(config, place, site)
             if key not in self._mixers:
-                self._mixers[key] = self._make_mixer(peft_config, names, width)
-                if self._shares(peft_config):
+                self._mixers[key] = self._make_mixer(config, names, width)
+                if self._shares(config):
                     shared = self._mixers[key]
-            if not self._shares(peft_config):
+            if not self._shares(config):
                 owned.append(site)
             mixers[site] = self._mixers[key]
             here = place.names(site)
-            rows[site] = None if here == names else [names.index(name) for name in here]
+            rows[site] = None if here == names else [names.index(source) for source in here]
         unit = CombinedUnit(
             place.sites,
             mixers,
@@ -138,12 +129,11 @@ class CombinationTuner(TaskTuner):
             rows,
             {site: place.names(site) for site in place.sites},
             needs=self._needs(place),
-            regularization=peft_config.penalty,
+            regularization=config.penalty,
         )
-        layer = self._layer(place, target, parent, target_name)
-        layer.add(adapter_name, unit, self._groups(place, target), shared, inference_mode=peft_config.inference_mode)
-        if adapter_name not in self.active_adapters:
-            layer.set_requires_grad(adapter_name, False)
+        layer = self._layer(place, target, parent, name)
+        layer.add(adapter_name, unit, self._groups(place, target), shared, inference_mode=config.inference_mode)
+        self._freeze_inactive(layer, adapter_name)
 
     # Coefficients
 
@@ -190,31 +180,10 @@ class CombinationTuner(TaskTuner):
         if place.kind == "block":
             return [self._units(place, parts)]
         groups: list[SourceGroup] = []
-        pairs = [(row, part) for row, part in enumerate(parts) if isinstance(part, LoraPart)]
-        if pairs:
-            rows, low = zip(*pairs, strict=True)
-            groups.append(
-                StackedSources(
-                    rows,
-                    [p.down for p in low],
-                    [p.up for p in low],
-                    up_bias=[p.bias for p in low],
-                    embedding=low[0].embedding,
-                )
-            )
-        bottles = [(row, part) for row, part in enumerate(parts) if isinstance(part, BottleneckPart)]
-        if bottles:
-            rows, wide = zip(*bottles, strict=True)
-            groups.append(
-                StackedSources(
-                    rows,
-                    [p.down for p in wide],
-                    [p.up for p in wide],
-                    down_bias=[p.down_bias for p in wide],
-                    up_bias=[p.up_bias for p in wide],
-                    activations=[p.activation for p in wide],
-                )
-            )
+        for lora in (True, False):
+            pairs = {row: part for row, part in enumerate(parts) if part.is_lora is lora}
+            if pairs:
+                groups.append(StackedSources(pairs, list(pairs.values())))
         return groups
 
     def _units(self, place: Place, parts: Sequence[UnitPart]) -> UnitSources:

@@ -1,4 +1,4 @@
-"""The base class of the tuners, which extends PEFT's internals. `expected.py` lists every touch."""
+"""The base class of the tuners, which extends PEFT's internals. `expectations.py` lists every touch."""
 
 from __future__ import annotations
 
@@ -178,9 +178,9 @@ class TaskTuner(BaseTuner):
             self.peft_config.pop(adapter_name, None)
             raise
 
-    def _create_and_replace(  # type: ignore[override]
+    def _create_and_replace(
         self,
-        peft_config: TaskPeftConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -188,19 +188,34 @@ class TaskTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        block = self._chosen[current_key]
+        self._put(peft_config, adapter_name, target, target_name, parent, current_key)
+
+    def _put(self, config: Any, adapter_name: str, target: nn.Module, name: str, parent: nn.Module, path: str) -> None:
+        """Give an adapter its modules at a target of the model.
+
+        Args:
+            config: the adapter's config.
+            adapter_name: the adapter.
+            target: the module that `_check_target_module_exists` chose; here, a block.
+            name: its name in `parent`.
+            parent: the module that holds it.
+            path: its path in the model.
+        """
+        block = self._chosen[path]
         layer = target._modules.get(self.method.name)
         if layer is None:
             layer = cast("type[TaskTunerLayer]", self.tuner_layer_cls)(self.model, block)
             layer.train(self.model.training)
             target.add_module(self.method.name, layer)
         assert isinstance(layer, TaskTunerLayer)
-        shared = layer.update_layer(adapter_name, peft_config, self._shared.get(block.stack))
-        self._shared[block.stack] = shared
-        if adapter_name not in self.active_adapters:
-            layer.set_requires_grad(adapter_name, False)
+        self._shared[block.stack] = layer.update_layer(adapter_name, config, self._shared.get(block.stack))
+        self._freeze_inactive(layer, adapter_name)
         if not layer._all_available_adapter_names():
             layer.detach()
+
+    def _freeze_inactive(self, layer: BaseTunerLayer, adapter_name: str) -> None:
+        if adapter_name not in self.active_adapters:
+            layer.set_requires_grad(adapter_name, False)
 
     # What trains and what is saved
 

@@ -160,17 +160,8 @@ class HoulsbyModel(TaskTuner):
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         return EXCLUDED if key in self._excluded else key in self._targets
 
-    def _create_and_replace(  # type: ignore[override]
-        self,
-        peft_config: HoulsbyPeftConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        width, near = self._targets[current_key]
+    def _put(self, config: Any, adapter_name: str, target: nn.Module, name: str, parent: nn.Module, path: str) -> None:
+        width, near = self._targets[path]
         layer: nn.Module | None
         if width is not None:
             layer = target._modules.get(HOULSBY.name)
@@ -179,20 +170,17 @@ class HoulsbyModel(TaskTuner):
                 target.add_module(HOULSBY.name, layer)
                 layer.train(target.training)
             assert isinstance(layer, HoulsbyLayer)
-            unit = HoulsbyBottleneck(
-                width, peft_config.hidden_size, activation=peft_config.activation, init_std=peft_config.init_std
-            )
-            unit.reset_parameters(identity=peft_config.init_weights)
-            layer.add_unit(adapter_name, unit, inference_mode=peft_config.inference_mode)
+            unit = HoulsbyBottleneck(width, config.hidden_size, activation=config.activation, init_std=config.init_std)
+            unit.reset_parameters(identity=config.init_weights)
+            layer.add_unit(adapter_name, unit, inference_mode=config.inference_mode)
         else:
             layer = target
             if not isinstance(layer, HoulsbyNorm):
-                layer = HoulsbyNorm(self.model, target, parent, target_name)
-                setattr(parent, target_name, layer)
+                layer = HoulsbyNorm(self.model, target, parent, name)
+                setattr(parent, name, layer)
                 layer.train(target.training)
-            layer.add_copy(adapter_name, inference_mode=peft_config.inference_mode)
-        if adapter_name not in self.active_adapters:
-            layer.set_requires_grad(adapter_name, False)
+            layer.add_copy(adapter_name, inference_mode=config.inference_mode)
+        self._freeze_inactive(layer, adapter_name)
 
 
 register(ParallelHoulsbyPeftConfig)
