@@ -34,9 +34,6 @@ class FixedScales(nn.Module):
         return self.omega
 
 
-Coefficients = Scales | FixedScales
-
-
 class SourceGroup(nn.Module):
     """Sources of one kind at one place. Their weights are non-persistent buffers, so that they never train.
 
