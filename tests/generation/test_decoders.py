@@ -209,9 +209,10 @@ def test_prompt_in_chunks(name: str, method: str) -> None:
     assert zoo.difference(torch.cat(parts, 1), expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", SEQ2SEQ)
+@pytest.mark.parametrize(
+    ("name", "method"), [*((name, "pal") for name in SEQ2SEQ if name != "bart"), *(("bart", m) for m in CONFIGS)]
+)
 @pytest.mark.parametrize("mode", [{}, dict(num_beams=3, num_return_sequences=2)], ids=["greedy", "beams"])
-@pytest.mark.parametrize("method", ["pal", "top_attention"])
 def test_encoder_decoder(name: str, mode: dict[str, Any], method: str) -> None:
     model, inputs = adapted_model(name, method), prompt(name, padding=True)
     a, b = (generate(model, inputs, use_cache=use_cache, **mode) for use_cache in (True, False))
@@ -261,8 +262,7 @@ def test_one_adapter_a_row(name: str, mode: dict[str, Any]) -> None:
         assert torch.equal(alone.sequences[0], mixed.sequences[row])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-@pytest.mark.parametrize("method", ["pal", "top_attention"])
+@pytest.mark.parametrize(("name", "method"), [("llama", "pal"), *(("gpt2", method) for method in CONFIGS)])
 def test_assisted(name: str, method: str) -> None:
     """Candidates that are rejected leave no keys behind."""
     model, inputs = adapted_model(name, method), prompt(name, padding=False, batch=1)

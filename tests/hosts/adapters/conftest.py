@@ -9,13 +9,14 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import BertModel
 
-from .tiny import fresh, tiny_config
+from .tiny import Run, fresh, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -55,6 +56,18 @@ def batch() -> dict[str, torch.Tensor]:
     mask[1, 4:] = 0
     mask[2, 2:] = 0
     return {"input_ids": torch.randint(0, 40, (4, 6), generator=generator), "attention_mask": mask}
+
+
+@pytest.fixture
+def run(model: nn.Module, batch: dict[str, torch.Tensor]) -> Run:
+    """The output of the module's `model` with a setup."""
+
+    def run(setup: Any, **more: Any) -> torch.Tensor:
+        model.set_active_adapters(setup)
+        with torch.no_grad():
+            return model(**batch, **more).last_hidden_state
+
+    return run
 
 
 @pytest.fixture

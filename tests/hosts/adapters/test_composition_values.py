@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import adapters
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pal_adapters import LHUCConfig, LowRankConfig, PALConfig, ParallelHoulsbyConfig, UnsupportedError
 
 from . import reference as ref
-from .tiny import randomise
+from .tiny import Run, with_adapters
 
 HEADS = 3
 CONFIGS = {
@@ -31,28 +31,12 @@ CONFIGS = {
     "union": adapters.ConfigUnion(PALConfig(hidden_size=12, num_heads=HEADS), adapters.SeqBnConfig()),
 }
 OURS = ("pal", "wide", "low", "par", "union")
-Run = Callable[..., Tensor]
 
 
 @pytest.fixture(scope="module")
 def model(plain_bert: nn.Module) -> nn.Module:
     """All of `CONFIGS` on one model; tests change only the active setup."""
-    model = copy.deepcopy(plain_bert)
-    for name, config in CONFIGS.items():
-        model.add_adapter(name, config=config)
-    torch.manual_seed(1)
-    randomise(model, *CONFIGS)
-    return model
-
-
-@pytest.fixture
-def run(model: nn.Module, batch: dict[str, Tensor]) -> Run:
-    def run(setup: Any, **more: Any) -> Tensor:
-        model.set_active_adapters(setup)
-        with torch.no_grad():
-            return model(**batch, **more).last_hidden_state
-
-    return run
+    return with_adapters(plain_bert, CONFIGS, seed=1)
 
 
 class Plain:

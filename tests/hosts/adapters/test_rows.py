@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import adapters
@@ -23,7 +22,7 @@ from pal_adapters import (
     UnsupportedError,
 )
 
-from .tiny import randomise
+from .tiny import SMALL, Run, output, randomise, with_adapters
 
 CONFIGS: dict[str, Any] = {
     "a": PALConfig(hidden_size=12, init_weights="bert"),
@@ -39,27 +38,11 @@ CONFIGS: dict[str, Any] = {
     "ul": adapters.ConfigUnion(PALConfig(hidden_size=12), adapters.LoRAConfig()),
     "part": PALConfig(hidden_size=12, leave_out=[0, 1]),
 }
-Run = Callable[..., Tensor]
 
 
 @pytest.fixture(scope="module")
 def model(plain_bert: nn.Module) -> nn.Module:
-    model = copy.deepcopy(plain_bert)
-    for name, config in CONFIGS.items():
-        model.add_adapter(name, config=config)
-    torch.manual_seed(2)
-    randomise(model, *CONFIGS)
-    return model
-
-
-@pytest.fixture
-def run(model: nn.Module, batch: dict[str, Tensor]) -> Run:
-    def run(setup: Any, **more: Any) -> Tensor:
-        model.set_active_adapters(setup)
-        with torch.no_grad():
-            return model(**batch, **more).last_hidden_state
-
-    return run
+    return with_adapters(plain_bert, CONFIGS, seed=2)
 
 
 def rows(run: Run, names: list[Any]) -> Tensor:
@@ -91,6 +74,18 @@ def test_every_form_of_task_ids(form: str, run: Run) -> None:
 def test_order_repetition_and_absence(ids: list[int], run: Run) -> None:
     tasks = ["a", "b", "c", "low", "lhuc", "top", "part"]
     close(run(MultiTask(*tasks), task_ids=ids), rows(run, [tasks[i] for i in ids]))
+
+
+def test_every_method_in_one_batch(plain_bert: nn.Module, batch: dict[str, Tensor]) -> None:
+    model = with_adapters(plain_bert, SMALL, seed=3)
+    found = {}
+    for first in range(0, len(SMALL), 4):
+        names = [*SMALL, *SMALL][first : first + 4]
+        given = output(model, batch, MultiTask(*SMALL), task_ids=names)
+        found |= {name: (given[row], output(model, batch, name)[row]) for row, name in enumerate(names)}
+    assert found.keys() == SMALL.keys()
+    for mixed, alone in found.values():
+        close(mixed, alone)
 
 
 def test_a_row_gets_the_same_in_every_batch(run: Run) -> None:

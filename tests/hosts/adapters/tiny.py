@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import adapters
@@ -12,6 +14,7 @@ from transformers import BertConfig, BertModel
 
 from tests.methods import RECORDS, names
 
+Run = Callable[..., Tensor]
 SMALL: dict[str, Any] = {name: RECORDS[name].config("adapters") for name in names("adapters")}
 
 
@@ -36,18 +39,28 @@ def randomise(model: nn.Module, *names: str, std: float = 0.2) -> None:
                     nn.init.normal_(parameter, std=std)
 
 
+def with_adapters(plain: nn.Module, configs: Mapping[str, Any], *, seed: int) -> nn.Module:
+    """A copy of a model with adapters of random weights."""
+    model = copy.deepcopy(plain)
+    for name, config in configs.items():
+        model.add_adapter(name, config=config)
+    torch.manual_seed(seed)
+    randomise(model, *configs)
+    return model
+
+
 def add(model: nn.Module, name: str, method: str) -> None:
     """An adapter of `SMALL` with random weights."""
     model.add_adapter(name, config=SMALL[method])
     randomise(model, name)
 
 
-def output(model: nn.Module, batch: dict[str, Tensor], setup: Any = "keep") -> Tensor:
+def output(model: nn.Module, batch: dict[str, Tensor], setup: Any = "keep", **more: Any) -> Tensor:
     """`last_hidden_state` with a setup, or with the active one."""
     if setup != "keep":
         model.set_active_adapters(setup)
     with torch.no_grad():
-        return model(**batch).last_hidden_state
+        return model(**batch, **more).last_hidden_state
 
 
 def hidden(model: nn.Module, batch: dict[str, Tensor], setup: Any) -> Tensor:
