@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from adapters.loading import AdapterFusionLoader, AdapterLoader, WeightsLoaderHelper
 from adapters.model_mixin import ModelAdaptersMixin
 from torch import Tensor, nn
 
 from pal_adapters.errors import PalAdaptersError, StorageError
+from pal_adapters.hosts.tensors import fault_of
 from pal_adapters.hosts.unchanged import keep_values
 
 from .config import task_configs
@@ -227,20 +227,8 @@ def _check(model: Any, given: Mapping[str, Any], named: Callable[[str], str | No
             "a model with other blocks."
         )
     for key, target in wanted.items():
-        if key not in given:
-            continue
-        value = given[str(key)]
-        if not isinstance(value, Tensor):
-            raise StorageError(f"{key} is a {type(value).__name__} in the file, not a tensor.")
-        if value.shape != target.shape:
-            raise StorageError(
-                f"{key} has shape {list(value.shape)} in the file and {list(target.shape)} in the model: it was saved "
-                "from an adapter or a model of another size."
-            )
-        if value.is_floating_point() is not target.is_floating_point() or value.is_complex():
-            raise StorageError(f"{key} has dtype {value.dtype} in the file and {target.dtype} in the model.")
-        if not bool(torch.isfinite(value.to(target.dtype)).all()):
-            raise StorageError(f"{key} has values that are not finite in {target.dtype}: its training has diverged.")
+        if key in given and (fault := fault_of(str(key), given[str(key)], target)):
+            raise StorageError(f"{fault}.")
 
 
 def _some(keys: list[str]) -> str:

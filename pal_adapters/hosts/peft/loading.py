@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pal_adapters.errors import StorageError
+from pal_adapters.hosts.tensors import fault_of
 
 from .registry import methods
 
@@ -75,20 +75,8 @@ def check_tensors(
 def check_values(adapter_name: str, pairs: Iterable[tuple[str, Tensor, Tensor]]) -> None:
     """Raise `StorageError` unless each new tensor can replace the old one; pairs are `(name, new, old)`."""
     for name, new, old in pairs:
-        if new.shape != old.shape:
-            raise StorageError(
-                f"the weights do not fit adapter {adapter_name!r}: {name} is {list(new.shape)} in the file and "
-                f"{list(old.shape)} on the model."
-            )
-        if new.is_floating_point() is not old.is_floating_point() or new.is_complex() is not old.is_complex():
-            raise StorageError(
-                f"the weights do not fit adapter {adapter_name!r}: {name} is {new.dtype} in the file and {old.dtype} "
-                "on the model."
-            )
-        if new.is_floating_point() and not new.is_meta and not torch.isfinite(new.to(old.dtype)).all():
-            raise StorageError(
-                f"the weights of adapter {adapter_name!r} are damaged: {name} has values that are not finite."
-            )
+        if fault := fault_of(name, new, old):
+            raise StorageError(f"the weights do not fit adapter {adapter_name!r}: {fault}.")
 
 
 # Fields that may differ between an adapter and a folder loaded over it: they do not change what the adapter computes,

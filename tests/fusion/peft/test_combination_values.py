@@ -96,6 +96,27 @@ def test_one_hot_is_the_single_adapter_and_zero_the_plain_model(saved: Paths, ki
         assert (logits(single) - logits(cases.bert())).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("method", cases.METHODS)
+def test_every_method_may_be_a_source(method: str, tmp_path: pathlib.Path) -> None:
+    """With one coefficient of 1 the combination computes what its source does alone, with 0 the plain model."""
+    options = [
+        cases.config(method, task_type="SEQ_CLS"),
+        cases.config(method, task_type="SEQ_CLS", **cases.WIDER.get(method, {})),
+    ]
+    paths = {
+        name: sources.save(tmp_path / name, o, seed=i) for i, (name, o) in enumerate(zip("ab", options, strict=True))
+    }
+    model = target(paths, variant="scalearn_uniform_pp", seed=None)
+    sources.set_all(model, {})
+    assert torch.equal(logits(model), logits(cases.bert()))
+    for source, path in paths.items():
+        sources.set_all(model, {source: 1.0})
+        single = PeftModel.from_pretrained(cases.bert(), path).eval()
+        single.base_model.model.classifier = single.base_model.model.classifier.original_module
+        torch.testing.assert_close(logits(model), logits(single), atol=2e-6, rtol=2e-6)
+        assert (logits(single) - logits(cases.bert())).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("kind", list(sources.KINDS))
 def test_what_a_place_adds_is_linear_in_the_coefficients(saved: Paths, kind: str) -> None:
     """On the last place of the model, where nothing non-linear follows."""
