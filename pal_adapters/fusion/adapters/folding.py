@@ -30,14 +30,15 @@ def fold_adapters(
     model: Any,
     fusion: Fuse | str | None,
     name: str | None,
-    *,
-    truncate: int | None = None,
-    data: Iterable[Mapping[str, Any]] | None = None,
+    truncate: int | None,
+    data: Iterable[Mapping[str, Any]] | None,
 ) -> Folded:
     """See `pal_adapters.fold`."""
     key = fusion_name(model, fusion)
-    _check_arguments(model, name, truncate, data)
+    require_adapter_name("name", name)
     assert name is not None
+    if name in model.adapters_config:
+        raise ConfigError(f"name={name!r} is not allowed: the model has an adapter with that name.")
     _, sources = model.adapters_config.get_fusion(key)
     _check_sources(model, key, sources)
     with changing(model):
@@ -69,16 +70,6 @@ def _fold(
         {labels[layer]: weights.up.shape[1] for layer, weights in wide.items()},
         {labels[layer]: error for layer, error in errors.items()},
     )
-
-
-def _check_arguments(model: Any, name: str | None, width: int | None, data: Iterable[Any] | None) -> None:
-    require_adapter_name("name", name)
-    if name in model.adapters_config:
-        raise ConfigError(f"name={name!r} is not allowed: the model has an adapter with that name.")
-    if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
-        raise ConfigError(f"truncate={width!r} is not allowed: use a width of at least 1, or None.")
-    if data is not None and width is None:
-        raise ConfigError("data has no effect without truncate: leave it out.")
 
 
 def _check_sources(model: Any, key: str, sources: list[str]) -> None:

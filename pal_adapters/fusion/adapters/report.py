@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from adapters.composition import Fuse
 from adapters.methods.bottleneck import BottleneckLayer
-from torch import Tensor
 
 from pal_adapters.errors import ConfigError, UnsupportedError
+from pal_adapters.fusion.measuring import batches_of, evaluating
 from pal_adapters.fusion.types import TransferTable
 from pal_adapters.hosts.adapters.fusion import combination_config, fusion_name, place_names, places
 from pal_adapters.hosts.adapters.penalty import fusions_in
@@ -81,27 +81,23 @@ def _attention(model: Any, key: str, names: list[str], data: Iterable[Mapping[st
         )
     sums = {(i, layer.location_key): torch.zeros(len(names), dtype=torch.float64) for i, layer in layers}
     tokens = 0
-    setup, modes = model.active_adapters, {module: module.training for module in model.modules()}
+    setup = model.active_adapters
     try:
         model.set_active_adapters(Fuse(*names, name=key))
-        model.eval()
-        for batch in data:
-            inputs = {k: v for k, v in batch.items() if k != "labels"}
-            with torch.no_grad():
+        with evaluating(model):
+            for batch, mask in batches_of(data):
+                inputs = {k: v for k, v in batch.items() if k != "labels"}
                 found = base(**inputs, output_adapter_fusion_attentions=True).adapter_fusion_attentions[key]
-            mask = inputs.get("attention_mask")
-            for index, layer in layers:
-                probabilities = torch.from_numpy(found[index][layer.location_key]).double()
-                keep = torch.ones(probabilities.shape[:2], dtype=torch.bool)
-                if isinstance(mask, Tensor) and mask.shape == keep.shape:
-                    keep = mask.bool().cpu()
-                present = torch.tensor([_acts(layer, name) for name in names])
-                sums[index, layer.location_key][present] += probabilities[keep].sum(0)
-            tokens += int(keep.sum())
+                for index, layer in layers:
+                    probabilities = torch.from_numpy(found[index][layer.location_key]).double()
+                    keep = torch.ones(probabilities.shape[:2], dtype=torch.bool)
+                    if mask is not None and mask.shape == keep.shape:
+                        keep = mask.cpu()
+                    present = torch.tensor([_acts(layer, name) for name in names])
+                    sums[index, layer.location_key][present] += probabilities[keep].sum(0)
+                tokens += int(keep.sum())
     finally:
         model.adapters_config.active_setup = setup
-        for module, mode in modes.items():
-            module.training = mode
     if not tokens:
         raise ConfigError("data is empty: pass at least one batch of model inputs.")
     rows = []

@@ -17,7 +17,6 @@ from peft import (
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
-from pal_adapters.checks import require_int
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
 from pal_adapters.fusion.layer import SourceAttention
 from pal_adapters.fusion.units import CombinedUnit, StackedSources
@@ -36,12 +35,11 @@ _PREFIX = "base_model.model."
 def fold(
     model: PeftModel,
     adapter: str | None = None,
-    *,
     name: str | None = None,
     truncate: int | None = None,
     data: Iterable[Mapping[str, Any]] | None = None,
 ) -> PeftModel:
-    r"""Turn a combination of sources into one ordinary adapter that computes the same.
+    r"""The PEFT half of `pal_adapters.fold`, which has checked `truncate` and `data`.
 
     LoRA sources become a LoRA adapter whose rank is the sum of theirs:
 
@@ -56,30 +54,12 @@ def fold(
     The returned model takes over the base model of `model` and removes the combination from it, so save `model` first.
     The head of the combination becomes the head of the new adapter. If anything fails, `model` is unchanged.
 
-    Args:
-        model: a model with a ScaLearn or fixed combination.
-        adapter: name of the combination; the active one by default.
-        name: name of the new adapter; `adapter` by default.
-        truncate: maximum rank (LoRA) or width (bottleneck). LoRA: the best approximation of that rank, by SVD.
-            Houlsby: the most important units, with `W_2` refitted, see `pal_adapters.fusion.truncation.cut_to_width`.
-        data: with `truncate`, for Houlsby: batches (mappings of model inputs) over whose tokens the error is measured.
-            Without data, the inputs of a bottleneck are assumed to be N(0, 1).
-
     Returns:
         A `PeftModel` with the folded adapter. Its `truncation_errors` has the error of each truncated module: the root
         mean square of the error relative to that of the adapter's output (LoRA: for N(0, 1) inputs, which is the error
         in the Frobenius norm). It is empty if nothing was truncated.
-
-    Raises:
-        UnknownAdapterError: if there is no such combination.
-        UnsupportedError: if there is no exact fold, with the reason.
-        ConfigError: if `truncate` or `name` is not allowed, or `data` is empty or has no effect.
     """
     target, config = _target(model, adapter)
-    if truncate is not None:
-        require_int("truncate", truncate, minimum=1)
-    elif data is not None:
-        raise ConfigError("data has no effect without truncate: remove it.")
     name = target if name is None else name
     require_adapter_name("name", name)
     found = list(combinations(model.get_base_model(), target))

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pal_adapters as pa
-from pal_adapters.fusion.peft.folding import fold
+from pal_adapters import fold
 from pal_adapters.fusion.peft.report import transfer_rows
 from tests import plain
 from tests.hosts.peft import cases
@@ -254,7 +254,7 @@ def test_refusals(saved: Paths, tmp_path: pathlib.Path) -> None:
     refuses(target(saved["houlsby"]), "data contains an object of type int", pa.ConfigError, truncate=2, data=[1])
     for name in ("__base__", "a.b", "keys"):
         refuses(model, "is not allowed", pa.ConfigError, name=name)
-    refuses(model, "'other' is not a combination", pa.UnknownAdapterError, adapter="other")
+    refuses(model, "'other' is not a combination", pa.UnknownAdapterError, fusion="other")
     model.add_adapter("second", pa.ScaLearnPeftConfig(adapters=["qqp"], **cls))
     refuses(model, "other adapters")
     refuses(
@@ -262,8 +262,12 @@ def test_refusals(saved: Paths, tmp_path: pathlib.Path) -> None:
         "one active combination",
         pa.UnknownAdapterError,
     )
+    plain = cases.bert()
+    with pytest.raises(pa.UnsupportedError, match="has no adapters"):
+        fold(plain)
+    inject_adapter_in_model(LoraConfig(target_modules=["query"]), plain)
     with pytest.raises(pa.UnsupportedError, match="takes a PeftModel"):
-        fold(cases.bert())
+        fold(plain)
 
 
 @pytest.mark.parametrize("fusion", [["mnli", "qqp"], ("mnli", "qqp"), 3])

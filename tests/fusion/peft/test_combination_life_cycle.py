@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pal_adapters as pa
-from pal_adapters.fusion.peft.folding import fold
+from pal_adapters import fold
 from pal_adapters.fusion.peft.tuner import regularization_loss
 from tests.hosts.peft import cases
 
