@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -20,11 +20,17 @@ ARGUMENT = "task_ids"
 CARRIED = "pal_adapters_task_ids"
 
 
+def is_number(task: Any) -> bool:
+    """Whether a task is given by its number, of Python or of numpy."""
+    if isinstance(task, int):  # first: torch.compile does not trace the other test
+        return not isinstance(task, bool)
+    return isinstance(task, SupportsIndex)
+
+
 def _number(task: Any, tasks: Sequence[str]) -> int:
     if isinstance(task, str) and task in tasks:
         return tasks.index(task)
-    whole = not isinstance(task, (str, bool, float)) and hasattr(task, "__index__")
-    if whole and 0 <= int(task) < len(tasks):
+    if is_number(task) and 0 <= int(task) < len(tasks):
         return int(task)
     raise UnknownAdapterError(
         f"task_ids has {task!r}, which is no task of this adapter: use one of {', '.join(map(repr, tasks))} or a "

@@ -12,6 +12,7 @@ from adapters.methods.adapter_layer_base import ComposableAdapterLayerBase
 from torch import Tensor
 
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
+from pal_adapters.hooks.task_ids import is_number
 from pal_adapters.nn.unit import UnitInputs
 
 COMPOSITIONS = [Stack, Fuse, Split, Parallel, BatchSplit, Average, MultiTask]
@@ -158,7 +159,7 @@ def _task_children(setup: MultiTask, batch: int, ids: Any) -> list[int]:
     for task in ids:
         if isinstance(task, str) and task in children:
             rows.append(children.index(task))
-        elif _is_integer(task) and 0 <= task < len(children):
+        elif is_number(task) and 0 <= task < len(children):
             rows.append(int(task))
         else:
             raise UnknownAdapterError(
@@ -167,12 +168,6 @@ def _task_children(setup: MultiTask, batch: int, ids: Any) -> list[int]:
             )
     # Beam search repeats every example.
     return [child for child in rows for _ in range(batch // len(ids))]
-
-
-def _is_integer(task: Any) -> bool:
-    if isinstance(task, int):  # checked first, because torch.compile cannot trace the other check
-        return not isinstance(task, bool)
-    return not isinstance(task, str) and hasattr(task, "__index__")  # NumPy integers
 
 
 def with_rows(inputs: UnitInputs, rows: Tensor) -> UnitInputs:

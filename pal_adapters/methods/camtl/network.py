@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pal_adapters.errors import ConfigError, UnknownAdapterError
 from pal_adapters.hosts.unchanged import all_or_nothing, keep_values
+from pal_adapters.hosts.which import host_of, is_peft_model
 
 from .alone import join_table, train_alone
 from .layer import ConditionalBlock
@@ -68,9 +69,9 @@ def _found(model: nn.Module, adapter_name: str) -> list[tuple[nn.Module, Conditi
 
 def _config(model: Any, adapter_name: str) -> Any:
     """The network's config: what PEFT keeps, or the one inside the config of `adapters`."""
-    if hasattr(model, "peft_config"):
+    if host_of(model) == "peft":
         return model.peft_config[adapter_name]
-    from pal_adapters.hosts.adapters.config import task_configs
+    from pal_adapters.hosts.adapters.config import task_configs  # the host may be missing
 
     whole = model.adapters_config.get(adapter_name)
     return next(config for config in task_configs(whole) if config.method.network)
@@ -101,13 +102,13 @@ def network_size(model: nn.Module, adapter_name: str = "default") -> NetworkSize
 
 
 def _base_size(model: Any) -> int:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = model.get_base_model() if is_peft_model(model) else model
     inner = getattr(inner, "base_model", inner)
-    if hasattr(model, "adapters_config"):
-        from pal_adapters.hosts.adapters.layer import base_parameters
+    if host_of(model) == "adapters":
+        from pal_adapters.hosts.adapters.layer import base_parameters  # the host may be missing
 
         return sum(p.numel() for p in base_parameters(inner).values())
-    from pal_adapters.hosts.peft.joint import task_parameter_ids
+    from pal_adapters.hosts.peft.joint import task_parameter_ids  # the host may be missing
 
     added = task_parameter_ids(inner)
     return sum(p.numel() for p in inner.parameters() if id(p) not in added)
