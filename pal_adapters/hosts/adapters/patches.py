@@ -118,13 +118,12 @@ REPLACED: tuple[Replaced, ...] = (
         _MODEL, "load_adapter_fusion", ("self", "adapter_fusion_name_or_path", "load_as", *_LOAD),
         whole, "a fusion that could not be loaded stayed half added",
     ),
-    Replaced(
-        _MODEL, "load_adapter_setup", _SETUP, setup.load_adapter_setup,
-        "the parts that were read stayed when a later one could not be",
-    ),
-    Replaced(
-        _HEADS, "load_adapter_setup", _SETUP, setup.load_adapter_setup,
-        "the parts that were read stayed when a later one could not be",
+    *(
+        Replaced(
+            owner, "load_adapter_setup", _SETUP, setup.load_adapter_setup,
+            "the parts that were read stayed when a later one could not be",
+        )
+        for owner in (_MODEL, _HEADS)
     ),
     Replaced(
         _MODEL, "init_adapters", ("self", "model_config", "adapters_config"), adding_fusion.init_adapters,

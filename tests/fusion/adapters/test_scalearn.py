@@ -30,6 +30,7 @@ from pal_adapters.hosts.adapters import sources as adapters_sources
 from pal_adapters.hosts.adapters.fusion import Combination
 from tests.hosts.adapters import test_model_classes as classes
 from tests.hosts.adapters.tiny import SMALL, output, randomise, tiny_config
+from tests.methods import names as method_names
 
 VARIANTS = ["scalearn", "scalearn_uniform", "scalearn_pp", "scalearn_uniform_pp"]
 NAMES = ("a", "b", "c")
@@ -53,7 +54,7 @@ NARROW = {
     "leave_out": ["seq_bn", "seq_bn", "seq_bn"],
     "sequential_and_parallel": ["seq_bn", "par_bn", "seq_bn"],
     "parallel_last": ["seq_bn", "seq_bn", "par_bn"],
-    "pal": ["pal", "pal", "pal"],
+    **{method: [method] * 3 for method in method_names("adapters", lambda record: record.method.fusable)},
     "mixture": ["pal", "seq_bn", "low_rank"],
     "mixture_parallel": ["seq_bn", "pal", "par_bn"],
 }
