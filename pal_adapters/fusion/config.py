@@ -63,7 +63,7 @@ class ScaLearnOptions:
     regularization_form: str = field(default="mean", metadata=option("Its form.", one_of("mean", "code")))
 
     def complete(self) -> None:
-        """Check what no single field shows, and set `omega_dropout` to the variant's if it is None.
+        """Check combinations of fields, and set `omega_dropout` to the variant's if it is None.
 
         Raises:
             ConfigError: with the field, its value and what is allowed.

@@ -37,7 +37,7 @@ class Steer:
 
     Attributes:
         unit: the network's part in the block.
-        batch: the task of each row.
+        batch: the task of each example.
         h: the feed-forward input, where a bottleneck at the top reads it.
         bias: the term in the attention scores, where it does not go through the mask.
     """

@@ -47,7 +47,7 @@ class Touch(NamedTuple):
         return f"{name} ({self.source})" if self.source else name
 
     def fault(self) -> str | None:
-        """How the installed host differs, or None."""
+        """How the installed host differs from what is expected, or None."""
         try:
             found = resolve_name(self.path)
         except (AttributeError, ImportError):

@@ -1,4 +1,4 @@
-"""What a method tells the host bindings about itself. Methods register here; the bindings name none of them."""
+"""The interface between methods and host bindings. Methods register here; the bindings name none of them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Options:
     """The host of a config, `"adapters"` or `"peft"`."""
 
     def validate(self) -> None:
-        """Check what no single field shows, after the fields' own checks.
+        """Check combinations of fields, after the checks of each field.
 
         Raises:
             ConfigError: names the fields, their values and what is allowed.
@@ -98,7 +98,7 @@ def check_options(config: Any) -> None:
 
 
 def filled(config: Any, values: Mapping[str, Any]) -> Any:
-    """A copy of a config in which `values` stand in the fields of these names."""
+    """A copy of a config with these field values."""
     result = copy.copy(config)
     result.__dict__.update(values)
     return result
@@ -109,12 +109,12 @@ REGISTERED: dict[str, dict[str, type[Options]]] = {"adapters": {}, "peft": {}}
 
 
 def parameters_of(model: nn.Module, blocks: list[Block], task_parameters: Iterable[nn.Parameter]) -> int:
-    """Parameters of the embeddings and the blocks: the part of a model that neither head nor pooler changes.
+    """The number of parameters of the embeddings and the blocks, without head and pooler.
 
     Args:
         model: the model.
         blocks: its blocks.
-        task_parameters: what task modules added, which does not count.
+        task_parameters: parameters of task modules, which are not counted.
     """
     seen: set[int] = {id(p) for p in task_parameters}
     total = 0
@@ -129,7 +129,7 @@ def parameters_of(model: nn.Module, blocks: list[Block], task_parameters: Iterab
 
 
 def generator_for(seed: int | None, block: Block) -> torch.Generator | None:
-    """A generator that gives two adapters with one seed equal weights, and two blocks different ones."""
+    """A generator with which adapters of the same seed get equal weights, and the blocks of one different ones."""
     if seed is None:
         return None
     return torch.Generator().manual_seed(seed * 1_000_003 + block.stack * 10_007 + block.index)

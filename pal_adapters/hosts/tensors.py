@@ -1,4 +1,4 @@
-"""Whether a tensor from a file can replace one of a model, at every door of both hosts."""
+"""Whether a tensor from a file can replace one of a model, for every entry point of both hosts."""
 
 from __future__ import annotations
 

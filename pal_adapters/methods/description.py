@@ -1,4 +1,4 @@
-"""What each method would do on a model, without adding anything."""
+"""What each method would do to a model, without adding anything."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pal_adapters.hosts.method import REGISTERED
 
 @dataclass(frozen=True)
 class StackSites:
-    """What is known of the blocks of one class in one list of a model.
+    """What is known about the blocks of one class in one list of a model.
 
     Attributes:
         path: the path of the list, such as `"model.layers"`.
@@ -101,7 +101,7 @@ def describe_sites(model: nn.Module) -> SitesTable:
 
 
 def _methods(single: str, network: str) -> dict[str, str]:
-    """The verdict on each registered method: those of one task, and networks for many."""
+    """What each registered method would do, those for one task and networks for many."""
     classes = {name: config.method for host in REGISTERED.values() for name, config in host.items()}
     return {name: network if method.network else single for name, method in sorted(classes.items())}
 

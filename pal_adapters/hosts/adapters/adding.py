@@ -1,4 +1,4 @@
-"""Adding an adapter to a model of `adapters`: whether it fits, what is chosen for the model, a layer in each block."""
+"""Adding an adapter to a model of `adapters`: checks that it fits, fills in sizes, gives each block its layer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
 
 
 def supports_adapter(original: Any) -> Any:
-    """`ModelAdaptersMixin.supports_adapter`, which finds out from the model whether a config of ours fits."""
+    """`ModelAdaptersMixin.supports_adapter`, which asks the model whether one of our configs fits."""
 
     def wrapper(self: ModelAdaptersMixin, type_or_config: Any) -> bool:
         config = ADAPTER_CONFIG_MAP.get(type_or_config) if isinstance(type_or_config, str) else type_or_config
@@ -59,7 +59,7 @@ def supports_adapter(original: Any) -> Any:
 
 
 def add_adapter(original: Any) -> Any:
-    """`ModelAdaptersMixin.add_adapter`, which says why a config of ours does not fit."""
+    """`ModelAdaptersMixin.add_adapter`, which says why one of our configs does not fit."""
 
     def wrapper(self: ModelAdaptersMixin, adapter_name: str, config: Any = None, *args: Any, **kwargs: Any) -> None:
         config = load_config(config)
@@ -75,7 +75,7 @@ def load_config(config: Any) -> AdapterConfig | None:
     """The config that the host's `config` argument stands for.
 
     Raises:
-        ConfigError: for a string with one of our methods that cannot be parsed, with what to write.
+        ConfigError: for a string that names one of our methods but cannot be parsed; says what to write.
     """
     try:
         return AdapterConfig.load(config)
@@ -116,7 +116,7 @@ def add_adapter_weights(original: Any) -> Any:
 
 
 def _prepare(model: ModelAdaptersMixin, adapter_name: str) -> list[TaskAdapterConfig]:
-    """Check the config, choose what depends on the model, and give each block its layer."""
+    """Check the config, fill in what depends on the model, and give each block its layer."""
     whole = model.adapters_config.get(adapter_name)
     if not is_ours(architectures(whole)):
         return []
@@ -140,7 +140,7 @@ def _prepare(model: ModelAdaptersMixin, adapter_name: str) -> list[TaskAdapterCo
 
 
 def _plan(model: ModelAdaptersMixin, whole: AdapterConfig | None) -> Plan:
-    """Raises if a config does not fit the model, and changes nothing."""
+    """Check that a config fits the model, without changing anything."""
     given = list(given_configs(whole))
     if not given or whole is None:
         return Plan([], [], [], whole, False)

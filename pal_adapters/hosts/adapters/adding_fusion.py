@@ -1,4 +1,4 @@
-"""Adding a fusion to a model of `adapters`: what can be fused, what its places share, and its penalty."""
+"""Adding a fusion to a model of `adapters`: checks its sources, links shared coefficients, watches its penalty."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forward pass of the host's bottleneck layers, where task modules or our fusions act in them."""
+"""The forward pass of the host's bottleneck layers that contain task modules or our fusions."""
 
 from __future__ import annotations
 

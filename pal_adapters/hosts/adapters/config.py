@@ -107,7 +107,7 @@ class TaskAdapterConfig(Options, AdapterConfig):
         return made
 
     def __eq__(self, other: object) -> bool:
-        """Whether both were asked for the same; what was chosen for a model does not count."""
+        """Whether both configs ask for the same; values chosen for a model do not count."""
         if not isinstance(other, TaskAdapterConfig):
             return False
         return {**self.to_dict(), "chosen": None} == {**other.to_dict(), "chosen": None}
@@ -144,9 +144,7 @@ class TaskAdapterConfig(Options, AdapterConfig):
 
 
 def given_configs(config: Mapping[str, Any] | None) -> Iterator[TaskAdapterConfig]:
-    """The configs of this package in an adapter's config, the config itself or members of a union, as the user gave
-    them.
-    """
+    """The configs of this package in an adapter's config, as the user gave them: itself, or members of a union."""
     if config is not None and not isinstance(config, AdapterConfig):
         config = AdapterConfig.load(config)  # a dict, from the config file of a whole model
     if isinstance(config, TaskAdapterConfig):

@@ -1,4 +1,4 @@
-"""Deleting adapters and fusions from a model of `adapters` takes their configs along."""
+"""Deleting adapters and fusions from a model of `adapters`, including their configs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weight files of adapters and fusions: which tensors belong to one, and whether a file holds just these."""
+"""The weight files of adapters and fusions: which tensors belong in one, and whether a file has exactly these."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CHECK_ALL: ContextVar[bool] = ContextVar("pal_adapters_check_all_files", defaul
 
 @contextmanager
 def all_files_checked() -> Iterator[None]:
-    """Check the files of the host's own adapters too, which it loads whatever they lack."""
+    """Also check the files of the host's own adapters, which it loads even if tensors are missing."""
     token = _CHECK_ALL.set(True)
     try:
         yield
@@ -33,13 +33,13 @@ def all_files_checked() -> Iterator[None]:
 
 
 class OwnTensors:
-    """Tells by a tensor's name whether it belongs to one adapter or fusion with a method of this package.
+    """Tells by its name whether a tensor belongs to an adapter or fusion of this package.
 
     The host accepts any callable; a file that is loaded with this one is checked, see `load_weights_from_state_dict`.
 
     Args:
         kept: whether a tensor of the model belongs to it.
-        optional: whether a tensor may be in the file alone, or in the model alone; takes its name in the base model.
+        optional: whether a tensor may be missing from either the file or the model; takes its name in the base model.
     """
 
     def __init__(self, kept: Callable[[str], bool], optional: Callable[[str], bool] = lambda key: False) -> None:
@@ -197,7 +197,7 @@ def load_weights_from_state_dict(original: Any) -> Any:
 def _file_names(
     model: Any, given: Mapping[str, Any], in_base_model: bool, start_prefix: str
 ) -> Callable[[str], str | None]:
-    """From the name of a tensor in a model to its name in a file, which may be of a model with or without a head."""
+    """Maps the name of a tensor on a model to its name in a file, saved from a model with or without a head."""
     prefix = model.base_model_prefix
     has_base = hasattr(model, prefix)
     prefixed = any(key.startswith(prefix) for key in given)
@@ -209,7 +209,7 @@ def _file_names(
 
 
 def _check(model: Any, given: Mapping[str, Any], named: Callable[[str], str | None], own: OwnTensors) -> None:
-    """Raise `StorageError` unless a file holds each tensor of an adapter, and no other, as the model needs them."""
+    """Raise `StorageError` unless a file has exactly the tensors of an adapter, in a form that fits the model."""
     tensors = model.state_dict(keep_vars=True)
     wanted = {named(name): tensor for name, tensor in tensors.items() if own(name)}
     prefix = f"{model.base_model_prefix}."

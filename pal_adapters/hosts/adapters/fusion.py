@@ -1,4 +1,4 @@
-"""Fusions in `adapters` that weigh their sources with coefficients independent of the input.
+"""Fusions in `adapters` that weight their sources by coefficients independent of the input.
 
 The layer of such a fusion is kept where the host keeps its own, in `adapter_fusion_layer.<name>` of a
 `BottleneckLayer`, so the host saves, loads, renames, moves, trains and deletes it. The sources' sum is computed here:
@@ -25,7 +25,7 @@ from .sources import WideSources, added
 # The config class of each fusion by its architecture, filled by `patches.register_fusion`.
 FUSIONS: dict[str, type[CombinationConfig]] = {}
 
-# Options of the host's fusion without a meaning in ours. The host reads them, so our configs have them too.
+# Options that only the host's own fusion uses. The host reads them, so our configs have them too.
 HOST_ONLY = tuple(name for name in AdapterFusionConfig.__dataclass_fields__ if name != "regularization")
 
 
@@ -62,7 +62,7 @@ class Combination(nn.Module):
         return None
 
     def rows(self, setup: Fuse) -> list[tuple[int, Any]]:
-        """The children of a `Fuse`, each with the row of `omega` that weighs it."""
+        """The children of a `Fuse`, each with its row of `omega`."""
         children = [child if isinstance(child, str) else child.last() for child in setup]
         if sorted(children) != sorted(self.names):
             raise UnsupportedError(
@@ -152,7 +152,7 @@ def _total(
 
 
 def weigh(coefficients: Tensor, terms: Sequence[Tensor]) -> Tensor:
-    """The sum of terms `[b, n, d]`, each weighed by its row of coefficients."""
+    """The sum of terms `[b, n, d]`, each weighted by its row of coefficients."""
     stacked = torch.stack(list(terms), -2)
     return (coefficients.to(stacked.dtype) * stacked).sum(-2)
 
@@ -171,7 +171,7 @@ def _last(child: Any, layer: BottleneckLayer) -> str:
 
 
 def combination_config(config: Any) -> CombinationConfig | None:
-    """The config as one of our fusion configs, or None; from a file, the host has a dict or its own class."""
+    """The config as one of our fusion configs, or None; from a file, it is a dict or the host's own class."""
     if isinstance(config, CombinationConfig):
         return config
     if not isinstance(config, Mapping):

@@ -1,4 +1,4 @@
-"""The host's LoRA in a composition with task modules: its layer expects every child to have LoRA."""
+"""The host's LoRA in compositions with task modules: its layer expects LoRA in every child."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _has_ours(layer: Any, setup: AdapterCompositionBlock) -> bool:
 
 
 def complete_states(layer: Any, states: list[Any]) -> list[Any]:
-    """The states of the children, where a child without LoRA gets a state that leaves the layer's output unchanged.
+    """The states of the children; a child without LoRA gets one that leaves the layer's output unchanged.
 
     Raises:
         UnsupportedError: for DoRA, which scales the whole output.
@@ -42,7 +42,7 @@ def complete_states(layer: Any, states: list[Any]) -> list[Any]:
         hidden = like.new_full((state.layer_input.shape[0], *like.shape[1:]), neutral)
         return state._replace(hidden_states=hidden)
 
-    # The host reads from the last state which LoRA came last.
+    # The host takes the last LoRA from the last state.
     return [filled(state)._replace(last=last) for state in states]
 
 

@@ -1,7 +1,7 @@
 """Registration with `adapters`, and the table of everything in it that is replaced.
 
-`REPLACED` is applied once, when the first method registers. A wrapper that is not here is in the module that has the
-idea. What is called or subclassed, without being replaced, is listed in `expectations`.
+`REPLACED` is applied once, when the first method registers. The wrappers are in the modules
+they belong to. What is called or subclassed without being replaced is listed in `expectations`.
 """
 
 from __future__ import annotations

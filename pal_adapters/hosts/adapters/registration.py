@@ -1,4 +1,4 @@
-"""How a method is registered with `adapters`: one call with its config."""
+"""Registers a method with `adapters`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ def register(config_class: type[TaskAdapterConfig], presets: Mapping[str, TaskAd
 
     Args:
         config_class: the method's config, a dataclass that inherits the method's options and `TaskAdapterConfig`.
-        presets: ready configs by the string that stands for them; None has one, with the name of the method and the
-            default values.
+        presets: ready-made configs by their string; by default one, with the name of the method and default values.
 
     Raises:
-        ConfigError: for a class that is no such config, or a string that the host or another package uses already.
+        ConfigError: for any other class, or a string that the host or another package already uses.
     """
     if not (isinstance(config_class, type) and issubclass(config_class, TaskAdapterConfig)):
         raise ConfigError(f"config_class={config_class!r} is not allowed: pass a subclass of TaskAdapterConfig.")

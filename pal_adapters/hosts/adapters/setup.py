@@ -1,4 +1,4 @@
-"""Saved setups: they keep a fusion's name, name nothing outside their folder, and are loaded whole or not at all."""
+"""Saved setups: they keep the names of fusions, refer to nothing outside their folder, and load all-or-nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def fuse_kwargs(original: Any) -> Any:
 
 
 def load_adapter_setup(original: Any) -> Any:
-    """`load_adapter_setup`, whole or not at all, for a file that names compositions and folders inside its own."""
+    """`load_adapter_setup`, all-or-nothing, for a file that refers only to folders inside its own."""
 
     def wrapper(
         self: ModelAdaptersMixin,
@@ -92,11 +92,11 @@ def _is_ours(folder: Path) -> bool:
         saved = json.loads((folder / ADAPTERFUSION_CONFIG_NAME).read_text(encoding="utf-8"))
         return combination_config(saved["config"]) is not None
     except (OSError, ValueError, KeyError, TypeError):
-        return True  # its loader says what is wrong
+        return True  # its loader reports what is wrong
 
 
 def _kinds(block: dict[str, Any]) -> Iterator[Any]:
-    """The types of a composition and of those inside."""
+    """The types of a composition and of those nested in it."""
     if block["type"] != "single":
         yield block["type"]
         for child in block["children"]:

@@ -1,4 +1,4 @@
-"""The host's bottlenecks as sources of a fusion: what one adds, several as a single wide one, what cannot be fused."""
+"""The host's bottlenecks as sources of a fusion: their outputs, several as one wide one, and which cannot be fused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The host's methods that change a model do so whole or not at all."""
+"""Makes the host's methods that change a model all-or-nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def changing(model: ModelAdaptersMixin) -> Iterator[None]:
 
 
 def whole(original: Any) -> Any:
-    """A method of a model that changes it whole or not at all."""
+    """Make a method of a model all-or-nothing."""
 
     def wrapper(self: ModelAdaptersMixin, *args: Any, **kwargs: Any) -> Any:
         with changing(self):

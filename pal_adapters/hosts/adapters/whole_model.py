@@ -27,7 +27,7 @@ def get_config_class(original: Any) -> Any:
 
 
 def get_from_config(original: Any) -> Any:
-    """`AdapterMethod.get_from_config`, which asks for none of the host's methods where a config is ours."""
+    """`AdapterMethod.get_from_config`, which needs none of the host's methods for our configs."""
 
     def get_from_config(config: AdapterConfig) -> list[str]:
         return [] if isinstance(config, TaskAdapterConfig) else original(config)
@@ -47,7 +47,7 @@ def merge_adapter(original: Any) -> Any:
 
 
 def freeze_embeddings(original: Any) -> Any:
-    """`ModelWithHeadsAdaptersMixin.freeze_embeddings`, which leaves a base that is trained as it is."""
+    """`ModelWithHeadsAdaptersMixin.freeze_embeddings`, which does not touch a base that is being trained."""
 
     def wrapper(self: ModelWithHeadsAdaptersMixin, freeze: bool = True) -> None:
         trained: list[nn.Parameter] = []

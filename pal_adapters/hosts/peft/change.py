@@ -1,4 +1,4 @@
-"""Changes of a model with PEFT layers that happen whole or not at all."""
+"""All-or-nothing changes of a model with PEFT layers."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def check_transformers_loading(model: nn.Module, adapter_name: str, others: list
 
 
 def _stored_names(folder: Path) -> set[str] | None:
-    """Names of the tensors in a local folder, as the base model has them; None for what is not a local folder."""
+    """Names of the tensors in a local folder, as the base model has them; None for anything but a local folder."""
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
         return None
@@ -160,7 +160,7 @@ def check_base_untouched(model: nn.Module, folder: Path, config: PeftConfig | No
 
     Args:
         model: the base model, before the adapter is added.
-        folder: what is not a local folder is not checked.
+        folder: only a local folder is checked.
         config: the adapter's, or None for the one in the folder.
     """
     names = _stored_names(folder)

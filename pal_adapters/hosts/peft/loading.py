@@ -195,7 +195,7 @@ def check_loaded(model: nn.Module, adapter_name: str, info: Any, kinds: Iterable
 
 
 def kinds_in(path: str | os.PathLike[str] | None) -> list[str]:
-    """The dtypes of the tensors in a local folder, as safetensors calls them; none for what is not a local folder."""
+    """The dtypes of the tensors in a local folder, as safetensors calls them; none for anything but a local folder."""
     file = Path(path or "", SAFETENSORS_WEIGHTS_NAME)
     if path is None or not file.is_file():
         return []

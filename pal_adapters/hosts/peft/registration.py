@@ -1,4 +1,4 @@
-"""How a method is registered with PEFT: one call with its config."""
+"""Registers a method with PEFT."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def register(
 
     Args:
         config_class: the method's config, a dataclass that inherits the method's options and `TaskPeftConfig`.
-        tuner_class: the method's tuner; None makes one that puts the method's units into the blocks.
-        base: what such a tuner inherits.
+        tuner_class: the method's tuner; by default one that puts the method's units into the blocks.
+        base: the base class of such a tuner.
 
     Raises:
-        ConfigError: for a class that is no such config, or a name that PEFT or another package uses already.
+        ConfigError: for any other class, or a name that PEFT or another package already uses.
     """
     if not (isinstance(config_class, type) and issubclass(config_class, TaskPeftConfig)):
         raise ConfigError(f"config_class={config_class!r} is not allowed: pass a subclass of TaskPeftConfig.")
@@ -39,7 +39,7 @@ def register(
 
 
 def _make_tuner(config_class: type[TaskPeftConfig], base: type[TaskTuner]) -> type[TaskTuner]:
-    """The tuner of a method that needs no code of its own, and the layer that it gives each block.
+    """Make the tuner of a method without code of its own, and the layer that it gives each block.
 
     PEFT tells methods apart by these classes. They belong to the module of the config, where unpickling finds them.
     """

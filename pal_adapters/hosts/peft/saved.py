@@ -1,4 +1,4 @@
-"""Configs and tensors of PEFT adapters, saved or on a model, and the rules of LoRA for its own."""
+"""Configs and tensors of PEFT adapters, saved or on a model, and the scaling of LoRA."""
 
 from __future__ import annotations
 

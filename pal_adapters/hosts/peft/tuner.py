@@ -93,7 +93,7 @@ def _refuse_task_ids(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> No
 
 
 def _watch_task_ids(tuner: TaskTuner) -> None:
-    """Hook the `PeftModel` that is about to hold `tuner`, so that `task_ids` is noticed.
+    """Hook the `PeftModel` that will hold `tuner`, so that `task_ids` are noticed.
 
     `PeftModelFor*.forward` accepts `task_ids` but passes it on only for POLY, and a tuner never sees its `PeftModel`.
     """

@@ -1,6 +1,6 @@
 """FiLM, the building block of CA-MTL, and what it is conditioned on. Plain torch.
 
-Legend: b batch rows, n tokens, d width, t tasks, c conditions (tasks in the batch).
+Legend: b examples, n tokens, d width, t tasks, c conditions (tasks in the batch).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pal_adapters.nn.unit import BatchTasks, init_linear
 
 
 class Condition(NamedTuple):
-    """The vectors that steer a batch, and which of them each row has.
+    """The vectors that steer a batch, and the one of each example.
 
     Attributes:
         table: `[c, d]`.
-        member: `[b]`, the row of `table` of each row of the batch; None if `table` has one row.
+        member: `[b]`, the row of `table` for each example; None if `table` has one row.
     """
 
     table: Tensor
@@ -34,8 +34,8 @@ def condition_of(table: Tensor, batch: BatchTasks) -> Condition:
     """The condition of a batch: the vectors of the tasks that are in it.
 
     Args:
-        table: `[t, d]`, one vector a task.
-        batch: the task of each row.
+        table: `[t, d]`, one vector per task.
+        batch: the task of each example.
     """
     if batch.tasks is not None:
         table = table.index_select(0, batch.tasks)
@@ -83,6 +83,6 @@ def modulation(condition: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor,
 
 
 def modulate(x: Tensor, coefficients: tuple[Tensor, Tensor], condition: Condition) -> Tensor:
-    """`(1 + gamma) x + beta`, row by row with its own coefficients `[c, k]`."""
+    """`(1 + gamma) x + beta`, with each example's own coefficients of `[c, k]`."""
     gamma, beta = (condition.rows(values).unsqueeze(1) for values in coefficients)
     return torch.addcmul(beta, x.to(beta.dtype), 1 + gamma).to(x.dtype)

@@ -95,7 +95,7 @@ class ConditionalBlock(TaskUnit):
         return self.closing_norm is not None and not isinstance(self.closing_norm, ConditionalLayerNorm)
 
     def mark_frozen(self) -> None:
-        """Take `requires_grad` from what does not train although its adapter does."""
+        """Freeze what does not train even while its adapter does."""
         if self.freeze_attention_film and self.attention is not None:
             self.attention.film.requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""What one does with a CA-MTL network on a model, in either host: add a task, count parameters."""
+"""Operations on a CA-MTL network in either host: add a task, count parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Task embeddings, what is made of them, and the alignment behind the embeddings. Plain torch."""
+"""Task embeddings, the vectors derived from them, and the alignment after the embeddings. Plain torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .film import Condition, FiLM, condition_of, modulate, modulation
 
 
 class TaskConditions(nn.Module):
-    r"""What all blocks share: one vector a task, and two ways in which it is used.
+    r"""What all blocks share: one vector per task, used in two ways.
 
     $$X_0 = \mathrm{FiLM}(z_t, \mathrm{Emb}), \qquad z'_t = W_z z_t + b_z$$
 
@@ -53,7 +53,7 @@ def transformed(weights: Mapping[str, Tensor], batch: BatchTasks) -> Condition:
 
     Args:
         weights: the tensors of a `TaskConditions` by name.
-        batch: the task of each row.
+        batch: the task of each example.
     """
     table = weights["task_embedding"]
     condition = condition_of(table, batch.to(table.device))
