@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from pal_adapters.blocks.sites import Block
+from pal_adapters.nn.unit import key_of
 
 Slots = dict[str, list[tuple[nn.Module, str]]]
 
@@ -68,11 +69,6 @@ def outer_slots(
 def reader_of(model: nn.Module, module: nn.Module) -> nn.Module:
     """The module whose `forward` reads a module's weights: itself, or DeBERTa's encoder for `rel_embeddings`."""
     return next((m for m in model.modules() if m._modules.get("rel_embeddings") is module), module)
-
-
-def key_of(name: str) -> str:
-    """A parameter name without dots, for use as a key."""
-    return name.replace(".", "__")
 
 
 class BaseCopies:

@@ -186,6 +186,11 @@ def _gather(
     return gathered
 
 
+def key_of(path: str) -> str:
+    """The path of a module or parameter as a key of `nn.ModuleDict` or `nn.ParameterDict`: `__` replaces dots."""
+    return path.replace(".", "__")
+
+
 def _difference(first: Mapping[str, Tensor], other: Mapping[str, Tensor], unit: TaskUnit) -> str:
     shapes = [{name: list(weight.shape) for name, weight in table.items()} for table in (first, other)]
     name = next(name for name in (*first, *other) if shapes[0].get(name) != shapes[1].get(name))

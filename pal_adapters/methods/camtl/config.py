@@ -23,9 +23,10 @@ from pal_adapters.checks import (
     string,
 )
 from pal_adapters.errors import ConfigError, UnsupportedError
-from pal_adapters.hooks.weight_copies import Slots, key_of
+from pal_adapters.hooks.weight_copies import Slots
 from pal_adapters.hosts.method import Method, Options
 from pal_adapters.methods.released import CAMTL_PRESETS, draw_weights, freezes_attention_film
+from pal_adapters.nn.unit import key_of
 
 from .layer import ConditionalBlock
 from .task import TaskConditions

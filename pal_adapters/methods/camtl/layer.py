@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pal_adapters.nn.unit import BatchTasks, TaskUnit, UnitInputs, Weights
+from pal_adapters.nn.unit import BatchTasks, TaskUnit, UnitInputs, Weights, key_of
 
 from .alone import task_table
 from .attention import ConditionalAttentionBias
@@ -145,8 +145,3 @@ class ConditionalBlock(TaskUnit):
 
     def forward(self, site: str, value: Tensor, inputs: UnitInputs, weights: Weights) -> Tensor:
         raise NotImplementedError("a conditional block acts at more places than a task module; see its methods.")
-
-
-def key_of(path: str) -> str:
-    """A module path or parameter name as one part of a name: `attention.output.LayerNorm` with `__` for dots."""
-    return path.replace(".", "__")
