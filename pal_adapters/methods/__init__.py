@@ -1,8 +1,8 @@
-"""The methods, each in a folder of its own that imports no other method.
+"""The methods, each in its own folder, which imports no other method.
 
 A folder holds the maths (`layer.py`, plain torch), the options (`config.py`) and a binding for each host
-(`adapters.py`, `peft.py`), which ends with a call of that host's `register`. Folders are discovered: a new one needs
-no entry anywhere. `shared.py` holds what several methods use, `released.py` what only repeats faults of released code.
+(`adapters.py`, `peft.py`), which ends with a call of that host's `register`. Folders are discovered automatically.
+`shared.py` has code used by several methods, `released.py` code that only reproduces faults of released code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def load(host: str) -> dict[str, type[Options]]:
         The config classes that they register, by name.
 
     Raises:
-        PalAdaptersError: if a binding does not register what it defines.
+        PalAdaptersError: if a binding does not register the configs it defines.
     """
     public: dict[str, type[Options]] = {}
     for folder in folders():
@@ -41,7 +41,7 @@ def registered_in(binding: ModuleType, host: str) -> dict[str, type[Options]]:
     """The config classes that a binding has registered, by name.
 
     Raises:
-        PalAdaptersError: if it has not registered all that it defines, or defines none.
+        PalAdaptersError: if it has not registered all configs that it defines, or defines none.
     """
     defined = {
         name: value
@@ -61,9 +61,9 @@ def registered_in(binding: ModuleType, host: str) -> dict[str, type[Options]]:
 def register_method(*config_classes: type[Options]) -> None:
     """Register a method of another package with the hosts.
 
-    Afterwards its configs work as those of this package do: in `add_adapter` and `get_peft_model`, by string
-    (`"<name>[hidden_size=12]"`, in adapters), and when a saved adapter is loaded. Call it where the package is
-    imported. Registering a class twice does nothing.
+    Its configs then work like those of this package: in `add_adapter` and `get_peft_model`, by string
+    (`"<name>[hidden_size=12]"`, in adapters), and when a saved adapter is loaded. Call it when your package is
+    imported. Registering a class again does nothing.
 
     Args:
         config_classes: the method's config for adapters, which derives from
@@ -85,5 +85,5 @@ def register_method(*config_classes: type[Options]) -> None:
                 f"config_class={config_class!r} is not allowed: pass a dataclass that derives from TaskAdapterConfig "
                 "or TaskPeftConfig."
             )
-        # Only the hosts that are installed can be imported.
+        # Only installed hosts can be imported.
         importlib.import_module(f"pal_adapters.hosts.{host}.registration").register(config_class)

@@ -24,9 +24,9 @@ class StackSites:
         path: the path of the list, such as `"model.layers"`.
         block: the class of the blocks.
         names: the paths of the blocks.
-        kind: `"pre-LN"`, `"post-LN"`, or `"unknown"`; methods leave a block of unknown kind alone.
-        width: `d`, or 0 where the kind is unknown.
-        methods: what each method would do there: `"adapts"`, or why it would not.
+        kind: `"pre-LN"`, `"post-LN"`, or `"unknown"`; methods skip blocks of unknown kind.
+        width: `d`, or 0 if the kind is unknown.
+        methods: what each method would do there: `"adapts"`, or the reason why not.
     """
 
     path: str
@@ -67,13 +67,13 @@ class SitesTable:
 
 
 def describe_sites(model: nn.Module) -> SitesTable:
-    """The blocks that are found in a model and what each method would do there. Changes nothing.
+    """List the blocks of a model and what each method would do with them. Changes nothing.
 
     Args:
         model: a model of transformers, with or without adapters.
 
     Returns:
-        A table of `StackSites`, one for each class of block in each list of blocks.
+        A table with one `StackSites` for each class of blocks in each list.
 
     Example:
         ```python

@@ -1,13 +1,13 @@
-"""What only reproduces the released code of the papers where that code has a fault. Nothing else belongs here.
+"""Code that only reproduces faults in the papers' released code. Nothing else belongs here.
 
 | option | the fault |
 |---|---|
-| `legacy_ln_init` of the modules on top | layer norms start at `N(0, 0.02^2)`, scale and shift, instead of 1 and 0 |
-| `freeze_rule="code"` of CA-MTL | the FiLM of the attention term in frozen blocks stays as it starts |
+| `legacy_ln_init` of the modules on top | scale and shift of layer norms start at `N(0, 0.02^2)` instead of 1 and 0 |
+| `freeze_rule="code"` of CA-MTL | the FiLM of the attention term in frozen blocks is not trained |
 | `top_block_init="scratch"` of CA-MTL | the last block loses its pretrained weights |
 | `regularization_form="code"` of ScaLearn | the penalty of shared coefficients sums over channels and sources |
 
-The options keep these runs repeatable; none of them is a default.
+The options make the published runs reproducible; none is a default.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def draw_layer_norm(norm: nn.LayerNorm, generator: torch.Generator | None) -> No
 
 
 def freezes_attention_film(freeze_rule: str, block_is_frozen: bool) -> bool:
-    """Whether the FiLM of a block's attention term does not train."""
+    """Whether the FiLM of a block's attention term stays frozen."""
     return freeze_rule == "code" and block_is_frozen
 
 

@@ -1,4 +1,4 @@
-"""What several methods use: the width of a PAL that suits a model, and checks of what a module reads."""
+"""Used by several methods: the default width of a PAL for a model, and checks of `pal_input`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def added_parameters(width: int, hidden_size: int, depth: int) -> int:
 def default_hidden_size(width: int, depth: int, base_parameters: int, num_heads: int = 6) -> int:
     """The PAL width for `hidden_size=None`.
 
-    204 for `d = 768` (the authors') and 264 for `d = 1024`; elsewhere the smallest multiple of `num_heads` with which
-    eight tasks make the model at least 1.13 times as large, the paper's budget.
+    204 for `d = 768` (the authors') and 264 for `d = 1024`; otherwise the smallest multiple of `num_heads` with
+    which eight tasks make the model at least 1.13 times as large, the paper's budget.
 
     Args:
         base_parameters: parameters of the pretrained model.
@@ -38,7 +38,7 @@ def default_hidden_size(width: int, depth: int, base_parameters: int, num_heads:
 
 
 def choose_hidden_size(options: Any, blocks: list[Block], base_parameters: int) -> Mapping[str, Any]:
-    """A number for `hidden_size=None`, see `default_hidden_size`; nothing where the user gave one."""
+    """A value for `hidden_size=None`, see `default_hidden_size`; nothing if the user set one."""
     if options.hidden_size is not None:
         return {}
     block = blocks[0]
@@ -46,7 +46,7 @@ def choose_hidden_size(options: Any, blocks: list[Block], base_parameters: int) 
 
 
 def check_pal_input(pal_input: str, blocks: list[Block]) -> None:
-    """Raise `ConfigError` for `pal_input="raw"` where no block has a norm in front of attention."""
+    """Raise `ConfigError` for `pal_input="raw"` if no block has a norm before attention."""
     if pal_input == "raw" and all(block.sites.norm == "post" for block in blocks):
         raise ConfigError(
             "pal_input='raw' has no effect on this model: its blocks are post-LN, so the module reads the "

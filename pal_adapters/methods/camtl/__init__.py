@@ -1,1 +1,1 @@
-"""CA-MTL: one conditional network for all tasks, steered by a learned vector for each task."""
+"""CA-MTL: one network for all tasks, conditioned on a learned embedding of each task."""

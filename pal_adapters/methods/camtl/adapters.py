@@ -22,7 +22,7 @@ class CAMTLConfig(CAMTLOptions, TaskAdapterConfig):
 
     Args:
         leave_out: not allowed: the network is in all blocks.
-        init_weights: `"zero_film"` (FiLM changes nothing at the start, though a bottleneck always does) or `"bert"`
+        init_weights: `"zero_film"` (FiLM starts as the identity; bottlenecks cannot) or `"bert"`
             (`N(0, 0.02^2)`, as the authors do).
     """
 
@@ -39,18 +39,18 @@ class CAMTLConfig(CAMTLOptions, TaskAdapterConfig):
         super().validate()
         if self.leave_out:
             raise ConfigError(
-                f"leave_out={self.leave_out!r} is not allowed: the network is in all blocks; say which get which "
-                "module by attention_layers and norm_layers."
+                f"leave_out={self.leave_out!r} is not allowed: the network is in all blocks. Select the blocks "
+                "of its modules with attention_layers and norm_layers."
             )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> CAMTLConfig:
-        """A config by name: `"ca_mtl_base"` or `"ca_mtl_large"`, or as released, `"ca_mtl_base_code"` or
+        """A preset: `"ca_mtl_base"` or `"ca_mtl_large"`, or as released, `"ca_mtl_base_code"` or
         `"ca_mtl_large_code"`.
 
         Args:
             name: the preset.
-            changes: other fields, at least `tasks`.
+            changes: values of other fields, at least of `tasks`.
         """
         return cls(**{**preset_values(name, ("init_weights", "bert")), **changes})
 

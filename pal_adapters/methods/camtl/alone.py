@@ -1,4 +1,4 @@
-"""Training the vectors of some tasks of a network while everything else stays frozen."""
+"""Training the embeddings of some tasks of a network while everything else stays frozen."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 
 HELD = "task_vectors"
-"""Where a unit holds such vectors by the number of the task. In the state dict they are rows of the table instead."""
+"""Where a unit keeps these embeddings, by task number. In the state dict they are rows of the table instead."""
 
 
 def train_alone(units: Sequence[nn.Module], table: nn.Parameter, numbers: Iterable[int]) -> list[nn.Parameter]:
-    """Take the vectors of some tasks out of the table, as parameters of their own, and freeze the table.
+    """Make the embeddings of some tasks separate parameters and freeze the table.
 
-    No optimizer changes the other vectors then, not even by weight decay. The table keeps its shape and its place in
-    the state dict, where the vectors are written back to it.
+    The optimizer then cannot change the other embeddings, not even by weight decay. The table keeps its shape and its
+    place in the state dict, where the embeddings are written back to it.
 
     Args:
-        units: the network's units, the first of which holds the vectors.
+        units: the network's units, the first of which holds the embeddings.
         table: the task embeddings `[t, d]`.
-        numbers: of the tasks.
+        numbers: the numbers of the tasks.
     """
     join_table(units, table)
     table.requires_grad_(False)
@@ -38,7 +38,7 @@ def train_alone(units: Sequence[nn.Module], table: nn.Parameter, numbers: Iterab
 
 
 def join_table(units: Sequence[nn.Module], table: nn.Parameter) -> None:
-    """Undo `train_alone`; the table keeps what was learnt."""
+    """Undo `train_alone`; the table keeps what was learned."""
     first: Any = units[0]
     write_rows(table, getattr(first, HELD))
     getattr(first, HELD).clear()
@@ -48,7 +48,7 @@ def join_table(units: Sequence[nn.Module], table: nn.Parameter) -> None:
 
 
 def task_table(table: Tensor, alone: Iterable[nn.ParameterDict]) -> Tensor:
-    """The vectors of all tasks, `[t, d]`, also while some of them train alone."""
+    """The embeddings of all tasks, `[t, d]`, including those that train alone."""
     for vectors in alone:
         for number, vector in ((int(name), vector) for name, vector in vectors.items()):
             table = torch.cat([table[:number], vector.unsqueeze(0), table[number + 1 :]])
@@ -56,7 +56,7 @@ def task_table(table: Tensor, alone: Iterable[nn.ParameterDict]) -> Tensor:
 
 
 def write_rows(table: Tensor, vectors: nn.ParameterDict) -> None:
-    """Copy vectors to their rows of the table."""
+    """Copy embeddings to their rows of the table."""
     with torch.no_grad():
         for number, vector in vectors.items():
             table[int(number)] = vector

@@ -16,16 +16,16 @@ from .film import Condition, FiLM
 def block_layout(size: int, max_length: int) -> tuple[int, int]:
     """How many diagonal blocks the term has, and how many columns each.
 
-    `N = max(1, d // n_max)` and `c = ceil(n_max / N)`. Where `n_max` divides `d` this is the released layout; the
-    released code refuses other lengths. As there, the last block is what is left of `n_max`, so that there may be
-    fewer than `N` of them.
+    `N = max(1, d // n_max)` and `c = ceil(n_max / N)`. If `n_max` divides `d`, this is the layout of the released
+    code, which rejects other lengths. As there, the last block takes the rest of `n_max`, so there may be fewer than
+    `N` blocks.
 
     Args:
         size: `d`.
         max_length: `n_max`.
 
     Returns:
-        The number of blocks that there are, and `c`.
+        The number of blocks, and `c`.
     """
     columns = math.ceil(max_length / max(1, size // max_length))
     return math.ceil(max_length / columns), columns
@@ -37,17 +37,17 @@ class ConditionalAttentionBias(nn.Module):
     $$A' = (1 + \gamma(z')) \odot A + \beta(z'), \qquad M(z') = \mathrm{blockdiag}(\text{row chunks of } A')$$
 
     with `A` `[n_max, c]` and blocks of `c` rows (see `block_layout`). Outside the blocks `M` is zero, not minus
-    infinity: tokens of different blocks still see each other. Rows and columns go by the position of a token in its
-    sequence, so that padding on either side makes no difference.
+    infinity: tokens of different blocks still see each other. Rows and columns are indexed by a token's position in
+    its sequence, so that padding on either side makes no difference.
 
-    Source: Pilault et al., ICLR 2021. Differs from the released code in: `max_length` need not divide the width, and
-    shorter sequences take the leading part of `M`.
+    Source: Pilault et al., ICLR 2021. Differences from the released code: `max_length` need not divide the width,
+    and shorter sequences use the leading part of `M`.
 
     Args:
         size: `d`.
         max_length: `n_max`.
-        modulation: `"columns"`, `gamma` and `beta` of `c` numbers each, the same for every row (the code), or
-            `"matrix"`, of `c x c`, the same for every block (as the paper's notation reads).
+        modulation: `"columns"`: `gamma` and `beta` have `c` numbers each, the same for every row (the released code).
+            `"matrix"`: `c x c` numbers each, the same for every block (the paper's notation).
     """
 
     def __init__(self, size: int, max_length: int, *, modulation: Literal["columns", "matrix"] = "columns") -> None:
@@ -59,7 +59,7 @@ class ConditionalAttentionBias(nn.Module):
         self.film = FiLM(size, self.columns if modulation == "columns" else self.columns**2)
 
     def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
-        """`A = 0`; FiLM as everywhere."""
+        """`A = 0`; FiLM as in `FiLM`."""
         with torch.no_grad():
             self.matrix.zero_()
         self.film.reset_parameters(identity=identity, generator=generator)
@@ -68,13 +68,13 @@ class ConditionalAttentionBias(nn.Module):
         """The entries of `M` for queries and keys at these positions of their sequences.
 
         Args:
-            condition: of the batch.
-            queries: `[b, q]`, the positions of the queries, or `[1, q]` if all examples have the same.
-            keys: `[b, k]` or `[1, k]` in the same way, those of the keys.
-            total: tokens so far, of which a sliding window hides some.
+            condition: the condition of the batch.
+            queries: `[b, q]`, the positions of the queries, or `[1, q]` if they are the same in all examples.
+            keys: `[b, k]` or `[1, k]`, the positions of the keys.
+            total: the number of tokens so far, including those outside a sliding window.
 
         Returns:
-            `[b, q, k]`; where all examples have the same positions `[c, q, k]`, one matrix a condition.
+            `[b, q, k]`, or `[c, q, k]`, one matrix per condition, if all examples have the same positions.
 
         Raises:
             UnsupportedError: for more than `max_length` tokens.
@@ -82,7 +82,7 @@ class ConditionalAttentionBias(nn.Module):
         if total > self.max_length:
             raise UnsupportedError(
                 f"the sequence has {total} tokens, but max_length={self.max_length}: the conditional "
-                "attention has no entries for more. Shorten the sequences, or make the adapter with a larger "
+                "attention has no entries for more. Shorten the sequences, or create the adapter with a larger "
                 "max_length."
             )
         width = self.columns

@@ -12,17 +12,17 @@ from .film import Condition, FiLM
 
 
 class ConditionalBottleneck(nn.Module):
-    r"""A low-rank map whose input is modulated by the task.
+    r"""A low-rank map with an input modulated by the task.
 
     $$CB(z', X) = U(D(\mathrm{FiLM}(E z' + e, X)))$$
 
-    with biases in all three linears, no non-linearity and no residual inside.
+    with biases in all three linear maps, without a non-linearity or residual.
 
     Source: Pilault et al., ICLR 2021.
 
     Args:
         size: `d`.
-        hidden_size: rows of `D`; None for `floor(d / 3)`.
+        hidden_size: number of rows of `D`; None for `floor(d / 3)`.
     """
 
     def __init__(self, size: int, hidden_size: int | None = None) -> None:
@@ -34,7 +34,7 @@ class ConditionalBottleneck(nn.Module):
         self.up = nn.Linear(hidden_size, size)
 
     def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
-        """`N(0, 0.02^2)` and zero biases; `identity` starts the FiLM at zero. No bottleneck is the identity."""
+        """`N(0, 0.02^2)` and zero biases; with `identity` FiLM starts as the identity, but not the bottleneck."""
         for layer in (self.embedding, self.down, self.up):
             init_linear(layer, generator=generator)
         self.film.reset_parameters(identity=identity, generator=generator)
@@ -48,7 +48,7 @@ class ConditionalBottleneck(nn.Module):
 
 
 def side_stream(bottlenecks: list[ConditionalBottleneck], outputs: list[Tensor], condition: Condition) -> Tensor:
-    """`f_l = CB_l(z', y_l + f_(l-1))` with `f_0 = 0`, over the outputs `y_l` of all blocks; returns the last."""
+    """`f_l = CB_l(z', y_l + f_(l-1))` with `f_0 = 0`, over the outputs `y_l` of all blocks; returns the last one."""
     value: Tensor | None = None
     for bottleneck, output in zip(bottlenecks, outputs, strict=True):
         value = bottleneck(output if value is None else output + value, condition)

@@ -1,4 +1,4 @@
-"""The options of CA-MTL and its presets, and how the host bindings choose the modules of a block."""
+"""The options and presets of CA-MTL, and how the host bindings choose the modules of a block."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ca_mtl_large": {"bottleneck": "stream"},
     **CAMTL_PRESETS,
 }
-"""The two networks with the recommended switches, and as released (`_code`, with the authors' initialisation)."""
+"""The two networks with the recommended settings, and as released (`_code`, with the authors' initialisation)."""
 
 MOST_TASKS = 10_000
 
@@ -87,7 +87,7 @@ def _build(options: CAMTLOptions, block: Block) -> ConditionalBlock:
 
 
 def _build_shared(options: CAMTLOptions, block: Block) -> nn.Module:
-    # On the meta device a host asks whether there is anything shared before `tasks` is checked.
+    # On the meta device, a host calls this before `tasks` is checked.
     return TaskConditions(block.width, len(task_list(options.tasks) or [""]), alignment=options.alignment)
 
 
@@ -98,22 +98,22 @@ def frozen_by_default(options: CAMTLOptions, depth: int) -> list[int]:
 
 def _check_model(options: CAMTLOptions, blocks: list[Block]) -> None:
     if options.tasks is None:
-        raise ConfigError(
-            "tasks=None is not allowed: pass tasks=[...], the names of the tasks, or how many there are."
-        )
+        raise ConfigError("tasks=None is not allowed: pass tasks=[...], the names of the tasks, or their number.")
     first = blocks[0]
     if any(block.stack != first.stack for block in blocks):
         raise UnsupportedError(
-            "ca_mtl steers one stack of blocks, and this model has several (an encoder and a decoder, or vision and "
-            "text): use it on a model with one stack."
+            "ca_mtl supports one stack of blocks, but this model has several (an encoder and a decoder, or vision and "
+            "text): use a model with one stack."
         )
     if len(blocks) != first.depth:
         raise ConfigError(
-            f"ca_mtl is one network in all {first.depth} blocks, but {len(blocks)} were chosen: say which blocks get "
-            "which module by attention_layers and norm_layers."
+            f"ca_mtl is one network in all {first.depth} blocks, but {len(blocks)} were selected: select the blocks "
+            "of its modules with attention_layers and norm_layers."
         )
     if first.repeated:
-        raise UnsupportedError("ca_mtl cannot steer a model that runs one block at several depths, such as ALBERT.")
+        raise UnsupportedError(
+            "ca_mtl does not support a model that runs one block at several depths, such as ALBERT."
+        )
     depth = first.depth
     for name in ("attention_layers", "norm_layers", "freeze_layers"):
         value = getattr(options, name)
@@ -144,7 +144,7 @@ METHOD = Method(
     build=_build,
     build_shared=_build_shared,
     prepare=_prepare,
-    unmergeable="its modules depend on the task of each example, which no weight of the base model does.",
+    unmergeable="its modules depend on the task of each example, which weights of the base model cannot.",
     network=True,
     copies_base=True,
 )
@@ -154,12 +154,12 @@ METHOD = Method(
 class CAMTLOptions(Options):
     """The options of `CAMTLConfig` and `CAMTLPeftConfig`.
 
-    A learned vector for each task steers the model by feature-wise linear modulation, see
+    The model is conditioned on a learned task embedding by feature-wise linear modulation, see
     `pal_adapters.methods.camtl.film.FiLM`: the embeddings are aligned, a block-diagonal term is added to the attention
-    scores of every block, the norms of the upper half become conditional, and there is a linear bottleneck on top
-    (`ca_mtl_base`) or one behind every block on a side stream (`ca_mtl_large`). Half of the pretrained weights train
-    too, as copies that belong to the adapter. Pass `task_ids`, names or numbers, to the model's forward to say which
-    task each example belongs to.
+    scores of every block, the norms of the upper half are conditional, and there is a linear bottleneck on top
+    (`ca_mtl_base`) or a side stream with one after every block (`ca_mtl_large`). Half of the pretrained weights are
+    trained too, as copies that belong to the adapter. Pass the task of each example as `task_ids`, names or numbers,
+    to the model's forward.
 
     Source: Pilault, El hattami and Pal, "Conditionally Adaptive Multi-Task Learning", ICLR 2021. Differences from the
     released code: the top block keeps its pretrained weights, all conditional modules train, the lower half and the
@@ -167,9 +167,9 @@ class CAMTLOptions(Options):
     presets `"ca_mtl_base_code"` and `"ca_mtl_large_code"` set the switches of the released code.
 
     Args:
-        tasks: names of the tasks, or how many there are.
+        tasks: names of the tasks, or their number.
         max_length: the longest sequence in tokens; shorter ones use the leading part of the attention term.
-        alignment: whether the embeddings are aligned.
+        alignment: whether to align the embeddings.
         attention_layers: indices of the blocks with the attention term, from 0; None for all.
         attention_modulation: `"columns"` (as in the released code) or `"matrix"` (the paper's notation), see
             `pal_adapters.methods.camtl.attention.ConditionalAttentionBias`.
@@ -180,12 +180,12 @@ class CAMTLOptions(Options):
         train_base: train copies of the pretrained weights that are not frozen.
         freeze_layers: indices of the blocks whose pretrained weights stay frozen; None for 0 to 4 of 12 with
             `bottleneck="top"` and 0 to 11 of 24 with `"stream"`.
-        freeze_embeddings: whether the embeddings stay frozen.
+        freeze_embeddings: whether to freeze the embeddings.
         freeze_rule: `"intended"` trains all conditional modules; for `"code"` see `pal_adapters.methods.released`.
         top_block_init: `"pretrained"`; for `"scratch"` see `pal_adapters.methods.released`.
 
     Raises:
-        ConfigError: for a value that is not allowed, or has no effect beside the others.
+        ConfigError: for a value that is not allowed, or that has no effect with the others.
     """
 
     method: ClassVar[Method] = METHOD
@@ -193,7 +193,7 @@ class CAMTLOptions(Options):
     tasks: list[str] | int | None = field(
         default=None,
         metadata=option(
-            "Names of the tasks, or how many there are.",
+            "Names of the tasks, or their number.",
             optional(either(list_of(string(empty=False), "names", different=True, maximum=MOST_TASKS, minimum=1),
                             integer(1, MOST_TASKS))),
         ),

@@ -1,4 +1,4 @@
-"""FiLM, the building block of CA-MTL, and what it is conditioned on. Plain torch.
+"""FiLM, the building block of CA-MTL, and its condition. Plain torch.
 
 Legend: b examples, n tokens, d width, t tasks, c conditions (tasks in the batch).
 """
@@ -15,7 +15,7 @@ from pal_adapters.nn.unit import BatchTasks, init_linear
 
 
 class Condition(NamedTuple):
-    """The vectors that steer a batch, and the one of each example.
+    """The vectors on which a batch is conditioned, and the vector of each example.
 
     Attributes:
         table: `[c, d]`.
@@ -26,12 +26,12 @@ class Condition(NamedTuple):
     member: Tensor | None
 
     def rows(self, values: Tensor) -> Tensor:
-        """`[c, ...]` -> `[b, ...]`; `[1, ...]`, to be broadcast, where there is one condition."""
+        """`[c, ...]` -> `[b, ...]`, or `[1, ...]`, to be broadcast, for a single condition."""
         return values if self.member is None else values.index_select(0, self.member)
 
 
 def condition_of(table: Tensor, batch: BatchTasks) -> Condition:
-    """The condition of a batch: the vectors of the tasks that are in it.
+    """The condition of a batch: the vectors of its tasks.
 
     Args:
         table: `[t, d]`, one vector per task.
@@ -62,7 +62,7 @@ class FiLM(nn.Module):
         self.modulation = nn.Linear(condition_size, 2 * size)
 
     def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
-        """`N(0, 0.02^2)` and zero biases, or all zero, with which FiLM changes nothing."""
+        """`N(0, 0.02^2)` and zero biases, or with `identity` all zero, so that FiLM changes nothing."""
         init_linear(self.modulation, zero=identity, generator=generator)
 
     def coefficients(self, condition: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What CA-MTL adds to one transformer block. Plain torch; where it acts is up to the host binding."""
+"""What CA-MTL adds to one Transformer block. Plain torch; the host bindings attach it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .task import align, transformed
 
 
 class ConditionalBlock(TaskUnit):
-    """The conditional modules of one block; what all blocks share comes from a `TaskConditions` (see `share`).
+    """The conditional modules of one block; the weights that all blocks share are in `TaskConditions` (see `share`).
 
     Args:
         size: `d`.
-        max_length: `n_max` of the attention term; None for a block without it.
+        max_length: `n_max` of the attention term; None for a block without one.
         attention_modulation: see `ConditionalAttentionBias`.
-        freeze_attention_film: leave the attention term's FiLM as it starts, as the released code does by accident.
+        freeze_attention_film: do not train the attention term's FiLM, an oversight of the released code.
         norms: names of the block's norms that become conditional.
         modulate_bias: see `ConditionalNorm`.
         bottlenecks: how many bottlenecks this block holds: one at the top, as many as blocks at the end of a side
             stream (in the last block), none elsewhere.
         bottleneck_size: see `ConditionalBottleneck`.
-        closing_norm: the norm behind a bottleneck at the top: one of its own (`"own"`), the host's final norm made
+        closing_norm: the norm after a bottleneck at the top: its own (`"own"`), the host's final norm made
             conditional (`"final"`), or none.
     """
 
@@ -67,18 +67,18 @@ class ConditionalBlock(TaskUnit):
         self.norm_paths = norms
         self.acts_at_top = bottlenecks == 1 and closing_norm != "none"
         self.acts_in_stream = bottlenecks > 0 and closing_norm == "none"
-        # The adapter's own copies of pretrained weights that it trains, in this block and outside of all blocks, and
-        # where the originals are: the host binding fills them.
+        # The adapter's trained copies of pretrained weights, in this block and outside all blocks, and where the
+        # originals are. The host binding fills them.
         self.base = nn.ParameterDict()
         self.outer = nn.ParameterDict()
         self.slots: tuple[Any, Any] = ({}, {})
-        # Vectors of tasks that train alone, see `train_alone`: registered in the network's first unit, read by all.
+        # Embeddings of tasks that train alone, see `train_alone`: registered in the network's first unit, read by all.
         self.task_vectors = nn.ParameterDict()
         self.alone: tuple[nn.ParameterDict, ...] = ()
         self.table: tuple[nn.Parameter, ...] = ()
 
     def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
-        """Each module's own; `identity` leaves the host unchanged, but for a bottleneck, which has no such state."""
+        """Initialise each module; `identity` leaves the base model unchanged, except for bottlenecks."""
         modules = [self.attention, *self.norms.values(), *self.bottlenecks, self.closing_norm]
         for module in modules:
             if module is not None:
@@ -86,12 +86,12 @@ class ConditionalBlock(TaskUnit):
 
     @property
     def has_attention(self) -> bool:
-        """Whether a term is added to the attention scores."""
+        """Whether there is a term in the attention scores."""
         return self.attention is not None
 
     @property
     def has_final_norm(self) -> bool:
-        """Whether the host's final norm becomes conditional."""
+        """Whether the host's final norm is conditional."""
         return self.closing_norm is not None and not isinstance(self.closing_norm, ConditionalLayerNorm)
 
     def mark_frozen(self) -> None:
@@ -104,7 +104,7 @@ class ConditionalBlock(TaskUnit):
         return transformed(self._task_weights(), batch)
 
     def align(self, x: Tensor, batch: BatchTasks) -> Tensor:
-        """The input `[b, n, d]` of the first block, aligned."""
+        """The aligned input of the first block, `[b, n, d]`."""
         return align(self._task_weights(), x, batch)
 
     def _task_weights(self) -> dict[str, Tensor]:
@@ -114,7 +114,7 @@ class ConditionalBlock(TaskUnit):
         return weights
 
     def attention_bias(self, batch: BatchTasks, queries: Tensor, keys: Tensor, total: int) -> Tensor:
-        """What is added to the attention scores, `[b, 1, q, k]` or `[1, 1, q, k]`; see `ConditionalAttentionBias`."""
+        """The term in the attention scores, `[b, 1, q, k]` or `[1, 1, q, k]`; see `ConditionalAttentionBias`."""
         assert self.attention is not None
         condition = self.condition(batch)
         term: Tensor = self.attention(condition, queries, keys, total)
@@ -127,7 +127,7 @@ class ConditionalBlock(TaskUnit):
         return self.norms[key_of(path)](y, x_hat, weight, bias, self.condition(batch))
 
     def top(self, y: Tensor, h: Tensor, eps: float, batch: BatchTasks) -> Tensor:
-        """`CB(z', y) + h` behind the top block's output `y`, and its own norm where it has one."""
+        """`CB(z', y) + h` after the top block's output `y`, and the bottleneck's own norm if it has one."""
         condition = self.condition(batch)
         value = self.bottlenecks[0](y, condition) + h
         if isinstance(self.closing_norm, ConditionalLayerNorm):
@@ -140,7 +140,7 @@ class ConditionalBlock(TaskUnit):
         return self.closing_norm(y, x_hat, weight, bias, self.condition(batch))
 
     def stream(self, outputs: list[Tensor], batch: BatchTasks) -> Tensor:
-        """The end of the side stream over the outputs of all blocks."""
+        """The final value of the side stream over the outputs of all blocks."""
         return side_stream(list(self.bottlenecks), outputs, self.condition(batch))  # type: ignore[arg-type]
 
     def forward(self, site: str, value: Tensor, inputs: UnitInputs, weights: Weights) -> Tensor:

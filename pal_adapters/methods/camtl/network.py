@@ -20,13 +20,13 @@ from .task import draw_rows
 
 @dataclass(frozen=True)
 class NetworkSize:
-    """Parameters of a CA-MTL network and of the model without its head.
+    """The number of parameters of a CA-MTL network and of its model, without heads.
 
     Attributes:
         added: conditional modules and task embeddings.
         base: the pretrained model.
-        trained_base: pretrained parameters that the network trains, as copies of its own.
-        per_task: what one more task costs, without its head.
+        trained_base: pretrained parameters of which the network trains copies.
+        per_task: what each further task adds, without its head.
     """
 
     added: int
@@ -36,19 +36,19 @@ class NetworkSize:
 
     @property
     def frozen_share(self) -> float:
-        """How much of the pretrained model stays as it is."""
+        """The share of the pretrained parameters that stays frozen."""
         return 1 - self.trained_base / self.base
 
     def __str__(self) -> str:
         return (
             f"{self.added:,} parameters added ({1 + self.added / self.base:.4f} x the base of {self.base:,}); "
-            f"{self.trained_base:,} of the base train, {self.frozen_share:.1%} are frozen; {self.per_task:,} more for "
-            "each further task"
+            f"{self.trained_base:,} of the base are trained, {self.frozen_share:.1%} are frozen; {self.per_task:,} "
+            "more per further task"
         )
 
 
 def _units(model: nn.Module, adapter_name: str) -> Iterator[tuple[nn.Module, ConditionalBlock]]:
-    """The blocks' units of an adapter with the layer that holds them."""
+    """An adapter's units with the layers that hold them."""
     for layer in model.modules():
         containers = [getattr(layer, "ca_mtl_units", None), getattr(layer, "pal_adapters", None)]
         for container in containers:
@@ -78,7 +78,7 @@ def _config(model: Any, adapter_name: str) -> Any:
 
 
 def network_size(model: nn.Module, adapter_name: str = "default") -> NetworkSize:
-    """How large a network is and how much of the base trains with it.
+    """The size of a network, and how much of the base model is trained with it.
 
     Args:
         model: a `PeftModel` or a model of `adapters`.
@@ -117,7 +117,7 @@ def _base_size(model: Any) -> int:
 def add_task(model: nn.Module, task: str, adapter_name: str = "default") -> int:
     """Add a task to a trained network: one row of task embeddings, `N(0, 0.02^2)`; nothing else changes.
 
-    The table is a new parameter afterwards: make the optimizer after this. The head of the task is the caller's.
+    The embedding table is then a new parameter, so create the optimizer afterwards. Heads are up to the caller.
 
     Args:
         model: a `PeftModel` or a model of `adapters`.
@@ -148,19 +148,19 @@ def add_task(model: nn.Module, task: str, adapter_name: str = "default") -> int:
 
 
 def train_tasks(model: nn.Module, tasks: Iterable[str] | None, adapter_name: str = "default") -> list[nn.Parameter]:
-    """Freeze a model except for the vectors of some tasks of a network, such as one from `add_task`.
+    """Freeze a model except for the embeddings of some tasks of a network, such as a task from `add_task`.
 
-    All other tasks compute exactly what they did before, whatever the optimizer, weight decay included. The heads of
-    the tasks are the caller's; `TaskHeads.prepare_training(tasks)` sees to both.
+    All other tasks compute exactly what they did before, whatever the optimizer, even with weight decay. Heads are up
+    to the caller; `TaskHeads.prepare_training(tasks)` takes care of both.
 
     Args:
         model: a `PeftModel` or a model of `adapters`.
-        tasks: their names. None ends this state: the task embeddings are one table again, with what they learnt, and
-            what trains from there on is up to the host, as in `model.train_adapter(...)`.
+        tasks: the names of the tasks. None ends this state: the task embeddings are one table again and keep what they
+            learned; what is trained from then on is up to the host, as in `model.train_adapter(...)`.
         adapter_name: the network's name.
 
     Returns:
-        The vectors. Make the optimizer after this.
+        The embeddings. Create the optimizer afterwards.
 
     Raises:
         UnknownAdapterError: if there is no such network.

@@ -10,20 +10,20 @@ from .film import Condition, FiLM
 
 
 class ConditionalNorm(nn.Module):
-    r"""What a condition adds to the output of a layer norm or RMS norm; the norm and its weights are the host's.
+    r"""What a condition adds to the output of one of the host's layer norms or RMS norms.
 
     $$w' = (1 + \gamma(z')) \odot w + \beta(z'), \qquad y' = \hat x \odot w' + b
     = y + \hat x \odot (\gamma(z') \odot w + \beta(z'))$$
 
     with the standardised input `x_hat` and the norm's own output `y = x_hat * w + b`, so that `gamma = beta = 0` is
-    the host's norm to the last bit, whatever it computes in. With `modulate_bias` the shift is modulated in the same
-    way, as in the paper.
+    the host's norm, bit for bit, in any precision. With `modulate_bias` the shift is modulated in the same way, as in
+    the paper.
 
-    Source: Pilault et al., ICLR 2021; the released code modulates the weight alone.
+    Source: Pilault et al., ICLR 2021; the released code only modulates the weight.
 
     Args:
         size: `d`.
-        modulate_bias: whether the shift is modulated too; it has no effect on a norm without one.
+        modulate_bias: whether to modulate the shift too; no effect on norms without one.
     """
 
     def __init__(self, size: int, *, modulate_bias: bool = False) -> None:
@@ -32,7 +32,7 @@ class ConditionalNorm(nn.Module):
         self.bias_film = FiLM(size, size) if modulate_bias else None
 
     def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
-        """FiLM as everywhere; with `identity` the host's norm."""
+        """Initialise FiLM; with `identity` the result is the host's norm."""
         self.film.reset_parameters(identity=identity, generator=generator)
         if self.bias_film is not None:
             self.bias_film.reset_parameters(identity=identity, generator=generator)
@@ -41,11 +41,11 @@ class ConditionalNorm(nn.Module):
         """The modulated output, in the dtype of `y`.
 
         Args:
-            y: `[b, n, d]`, the norm's own output.
+            y: `[b, n, d]`, the norm's output.
             x_hat: `[b, n, d]`, its standardised input.
-            weight: `[d]`, what it multiplies with.
+            weight: `[d]`, its weight.
             bias: `[d]`, its shift, or None.
-            condition: of the batch.
+            condition: the condition of the batch.
         """
         value = y + x_hat * _change(self.film, weight, condition)
         if bias is not None and self.bias_film is not None:

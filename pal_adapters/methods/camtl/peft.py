@@ -22,7 +22,7 @@ class CAMTLPeftConfig(CAMTLOptions, TaskPeftConfig):
 
     Args:
         exclude_modules: not allowed, nor are `layers_to_transform` and `layers_pattern`: the network is in all blocks.
-        init_weights: True (FiLM changes nothing at the start, though a bottleneck always does) or False
+        init_weights: True (FiLM starts as the identity; bottlenecks cannot) or False
             (`N(0, 0.02^2)`, as the authors do).
     """
 
@@ -35,18 +35,18 @@ class CAMTLPeftConfig(CAMTLOptions, TaskPeftConfig):
         for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
             if getattr(self, name) is not None:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r} is not allowed: the network is in all blocks; say which get "
-                    "which module by attention_layers and norm_layers."
+                    f"{name}={getattr(self, name)!r} is not allowed: the network is in all blocks. Select the "
+                    "blocks of its modules with attention_layers and norm_layers."
                 )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> CAMTLPeftConfig:
-        """A config by name: `"ca_mtl_base"` or `"ca_mtl_large"`, or as released, `"ca_mtl_base_code"` or
+        """A preset: `"ca_mtl_base"` or `"ca_mtl_large"`, or as released, `"ca_mtl_base_code"` or
         `"ca_mtl_large_code"`.
 
         Args:
             name: the preset.
-            changes: other fields, at least `tasks`.
+            changes: values of other fields, at least of `tasks`.
         """
         return cls(**{**preset_values(name, ("init_weights", False)), **changes})
 

@@ -18,12 +18,12 @@ class TaskConditions(nn.Module):
 
     $$X_0 = \mathrm{FiLM}(z_t, \mathrm{Emb}), \qquad z'_t = W_z z_t + b_z$$
 
-    The alignment behind the embeddings reads the task embedding `z_t` as it is, everything inside the blocks `z'_t`.
+    The alignment of the token embeddings reads the task embedding `z_t` itself, the modules in the blocks `z'_t`.
 
     Args:
         size: `d`.
         num_tasks: `t`.
-        alignment: whether the embeddings are aligned.
+        alignment: whether to align the embeddings.
     """
 
     def __init__(self, size: int, num_tasks: int, *, alignment: bool = True) -> None:
@@ -33,7 +33,7 @@ class TaskConditions(nn.Module):
         self.alignment = FiLM(size, size) if alignment else None
 
     def reset_parameters(self, *, identity: bool, generator: torch.Generator | None = None) -> None:
-        """`N(0, 0.02^2)` and zero biases; with `identity` an alignment that changes nothing."""
+        """`N(0, 0.02^2)` and zero biases; with `identity` the alignment changes nothing."""
         with torch.no_grad():
             draw_rows(self.task_embedding, generator)
         init_linear(self.transformation, generator=generator)
@@ -58,12 +58,12 @@ def transformed(weights: Mapping[str, Tensor], batch: BatchTasks) -> Condition:
     table = weights["task_embedding"]
     condition = condition_of(table, batch.to(table.device))
     table = F.linear(condition.table, weights["transformation.weight"], weights["transformation.bias"])
-    # A model that is spread over devices has its blocks elsewhere.
+    # The blocks of a model may be on other devices.
     return Condition(table.to(batch.member.device), None if condition.member is None else batch.member)
 
 
 def align(weights: Mapping[str, Tensor], x: Tensor, batch: BatchTasks) -> Tensor:
-    """`FiLM(z, x)` for `x` `[b, n, d]`; `x` itself where there is no alignment."""
+    """`FiLM(z, x)` for `x` `[b, n, d]`, or `x` itself without an alignment."""
     if "alignment.modulation.weight" not in weights:
         return x
     condition = condition_of(weights["task_embedding"], batch)

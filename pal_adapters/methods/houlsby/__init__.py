@@ -1,1 +1,1 @@
-"""Houlsby bottlenecks (in PEFT; `adapters` has its own), and the two variants that the PALs paper compares with."""
+"""Houlsby bottlenecks (in PEFT; `adapters` has its own), and the two variants in the PALs paper."""

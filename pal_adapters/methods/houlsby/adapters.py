@@ -27,7 +27,7 @@ class ParallelHoulsbyConfig(ParallelHoulsbyOptions, TaskAdapterConfig):
 
 @dataclass(eq=False)
 class HoulsbyPALConfig(HoulsbyPALOptions, TaskAdapterConfig):
-    """A bottleneck behind attention and a PAL parallel to the feed-forward part: `model.add_adapter("rte",
+    """A bottleneck after attention and a PAL parallel to the feed-forward part: `model.add_adapter("rte",
     config=HoulsbyPALConfig())` or `"houlsby_pal"`.
 
     Its options are those of `pal_adapters.methods.houlsby.config.HoulsbyPALOptions`, and those of every config,

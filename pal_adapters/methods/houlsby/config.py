@@ -20,8 +20,8 @@ from .layer import ACTIVATIONS, HoulsbyPAL, ParallelHoulsby
 def _reject_lhuc(options: Any) -> None:
     if options.lhuc:
         raise UnsupportedError(
-            "lhuc=True is not allowed here: the published code then uses the feed-forward bottleneck of the first "
-            "task for every task. Use PALConfig(lhuc=True) or LowRankConfig(lhuc=True)."
+            "lhuc=True is not supported here: the released code then uses the first task's feed-forward bottleneck "
+            "for every task. Use PALConfig(lhuc=True) or LowRankConfig(lhuc=True)."
         )
 
 
@@ -55,11 +55,11 @@ HOULSBY_PAL = Method(
     build=_build_houlsby_pal,
     build_shared=_build_projections,
     prepare=choose_hidden_size,
-    unmergeable="its bottlenecks are not linear and its PALs attend over the tokens.",
+    unmergeable="its bottlenecks are not linear and its PALs attend to other tokens.",
 )
 HOULSBY = Method(
     name="houlsby",
-    build=lambda options, block: None,  # its tuner in PEFT places bottlenecks at modules, not in blocks
+    build=lambda options, block: None,  # in PEFT, its tuner adds bottlenecks to modules, not to blocks
     unmergeable="its bottlenecks are not linear, so no weight of the base model can take them up.",
 )
 
@@ -77,7 +77,7 @@ class ParallelHoulsbyOptions(Options):
 
     Args:
         hidden_size: `r`; with 50, eight tasks make the model 1.13 times as large.
-        lhuc: must be False: the published code computes this combination wrongly.
+        lhuc: must be False: the released code computes this combination incorrectly.
 
     Raises:
         ConfigError: for a value that is not allowed.
@@ -99,15 +99,15 @@ class HoulsbyPALOptions(Options):
 
     $$o_1' = o_1 + V^D g(V^E o_1), \qquad y = LN_2(h_1 + o_2 + PAL(h_1))$$
 
-    A bottleneck behind attention and a PAL parallel to the feed-forward part. See
+    A bottleneck after attention and a PAL parallel to the feed-forward part. See
     `pal_adapters.methods.houlsby.layer.HoulsbyPAL`. Source: Stickland and Murray, "BERT and PALs", ICML 2019.
 
     Args:
-        hidden_size: `r` of the PAL; None chooses it as `PALOptions` does.
-        bottleneck_size: size of the bottleneck behind attention.
+        hidden_size: `r` of the PAL; for None see `PALOptions`.
+        bottleneck_size: size of the bottleneck after attention.
         num_heads: attention heads of the PAL; must divide `hidden_size`.
         dropout: dropout probability on the PAL's attention weights.
-        lhuc: must be False: the published code fails with this combination.
+        lhuc: must be False: the released code fails with this combination.
 
     Raises:
         ConfigError: for a value that is not allowed.
@@ -134,13 +134,13 @@ class HoulsbyOptions(Options):
 
     $$A(u) = u + W_2 \, g(W_1 u + b_1) + b_2, \qquad h_1 = LN_1(x + A_1(o_1)), \qquad y = LN_2(h_1 + A_2(o_2))$$
 
-    sequential, behind both branches of a block, before the residual sum. See
-    `pal_adapters.methods.houlsby.layer.HoulsbyBottleneck`. The base model stays frozen, its pooler too, but each
+    sequential, after both branches of a block, before the residual sum. See
+    `pal_adapters.methods.houlsby.layer.HoulsbyBottleneck`. The base model and its pooler stay frozen, but each
     adapter trains and saves its own copy of every layer norm.
 
     Source: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019. Differences from the paper:
-    `W_2` starts at zero unless `init_weights=False`; in models that apply dropout by a function (BART, and T5 except
-    for its attention) the bottleneck stands before that dropout.
+    `W_2` starts at zero unless `init_weights=False`; in models that apply dropout as a function (BART, and T5 except
+    for its attention), the bottleneck comes before that dropout.
 
     Args:
         hidden_size: bottleneck size.

@@ -24,7 +24,7 @@ ACTIVATIONS = {
 
 
 class HoulsbyBottleneck(TaskUnit):
-    r"""A Houlsby bottleneck: sequential, with a residual of its own.
+    r"""A Houlsby bottleneck: sequential, with its own residual.
 
     $$A(u) = u + W_2 \, g(W_1 u + b_1) + b_2$$
 
@@ -69,12 +69,12 @@ class HoulsbyBottleneck(TaskUnit):
 
 
 class ParallelHoulsby(TaskUnit):
-    r"""The Houlsby variant of the PALs paper, of one task in one block.
+    r"""The Houlsby variant of the PALs paper, for one task in one block.
 
     $$o_1' = o_1 + A(o_1), \qquad o_2' = o_2 + A'(h_1), \qquad A(u) = V^D g(V^E u)$$
 
-    The second bottleneck reads the feed-forward *input*, so it is parallel to the feed-forward part. Both places of
-    every block have weights of their own; `g` is the exact GELU.
+    The second bottleneck reads the feed-forward *input*, so it is parallel to the feed-forward part. Both places in
+    every block have their own weights; `g` is the exact GELU.
 
     Args:
         width: `d`.
@@ -115,11 +115,11 @@ class _SmallAttention(nn.Module):
 
 
 class HoulsbyPAL(TaskUnit):
-    r"""Houlsby on the attention side and a PAL on the feed-forward side, of one task in one block.
+    r"""A bottleneck after attention and a PAL parallel to the feed-forward part, for one task in one block.
 
     $$o_1' = o_1 + V^D g(V^E o_1), \qquad y = LN_2(h_1 + o_2 + PAL(h_1))$$
 
-    Every block has a bottleneck of its own, of size `m`. The PAL of width `r` reads the feed-forward input `h_1`; its
+    Every block has its own bottleneck, of size `m`. The PAL of width `r` reads the feed-forward input `h_1`; its
     projections are shared across blocks.
 
     Args:

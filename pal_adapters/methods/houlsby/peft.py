@@ -36,7 +36,7 @@ class ParallelHoulsbyPeftConfig(ParallelHoulsbyOptions, TaskPeftConfig):
 
 @dataclass
 class HoulsbyPALPeftConfig(HoulsbyPALOptions, TaskPeftConfig):
-    """A bottleneck behind attention and a PAL parallel to the feed-forward part: `get_peft_model(model,
+    """A bottleneck after attention and a PAL parallel to the feed-forward part: `get_peft_model(model,
     HoulsbyPALPeftConfig(task_type="SEQ_CLS"))`.
 
     Its options are those of `pal_adapters.methods.houlsby.config.HoulsbyPALOptions`, and those of every config,
@@ -55,7 +55,7 @@ class HoulsbyPeftConfig(HoulsbyOptions, TaskPeftConfig):
     `pal_adapters.hosts.peft.config.TaskPeftConfig`.
 
     Args:
-        target_modules: blocks as in the other configs, or modules whose output gets a bottleneck, as for LoRA
+        target_modules: blocks as in the other configs, or modules after which a bottleneck is added, as for LoRA
             (`["attention.output.dense", "output.dense"]`); None finds both branches of every block.
         init_weights: True (`W_2 = 0`, so that a new adapter changes nothing) or False (a truncated normal for both
             matrices, as in the paper).
@@ -63,7 +63,7 @@ class HoulsbyPeftConfig(HoulsbyOptions, TaskPeftConfig):
 
 
 class _Target(NamedTuple):
-    """What an adapter puts at one module: a bottleneck behind it, or with `width=None` a copy of it."""
+    """What an adapter adds at one module: a bottleneck after it, or with `width=None` a copy of it."""
 
     width: int | None
     near: nn.Module
@@ -100,7 +100,7 @@ class HoulsbyModel(TaskTuner):
         try:
             return find_blocks(self.model, config.sites)
         except SiteError as error:
-            raise SiteError(f"{error} Or name modules as for LoRA, target_modules=['<name>', ...].") from None
+            raise SiteError(f"{error} Or name modules as for LoRA: target_modules=['<name>', ...].") from None
 
     def _name(self, block: Block, path: str) -> str:
         module = resolve(block.module, path)
@@ -108,7 +108,7 @@ class HoulsbyModel(TaskTuner):
         return f"{block.name}.{inside}" if inside else block.name
 
     def _find_modules(self, config: HoulsbyPeftConfig, blocks: list[Block]) -> dict[str, _Target]:
-        """The modules that the config names as it would for LoRA."""
+        """The modules that the config names, as for LoRA."""
         found, self._excluded = matching_modules(config, self.model)
         targets: dict[str, _Target] = {}
         for name, module in found.items():
@@ -120,7 +120,7 @@ class HoulsbyModel(TaskTuner):
             raise ConfigError(
                 f"target_modules={config.target_modules!r} names neither a block nor a module of "
                 f"{type(self.model).__name__}{left_out}: use names of blocks{example}, of the list that holds them, "
-                "or of modules as for LoRA."
+                "or of modules, as for LoRA."
             )
         return targets
 
@@ -139,7 +139,7 @@ class HoulsbyModel(TaskTuner):
         return _Target(width, module if block is None else block.module)
 
     def _norms(self, config: HoulsbyPeftConfig, blocks: list[Block], chosen: list[Block]) -> Iterator[str]:
-        """The norms of the chosen blocks, and all others of the base model if every block is chosen."""
+        """The norms of the selected blocks, and all other norms of the base model if every block is selected."""
         base = getattr(self.model, "base_model", self.model)
         prefix = next((f"{n}." if n else "" for n, m in self.model.named_modules() if m is base), "")
         left = [f"{b.name}." for b in blocks if b not in chosen]

@@ -1,4 +1,4 @@
-"""The layers of Houlsby bottlenecks in PEFT: a bottleneck behind a module, and copies of a layer norm."""
+"""The PEFT layers of Houlsby adapters: bottlenecks after a module, and copies of a layer norm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always
 
 
 class HoulsbyTunerLayer(TunerLayer):
-    """Base of the two layers: bottlenecks behind a module, and copies of a norm."""
+    """Base of both layers."""
 
     method = HOULSBY
     container: ClassVar[str]
@@ -34,16 +34,16 @@ class HoulsbyTunerLayer(TunerLayer):
 
 
 class HoulsbyLayer(HoulsbyTunerLayer):
-    """The bottlenecks behind a module, one for each adapter.
+    """The bottlenecks after a module, one per adapter.
 
-    It is a child of the module, which is not wrapped: in pre-LN models that module is the whole attention, whose
-    linears keep their names and stay open to LoRA.
+    It is a child of the module rather than a wrapper: in pre-LN models that module is the whole attention, whose
+    linear layers keep their names, so that LoRA can still target them.
 
     Args:
         model: the base model.
-        target: the module whose output gets a bottleneck.
+        target: the module after which a bottleneck is added.
         width: `d`, the width of that output.
-        near: the module whose device and dtype a fresh adapter takes.
+        near: the module whose device and dtype a new adapter takes.
     """
 
     container = "houlsby_units"
@@ -51,7 +51,7 @@ class HoulsbyLayer(HoulsbyTunerLayer):
     def __init__(self, model: nn.Module, target: nn.Module, width: int, near: nn.Module) -> None:
         super().__init__(model, width, near)
         self._target = (target,)
-        # In front of other hooks: transformers 5 records what modules return in hooks of its own.
+        # Before other hooks: transformers 5 records the outputs of modules in its own hooks.
         self._handle = target.register_forward_hook(self._behind, prepend=True)
 
     @property
@@ -82,18 +82,18 @@ class HoulsbyLayer(HoulsbyTunerLayer):
         return signatures.with_first(output, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedError("a Houlsby layer is not called: its hook acts when its module is.")
+        raise UnsupportedError("a Houlsby layer cannot be called: its hook runs when its module is called.")
 
 
 class HoulsbyNorm(HoulsbyTunerLayer):
-    """Takes the place of a layer norm and holds a copy of it for each adapter.
+    """Replaces a layer norm and holds a copy of it for each adapter.
 
-    The norm stays reachable as `base_layer`, its attributes on the wrapper.
+    The norm is available as `base_layer`, and its attributes on the wrapper.
 
     Args:
         model: the base model.
         base_layer: the norm.
-        parent: the module that holds it.
+        parent: its parent module.
         name: its name there.
     """
 
@@ -106,7 +106,7 @@ class HoulsbyNorm(HoulsbyTunerLayer):
         self._swap_hooks()
 
     def _swap_hooks(self) -> None:
-        # Hooks on the norm, such as those of a PAL beside, have to act whichever copy runs, and are not to be copied.
+        # Hooks on the norm, such as a PAL's, must run whichever copy is used, and must not be copied.
         for name in _HOOKS:
             mine, theirs = self.__dict__[name], self.base_layer.__dict__[name]
             self.__dict__[name], self.base_layer.__dict__[name] = theirs, mine
@@ -158,7 +158,7 @@ class HoulsbyNorm(HoulsbyTunerLayer):
             return base(x)
         if all(norm is norms[0] for norm in norms):
             return norms[0](x.to(norms[0].weight.dtype)).to(x.dtype)  # type: ignore[arg-type]
-        # The base norm may have a narrower dtype than the adapters' copies.
+        # The base norm may have a lower precision than the adapters' copies.
         dtype = next(norm.weight.dtype for norm in norms if norm is not base)
         wide = x.to(dtype)  # type: ignore[arg-type]
         if isinstance(base, nn.LayerNorm):
@@ -168,7 +168,7 @@ class HoulsbyNorm(HoulsbyTunerLayer):
                 if getattr(base, key) is not None:
                     y = join(y, torch.stack([getattr(norm, key).to(dtype) for norm in norms]).view(shape))
             return y.to(x.dtype)
-        # Not through `torch.func`: it swaps the weights of the one base norm, which other threads are using.
+        # Not with `torch.func`, which swaps the weights of the base norm while other threads use it.
         new = wide
         for norm in dict.fromkeys(norms):
             rows = torch.tensor([row for row, own in enumerate(norms) if own is norm], device=x.device)
@@ -178,21 +178,21 @@ class HoulsbyNorm(HoulsbyTunerLayer):
 
 
 def is_scaled_norm(module: nn.Module) -> bool:
-    """Whether a module is a layer norm or an RMS norm of any kind with a scale, which an adapter may copy."""
+    """Whether a module is any kind of layer norm or RMS norm with a scale, which an adapter may copy."""
     weight = getattr(module, "weight", None)
     named = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
     return named and isinstance(weight, Tensor) and weight.dim() == 1
 
 
 def norm_width(norm: nn.Module) -> int:
-    """The width of such a norm."""
+    """The width of a norm."""
     weight = norm.weight
     assert isinstance(weight, Tensor)
     return int(weight.shape[0])
 
 
 def output_width(module: nn.Module) -> int | None:
-    """The width of a module's output, or None where its kind is not known."""
+    """The width of a module's output, or None if unknown."""
     if is_scaled_norm(module):
         return norm_width(module)
     widths = (getattr(module, attribute, None) for attribute in ("out_features", "nf", "embedding_dim"))

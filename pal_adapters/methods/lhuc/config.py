@@ -21,7 +21,7 @@ def _build(options: LHUCOptions, block: Block) -> LHUC:
 METHOD = Method(
     name="lhuc",
     build=_build,
-    unmergeable="its scale belongs to one task, and the norm that could take it up serves the base model too.",
+    unmergeable="the norm that could absorb its scale also serves the base model and other tasks.",
 )
 
 
@@ -36,8 +36,8 @@ class LHUCOptions(Options):
 
     Args:
         lhuc_site: what is scaled: the block's output (`"output"`) or the feed-forward output (`"ffn"`). `"auto"` takes
-            the former in post-LN blocks and the latter in pre-LN blocks, where a scale on the residual stream would
-            compound from block to block.
+            the former in post-LN blocks and the latter in pre-LN blocks, where scales on the residual stream would
+            accumulate from block to block.
 
     Raises:
         ConfigError: for a value that is not allowed.

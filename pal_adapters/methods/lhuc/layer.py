@@ -15,12 +15,12 @@ from pal_adapters.nn.unit import TaskUnit, UnitInputs, Weights
 
 
 class LHUC(TaskUnit):
-    r"""One scale for each channel, of one task in one block.
+    r"""One scale per channel, for one task in one block.
 
     $$r = 2 \, \mathrm{sigmoid}(\rho), \qquad y := r \odot y$$
 
-    `rho [d]` starts at 0, where `r = 1`. Pre-LN blocks scale the feed-forward output `o_2` instead of `y`: a scale on
-    the residual stream would compound from block to block.
+    `rho [d]` starts at 0, where `r = 1`. Pre-LN blocks scale the feed-forward output `o_2` instead of `y`: scales on
+    the residual stream would accumulate from block to block.
 
     Args:
         width: `d`.

@@ -34,7 +34,7 @@ METHOD = Method(
     name="low_rank",
     build=_build,
     prepare=_prepare,
-    unmergeable="its non-linearity is parallel to a whole block, which no weight of the base model is.",
+    unmergeable="it has a non-linearity parallel to a whole block, where the base model has no weights.",
     fusable=True,
 )
 
@@ -45,12 +45,12 @@ class LowRankOptions(Options):
 
     $$TS(x) = V^D g(V^E x), \qquad y = LN_2(h_1 + o_2 + TS(x))$$
 
-    in parallel with each block, with projections of its own in every block. See
+    in parallel with each block; every block has its own projections. See
     `pal_adapters.methods.low_rank.layer.LowRank`. Source: Stickland and Murray, "BERT and PALs", ICML 2019.
 
     Args:
         hidden_size: `r`, 100 in the authors' configs.
-        activation_site: where the GELU stands: between the projections (`"middle"`), after them (`"output"`) or
+        activation_site: where the GELU is applied: between the projections (`"middle"`), after them (`"output"`) or
             nowhere (`"none"`).
         use_bias: whether the projections have biases.
         pal_input: what the module reads in pre-LN blocks: the normalised block input (`"norm"`) or the block input
@@ -65,8 +65,10 @@ class LowRankOptions(Options):
 
     hidden_size: int = field(default=100, metadata=option("Inner width.", integer(1)))
     activation_site: str = field(
-        default="middle", metadata=option("Where the GELU stands.", one_of("middle", "output", "none"))
+        default="middle", metadata=option("Where the GELU is applied.", one_of("middle", "output", "none"))
     )
     use_bias: bool = field(default=True, metadata=option("Whether the projections have biases.", boolean()))
-    pal_input: str = field(default="norm", metadata=option("What is read in pre-LN blocks.", one_of("norm", "raw")))
+    pal_input: str = field(
+        default="norm", metadata=option("What the module reads in pre-LN blocks.", one_of("norm", "raw"))
+    )
     lhuc: bool = field(default=False, metadata=option("Scale the term by 2 sigmoid(rho).", boolean()))

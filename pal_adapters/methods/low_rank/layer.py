@@ -25,11 +25,11 @@ class LowRank(TaskUnit):
     Args:
         width: `d`.
         hidden_size: `r`.
-        activation_site: where `g` stands: between the projections (`"middle"`), after `V^D` (`"output"`) or nowhere
-            (`"none"`).
+        activation_site: where `g` is applied: between the projections (`"middle"`), after `V^D` (`"output"`) or
+            nowhere (`"none"`).
         bias: whether the projections have biases.
         lhuc: whether a learned vector `rho [d]` scales the term, `TS := 2 sigmoid(rho) * TS`.
-        reads: `"x"`, the block's input (normalised in pre-LN blocks), or `"raw"`, that input as it is.
+        reads: `"x"`, the block's input (normalised in pre-LN blocks), or `"raw"`, the unnormalised input.
     """
 
     sites = ("residual",)

@@ -1,1 +1,1 @@
-"""Projected attention layers: narrow self-attention parallel to each block; the template for new methods."""
+"""Projected attention layers: narrow self-attention parallel to each block."""

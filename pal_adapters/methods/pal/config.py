@@ -49,7 +49,7 @@ METHOD = Method(
     build=_build,
     build_shared=_build_shared,
     prepare=_prepare,
-    unmergeable="a PAL attends over the tokens, which no weight of the base model does.",
+    unmergeable="a PAL attends to other tokens, which no weight of the base model can do.",
     fusable=True,
 )
 
@@ -67,13 +67,13 @@ class PALOptions(Options):
     unless `train_base=True`, and by default a new PAL adds nothing to the model's output.
 
     Args:
-        hidden_size: `r`. None chooses 204 at width 768, 264 at width 1024, and elsewhere the smallest multiple of
+        hidden_size: `r`. None chooses 204 at width 768, 264 at width 1024, and otherwise the smallest multiple of
             `num_heads` with which eight tasks make the model 1.13 times as large. The chosen width is saved with the
             adapter.
         num_heads: attention heads; must divide `hidden_size`.
         tie_projections: share one `V^E` and one `V^D` across the blocks of a stack, instead of a pair in each block.
         dropout: dropout probability on the attention weights.
-        activation_site: where the GELU stands: after `V^D` (`"output"`), before it (`"middle"`) or nowhere
+        activation_site: where the GELU is applied: after `V^D` (`"output"`), before it (`"middle"`) or nowhere
             (`"none"`).
         use_bias: whether the linear maps have biases.
         pal_input: what the module reads in pre-LN blocks: the normalised block input (`"norm"`) or the block input
@@ -87,16 +87,18 @@ class PALOptions(Options):
     method: ClassVar[Method] = METHOD
 
     hidden_size: int | None = field(
-        default=None, metadata=option("Inner width; by default chosen to suit the model.", optional(integer(1)))
+        default=None, metadata=option("Inner width; by default chosen for the model.", optional(integer(1)))
     )
     num_heads: int = field(default=6, metadata=option("Attention heads.", integer(1, MOST_HEADS)))
     tie_projections: bool = field(default=True, metadata=option("Share the projections across blocks.", boolean()))
     dropout: float = field(default=0.1, metadata=option("Dropout on the attention weights.", probability()))
     activation_site: str = field(
-        default="output", metadata=option("Where the GELU stands.", one_of("output", "middle", "none"))
+        default="output", metadata=option("Where the GELU is applied.", one_of("output", "middle", "none"))
     )
     use_bias: bool = field(default=True, metadata=option("Whether the linear maps have biases.", boolean()))
-    pal_input: str = field(default="norm", metadata=option("What is read in pre-LN blocks.", one_of("norm", "raw")))
+    pal_input: str = field(
+        default="norm", metadata=option("What the module reads in pre-LN blocks.", one_of("norm", "raw"))
+    )
     lhuc: bool = field(default=False, metadata=option("Scale the term by 2 sigmoid(rho).", boolean()))
 
     def validate(self) -> None:

@@ -26,19 +26,19 @@ class PAL(TaskUnit):
     GELU. Weights: `V^E [r, d]` and `V^D [d, r]` (shared across blocks if tied), and `[r, r]` each for query, key and
     value.
 
-    Difference from the paper: the residual is `h_1`, as in the authors' code, so that `TS = 0` leaves the model as it
-    is. With `lhuc=True` the term is scaled, `TS := 2 sigmoid(rho) * TS` (the authors' `lhuc` with `mult`).
+    Difference from the paper: the residual is `h_1`, as in the authors' code, so that `TS = 0` leaves the model
+    unchanged. With `lhuc=True` the term is scaled, `TS := 2 sigmoid(rho) * TS` (the authors' `lhuc` with `mult`).
 
     Args:
         width: `d`.
         hidden_size: `r`; `num_heads` must divide it.
         num_heads: `h`, 6 in the authors' code.
         dropout: dropout probability on the attention weights.
-        activation_site: where `g` stands: after `V^D` (`"output"`), before it (`"middle"`) or nowhere (`"none"`).
+        activation_site: where `g` is applied: after `V^D` (`"output"`), before it (`"middle"`) or nowhere (`"none"`).
         bias: whether the linear maps have biases.
-        tied: whether `V^E` and `V^D` are shared and come in through `share`.
+        tied: whether `V^E` and `V^D` are shared and passed to `share`.
         lhuc: whether a learned vector `rho [d]` scales the term.
-        reads: `"x"`, the block's input (normalised in pre-LN blocks), or `"raw"`, that input as it is.
+        reads: `"x"`, the block's input (normalised in pre-LN blocks), or `"raw"`, the unnormalised input.
     """
 
     sites = ("residual",)

@@ -1,1 +1,1 @@
-"""Modules on top of the last block: attention of a small width, or a whole BERT layer."""
+"""Modules on top of the last block: narrow attention, or a whole BERT layer."""

@@ -13,7 +13,7 @@ from .config import TopAttentionOptions, TopBertLayerOptions
 
 @dataclass(eq=False)
 class TopAttentionConfig(TopAttentionOptions, TaskAdapterConfig):
-    """Attention of a small width on top of the last block: `model.add_adapter("rte", config=TopAttentionConfig())` or
+    """Narrow attention on top of the last block: `model.add_adapter("rte", config=TopAttentionConfig())` or
     `"top_attention"`.
 
     Its options are those of `pal_adapters.methods.top.config.TopAttentionOptions`, and those of every config,

@@ -51,7 +51,7 @@ def _check_blocks(blocks: list[Block]) -> None:
     if not any(block.last for block in blocks):
         raise ConfigError(
             f"none of the chosen blocks ({', '.join(repr(block.name) for block in blocks)}) is the last of its stack, "
-            "on top of which the module stands: choose the last block too, or do not choose blocks."
+            "on top of which the module goes: include the last block, or select no blocks."
         )
 
 
@@ -75,7 +75,7 @@ def _prepare_bert_layer(options: TopBertLayerOptions, blocks: list[Block], base_
     return chosen
 
 
-_REASON = "it stands behind the last block, where the base model has no weights."
+_REASON = "it acts after the last block, where the base model has no weights."
 
 TOP_ATTENTION = Method(
     name="top_attention", build=_build_attention, prepare=_prepare_attention, unmergeable=_REASON, identity=False
@@ -128,8 +128,8 @@ class TopBertLayerOptions(Options):
 
     Args:
         intermediate_size: width of the feed-forward part; None takes four times the model's width.
-        num_heads: attention heads; must divide the model's width. None takes one head for every 64 channels, as BERT
-            does, or where 64 does not divide the width, the largest number up to 12 that does.
+        num_heads: attention heads; must divide the model's width. None takes one head per 64 channels, as in
+            BERT, or if 64 does not divide the width, the largest number up to 12 that does.
         dropout: dropout probability on the attention weights and on both branches.
         legacy_ln_init: initialise the layer norms as the released code does, see `pal_adapters.methods.released`.
 
@@ -144,7 +144,7 @@ class TopBertLayerOptions(Options):
     )
     num_heads: int | None = field(
         default=None,
-        metadata=option("Attention heads; by default to suit the model.", optional(integer(1, MOST_HEADS))),
+        metadata=option("Attention heads; by default chosen for the model.", optional(integer(1, MOST_HEADS))),
     )
     dropout: float = field(default=0.1, metadata=option("Dropout probability.", probability()))
     legacy_ln_init: bool = field(default=False, metadata=option("The authors' layer norm initialisation.", boolean()))

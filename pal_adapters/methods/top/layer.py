@@ -73,13 +73,13 @@ class TopUnit(TaskUnit):
 
 
 class TopAttention(TopUnit):
-    r"""Attention of a small width on top of the last block, of one task.
+    r"""Narrow attention on top of the last block, for one task.
 
     $$u_0 = E y_L, \qquad u_{i+1} = LN(u_i + Drop(W \, SA(u_i))), \qquad y_L := D u_k$$
 
-    `y_L` `[b, n, d]` is the output of the stack (behind the final norm of a pre-LN model), `E [r, d]`, `D [d, r]`. The
+    `y_L` `[b, n, d]` is the output of the stack (after the final norm of a pre-LN model), `E [r, d]`, `D [d, r]`. The
     `k` attention layers of width `r` are post-LN and have no feed-forward part; there is no residual from `y_L` and no
-    activation. As the module replaces `y_L`, it has no identity initialisation.
+    activation. Because the module replaces `y_L`, it has no identity initialisation.
 
     Args:
         width: `d`.
@@ -112,7 +112,7 @@ class TopAttention(TopUnit):
 
 
 class TopBertLayer(TopUnit):
-    r"""One whole BERT layer on top of the last block, of one task.
+    r"""A whole BERT layer on top of the last block, for one task.
 
     $$h = LN(y_L + Drop(W \, SA(y_L))), \qquad y_L := LN(h + Drop(W_2 g(W_1 h)))$$
 

@@ -12,7 +12,7 @@ from .config import TopAttentionOptions, TopBertLayerOptions
 
 @dataclass
 class TopAttentionPeftConfig(TopAttentionOptions, TaskPeftConfig):
-    """Attention of a small width on top of the last block: `get_peft_model(model,
+    """Narrow attention on top of the last block: `get_peft_model(model,
     TopAttentionPeftConfig(task_type="SEQ_CLS"))`.
 
     Its options are those of `pal_adapters.methods.top.config.TopAttentionOptions`, and those of every config,

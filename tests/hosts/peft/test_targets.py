@@ -254,7 +254,7 @@ def test_other_methods_need_blocks(method: str) -> None:
         with pytest.raises(ConfigError, match="names no block"):
             get_peft_model(cases.bert(), cases.config(method, target_modules=["output.dense"]))
     else:
-        with pytest.raises(pa.SiteError, match=r"Or name modules as for LoRA, target_modules=\["):
+        with pytest.raises(pa.SiteError, match=r"Or name modules as for LoRA: target_modules=\["):
             get_peft_model(mlp(), cases.config(method))
 
 

@@ -19,7 +19,7 @@ def _build(options: NeighboursOptions, block: Block) -> Neighbours:
 METHOD = Method(
     name="neighbours",
     build=_build,
-    unmergeable="its convolution reads several tokens, which no weight of the base model does.",
+    unmergeable="its convolution reads several tokens, which no weight of the base model can do.",
     fusable=True,
 )
 
