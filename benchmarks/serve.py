@@ -159,7 +159,9 @@ async def closed_loops(addresses: Mapping[str, str], clients: int, requests: int
     latencies: list[float] = []
 
     async def client() -> None:
-        async with httpx.AsyncClient(timeout=None, trust_env=False) as http:
+        # The server closes connections that were idle for five seconds.
+        limits = httpx.Limits(keepalive_expiry=2)
+        async with httpx.AsyncClient(timeout=None, trust_env=False, limits=limits) as http:
             for text, task in waiting:
                 start = time.perf_counter()
                 response = await http.post(f"{addresses[task]}/predict", json={"task": task, "text": text})
