@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,12 @@ from .description import Description, read_description
 from .files import cause_of, check_fit, copy_into, inside, read_json, read_tensors, tensor_files
 from .heads import Head
 from .language import output_tensors
-from .putting_back import put_back
 from .routes import adapter_names
 from .tasks_file import read_tasks
 
 
 def load(directory: Path, backbone: Any | None) -> Contents:
-    """Reads a folder, see `TaskHeads.from_pretrained`. A backbone that was passed in is put back after an error."""
+    """Reads a folder, see `TaskHeads.from_pretrained`, which puts a backbone back after an error."""
     description = read_description(directory)
     check_adapter_files(description, directory)
     heads = {task: description.heads[route["head"]] for task, route in description.tasks.items()}
@@ -43,23 +41,22 @@ def load(directory: Path, backbone: Any | None) -> Contents:
         if there:
             stored[stem] = read_tensors(directory, stem)
     own = backbone is None
-    with nullcontext() if own else put_back(backbone):
-        if own:
-            backbone = _load_base(description, directory)
-        if description.embeddings:
-            _resize_embeddings(backbone, stored[EMBEDDINGS], directory)
-        backbone = add_adapters(backbone, description, directory)
-        contents = Contents(
-            backbone,
-            nn.ModuleDict(),
-            description.routes(),
-            description.balance,
-            base_tensors(backbone),
-            description.base_trained,
-            description.output_layer,
-        )
-        contents.described = described
-        _fill(contents, description, stored, directory, own=own)
+    if own:
+        backbone = _load_base(description, directory)
+    if description.embeddings:
+        _resize_embeddings(backbone, stored[EMBEDDINGS], directory)
+    backbone = add_adapters(backbone, description, directory)
+    contents = Contents(
+        backbone,
+        nn.ModuleDict(),
+        description.routes(),
+        description.balance,
+        base_tensors(backbone),
+        description.base_trained,
+        description.output_layer,
+    )
+    contents.described = described
+    _fill(contents, description, stored, directory, own=own)
     return contents
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from transformers.utils.generic import ModelOutput
 
 from pal_adapters.checks import require_one_of
 from pal_adapters.errors import ConfigError, UnsupportedError
+from pal_adapters.hosts.unchanged import all_or_nothing
 
 from .adding import new_route
 from .base import base_names, base_tensors
@@ -23,6 +25,7 @@ from .language import check_language_model, output_tensors
 from .loading import load, restore
 from .loss import batch_penalty, labels_by_task, summed_losses, weighted_loss
 from .parts import reshard
+from .putting_back import put_back
 from .readout import require_task, task_logits, task_names
 from .routes import Route, adapter_host
 from .routing import run_batch
@@ -98,16 +101,7 @@ class TaskHeads(nn.Module):
     def __init__(self, backbone: Any, *, balance: str = "task") -> None:
         super().__init__()
         require_one_of("balance", balance, ("task", "row"))
-        if not isinstance(backbone, nn.Module):
-            named = isinstance(backbone, (str, Path))
-            fix = f"AutoModel.from_pretrained({str(backbone)!r})" if named else "a model"
-            raise ConfigError(f"backbone={backbone!r:.80} is not a model: pass TaskHeads({fix}).")
-        adapter_host(backbone)
-        config = getattr(backbone, "config", None)
-        if getattr(config, "is_encoder_decoder", False):
-            raise UnsupportedError(
-                "the backbone has an encoder and a decoder: pass a model that has only one of them."
-            )
+        _check_backbone(backbone)
         self.backbone: Any = backbone
         self.balance = balance
         self.heads = nn.ModuleDict()
@@ -269,11 +263,12 @@ class TaskHeads(nn.Module):
         routes = [self._route(task) for task in tasks]
         check_base(self.backbone, routes, base=base)
         others = () if shared else [route for task, route in self.routes.items() if task not in tasks]
-        train_routes(self, self.backbone, dict(zip(tasks, routes, strict=True)), others)
-        for route in routes:
-            self.heads[route.head].requires_grad_(True)
-        if base:
-            train_base(self.backbone, self.base_tensors(), map(self.head, tasks))
+        with put_back(self.backbone), all_or_nothing(self):
+            train_routes(self, self.backbone, dict(zip(tasks, routes, strict=True)), others)
+            for route in routes:
+                self.heads[route.head].requires_grad_(True)
+            if base:
+                train_base(self.backbone, self.base_tensors(), map(self.head, tasks))
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     def base_tensors(self) -> dict[str, Tensor]:
@@ -359,11 +354,15 @@ class TaskHeads(nn.Module):
                 does not fit the model.
             ConfigError: If `revision` or `token` is given for a folder.
         """
-        contents = load(fetch(directory, revision=revision, token=token), backbone)
-        model = cls(contents.backbone, balance=contents.balance)
-        model.heads, model.routes, model.described = contents.heads, contents.routes, contents.described
-        model._base_trained, model._output_trained = contents.base_trained, contents.output_trained
-        return model.eval()
+        if backbone is not None:
+            _check_backbone(backbone)
+        folder = fetch(directory, revision=revision, token=token)
+        with nullcontext() if backbone is None else put_back(backbone):
+            contents = load(folder, backbone)
+            model = cls(contents.backbone, balance=contents.balance)
+            model.heads, model.routes, model.described = contents.heads, contents.routes, contents.described
+            model._base_trained, model._output_trained = contents.base_trained, contents.output_trained
+            return model.eval()
 
     def restore(self, directory: str | Path) -> None:
         """Goes back to the weights of a folder written with `checkpoint=True`; all tensors stay the same objects.
@@ -409,3 +408,15 @@ class TaskHeads(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         """Turns it off."""
         self.backbone.gradient_checkpointing_disable()
+
+
+def _check_backbone(backbone: Any) -> None:
+    """Raises `ConfigError` for what is not a model, `UnsupportedError` for one that `TaskHeads` cannot use."""
+    if not isinstance(backbone, nn.Module):
+        named = isinstance(backbone, (str, Path))
+        fix = f"AutoModel.from_pretrained({str(backbone)!r})" if named else "a model"
+        raise ConfigError(f"backbone={backbone!r:.80} is not a model: pass TaskHeads({fix}).")
+    adapter_host(backbone)
+    config = getattr(backbone, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError("the backbone has an encoder and a decoder: pass a model that has only one of them.")
