@@ -747,7 +747,7 @@ def test_bad_sources_leave_the_model_as_it_was(case: str, bert: nn.Module) -> No
         ({"regularization_form": "sum"}, "regularization_form='sum'"),
         ({"regularization_form": "code"}, "no effect"),
         ({"regularization_form": "code", "regularization": 0.1}, "no effect"),
-        ({"value": True}, "value=True.*no meaning"),
+        ({"value": True}, "value=True.*does not use it"),
         ({"dropout_prob": 0.1}, "dropout_prob=0.1"),
         ({"fixed": {}}, "fixed="),
         ({"fixed": ["a"]}, "fixed="),
