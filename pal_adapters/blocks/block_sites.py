@@ -8,6 +8,14 @@ from typing import Literal
 
 from pal_adapters.errors import ConfigError
 
+_CHOICES = {
+    "norm": ("pre", "post"),
+    "residual_at": ("output", "input"),
+    "mixing": ("attention", "recurrent", "other"),
+    "mask": ("kept", "hidden", "signed"),
+    "layout": ("tokens", "packed", "grid", "streams"),
+}
+
 
 @dataclass(frozen=True)
 class BlockSites:
@@ -31,6 +39,16 @@ class BlockSites:
         ffn_norm: pre-LN: the norm whose input is `h1`; `""` if the feed-forward part reads `h1` as it is. Only a
             bottleneck at the top of a network needs it, and where the block has one norm behind its attention, it is
             that one.
+        mixing: how the module `attention` mixes tokens: `"attention"`; `"recurrent"` for a module without attention
+            that reads earlier tokens only (a state space model, a gated delta rule, a causal convolution), beside
+            which a module that attends sees the earlier tokens without padding; or `"other"` where a module that
+            attends is rejected (windows of an image, a state outside the generation cache).
+        mask: what the mask that `attention` gets says: `"kept"`, the usual forms (non-zero or True for tokens that are
+            seen, or a term in the scores); `"hidden"`, True for tokens that are not seen; or `"signed"`, negative for
+            tokens that are not seen.
+        layout: the form of the hidden states that the blocks pass on: `"tokens"`, `[b, n, d]`; `"packed"`, the tokens
+            of several sequences as `[n, d]`; `"grid"`, the tokens of an image in two dimensions; or `"streams"`,
+            several residual streams. A network that steers the blocks needs tokens.
     """
 
     norm: Literal["pre", "post"]
@@ -43,12 +61,16 @@ class BlockSites:
     residual_at: Literal["output", "input"] = "output"
     input_norm: str | None = None
     ffn_norm: str | None = None
+    mixing: Literal["attention", "recurrent", "other"] = "attention"
+    mask: Literal["kept", "hidden", "signed"] = "kept"
+    layout: Literal["tokens", "packed", "grid", "streams"] = "tokens"
 
     def __post_init__(self) -> None:
-        if self.norm not in ("pre", "post"):
-            raise ConfigError(f"norm={self.norm!r} is not allowed: use 'pre' or 'post'.")
-        if self.residual_at not in ("output", "input"):
-            raise ConfigError(f"residual_at={self.residual_at!r} is not allowed: use 'output' or 'input'.")
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                choices = " or ".join(filter(None, (", ".join(map(repr, allowed[:-1])), repr(allowed[-1]))))
+                raise ConfigError(f"{name}={value!r} is not allowed: use {choices}.")
         if self.norm == "pre" and self.input_norm is None:
             raise ConfigError(
                 "input_norm=None is not allowed with norm='pre': name the norm in front of attention, or '' if "

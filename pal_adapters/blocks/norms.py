@@ -17,7 +17,8 @@ from .sites import Block, is_added
 # Norms of queries and keys are not norms of the residual stream, even where they span the same width.
 _INSIDE_ATTENTION = frozenset({"q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"})
 _FINAL_NORMS = (
-    "final_layer_norm", "final_layernorm", "final_norm", "emb_layer_norm_after", "ln_f", "norm_f", "norm", "layernorm",
+    "final_layer_norm", "final_layernorm", "final_norm", "emb_layer_norm_after", "embedding_norm", "ln_f", "norm_f", "ln",
+    "norm", "layernorm",
     "layer_norm", "LayerNorm",
 )  # fmt: skip
 
@@ -141,8 +142,13 @@ def required_final_norm(model: nn.Module, block: Block, what: str) -> tuple[nn.M
     """
     norm = final_norm(model, block)
     if norm is None:
-        raise SiteError(f"{what} needs a norm behind the blocks, which {type(model).__name__} lacks.")
+        raise SiteError(
+            f"{what} needs a norm behind the blocks, which {type(model).__name__} lacks: pass bottleneck='none'."
+        )
     form = norm_form(norm, block.width)
     if form is None:
-        raise SiteError(f"{what} cannot use {type(norm).__name__}: it is neither a layer norm nor an RMS norm.")
+        raise SiteError(
+            f"{what} cannot use {type(norm).__name__}: it is neither a layer norm nor an RMS norm: "
+            "pass bottleneck='none'."
+        )
     return norm, form

@@ -27,7 +27,8 @@ POSITION = ("cache_position",)
 # Masks that say nothing about which tokens a block sees.
 _OTHER_MASKS = frozenset(
     {"head_mask", "layer_head_mask", "cross_attn_layer_head_mask", "encoder_attention_mask", "encoder_mask",
-     "cross_attention_mask"}
+     "cross_attention_mask", "mamba_attention_mask", "conv_mask", "conv_attention_mask", "position_mask",
+     "is_index_masked", "padding_mask", "input_features_mask", "all_masked_rows"}
 )  # fmt: skip
 _KNOWN_MASKS = _OTHER_MASKS.union(MASK, CAUSAL_MASK, WINDOW_MASK)
 # Packed sequences: several texts behind each other in one row.
@@ -90,6 +91,14 @@ def cache_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
     return None
 
 
+def packed_lengths(
+    x: Tensor, positions: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The cumulative lengths of packed sequences whose hidden states come as `[n, d]`, None for `[b, n, d]`."""
+    lengths = argument(_PACKED, positions, args, kwargs) if x.dim() == 2 else None
+    return lengths if isinstance(lengths, Tensor) else None
+
+
 def check_masks(positions: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise `UnsupportedError` for a mask under a name that is not known."""
     named = dict(zip(positions, args, strict=False)) | kwargs
@@ -145,7 +154,11 @@ def is_causal(attention: nn.Module) -> bool:
     for module in (attention, getattr(attention, "self", None)):
         if getattr(module, "is_causal", False) is True or getattr(module, "is_decoder", False) is True:
             return True
-    # The first GPT keeps the triangle itself and gets no mask that has it.
+    return keeps_triangle(attention)
+
+
+def keeps_triangle(attention: nn.Module) -> bool:
+    """Whether a self-attention hides later positions whatever its mask says (the first GPT, ImageGPT)."""
     triangle = dict(attention.named_buffers(recurse=False)).get("bias")
     return triangle is not None and triangle.dim() == 4 and triangle.shape[-1] == triangle.shape[-2] > 1
 

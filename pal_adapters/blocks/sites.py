@@ -192,15 +192,22 @@ class Block:
 
 
 def _width(block: nn.Module, sites: BlockSites) -> int:
-    norms = [resolve(block, path) for path in (sites.input_norm, sites.output, "output.LayerNorm") if path]
-    for norm in [*norms, *block.children()]:
+    output = f"{sites.output}." if sites.output else ""
+    paths = (sites.input_norm, sites.output, f"{output}LayerNorm", f"{output}layer_norm")
+    for norm in [*(resolve(block, path) for path in paths if path), *block.children()]:
         weight = getattr(norm, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.dim() == 1:
             return int(weight.shape[0])
         shape = getattr(norm, "normalized_shape", None)  # a norm without a weight
         if shape is not None and len(shape) == 1:
             return int(shape[0])
-    raise SiteError(f"the width of {type(block).__name__} could not be read from the norms among its children.")
+    ffn = resolve(block, sites.ffn)
+    linear = next((m for m in (ffn.modules() if ffn is not None else ()) if isinstance(m, nn.Linear)), None)
+    if linear is not None:
+        return linear.in_features
+    raise SiteError(
+        f"the width of {type(block).__name__} could not be read from its norms or the linear layers of {sites.ffn!r}."
+    )
 
 
 def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequential]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -61,25 +61,37 @@ def survey(model: nn.Module, named: Mapping[str, str] | None = None) -> list[Sta
 
 def missed(stacks: Iterable[Stack]) -> list[Stack]:
     """The stacks whose structure is not known, and of a class that is known in part the blocks that are not."""
-    left = []
-    for stack in stacks:
-        reached = {block.name for block in stack.blocks}
-        names = tuple(name for name in stack.names if name not in reached)
-        if names:
-            left.append(Stack(stack.path, stack.block, names))
-    return left
+    return _without(stacks, {block.name for stack in stacks for block in stack.blocks})
 
 
-def partial_reach(model: nn.Module) -> str:
-    """A sentence that says which blocks a method reaches and which not, `""` if it reaches all."""
+def _without(stacks: Iterable[Stack], names: Collection[str]) -> list[Stack]:
+    left = [(stack, tuple(name for name in stack.names if name not in names)) for stack in stacks]
+    return [replace(stack, names=rest) for stack, rest in left if rest]
+
+
+def partial_reach(model: nn.Module, reached: Iterable[Block]) -> str:
+    """A sentence that says which blocks a method reaches and which not, `""` if it reaches all.
+
+    Args:
+        model: the model.
+        reached: the blocks that the method reaches.
+    """
     stacks = survey(model)
-    left = missed(stacks)
+    names = {block.name for block in reached}
+    left = _without(stacks, names)
     if not left:
         return ""
-    reached = [
-        Stack(stack.path, stack.block, tuple(block.name for block in stack.blocks)) for stack in stacks if stack.blocks
+    others = {name for stack in left for name in stack.names}
+    unknown = [str(stack) for stack in missed(stacks)]
+    unattended = [
+        str(replace(stack, names=rest))
+        for stack in left
+        if (rest := tuple(block.name for block in stack.blocks if block.name in others))
     ]
+    reasons = [f"the structure of {'; '.join(unknown)} is not known"] if unknown else []
+    if unattended:
+        reasons.append(f"a module that attends cannot be added to {'; '.join(unattended)}")
     return (
-        f"only a part of {type(model).__name__} is adapted: {'; '.join(map(str, reached))}. The structure of "
-        f"{'; '.join(map(str, left))} is not known."
+        f"only a part of {type(model).__name__} is adapted: {'; '.join(map(str, _without(stacks, others)))}, as "
+        f"{', and '.join(reasons)}."
     )

@@ -25,7 +25,8 @@ from pal_adapters.nn.unit import UnitInputs
 
 from .call import CallValue, run_around
 from .kv_cache import TaskCache, task_cache
-from .masks import CallMask
+from .masks import CallMask, kept, packed_mask
+from .recurrent import kept_tokens
 
 # In the order in which a block reaches them.
 _ORDER = ("attention", "ffn", "residual", "output", "stack_output")
@@ -56,6 +57,8 @@ class BlockCall:
         is_causal: what the call says of causality, if anything.
         cache: the generation cache.
         position: of the tokens, where the host says it.
+        packed: `cu_seqlens`, where the tokens of several sequences come as one `[n, d]`.
+        kept: the mask of a block without attention, which earlier calls with the cache are a part of.
     """
 
     x: Tensor | None = None
@@ -66,6 +69,8 @@ class BlockCall:
     is_causal: Any = None
     cache: Any = None
     position: Any = None
+    packed: Tensor | None = None
+    kept: Tensor | None = None
 
 
 class _Behind:
@@ -109,8 +114,10 @@ class Attachment:
         attention = self._module(block.sites.attention)
         self._attention_arguments = signatures.positions_of(attention)
         self._block_arguments = signatures.positions_of(block.module)
-        self._causal = signatures.is_causal(attention)
-        self._window = signatures.window_of(attention, block)
+        self._recurrent = block.sites.mixing == "recurrent"
+        self._causal = self._recurrent or signatures.is_causal(attention)
+        self._triangle = signatures.keeps_triangle(attention)
+        self._window = None if self._recurrent else signatures.window_of(attention, block)
         # transformers 4.57: ModernBERT's attention gets two masks and chooses.
         self._local = getattr(attention, "local_attention", (-1, -1)) != (-1, -1)
         self._index = signatures.layer_index(attention, block)
@@ -141,8 +148,6 @@ class Attachment:
         """Install the hooks that these sites and needs require; existing ones stay."""
         self._needs |= set(needs)
         sites = {site for site in sites if site != "stack_output" or self.block.last}
-        if "h" in self._needs:
-            self._before(self.block.sites.ffn, self._on_ffn)
         if "raw" in self._needs and self.block.sites.input_norm and not self._outside:
             self._before(self.block.sites.input_norm, self._on_input_norm)
         # `ffn` and `h` may have batch and tokens flattened into one dimension; the block's input tells them apart.
@@ -151,6 +156,8 @@ class Attachment:
                 self._wrap_block()
             else:
                 self._before(self.block.sites.attention, self._on_input)
+        if "h" in self._needs:  # behind `_on_input`: a block of one branch has one module for both
+            self._before(self.block.sites.ffn, self._on_ffn)
         for site in sorted(sites - self._sites, key=_ORDER.index):
             self._write_at(site)
         self._sites |= sites
@@ -238,12 +245,14 @@ class Attachment:
         # have left of an earlier call.
         held = self._held.value if "_on_input_norm" in self._hooked else None
         call = self._held.value = BlockCall(raw=None if held is None else held.raw)
+        x = signatures.hidden_states(positions, args, kwargs)
+        call.packed = signatures.packed_lengths(x, positions, args, kwargs)
         if self._keeps_x:
-            call.x = signatures.hidden_states(positions, args, kwargs)
-        if "mask" not in self._needs:
+            call.x = x if call.packed is None else x[None]
+        if "mask" not in self._needs or call.packed is not None:
             return
         signatures.check_masks(positions, args, kwargs)
-        call.mask = signatures.argument(signatures.MASK, positions, args, kwargs)
+        call.mask = kept(signatures.argument(signatures.MASK, positions, args, kwargs), self.block.sites.mask)
         if self._local:
             local = signatures.argument(signatures.WINDOW_MASK, positions, args, kwargs)
             call.mask = call.mask if local is None else local
@@ -251,8 +260,7 @@ class Attachment:
         call.is_causal = kwargs.get("is_causal")
         call.cache = signatures.cache_of(args, kwargs)
         if call.cache is None:
-            length = signatures.hidden_states(positions, args, kwargs).shape[1]
-            signatures.check_whole(self.block.name, call.mask, length, kwargs, causal=self._causal)
+            signatures.check_whole(self.block.name, call.mask, x.shape[1], kwargs, causal=self._causal)
         call.position = signatures.argument(signatures.POSITION, positions, args, kwargs)
 
     def _on_input_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -274,7 +282,7 @@ class Attachment:
         x = call.x
         if x is not None and self._needs & {"x", "raw", "mask"}:
             self._check(x, value)
-        raw = x if call.raw is None else call.raw
+        raw = x if call.raw is None or x is None else call.raw.view(x.shape)
         if x is not None and self._outside and self.block.sites.input_norm and "x" in self._needs:
             x = self._module(self.block.sites.input_norm)(x)
         h = call.h
@@ -282,12 +290,22 @@ class Attachment:
             h = h.view(*x.shape[:2], h.shape[-1])
         if "mask" not in self._needs:
             return UnitInputs(x=x, raw=raw, h=h, batch=value.shape[0])
+        if call.packed is not None:
+            mask = CallMask(packed_mask(call.packed, value.shape[1]), None, False, value.device)
+            return UnitInputs(x=x, raw=raw, h=h, mask=mask, batch=value.shape[0])
         cache: TaskCache | None = task_cache(call.cache, self.block.name, self._index, self.block.depth, call.position)
         causal = self._causal if call.is_causal is None else bool(call.is_causal)
-        mask = CallMask(call.mask, call.extra_mask, causal, value.device, window=self._window if causal else None)
+        if self._recurrent and call.kept is None:
+            call.kept = kept_tokens(call.mask, cache, value)
+        mask = CallMask(
+            call.kept if self._recurrent else call.mask, call.extra_mask, causal, value.device,
+            window=self._window if causal else None, triangle=self._triangle,
+        )  # fmt: skip
         return UnitInputs(x=x, raw=raw, h=h, mask=mask, cache=cache, batch=value.shape[0])
 
     def _check(self, x: Tensor, value: Tensor) -> None:
+        if x.dim() == 4 and "mask" not in self._needs and x.shape == value.shape:  # an image
+            return
         if x.dim() != 3:
             raise UnsupportedError(
                 f"{self.block.name} got hidden states of shape {list(x.shape)}: task modules need [batch, tokens, "

@@ -13,19 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pal_adapters.blocks.block_sites import BlockSites
 from pal_adapters.blocks.signatures import MASK
 
 from .masks import normalise_mask
 
-# transformers 4.57 writes these attentions out, with a mask that is added; the others go through the common interface.
+# These attentions are written out, with a mask that is added, in transformers 4.57 or 5; the others go through the
+# common interface.
 _ADDS_MASK = frozenset(
     f"modeling_{name}"
     for name in (
         "bert", "roberta", "xlm_roberta", "xlm_roberta_xl", "camembert", "electra", "mpnet", "openai", "distilbert",
-        "bert_generation", "ernie", "roberta_prelayernorm", "esm",
+        "bert_generation", "ernie", "roberta_prelayernorm", "esm", "gpt_neo", "bloom", "falcon", "rembert", "roformer",
+        "megatron_bert", "lilt", "xmod", "roc_bert", "visual_bert", "tapas", "ibert", "vilt", "flava", "layoutlmv3",
+        "convbert", "bros", "clvp", "imagegpt",
     )
 )  # fmt: skip
-
+# These read other things from their mask than what to add.
+_READS_MASK = frozenset({"modeling_doge"})
 
 # What computes the scores of relative positions in DeBERTa-v2 and DeBERTa.
 _POSITION_SCORES = ("disentangled_attention_bias", "disentangled_att_bias")
@@ -47,14 +52,21 @@ def mask_argument(attention: nn.Module, positions: dict[str, int]) -> str | None
     return "head_mask" if named is None and "head_mask" in positions else named
 
 
-def refusal(attention: nn.Module, positions: dict[str, int], implementation: str | None) -> str | None:
+def refusal(
+    attention: nn.Module, sites: BlockSites, positions: dict[str, int], implementation: str | None
+) -> str | None:
     """Why a self-attention takes no additive term, or None.
 
     Args:
         attention: the module.
+        sites: the sites of its block.
         positions: its arguments.
         implementation: the model's `attn_implementation`.
     """
+    if sites.mixing != "attention":
+        return f"it has no attention scores, but a {type(attention).__name__}"
+    if sites.mask != "kept":
+        return "its self-attention takes a mask that is not added to its scores"
     if implementation not in (None, "eager", "sdpa"):
         return (
             f"attn_implementation={implementation!r} has no place for a term in its scores: load the model with "
@@ -77,7 +89,10 @@ def refusal(attention: nn.Module, positions: dict[str, int], implementation: str
     if "MultiHeadSelfAttention" in classes and "DistilBertSelfAttention" not in classes and eager:
         return "its eager attention takes a mask of zeros and ones: load it with attn_implementation='sdpa'"
     files = [cls.__module__ for cls in type(getattr(attention, "base_layer", attention)).__mro__]
-    if any(file.rpartition(".")[2] in _ADDS_MASK for file in files):
+    names = {file.rpartition(".")[2] for file in files}
+    if names & _READS_MASK:
+        return "its self-attention chooses by its mask which tokens it sees"
+    if names & _ADDS_MASK:
         return None
     if "position_bias" in positions:
         return "its blocks pass the sum of mask and position biases on to each other"

@@ -56,7 +56,14 @@ def _shared_by_heads(mask: Tensor, q_len: int) -> Tensor:
 
 
 def normalise_mask(
-    mask: object, *, q_len: int, kv_len: int, causal: bool, device: torch.device, window: int | None = None
+    mask: object,
+    *,
+    q_len: int,
+    kv_len: int,
+    causal: bool,
+    device: torch.device,
+    window: int | None = None,
+    triangle: bool = False,
 ) -> tuple[Tensor | None, bool]:
     """Convert a block's mask to what `functional.attend` takes.
 
@@ -67,6 +74,7 @@ def normalise_mask(
         causal: whether the host's self-attention hides later positions.
         window: how many positions a causal self-attention sees at most. A mask of three or four dimensions says so
             itself, None and a mask of two do not.
+        triangle: whether the self-attention hides later positions whatever the mask says.
 
     Returns:
         `(mask, is_causal)`: the mask, boolean (True is kept) or additive, broadcastable to `[b, h, q, k]`; and whether
@@ -98,10 +106,28 @@ def normalise_mask(
         mask = mask[..., :kv_len]
     if mask.shape[-2] > q_len:
         mask = mask[..., -q_len:, :]
-    if causal and mask.shape[-2] == 1 and (q_len > 1 or window is not None):
+    if causal and (triangle or (mask.shape[-2] == 1 and (q_len > 1 or window is not None))):
         keep = _causal(q_len, kv_len, window, device)
         mask = mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, torch.finfo(mask.dtype).min)
     return mask, False
+
+
+def kept(mask: Any, form: str) -> Any:
+    """A mask in the usual form, see `BlockSites.mask`."""
+    if form == "kept" or not isinstance(mask, Tensor):
+        return mask
+    return ~mask.bool() if form == "hidden" else mask >= 0
+
+
+def packed_mask(lengths: Tensor, tokens: int) -> Tensor:
+    """`[1, 1, n, n]` for sequences behind each other, where a token sees those of its own sequence.
+
+    Args:
+        lengths: `[s + 1]`, cumulative, from 0.
+        tokens: `n`.
+    """
+    sequence = torch.bucketize(torch.arange(tokens, device=lengths.device), lengths[1:], right=True)
+    return (sequence[:, None] == sequence)[None, None]
 
 
 @dataclass(frozen=True)
@@ -115,6 +141,7 @@ class CallMask:
     rows: Tensor | None = None
     tokens: tuple[int, int, int] | None = None
     window: int | None = None
+    triangle: bool = False
 
     def select(self, rows: Tensor) -> CallMask:
         """The mask of these rows (counted over a batch that may be a repetition of the mask's)."""
@@ -152,7 +179,13 @@ class CallMask:
 
     def _whole(self, q_len: int, kv_len: int) -> tuple[Tensor | None, bool]:
         first = normalise_mask(
-            self.mask, q_len=q_len, kv_len=kv_len, causal=self.causal, device=self.device, window=self.window
+            self.mask,
+            q_len=q_len,
+            kv_len=kv_len,
+            causal=self.causal,
+            device=self.device,
+            window=self.window,
+            triangle=self.triangle,
         )
         if self.extra is None:
             return first

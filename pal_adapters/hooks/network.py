@@ -139,7 +139,7 @@ class NetworkHooks:
     def _install_attention(self) -> None:
         attention = self._module(self.block.sites.attention)
         positions = signatures.positions_of(attention)
-        reason = refusal(attention, positions, self._implementation())
+        reason = refusal(attention, self.block.sites, positions, self._implementation())
         if reason is not None:
             raise SiteError(
                 f"the conditional attention cannot be added to {self.block.name}: {reason}; or pass "
@@ -176,7 +176,8 @@ class NetworkHooks:
             self._closing_eps = self._form(list(norms.values())[-1]).eps
         at = sites.ffn if sites.norm == "post" or sites.ffn_norm == "" else sites.ffn_norm
         if at is None:
-            behind = [path for path in norms if path != sites.input_norm]
+            # Parallel branches read the block's input both.
+            behind = [path for path in norms if path != sites.input_norm] or list(norms)
             if len(behind) != 1:
                 raise SiteError(
                     f"{self.block.name} has {len(behind)} norms behind its attention: bottleneck='top' needs one, in "
@@ -269,7 +270,7 @@ class NetworkHooks:
         if steer is None or not steer.unit.has_attention:
             return None
         unit, batch = steer.unit, steer.batch
-        reason = refusal(module, self._attention_arguments, self._implementation())
+        reason = refusal(module, self.block.sites, self._attention_arguments, self._implementation())
         if reason is None and self._mask == "mask" and kwargs.get("output_attentions"):
             reason = "output_attentions=True makes it use its eager attention, which takes a mask of zeros and ones"
         if reason is not None:

@@ -60,15 +60,20 @@ def token_positions(
     return keys_at[:, -queries:], keys_at
 
 
+def real_tokens(visible: Tensor) -> Tensor:
+    """Which tokens are no padding, `[b, k]`, from who sees whom, `[b, k, k]`."""
+    # Some hosts let padding, which would see nothing, see everything.
+    nothing = visible.all(-1) & ~visible[:, -1]
+    return visible.diagonal(dim1=-2, dim2=-1) & ~nothing
+
+
 def _sequences(visible: Tensor) -> tuple[Tensor, Tensor]:
     """Which tokens are real and which of them start a sequence, `[b, k]`, from who sees whom, `[b, k, k]`.
 
     A sequence starts with a token that sees none in front of it. A window does not change that: every later token
     sees its neighbour.
     """
-    # Some hosts let padding, which would see nothing, see everything.
-    nothing = visible.all(-1) & ~visible[:, -1]
-    real = visible.diagonal(dim1=-2, dim2=-1) & ~nothing
+    real = real_tokens(visible)
     return real, real & ~visible.tril(-1).any(-1)
 
 

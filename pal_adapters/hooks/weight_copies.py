@@ -17,6 +17,9 @@ from pal_adapters.nn.unit import key_of
 
 Slots = dict[str, list[tuple[nn.Module, str]]]
 
+# Parameters that choose experts or keys, which no gradient of a loss reaches.
+_CHOOSES = frozenset({"e_score_correction_bias", "expert_bias", "indexer"})
+
 
 def _slots(root: nn.Module, added: set[int]) -> Slots:
     """Where the parameters below `root` are, by name; tied ones share a name."""
@@ -25,7 +28,7 @@ def _slots(root: nn.Module, added: set[int]) -> Slots:
     for path, module in root.named_modules():
         for name, parameter in module._parameters.items():
             full = f"{path}.{name}" if path else name
-            if parameter is None or id(parameter) in added:
+            if parameter is None or id(parameter) in added or not _CHOOSES.isdisjoint(full.split(".")):
                 continue
             slots.setdefault(names.setdefault(id(parameter), full), []).append((module, name))
     return slots

@@ -12,7 +12,7 @@ from torch import nn
 
 from pal_adapters.blocks.sites import Block, parse_sites
 from pal_adapters.checks import check_fields, shown
-from pal_adapters.errors import ConfigError
+from pal_adapters.errors import ConfigError, SiteError
 from pal_adapters.nn.unit import TaskUnit
 
 
@@ -49,6 +49,7 @@ class Method:
         copies_base: whether `train_base` trains copies of the base weights that belong to the adapter, and leaves the
             model's own alone.
         fusable: whether the unit only adds a term behind the feed-forward part, which a coefficient can weigh.
+        attends: whether the unit attends, and so needs to know which tokens a token sees.
     """
 
     name: str
@@ -60,6 +61,23 @@ class Method:
     network: bool = False
     copies_base: bool = False
     fusable: bool = False
+    attends: bool = False
+
+    def reachable(self, blocks: list[Block]) -> list[Block]:
+        """The blocks that the method can adapt.
+
+        Raises:
+            SiteError: if there are none.
+        """
+        reached = [block for block in blocks if not (self.attends and block.sites.mixing == "other")]
+        if not reached:
+            kinds = ", ".join(sorted({type(block.module).__name__ for block in blocks}))
+            raise SiteError(
+                f"{self.name} attends, and cannot be added to {kinds}: its attention works on windows of an image, or "
+                "its generation cache has no place for keys and values of others. Use a method that does not attend: "
+                "lhuc, low_rank or houlsby."
+            )
+        return reached
 
 
 class Options:

@@ -111,7 +111,7 @@ def _network(stack: Stack, attention: nn.Module, implementation: str | None, *, 
         return "rejected: the model has several stacks of blocks, and a network steers one"
     if len(stack.blocks) != stack.blocks[0].depth:
         return "rejected: a network steers all blocks of a stack, and the structure of some is not known"
-    reason = refusal(attention, signatures.positions_of(attention), implementation)
+    reason = refusal(attention, stack.blocks[0].sites, signatures.positions_of(attention), implementation)
     if reason is not None:
         return f"rejected: {reason}; adapts with attention_layers=[]"
     try:

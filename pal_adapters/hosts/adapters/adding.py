@@ -148,6 +148,8 @@ def _plan(model: ModelAdaptersMixin, whole: AdapterConfig | None) -> Plan:
     layers = list(model.iter_layers())
     blocks = _find(base, [layer for _, layer in layers], given)
     _check_leave_out(given, sorted({i for i, _ in layers}))
+    for config in given:
+        config.method.reachable(blocks)
     parameters = parameters_of(base, blocks, task_parameters(base))
     configs = [filled(c, c.method.prepare(c, blocks, parameters)) for c in (c.resolved() for c in given)]
     shares = _shares(whole, configs, blocks)

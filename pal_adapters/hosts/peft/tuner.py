@@ -139,9 +139,9 @@ class TaskTuner(BaseTuner):
     def _prepare_adapter_config(  # type: ignore[override]
         self, peft_config: TaskPeftConfig, model_config: dict[str, Any]
     ) -> TaskPeftConfig:
-        blocks = find_blocks(self.model, peft_config.sites)
+        blocks = self.method.reachable(find_blocks(self.model, peft_config.sites))
         chosen, self._excluded = choose_blocks(peft_config, blocks)
-        if not chooses(peft_config) and (reach := partial_reach(self.model)):
+        if not chooses(peft_config) and (reach := partial_reach(self.model, blocks)):
             warnings.warn(
                 f"{self.method.name}: {reach} Pass target_modules=[...] to choose blocks by name, which also silences "
                 "this warning, or sites={...} to name the modules of other blocks; see pal_adapters.describe_sites.",

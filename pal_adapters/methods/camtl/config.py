@@ -103,7 +103,7 @@ def _check_model(options: CAMTLOptions, blocks: list[Block]) -> None:
     if any(block.stack != first.stack for block in blocks):
         raise UnsupportedError(
             "ca_mtl supports one stack of blocks, but this model has several (an encoder and a decoder, or vision and "
-            "text): use a model with one stack."
+            f"text): choose one with target_modules={blocks[0].name.rpartition('.')[0]!r}, for example."
         )
     if len(blocks) != first.depth:
         raise ConfigError(
@@ -113,6 +113,11 @@ def _check_model(options: CAMTLOptions, blocks: list[Block]) -> None:
     if first.repeated:
         raise UnsupportedError(
             "ca_mtl does not support a model that runs one block at several depths, such as ALBERT."
+        )
+    if first.sites.layout != "tokens":
+        raise UnsupportedError(
+            f"ca_mtl does not support {type(first.module).__name__}: its blocks do not pass on hidden states of "
+            "[batch, tokens, width], so a block does not know the task of each example."
         )
     depth = first.depth
     for name in ("attention_layers", "norm_layers", "freeze_layers"):
@@ -135,7 +140,7 @@ def _prepare(options: CAMTLOptions, blocks: list[Block], base_parameters: int) -
     if options.norm_layers is None:
         chosen["norm_layers"] = list(range(depth - depth // 2, depth))
     if options.attention_layers is None:
-        chosen["attention_layers"] = list(range(depth))
+        chosen["attention_layers"] = [block.index for block in blocks if block.sites.mixing == "attention"]
     return chosen
 
 
@@ -170,7 +175,7 @@ class CAMTLOptions(Options):
         tasks: names of the tasks, or their number.
         max_length: the longest sequence in tokens; shorter ones use the leading part of the attention term.
         alignment: whether to align the embeddings.
-        attention_layers: indices of the blocks with the attention term, from 0; None for all.
+        attention_layers: indices of the blocks with the attention term, from 0; None for all that attend.
         attention_modulation: `"columns"` (as in the released code) or `"matrix"` (the paper's notation), see
             `pal_adapters.methods.camtl.attention.ConditionalAttentionBias`.
         norm_layers: indices of the blocks whose norms are conditional; None for the upper half.

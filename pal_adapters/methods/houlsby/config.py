@@ -56,6 +56,7 @@ HOULSBY_PAL = Method(
     build_shared=_build_projections,
     prepare=choose_hidden_size,
     unmergeable="its bottlenecks are not linear and its PALs attend to other tokens.",
+    attends=True,
 )
 HOULSBY = Method(
     name="houlsby",

@@ -51,6 +51,7 @@ METHOD = Method(
     prepare=_prepare,
     unmergeable="a PAL attends to other tokens, which no weight of the base model can do.",
     fusable=True,
+    attends=True,
 )
 
 

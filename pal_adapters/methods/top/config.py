@@ -78,10 +78,20 @@ def _prepare_bert_layer(options: TopBertLayerOptions, blocks: list[Block], base_
 _REASON = "it acts after the last block, where the base model has no weights."
 
 TOP_ATTENTION = Method(
-    name="top_attention", build=_build_attention, prepare=_prepare_attention, unmergeable=_REASON, identity=False
+    name="top_attention",
+    build=_build_attention,
+    prepare=_prepare_attention,
+    unmergeable=_REASON,
+    identity=False,
+    attends=True,
 )
 TOP_BERT_LAYER = Method(
-    name="top_bert_layer", build=_build_bert_layer, prepare=_prepare_bert_layer, unmergeable=_REASON, identity=False
+    name="top_bert_layer",
+    build=_build_bert_layer,
+    prepare=_prepare_bert_layer,
+    unmergeable=_REASON,
+    identity=False,
+    attends=True,
 )
 
 
