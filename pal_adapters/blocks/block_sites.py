@@ -12,7 +12,7 @@ _CHOICES = {
     "norm": ("pre", "post"),
     "residual_at": ("output", "input"),
     "mixing": ("attention", "recurrent", "other"),
-    "mask": ("kept", "hidden", "signed"),
+    "mask": ("kept", "hidden", "signed", "mapping"),
     "layout": ("tokens", "packed", "grid", "streams"),
 }
 
@@ -44,8 +44,8 @@ class BlockSites:
             which a module that attends sees the earlier tokens without padding; or `"other"` where a module that
             attends is rejected (windows of an image, a state outside the generation cache).
         mask: what the mask that `attention` gets says: `"kept"`, the usual forms (non-zero or True for tokens that are
-            seen, or a term in the scores); `"hidden"`, True for tokens that are not seen; or `"signed"`, negative for
-            tokens that are not seen.
+            seen, or a term in the scores); `"hidden"`, True for tokens that are not seen; `"signed"`, negative for
+            tokens that are not seen; or `"mapping"`, a mapping with the usual form under `"causal"`.
         layout: the form of the hidden states that the blocks pass on: `"tokens"`, `[b, n, d]`; `"packed"`, the tokens
             of several sequences as `[n, d]`; `"grid"`, the tokens of an image in two dimensions; or `"streams"`,
             several residual streams. A network that steers the blocks needs tokens.
@@ -62,7 +62,7 @@ class BlockSites:
     input_norm: str | None = None
     ffn_norm: str | None = None
     mixing: Literal["attention", "recurrent", "other"] = "attention"
-    mask: Literal["kept", "hidden", "signed"] = "kept"
+    mask: Literal["kept", "hidden", "signed", "mapping"] = "kept"
     layout: Literal["tokens", "packed", "grid", "streams"] = "tokens"
 
     def __post_init__(self) -> None:

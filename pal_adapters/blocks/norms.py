@@ -17,9 +17,8 @@ from .sites import Block, is_added
 # Norms of queries and keys are not norms of the residual stream, even where they span the same width.
 _INSIDE_ATTENTION = frozenset({"q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"})
 _FINAL_NORMS = (
-    "final_layer_norm", "final_layernorm", "final_norm", "emb_layer_norm_after", "embedding_norm", "ln_f", "norm_f", "ln",
-    "norm", "layernorm",
-    "layer_norm", "LayerNorm",
+    "final_layer_norm", "final_layernorm", "final_norm", "emb_layer_norm_after", "embedding_norm", "ln_f", "norm_f",
+    "ln", "norm", "layernorm", "layer_norm", "LayerNorm",
 )  # fmt: skip
 
 

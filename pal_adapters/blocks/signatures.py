@@ -82,7 +82,7 @@ def cache_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
         if not isinstance(value, _PLAIN) and isinstance(value, _Updated):
             raise UnsupportedError(
                 f"a {type(value).__name__} is not supported: modules that attend need a transformers Cache. Use "
-                "generate() instead of generate_batch()."
+                "generate() instead of generate_batch(), or use_cache=False."
             )
     if any(kwargs.get(name) is not None for name in _PACKED):
         raise UnsupportedError(

@@ -48,7 +48,8 @@ def survey(model: nn.Module, named: Mapping[str, str] | None = None) -> list[Sta
     for name, module in model.named_modules():
         block = found.get(name)
         if block is None:
-            if name.startswith(inside) or not _is_block(module) or not name.rpartition(".")[2].isdigit():
+            holds = any(other.startswith(f"{name}.") for other in found)  # a stage of an encoder
+            if name.startswith(inside) or holds or not _is_block(module) or not name.rpartition(".")[2].isdigit():
                 continue
             inside = (*inside, f"{name}.")
         key = (name.rpartition(".")[0], type(module).__name__)

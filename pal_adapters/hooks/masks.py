@@ -114,6 +114,8 @@ def normalise_mask(
 
 def kept(mask: Any, form: str) -> Any:
     """A mask in the usual form, see `BlockSites.mask`."""
+    if form == "mapping":
+        return None if mask is None else mask.get("causal")
     if form == "kept" or not isinstance(mask, Tensor):
         return mask
     return ~mask.bool() if form == "hidden" else mask >= 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import OrderedDict
 from typing import Any
@@ -20,6 +21,7 @@ from pal_adapters import (
     ConfigError,
     HoulsbyPeftConfig,
     LHUCPeftConfig,
+    LowRankPeftConfig,
     PALPeftConfig,
     SiteError,
     register_block,
@@ -29,6 +31,7 @@ from pal_adapters.blocks.norms import full_norms
 from pal_adapters.blocks.sites import Block, find_blocks, iter_blocks, parse_sites, resolve, sites_of
 from pal_adapters.blocks.structures import REFUSED, STRUCTURES
 from tests import zoo
+from tests.families.more import MORE
 from tests.zoo import BY_NAME
 
 pytestmark = zoo.HOST_WARNINGS
@@ -181,6 +184,9 @@ def test_sites_that_the_model_does_not_have() -> None:
     model = MyModel()
     for layer in model.body:  # type: ignore[attr-defined]
         layer.first, layer.second = nn.Identity(), nn.Identity()
+    assert {block.width for block in find_blocks(model, dict(PRE, block="MyLayer"))} == {24}  # of its linear layers
+    for layer in model.body:  # type: ignore[attr-defined]
+        layer.wide = nn.Identity()
     with pytest.raises(SiteError, match="width of MyLayer could not be read"):
         find_blocks(model, dict(PRE, block="MyLayer"))
 
@@ -196,17 +202,51 @@ def test_the_message_says_what_to_pass() -> None:
 # Structures
 
 
+def _structures_of(model: nn.Module) -> set[str]:
+    blocks = list(iter_blocks(model))
+    fitting = [(b.module, sites._bases(b.module), sites._children(b.module)) for b in blocks]
+    return {next(s.models for s in STRUCTURES if sites._fits(block, s, *rest)) for block, *rest in fitting}
+
+
+# Models of the rows that no model of the zoo fits, for their structure alone, and what differs from their defaults.
+_OTHERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    *((name, {}) for name in (
+        "BeamForCausalLM", "Blip2Model", "ClvpModelForConditionalGeneration", "CpmAntModel", "CvtModel",
+        "DeepseekV4ForCausalLM", "DiaModel", "DonutSwinModel", "FastSpeech2ConformerModel", "FocalNetModel",
+        "Gemma3nForCausalLM", "GPTNeoXJapaneseModel", "GraniteMoeHybridModel", "HieraModel",
+        "Inkling2ForConditionalGeneration", "InklingForCausalLM", "InternVLVisionModel",
+        "Kosmos2ForConditionalGeneration", "Lfm3ForCausalLM", "LiltModel", "LongcatFlashForCausalLM",
+        "MiniMaxForCausalLM", "Molmo2TextModel", "MoonshineForConditionalGeneration", "MuseSparkTextModel",
+        "OmniASRAudioModel", "Pix2StructForConditionalGeneration", "PixtralVisionModel",
+        "PocketTTSAudioTokenizerEncoderModel", "PvtModel", "RTDetrModel", "RfDetrModel", "Sam3ViTModel",
+        "SamVisionModel", "SeamlessM4TModel", "SpeechT5ForSpeechToText", "Swinv2Model", "TimesFmModel",
+        "TimesformerModel", "TvpModel", "VitsModel", "VoxtralRealtimeForConditionalGeneration", "Zamba2Model",
+        "ZayaForCausalLM", "xLSTMModel", "KimiLinearForCausalLM", "VJEPA2Model", "ParakeetEncoder", "RwkvModel",
+        "Qwen2VLForConditionalGeneration",
+    )),
+    ("Molmo2TextModel", {"norm_after": True}),
+    ("FastSpeech2ConformerModel", {"encoder_normalize_before": True, "decoder_normalize_before": True}),
+)  # fmt: skip
+
+
+def _without_weights(name: str, changes: dict[str, Any]) -> nn.Module | None:
+    """A model of its default config, without memory for its weights."""
+    cls = getattr(transformers, name, None)
+    with torch.device("meta"):
+        return None if cls is None else cls(cls.config_class(**changes))
+
+
 def test_every_structure_is_met_by_a_model() -> None:
     """A row that no tested model fits would be a guess; one that is met in one version is enough."""
-    met = set()
-    for host in (*zoo.HOSTS, zoo.ALBERT):
+    met: set[str] = set()
+    for host in (*zoo.HOSTS, zoo.ALBERT, *(MORE if zoo.V5 else ())):
         if host.available:
-            for block in find_blocks(host.build()):
-                bases, children = sites._bases(block.module), sites._children(block.module)
-                met.add(next(s.models for s in STRUCTURES if sites._fits(block.module, s, bases, children)))
+            met |= _structures_of(host.build())
+    for name, changes in _OTHERS if zoo.V5 else ():
+        model = _without_weights(name, changes)
+        met |= set() if model is None else _structures_of(model)
     missing = {s.models for s in STRUCTURES} - met
-    other_version = {True: "transformers 4.57", False: "transformers 5"}[zoo.V5]
-    assert all(other_version in models for models in missing), missing
+    assert not {models for models in missing if ("transformers 4.57" in models) is not zoo.V5}, missing
 
 
 def test_paths_of_every_structure_are_named_from_its_children() -> None:
@@ -300,14 +340,25 @@ def test_attention_of_torch_is_refused() -> None:
     assert sites_of(Block()) is None
 
 
-@pytest.mark.parametrize("class_name", ["SwinModel", "Swinv2Model", "LongformerModel", "BigBirdModel", "CanineModel"])
+@pytest.mark.parametrize("class_name", ["SwinModel", "Swinv2Model"])
+def test_windows_take_what_does_not_attend(class_name: str) -> None:
+    cls = getattr(transformers, class_name)
+    model = cls(cls.config_class(image_size=8, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 2],
+                                 window_size=2))  # fmt: skip
+    with pytest.raises(SiteError, match="pal attends, and cannot be added to Swin"):
+        get_peft_model(copy.deepcopy(model), PALPeftConfig())
+    pixels = torch.randn(2, 3, 8, 8)
+    before = model(pixels).last_hidden_state
+    adapted = get_peft_model(model, LowRankPeftConfig(init_weights=False))
+    assert (adapted(pixels).last_hidden_state - before).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("class_name", ["BigBirdModel", "CanineModel"])
 def test_refused_with_a_reason(class_name: str) -> None:
     cls = getattr(transformers, class_name)
     small = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=36, vocab_size=40)
-    vision = dict(image_size=8, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=2)
-    special = {"LongformerModel": dict(attention_window=4), "CanineModel": dict(local_transformer_stride=4)}
-    arguments = vision if "Swin" in class_name else {**small, **special.get(class_name, {})}
-    model = cls(cls.config_class(**arguments))
+    special = {"CanineModel": dict(local_transformer_stride=4)}
+    model = cls(cls.config_class(**small, **special.get(class_name, {})))
     with pytest.raises(SiteError, match=r"Layer is refused because .*pass sites="):
         get_peft_model(model, PALPeftConfig(hidden_size=12, num_heads=2))
 

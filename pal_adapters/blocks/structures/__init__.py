@@ -24,6 +24,6 @@ from .vision import VISION
 STRUCTURES: tuple[Structure, ...] = tuple(
     sorted(
         (*ENCODERS, *DECODERS, *HYBRIDS, *TWO_STACKS, *VISION, *AUDIO),
-        key=lambda row: not (row.classes or row.flags or row.inner),
+        key=lambda row: (not (row.classes or row.flags), not row.inner),
     )
 )

@@ -212,7 +212,7 @@ DECODERS: tuple[Structure, ...] = (
     Structure(
         "zaya: scales the residual sums",
         "input_layernorm self_attn post_attention_layernorm mlp post_attention_residual_scale post_mlp_residual_scale",
-        pre(*_LLAMA, residual=""),
+        pre(*_LLAMA, residual="", mask="mapping"),
     ),
     Structure(
         "gemma4: the input of each layer joins behind the feed-forward part",
@@ -247,8 +247,9 @@ DECODERS: tuple[Structure, ...] = (
         scales=("residual_multiplier",),
     ),
     Structure(
-        "granitemoeshared, granitemoe-swa: scale both branches; the shared expert stands for the feed-forward part",
-        "input_layernorm self_attn post_attention_layernorm block_sparse_moe shared_mlp",
+        "granitemoeshared, granitemoe-swa, and attention in granitemoehybrid: scale both branches; the shared expert "
+        "stands for the feed-forward part",
+        "input_layernorm self_attn post_attention_layernorm [block_sparse_moe] shared_mlp",
         pre("self_attn", "shared_mlp", "input_layernorm", residual=""),
         scales=("residual_multiplier",),
     ),

@@ -11,7 +11,6 @@ _LLAMA = pre("self_attn", "mlp", "input_layernorm")
 _JAMBA = pre("self_attn", "feed_forward", "input_layernorm")
 _LFM2 = pre("self_attn", "feed_forward", "operator_norm")
 _SANDWICH_LFM = {"attention_output": "post_operator_norm", "ffn_output": "post_ffn_norm", "ffn_norm": "ffn_norm"}
-_GRANITE = "input_layernorm post_attention_layernorm [block_sparse_moe] shared_mlp"
 _GRIFFIN = "temporal_pre_norm temporal_block channel_pre_norm mlp_block"
 _MAMBA = {"mixing": "recurrent", "residual": ""}
 _DELTA = ("BailingHybridDecoderLayer", "KimiLinearDecoderLayer")
@@ -41,9 +40,8 @@ HYBRIDS: tuple[Structure, ...] = (
     Structure("falcon-h1: attention and a state space model side by side",
               "feed_forward mamba self_attn input_layernorm pre_ff_layernorm", replace(_JAMBA, residual=""),
               scales=("attention_in_multiplier", "ssm_out_multiplier", "attn_out_multiplier")),
-    Structure("granitemoehybrid, attention: scales both branches", f"{_GRANITE} self_attn",
-              pre("self_attn", "shared_mlp", "input_layernorm", residual=""), scales=("residual_multiplier",)),
-    Structure("granitemoehybrid, mamba: scales both branches", f"{_GRANITE} mamba",
+    Structure("granitemoehybrid, mamba: scales both branches",
+              "input_layernorm mamba post_attention_layernorm [block_sparse_moe] shared_mlp",
               pre("mamba", "shared_mlp", "input_layernorm", **_MAMBA), scales=("residual_multiplier",)),
     Structure("lfm2, lfm2-moe, attention", "self_attn feed_forward operator_norm ffn_norm", _LFM2),
     Structure("lfm2, lfm2-moe, convolution", "conv feed_forward operator_norm ffn_norm",

@@ -109,7 +109,7 @@ VISION: tuple[Structure, ...] = (
         "norm1 modulation drop_path norm2 mlp",
         pre("modulation", "mlp", "norm1", residual="", mixing="other"),
         flags={"use_post_layernorm": False},
-        scales=("gamma_1", "gamma_2"),
+        scales=("gamma_1", "gamma_2", "drop"),
     ),
     Structure(
         "rf-detr: windows of an image",

@@ -263,6 +263,10 @@ class TaskTuner(BaseTuner):
         meta = base_tensors(model, tied="each") if is_joint(config) else ()
         state_dict = check_tensors(model, adapter_name, state_dict, meta)
         keep_values(old for old, _ in base)
+        # Mamba's own hook renames one key with "embedding" in what it loads.
+        base += [
+            (own, state_dict[name]) for name, own in adapter_tensors(model, adapter_name).items() if not own.is_meta
+        ]
         with torch.no_grad():
             for old, new in base:
                 old.copy_(new)
