@@ -89,10 +89,9 @@ def partial_reach(model: nn.Module, reached: Iterable[Block]) -> str:
         for stack in left
         if (rest := tuple(block.name for block in stack.blocks if block.name in others))
     ]
-    reasons = [f"the structure of {'; '.join(unknown)} is not known"] if unknown else []
+    sentences = [f"only a part of {type(model).__name__} is adapted: {'; '.join(map(str, _without(stacks, others)))}."]
+    if unknown:
+        sentences.append(f"The structure of {'; '.join(unknown)} is not known.")
     if unattended:
-        reasons.append(f"a module that attends cannot be added to {'; '.join(unattended)}")
-    return (
-        f"only a part of {type(model).__name__} is adapted: {'; '.join(map(str, _without(stacks, others)))}, as "
-        f"{', and '.join(reasons)}."
-    )
+        sentences.append(f"A module that attends cannot be added to {'; '.join(unattended)}.")
+    return " ".join(sentences)

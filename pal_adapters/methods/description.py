@@ -9,8 +9,8 @@ from torch import nn
 
 from pal_adapters.blocks import signatures
 from pal_adapters.blocks.norms import full_norms
-from pal_adapters.blocks.sites import resolve
-from pal_adapters.blocks.survey import Stack, missed, survey
+from pal_adapters.blocks.sites import Block, resolve
+from pal_adapters.blocks.survey import missed, survey
 from pal_adapters.errors import SiteError
 from pal_adapters.hooks.attention_bias import refusal
 from pal_adapters.hosts.method import REGISTERED
@@ -87,35 +87,48 @@ def describe_sites(model: nn.Module) -> SitesTable:
     entries = []
     for stack in known:
         first = stack.blocks[0]
-        attention = resolve(first.module, first.sites.attention)
-        assert attention is not None
-        network = _network(stack, attention, implementation, several=len(lists) > 1)
-        methods = _methods("adapts", network)
+        together = [block for other in known if other.path == stack.path for block in other.blocks]
+        network = _network(together, implementation, several=len(lists) > 1)
+        windows = "rejected: a module that attends cannot be added to these blocks"
+        methods = _methods("adapts", network, windows if first.sites.mixing == "other" else "adapts")
         names = tuple(block.name for block in stack.blocks)
         kind = f"{first.sites.norm}-LN"
         entries.append(StackSites(stack.path, stack.block, names, kind, first.width, methods))
     for stack in missed(stacks):
         why = "not reached: the structure of the blocks is not known, name their sites"
-        entries.append(StackSites(stack.path, stack.block, stack.names, "unknown", 0, _methods(why, why)))
+        entries.append(StackSites(stack.path, stack.block, stack.names, "unknown", 0, _methods(why, why, why)))
     return SitesTable(type(model).__name__, tuple(entries))
 
 
-def _methods(single: str, network: str) -> dict[str, str]:
-    """What each registered method would do, those for one task and networks for many."""
+def _methods(single: str, network: str, attending: str) -> dict[str, str]:
+    """What each registered method would do: those for one task, networks for many, and those that attend."""
     classes = {name: config.method for host in REGISTERED.values() for name, config in host.items()}
-    return {name: network if method.network else single for name, method in sorted(classes.items())}
+    return {
+        name: network if method.network else attending if method.attends else single
+        for name, method in sorted(classes.items())
+    }
 
 
-def _network(stack: Stack, attention: nn.Module, implementation: str | None, *, several: bool) -> str:
+def _network(blocks: list[Block], implementation: str | None, *, several: bool) -> str:
+    """The verdict on a network in the blocks of one list."""
     if several:
-        return "rejected: the model has several stacks of blocks, and a network steers one"
-    if len(stack.blocks) != stack.blocks[0].depth:
+        return (
+            "rejected: the model has several stacks of blocks, and a network steers one: choose it by target_modules"
+        )
+    first = blocks[0]
+    if len(blocks) != first.depth:
         return "rejected: a network steers all blocks of a stack, and the structure of some is not known"
-    reason = refusal(attention, stack.blocks[0].sites, signatures.positions_of(attention), implementation)
-    if reason is not None:
-        return f"rejected: {reason}; adapts with attention_layers=[]"
+    if first.sites.layout != "tokens":
+        return "rejected: its blocks do not pass on hidden states of [batch, tokens, width]"
+    for block in blocks:
+        attention = resolve(block.module, block.sites.attention)
+        if block.sites.mixing != "attention" or attention is None:
+            continue
+        reason = refusal(attention, block.sites, signatures.positions_of(attention), implementation)
+        if reason is not None:
+            return f"rejected: {reason}; adapts with attention_layers=[]"
     try:
-        full_norms(stack.blocks[-1])
+        full_norms(blocks[-1])
     except SiteError as error:
         return f"rejected: {error}"
     return "adapts"

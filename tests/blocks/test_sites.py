@@ -222,6 +222,7 @@ _OTHERS: tuple[tuple[str, dict[str, Any]], ...] = (
         "SamVisionModel", "SeamlessM4TModel", "SpeechT5ForSpeechToText", "Swinv2Model", "TimesFmModel",
         "TimesformerModel", "TvpModel", "VitsModel", "VoxtralRealtimeForConditionalGeneration", "Zamba2Model",
         "ZayaForCausalLM", "xLSTMModel", "KimiLinearForCausalLM", "VJEPA2Model", "ParakeetEncoder", "RwkvModel",
+        "FunnelModel",
         "Qwen2VLForConditionalGeneration",
     )),
     ("Molmo2TextModel", {"norm_after": True}),

@@ -84,7 +84,6 @@ MORE: tuple[Host, ...] = (
     _host("megatron-bert", "MegatronBertModel"),
     _host("longformer", "LongformerModel", attention_window=[4, 4]),
     _host("fnet", "FNetModel"),
-    _host("funnel", "FunnelBaseModel", block_sizes=[1, 1], num_decoder_layers=1, n_head=4, d_head=6, d_inner=36),
     _host("switch-transformers", "SwitchTransformersForConditionalGeneration", "both", d_kv=6, num_heads=4,
           num_decoder_layers=2, decoder_start_token_id=1, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1),
     _host("nllb-moe", "NllbMoeForConditionalGeneration", "both", decoder_start_token_id=2),

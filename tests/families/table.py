@@ -12,10 +12,9 @@ import warnings
 import peft
 import transformers
 
-from tests.zoo import BY_NAME, V5, Host
+from tests.zoo import BY_NAME, Host
 
 from .checks import METHODS, verdict
-from .more import MORE
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "models.md"
 _HEAD = """# Models
@@ -33,7 +32,7 @@ The table was made with transformers {transformers} and peft {peft} by `python -
 
 def families() -> list[Host]:
     """All families that the installed transformers has."""
-    return sorted((host for host in (*BY_NAME.values(), *(MORE if V5 else ())) if host.available), key=str)
+    return sorted((host for host in BY_NAME.values() if host.available), key=str)
 
 
 def render(verdicts: dict[tuple[str, str], str]) -> str:
