@@ -6,9 +6,12 @@ import pytest
 
 pytest.importorskip("peft")
 
+import torch
 import transformers
+from peft import get_peft_model
 
-from tests.zoo import HOST_WARNINGS, V5, Host
+from pal_adapters import CAMTLPeftConfig, SiteError
+from tests.zoo import BY_NAME, HOST_WARNINGS, V5, Host
 
 from .checks import METHODS, verdict
 from .more import MORE
@@ -30,7 +33,7 @@ def test_a_method_works_or_is_rejected(host: Host, method: str) -> None:
 
 
 @pytest.mark.skipif(not V5, reason="the generation caches of transformers 4.57 have no place for further layers")
-@pytest.mark.parametrize("method", ("PAL", "CA-MTL"))
+@pytest.mark.parametrize("method", ["PAL", "CA-MTL"])
 @pytest.mark.parametrize("host", [host for host in MORE if host.available], ids=str)
 def test_a_method_works_on_a_further_family_or_is_rejected(host: Host, method: str) -> None:
     if method == "PAL":
@@ -42,3 +45,24 @@ def test_a_method_works_on_a_further_family_or_is_rejected(host: Host, method: s
 @pytest.mark.skipif(not RECORDED, reason="the table was made with another version of transformers")
 def test_the_table_is_whole() -> None:
     assert list(recorded()) == [(str(host), method) for host in families() for method in METHODS]
+
+
+@pytest.mark.parametrize(
+    ("name", "stack"), [("bart", "encoder.layers"), ("bart", "decoder.layers"), ("t5", "encoder.block")]
+)
+def test_a_network_steers_the_stack_that_is_chosen(name: str, stack: str) -> None:
+    host, options = BY_NAME[name], {"target_modules": [stack], "bottleneck": "none", "init_weights": False}
+    if name == "t5":  # whose blocks pass the sum of mask and position biases on
+        with pytest.raises(SiteError, match=r"attention_layers=\[\]"):
+            get_peft_model(host.build(), CAMTLPeftConfig(tasks=["a", "b"], **options))
+        options["attention_layers"] = []
+    inputs, plain = host.inputs(), host.build()
+    model = get_peft_model(host.build(), CAMTLPeftConfig(tasks=["a", "b"], **options)).eval()
+    assert all(name.startswith(f"base_model.model.{stack}") for name, p in model.named_parameters() if p.requires_grad)
+    with torch.no_grad():
+        first, second = (model(**inputs, task_ids=[task] * 3).last_hidden_state for task in "ab")
+        before = plain(**inputs).last_hidden_state
+        assert (first - before).abs().max() > 1e-4
+        assert (first - second).abs().max() > 1e-5
+        with model.disable_adapter():
+            assert torch.equal(model(**inputs).last_hidden_state, before)
