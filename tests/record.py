@@ -1,6 +1,6 @@
-"""What the tests know about a method: one record, from which every matrix of tests is made.
+"""Describes a method for the tests: one record, from which every test matrix is built.
 
-A folder `tests/methods/<name>/` holds the record of a method in `record.py`, as `RECORDS`, and is found by itself
+The record of a method is `RECORDS` in `tests/methods/<name>/record.py`, which is discovered automatically
 (`tests.methods`).
 """
 
@@ -28,7 +28,7 @@ class Values(NamedTuple):
         x: `[b, n, d]`, what self-attention reads: the block's input, normalised in pre-LN blocks.
         raw: `[b, n, d]`, the block's input.
         h: `[b, n, d]`, the feed-forward input.
-        keep: `[b or 1, 1, n, n]`, True where a token (second last) sees another (last).
+        keep: `[b or 1, 1, n, n]`, True where a token (second to last dimension) sees another (last dimension).
         post: whether the block is post-LN.
     """
 
@@ -40,7 +40,7 @@ class Values(NamedTuple):
 
 
 class Reference:
-    """What a method does at each place of a block, in plain torch; what it leaves alone is not overridden.
+    """What a method computes at each site of a block, in plain torch. Override the sites where it acts.
 
     Args:
         options: the method's options, defaults included.

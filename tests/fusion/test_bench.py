@@ -1,4 +1,4 @@
-"""The combinations that `benchmarks/bench.py` measures are what their names say."""
+"""The combinations that `benchmarks/bench.py` measures match their names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation with a cache equals generation without one, in every mode, because a PAL's own keys are kept too."""
+"""Generation with a cache equals generation without one, in every mode: task modules cache earlier tokens too."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ def test_one_adapter_a_row(name: str, mode: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "method"), [("llama", "pal"), *(("gpt2", method) for method in CONFIGS)])
 def test_assisted(name: str, method: str) -> None:
-    """Candidates that are rejected leave no keys behind."""
+    """Rejected candidates leave no keys in the cache."""
     model, inputs = adapted_model(name, method), prompt(name, padding=False, batch=1)
     settings: dict[str, Any] = dict(tokens=12, min_new_tokens=None, eos_token_id=39)
     expected = generate(model, inputs, **settings)

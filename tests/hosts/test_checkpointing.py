@@ -117,7 +117,7 @@ def test_two_forward_passes_before_one_backward_pass(name: str, method: str, ree
 @modes
 @pytest.mark.parametrize("method", ["pal", "low_rank", "lhuc", "parallel_houlsby"])
 def test_one_block_at_every_depth(method: str, reentrant: bool) -> None:
-    """ALBERT has no checkpointing of its own; torch's, around the group that runs three times, gives the same."""
+    """ALBERT has no checkpointing; torch's, around the group that runs three times, gives the same gradients."""
     from torch.utils.checkpoint import checkpoint as run_again
 
     model, inputs = adapt(ALBERT, method), ALBERT.inputs()

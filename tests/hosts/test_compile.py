@@ -78,7 +78,7 @@ def test_values_and_gradients(name: str, method: str) -> None:
     ],
 )
 def test_other_places(name: str, method: str, depth: dict[str, int]) -> None:
-    """A term behind the block, and one on both sides."""
+    """A term after the block, and terms at both sublayers."""
     check(name, method, "aot_eager", 1e-6, **depth)
 
 

@@ -1,4 +1,4 @@
-"""What is said of hosts that are not as expected, and of newer ones."""
+"""Errors about hosts that are not as expected, and warnings about newer ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of model that is found by itself, against hooks that add a method's term by hand."""
+"""Every kind of model that is recognised, compared with hooks that add a method's term by hand."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_top_of_encoder_and_decoder(method: str) -> None:
 @pytest.mark.parametrize("host", [h for h in HOSTS if h.available and h.padded], ids=str)
 @pytest.mark.parametrize("method", [name for name in CONFIGS if RECORDS[name].attends])
 def test_padding_invariance(host: Host, method: str) -> None:
-    """What stands in the padding changes nothing elsewhere."""
+    """The contents of padding change nothing elsewhere."""
     adapted, inputs = adapt(host, method), host.inputs()
     other = dict(inputs)
     other["input_ids"] = torch.where(inputs["attention_mask"] == 0, inputs["input_ids"] * 0 + 17, inputs["input_ids"])
@@ -183,7 +183,7 @@ def test_padding_invariance(host: Host, method: str) -> None:
 
 @contextmanager
 def recorded(host: Host, model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """What goes into and comes out of every block, behind all other hooks."""
+    """The inputs and outputs of every block, after all other hooks."""
     values: dict[str, Tensor] = {}
     handles = []
     for stack in host.stacks:

@@ -1,4 +1,4 @@
-"""Every method has a record, and what registers nothing is found out."""
+"""Every method has a record, and bindings that register nothing are rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small run in a process of its own: `python job.py MODEL OUTPUT JSON`, also under torchrun."""
+"""A small run in its own process: `python job.py MODEL OUTPUT JSON`, also under torchrun."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Killer(TrainerCallback):
 
 
 def shard(settings: dict[str, Any]) -> None:
-    """FSDP on CPU: accelerate turns it on for accelerators alone, so the processes pass for some."""
+    """FSDP on CPU: accelerate only enables it on accelerators, so the processes pretend to have one."""
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType

@@ -1,4 +1,4 @@
-"""A task of every kind with a few rows, for tests of the Trainer."""
+"""A task of every kind with a few examples, for tests of the Trainer."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_truncation_reports_its_error(with_data: bool, bert: nn.Module, batch: d
 
 
 def test_the_error_of_truncation_is_that_of_the_data(bert: nn.Module, batch: dict[str, Tensor]) -> None:
-    """At the first place, whose input does not depend on other truncations."""
+    """Checked at the first place, whose input does not depend on other truncations."""
     fused(bert, "seq_bn", "scalearn")
     pal_adapters.fold(bert, FUSE, name="exact")
     folded = pal_adapters.fold(bert, FUSE, name="cut", truncate=4, data=[batch])

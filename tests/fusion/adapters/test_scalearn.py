@@ -189,7 +189,7 @@ def test_a_hook_or_dropout_of_a_source_is_heeded(bert: nn.Module, batch: dict[st
 
 @pytest.mark.parametrize("kind", ["seq_bn", "mixture"])
 def test_a_block_is_linear_in_the_coefficients(kind: str, bert: nn.Module, batch: dict[str, Tensor]) -> None:
-    """In the last block, whose norm is inverted here."""
+    """Checked in the last block, by inverting its norm."""
     with_sources(bert, kind)
     bert.add_adapter_fusion(FUSE, config="scalearn_uniform")
     fill(bert, [0.0] * 3)

@@ -357,7 +357,7 @@ def test_a_source_that_cannot_be_loaded_is_not_half_added(how: str, bert: nn.Mod
 def test_a_host_without_this_package_raises(
     bert: nn.Module, base_path: pathlib.Path, tmp_path: pathlib.Path, python: Callable[[str], str]
 ) -> None:
-    """It would build a fusion of its own kind and compute something else."""
+    """It would build its own kind of fusion and compute something else."""
     with_sources(bert, "seq_bn")
     trained(bert, "scalearn_pp")
     bert.save_adapter_setup(str(tmp_path / "setup"), FUSE)

@@ -1,4 +1,4 @@
-"""A folded combination computes the same, as an ordinary adapter; what cannot be folded says why."""
+"""A folded combination computes the same as an ordinary adapter; errors say why others cannot be folded."""
 
 from __future__ import annotations
 
@@ -319,7 +319,7 @@ def test_rows_of_coefficients(saved: Paths) -> None:
 
 
 def test_rows_of_attention(saved: Paths) -> None:
-    """The mean over all tokens that are no padding, whatever the batches."""
+    """The mean over all tokens except padding, for any batches."""
     config = pa.AdapterFusionPeftConfig(adapters=dict(saved["pal"]), task_type="SEQ_CLS")
     model = get_peft_model(cases.bert(), config)
     sources.randomise(model, seed=2)

@@ -1,4 +1,4 @@
-"""Combinations in PEFT from the first call to a new process: what trains, what is saved, and what is refused."""
+"""Combinations in PEFT from the first call to a new process: what trains, what is saved, and what is rejected."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_training_moves_coefficients_and_head_and_nothing_else(saved: Paths, nam
 
 
 def test_shared_coefficients_sum_the_gradients_of_all_places(saved: Paths) -> None:
-    """Each place with a tensor of its own, equal ones: the gradient of the shared one is their sum."""
+    """With an equal tensor per place, the gradient of the shared tensor is the sum of theirs."""
     shared, own = one(saved, "scalearn_pp lora").eval(), one(saved).eval()
     mixers = {place: unit.mixer("value") for place, unit in sources.units(shared).items()}
     query = [place for place in mixers if place.endswith("query")]
@@ -450,7 +450,7 @@ def test_a_regulariser_without_a_loss_warns(saved: Paths) -> None:
 
 
 def test_the_regulariser_with_accumulated_gradients(tmp_path: pathlib.Path) -> None:
-    """Losses that are summed over the batches of a step hold it once, whatever the sizes of the batches."""
+    """Losses summed over the batches of a step contain it once, for any batch sizes."""
     path = sources.save(tmp_path, LoraConfig(target_modules=["q_proj"]), seed=0, build=cases.llama)
     config = pa.ScaLearnPeftConfig(adapters={"a": path}, omega_dropout=0.0, regularization=0.5)
     model = get_peft_model(cases.llama(), config)
@@ -474,7 +474,7 @@ class TakesItems(transformers.BertForSequenceClassification):
 
 
 def test_the_regulariser_beside_a_mean(saved: Paths) -> None:
-    """A loss that is not divided by the number of items has the whole penalty in each batch, as it is whole there."""
+    """A loss that is not divided by the number of items contains the whole penalty in each batch."""
     config = pa.ScaLearnPeftConfig(adapters=dict(saved["lora"]), omega_dropout=0.0, regularization=0.5)
     model = get_peft_model(TakesItems(cases.bert_config()), config)
     cases.no_dropout(model)
@@ -560,7 +560,7 @@ def test_transformers_own_api(saved: Paths, tmp_path: pathlib.Path) -> None:
 
 
 def refuses(error: type[Exception], match: str, config: Any, build: Any = cases.bert) -> None:
-    """On a fresh base, and as a second target, which stays as it is."""
+    """On a new base, and on a model with an adapter, which does not change."""
     base = build()
     before, hooked = cases.state(base), cases.hooks(base)
     with pytest.raises(error, match=match):
@@ -697,7 +697,7 @@ def test_a_target_without_its_file_changes_nothing(saved: Paths, tmp_path: pathl
 
 
 class QuantisedLinear(nn.Module):
-    """Eight-bit weights in a row of bytes, as a quantised base has them."""
+    """Eight-bit weights as flat bytes, as in a quantised base."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

@@ -98,7 +98,7 @@ def test_one_hot_is_the_single_adapter_and_zero_the_plain_model(saved: Paths, ki
 
 @pytest.mark.parametrize("method", cases.METHODS)
 def test_every_method_may_be_a_source(method: str, tmp_path: pathlib.Path) -> None:
-    """With one coefficient of 1 the combination computes what its source does alone, with 0 the plain model."""
+    """With one coefficient of 1 the combination equals its source, with 0 the plain model."""
     options = [
         cases.config(method, task_type="SEQ_CLS"),
         cases.config(method, task_type="SEQ_CLS", **cases.WIDER.get(method, {})),

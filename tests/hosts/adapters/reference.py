@@ -1,4 +1,4 @@
-"""The forward pass of BERT in plain torch, and what bottlenecks and fusions of the host do in it.
+"""The forward pass of BERT in plain torch, with the host's bottlenecks and fusions.
 
 Legend: b batch rows, n tokens, d width, r inner width.
 """
@@ -47,7 +47,7 @@ def fusion(query: Tensor, terms: list[Tensor], layer: nn.Module) -> tuple[Tensor
 
 
 class Block:
-    """What one block computes, passed to functions that change it.
+    """The values of one block, passed to functions that change them.
 
     Attributes:
         index: the block's index.

@@ -153,7 +153,7 @@ def test_order_of_a_stack_matters_to_a_bottleneck(run: Run) -> None:
 
 
 def rows(run: Run, names: list[str]) -> Tensor:
-    """Each example from a run of its adapter alone."""
+    """Each example from a run with only its adapter."""
     return torch.stack([run(name)[row] for row, name in enumerate(names)])
 
 

@@ -154,7 +154,7 @@ def test_inside_a_setup_of_the_context() -> None:
 
 
 def test_padding_on_the_left_changes_nothing() -> None:
-    """A short example generates the same in a padded batch as alone."""
+    """A short example generates the same in a padded batch as on its own."""
     model = model_of("qwen3")
     batch = prompt("qwen3")
     together = same(model, "qwen3", "a")

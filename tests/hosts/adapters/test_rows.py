@@ -1,4 +1,4 @@
-"""Compositions over examples: every form of `task_ids`, wrong sizes, and LoRA beside task modules."""
+"""Compositions over examples: every form of `task_ids`, wrong sizes, and LoRA together with task modules."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ WRONG: list[tuple[Any, type[Exception], str]] = [
 
 @pytest.mark.parametrize("setup", [MultiTask("a", "low"), Stack("seq", MultiTask("a", "low"))], ids=str)
 @pytest.mark.parametrize(("ids", "error", "message"), WRONG, ids=lambda v: str(v)[:25])
-def test_wrong_task_ids_are_named_and_the_model_goes_on(
+def test_wrong_task_ids_are_rejected_and_the_model_still_works(
     ids: Any, error: type[Exception], message: str, setup: Any, run: Run
 ) -> None:
     before = run("a")
@@ -206,7 +206,7 @@ def test_dora_rejects_other_rows(run: Run) -> None:
 
 @pytest.mark.parametrize("pair", [("a", "top"), ("lhuc", "top"), ("seq", "top"), ("top", "low")], ids="-".join)
 def test_rows_with_a_module_on_top(pair: tuple[str, str], run: Run) -> None:
-    """The module on top still sees the mask, whatever ran before it in the last block."""
+    """The module on top still sees the mask after other modules in the last block."""
     first, second = pair
     close(run(BatchSplit(first, second, batch_sizes=[2, 2])), rows(run, [first, first, second, second]))
     close(run(Parallel(first, second)), torch.cat([run(first), run(second)]))

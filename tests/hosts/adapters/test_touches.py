@@ -1,4 +1,4 @@
-"""What is replaced or relied on in `adapters`: a change upstream is named here and when the package is imported."""
+"""What the package replaces or relies on in `adapters`: upstream changes are named here and on import."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .tiny import SMALL
 
 
 def original(owner: Any, name: str) -> Any:
-    """The host's own function, behind the wrapper."""
+    """The host's own function inside the wrapper."""
     return getattr(owner, name)._pal_adapters_original
 
 

@@ -64,7 +64,7 @@ def output(model: nn.Module, batch: dict[str, Tensor], setup: Any = "keep", **mo
 
 
 def hidden(model: nn.Module, batch: dict[str, Tensor], setup: Any) -> Tensor:
-    """The base model's output, whatever head it carries."""
+    """The base model's output, with or without a head."""
     model.set_active_adapters(setup)
     with torch.no_grad():
         return model(**batch, output_hidden_states=True).hidden_states[-1]

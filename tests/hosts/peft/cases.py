@@ -102,7 +102,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
 
 
 def inputs(model: str = "bert", rows: int = 4, tokens: int = 6) -> dict[str, Tensor]:
-    """Token ids with padding at the end of every second row."""
+    """Token IDs with padding at the end of every second example."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 40, (rows, tokens), generator=generator)
     mask = torch.ones_like(ids)
@@ -167,7 +167,7 @@ def run(model: Any, adapter: str | None, given: dict[str, Tensor], **arguments: 
 
 
 def row_by_row(model: Any, names: list[str], given: dict[str, Tensor]) -> Tensor:
-    """Each row alone, with its own adapter active."""
+    """Each example on its own, with its adapter active."""
     return torch.cat([run(model, name, rows_of(given, i)) for i, name in enumerate(names)])
 
 

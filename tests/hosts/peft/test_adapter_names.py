@@ -1,4 +1,4 @@
-"""`adapter_names`: one adapter name a row, equal to one forward pass for each adapter."""
+"""`adapter_names`: one adapter name per example, equal to one forward pass per adapter."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def test_equal_to_one_forward_for_each_adapter(method: str, name: str) -> None:
     hooks = cases.hooks(model)
     for names in ORDERS:
         expected = cases.row_by_row(model, names, given)
-        for active in ("rte", "sst"):  # which one is active plays no part
+        for active in ("rte", "sst"):  # the active adapter does not matter
             model.set_adapter(active)
             got = mixed(model, names, given)
-            # Within each row's own tokens: what stands at padding is no one's business.
+            # Only at real tokens: values at padding do not matter.
             torch.testing.assert_close(got, expected, atol=3e-5, rtol=1e-4)
     assert not left_behind(model)
     assert cases.hooks(model) == hooks
@@ -125,7 +125,7 @@ def gradients(model: Any) -> dict[str, Tensor | None]:
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_gradients(method: str, name: str) -> None:
-    """Those of separate batches, added up; an adapter without a row gets none."""
+    """The sum of those of separate batches; an adapter without an example gets none."""
     model = three(method, name)
     model.set_adapter("rte")
     model.set_requires_grad(["rte", "sst", "mrpc"])

@@ -29,7 +29,7 @@ def _edit_weights(folder: pathlib.Path, edit: Callable[[dict[str, Tensor]], dict
 
 
 def _last(tensors: dict[str, Tensor]) -> str:
-    """A tensor of the adapter, the one that a loader comes to last."""
+    """The adapter's tensor that a loader reaches last."""
     return [name for name in sorted(tensors) if "_units" in name or "_shared" in name][-1]
 
 
@@ -159,7 +159,7 @@ def _folder_for_weights(folder: pathlib.Path) -> None:
 
 
 def _called_lora(folder: pathlib.Path) -> None:
-    """With which PEFT would load a LoRA of random weights."""
+    """Config values with which PEFT would load a LoRA with random weights."""
     path = folder / CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "LORA", "target_modules": ["query"]}))
 

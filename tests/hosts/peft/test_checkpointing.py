@@ -34,7 +34,7 @@ def checkpointed(method: str, name: str, use_reentrant: bool | None) -> Any:
 
 
 def gradients(model: Any, name: str, mixed: bool) -> dict[str, Tensor]:
-    """Of two forward passes, with other adapters in each row, before one backward pass."""
+    """Gradients of two forward passes, with different adapters per example, before one backward pass."""
     given = cases.inputs(name, rows=6)
     model.zero_grad()
     loss: Any = 0.0
@@ -64,7 +64,7 @@ def test_gradients_are_those_without_checkpointing(method: str, name: str) -> No
 
 
 def test_the_checkpoint_function_is_wrapped_once() -> None:
-    """What is put around it stays, for all calls, and does nothing where none is routed."""
+    """The wrapper stays for all calls, and does nothing without routing."""
     model = checkpointed("pal", "llama", False)
     before = {n: vars(m).get("_gradient_checkpointing_func") for n, m in model.named_modules()}
     assert any(before.values())

@@ -1,4 +1,4 @@
-"""Configs: JSON and back, what is refused, and how."""
+"""Configs: round trips through JSON, and how wrong values are rejected."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_values_that_do_not_fit_the_model(method: str, changes: dict[str, Any], 
 
 
 def test_an_error_in_the_middle_is_rolled_back(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever goes wrong while the layers are made: none of them stays."""
+    """If creating the layers fails, none of them stays."""
     model = cases.peft_model(method)
     given = cases.inputs()
     expected, before, hooks = cases.run(model, "rte", given), cases.state(model), cases.hooks(model)

@@ -26,7 +26,7 @@ from . import cases
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [True, False])
 def test_narrow_base(method: str, dtype: torch.dtype, autocast: bool) -> None:
-    """Adapters in float32 unless `autocast_adapter_dtype=False`; the base model stays as it is."""
+    """Adapters are float32 unless `autocast_adapter_dtype=False`; the base model does not change."""
     given = cases.inputs()
     model = get_peft_model(
         cases.bert().to(dtype), cases.config(method, task_type="SEQ_CLS"), "rte", autocast_adapter_dtype=autocast
@@ -132,7 +132,7 @@ class Packed4bit(nn.Module):
 
 
 class Packed8bit(nn.Module):
-    """A linear with an 8-bit weight and a scale a row."""
+    """A linear layer with an 8-bit weight and a scale per output."""
 
     def __init__(self, source: nn.Linear) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ def test_packed_weights_cannot_be_trained(method: str, packed: type[nn.Module]) 
 
 @pytest.mark.parametrize("packed", [Packed4bit, Packed8bit])
 def test_bottlenecks_behind_packed_linears(packed: type[nn.Module]) -> None:
-    """Alone on a plain model, where no norm tells the dtype."""
+    """On a plain model, where no norm shows the dtype."""
     torch.manual_seed(0)
     model = nn.Sequential(packed(nn.Linear(6, 8)), nn.ReLU(), packed(nn.Linear(8, 2)))
     x = torch.randn(3, 6)

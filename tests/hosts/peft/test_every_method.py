@@ -1,4 +1,4 @@
-"""What users do with a PEFT method, for each of ours, on one tiny model."""
+"""Common uses of a PEFT method, for each method of this package, on one tiny model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def config(name: str, **changes: object) -> object:
 
 
 def shake(model: torch.nn.Module) -> None:
-    """Random values for whatever trains."""
+    """Random values for every trainable parameter."""
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         if parameter.requires_grad:

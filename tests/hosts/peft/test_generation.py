@@ -1,4 +1,4 @@
-"""`generate` with an adapter, and with one adapter a row, equal to generating each row alone."""
+"""`generate` with one adapter, or one per example, equal to generating each example on its own."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def test_without_layer_norms() -> None:
 
 
 def test_norms_of_a_subset_of_blocks() -> None:
-    """Those of the chosen blocks only: the others and the embeddings' belong to what is not adapted."""
+    """Only norms of the selected blocks are adapted, not those of other blocks or the embeddings."""
     model = get_peft_model(cases.bert(), cases.config("houlsby", layers_to_transform=[1]))
     norms = {n for n, m in model.named_modules() if isinstance(m, HoulsbyNorm)}
     layer = "base_model.model.bert.encoder.layer.1"

@@ -1,4 +1,4 @@
-"""`modules_to_save` on modules that task modules act on, and pretrained weights beside other adapters."""
+"""`modules_to_save` on modules with task modules, and pretrained weights next to other adapters."""
 
 from __future__ import annotations
 

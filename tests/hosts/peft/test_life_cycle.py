@@ -89,7 +89,7 @@ def test_delete(method: str) -> None:
 
 
 def test_delete_with_other_blocks_leaves_one_active_adapter() -> None:
-    """The host asks each layer for itself, which would activate `sst` in one block and `mrpc` in the other."""
+    """PEFT asks each layer separately, which would activate `sst` in one block and `mrpc` in the other."""
     model = get_peft_model(cases.bert(), cases.config("pal"), "rte")
     model.add_adapter("sst", cases.config("pal", layers_to_transform=0))
     model.add_adapter("mrpc", cases.config("pal", layers_to_transform=1))

@@ -98,7 +98,7 @@ def label(method: str, name: str, task: str | None) -> str:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Every method saved here, and what a new process says about it."""
+    """Every method saved here and loaded in a new process."""
     root = tmp_path_factory.mktemp("saved")
     given = cases.inputs()
     torch.save(given, root / "given.pt")

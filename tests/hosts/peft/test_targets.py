@@ -66,7 +66,7 @@ def test_choice_of_blocks(method: str, choice: dict[str, Any], expected: set[int
 
 
 def test_a_subset_computes_as_if_the_others_had_nothing(method: str) -> None:
-    """Equal to an adapter in all blocks whose weights in the other blocks do nothing."""
+    """Equal to an adapter in all blocks whose modules in the other blocks do nothing."""
     given = cases.inputs()
     index = 2 if RECORDS[method].at_top else 1
     subset = get_peft_model(cases.bert(), cases.config(method, layers_to_transform=index), "rte").eval()

@@ -167,7 +167,7 @@ def test_beside_lora(method: str, name: str) -> None:
 
 
 def test_named_modules_beside_lora_on_the_same_modules() -> None:
-    """A bottleneck behind linears that LoRA wraps, before or after."""
+    """A bottleneck after linear layers that LoRA wraps, added before or after it."""
     given = cases.inputs()
     for ours_first in (True, False):
         model = cases.bert()

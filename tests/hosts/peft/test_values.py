@@ -135,7 +135,7 @@ def test_several_adapters_at_once(method: str) -> None:
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_terms_of_two_active_adapters_add_up(name: str) -> None:
-    """In the last block alone, so that no module sees what the other one did before."""
+    """Only in the last block, so that no module sees the other's output."""
     index, place = {"bert": (2, "bert.encoder.layer.2.output.LayerNorm"), "llama": (1, "model.norm")}[name]
     model = get_peft_model(cases.BUILDERS[name](), cases.config("low_rank", layers_to_transform=index), "rte").eval()
     model.add_adapter("sst", cases.config("low_rank", layers_to_transform=index))

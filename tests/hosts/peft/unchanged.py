@@ -42,7 +42,7 @@ def picture(model: nn.Module, *configs: Any) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What is not the same in two pictures."""
+    """What differs between two snapshots."""
 
     def same(one: Any, other: Any) -> bool:
         if isinstance(one, torch.Tensor):

@@ -38,7 +38,7 @@ def test_term(site: Any, lhuc: bool, bias: bool, shape: tuple[int, int]) -> None
     assert zoo.difference(actual, value) > 1e-2
 
 
-def test_what_it_reads() -> None:
+def test_inputs() -> None:
     x, raw = torch.randn(1, 2, D), torch.randn(1, 2, D)
     for reads in ("x", "raw"):
         unit = LowRank(D, R, reads=reads)  # type: ignore[arg-type]

@@ -89,15 +89,15 @@ def test_awkward_shapes(b: int, n: int, heads: int) -> None:
     assert zoo.difference(run(unit, x), expected) < 1e-5
 
 
-def test_gelu_stands_behind_the_decoder() -> None:
-    """Its minimum is -0.17, so no component of the term is below."""
+def test_gelu_comes_after_the_decoder() -> None:
+    """Its minimum is -0.17, so no component of the term is lower."""
     x = 5 * torch.randn(4, 6, D)
     assert run(build(), x).min() > -0.17
     assert run(build(activation_site="middle"), x).min() < -0.17
 
 
 @pytest.mark.parametrize("reads", ["x", "raw", "h"])
-def test_what_it_reads(reads: Any) -> None:
+def test_inputs(reads: Any) -> None:
     unit = build(reads=reads)
     assert unit.needs == (reads, "mask")
     parts = {name: torch.randn(2, 3, D) for name in ("x", "raw", "h")}
@@ -137,7 +137,7 @@ def test_projections_shared_over_blocks_sum_their_gradients() -> None:
     assert units[0].query.weight is not units[1].query.weight
 
 
-def test_dropout_is_on_the_probabilities_alone() -> None:
+def test_dropout_is_only_on_the_probabilities() -> None:
     """With values of one and rows that sum to one, only dropout on the probabilities changes the sum."""
     unit = build(dropout=0.5, activation_site="none")
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_dropout_is_on_the_probabilities_alone() -> None:
     assert zoo.difference(run(unit, x)[..., 0], torch.ones(1, 5)) < 1e-6
     unit.train()
     drawn = torch.stack([run(unit, x) for _ in range(2000)])
-    assert drawn[..., 1:].abs().max() == 0  # nothing behind the attention is dropped out
+    assert drawn[..., 1:].abs().max() == 0  # no dropout after the attention
     assert abs(float(drawn[..., 0].detach().mean()) - 1) < 0.02
     assert drawn[..., 0].std() > 0.1
     assert torch.equal(build(dropout=0.5)("residual", x, UnitInputs(x=x), build().weights()), run(build(), x, value=x))

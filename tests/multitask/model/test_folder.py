@@ -1,4 +1,4 @@
-"""The folder of a `TaskHeads`: what is in it, and what of it is believed."""
+"""The folder of a `TaskHeads`: its contents, and which of them are trusted."""
 
 from __future__ import annotations
 

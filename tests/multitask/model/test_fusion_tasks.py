@@ -38,7 +38,7 @@ def config_of(kind: str, weight: float = 0.3) -> Any:
 
 
 def fused(folder: str, kinds: dict[str, str], *, plain: bool = True) -> TaskHeads:
-    """Bottleneck sources with random weights, a task for each fusion, and one with a source alone."""
+    """Bottleneck sources with random weights, one task per fusion, and one with a single source."""
     import adapters
     from adapters.composition import Fuse
 
@@ -112,7 +112,7 @@ def test_only_the_fusion_and_the_head_train(tiny_encoder: str, kind: str) -> Non
 
 
 def penalty_by_hand(model: TaskHeads, kind: str, name: str) -> Tensor:
-    """From the parameters alone: `0.01 ||I - V||^2`, or `w/S sum_s (1 - mean omega_s)^2`, summed over the places."""
+    """From the parameters: `0.01 ||I - V||^2`, or `w/S sum_s (1 - mean omega_s)^2`, summed over the places."""
     part = f".to_{name}."
     if kind == "dynamic":
         values = [p for n, p in model.named_parameters() if part in n and n.endswith("value.weight")]

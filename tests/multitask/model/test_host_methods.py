@@ -91,7 +91,7 @@ def in_peft(method: str) -> TaskHeads:
 
 
 def check_mixed(model: TaskHeads, rows: list[str]) -> None:
-    """A batch of many tasks has the values and the gradients of its rows task by task."""
+    """A mixed batch has the values and gradients of one batch per task."""
     inputs = {name: value[: len(rows)] for name, value in batch().items()}
     places = torch.arange(6).flip(0).unsqueeze(0)  # is for all rows
     inputs["token_type_ids"] = torch.arange(len(rows)).remainder(2).unsqueeze(1).expand(-1, 6)

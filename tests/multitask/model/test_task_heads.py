@@ -525,7 +525,7 @@ def test_a_name_that_no_repository_can_have(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", [h for h in HOSTS if h != "none"])
 def test_a_task_without_an_adapter_is_the_base_alone(tiny_encoder: str, batch: dict[str, Tensor], host: str) -> None:
-    """Whatever was active before."""
+    """Regardless of what was active before."""
     model = heads(tiny_encoder, host)
     model.add("plain", HeadConfig("single_label", 2), adapter=None)
     model.eval()
@@ -657,7 +657,7 @@ def test_a_host_that_comes_later(tiny_encoder: str, batch: dict[str, Tensor], ho
 
 @pytest.mark.parametrize("host", [h for h in HOSTS if h != "none"])
 def test_a_task_that_is_added_to_a_trained_network(tiny_encoder: str, host: str, tmp_path: Path) -> None:
-    """It alone trains, and the others keep their logits to the last bit."""
+    """Only the new task trains, and the others keep their logits, bit for bit."""
     base: Any = AutoModel.from_pretrained(tiny_encoder)
     if host == "adapters":
         import adapters

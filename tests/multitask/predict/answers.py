@@ -26,7 +26,7 @@ REQUESTS: list[dict[str, Any]] = [
 
 
 def made(folder: str, host: str, names: tuple[str, ...] = tuple(NAMES)) -> tuple[TaskHeads, list[Task]]:
-    """A model with a task of every kind; its heads are large enough for clear differences."""
+    """A model with a task of every kind, and heads with large weights for clear differences."""
     tasks = make_tasks(*names)
     model = TaskHeads(backbone(folder, host, names))
     torch.manual_seed(3)

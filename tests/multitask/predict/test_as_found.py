@@ -1,4 +1,4 @@
-"""Predictions leave a model as they find it: modes, gradients, what is active, what trains; also from threads."""
+"""Predictions do not change a model: modes, gradients, active adapters, trainable parameters; also from threads."""
 
 from __future__ import annotations
 

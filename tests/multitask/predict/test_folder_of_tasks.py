@@ -1,4 +1,4 @@
-"""`tasks.json` and the tokenizer: what is written, by whom, and what of it is believed."""
+"""`tasks.json` and the tokenizer: what is written, by whom, and what is trusted."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def test_processes_share_the_rows_of_one_large_step(settings: dict[str, Any], mi
 @given(rows=st.integers(1, 9), groups=st.integers(1, 3), sizes=st.lists(st.integers(1, 150), min_size=1, max_size=3))
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_rows_of_a_step_are_of_like_length(rows: int, groups: int, sizes: list[int]) -> None:
-    """Of 16 steps the shortest rows come together, then the next: checked on the first pass over each task."""
+    """The shortest examples of 16 steps come together, then the next: checked on the first pass over each task."""
     lengths = [np.random.default_rng(size).integers(3, 90, size) for size in sizes]
     options: dict[str, Any] = {"group_size": groups, "seed": 3, "strategy": "round_robin", "steps_per_epoch": 450}
     plain = list(MultiTaskBatchSampler(sizes, rows, **options))

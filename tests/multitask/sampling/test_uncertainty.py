@@ -87,7 +87,7 @@ def test_regression_takes_a_proxy_or_a_number_or_stays_at_zero() -> None:
 
 
 def test_selector_takes_the_rows_of_the_batch() -> None:
-    """Numbers of rows within the batch, where tasks are mixed; a regression takes what it is told to."""
+    """Indices of examples in the batch, where tasks are mixed; regression takes the given number."""
     generator = torch.Generator().manual_seed(3)
     rows = {"rte": [0, 2, 5], "stsb": [1, 3], "qa": [4, 6, 7]}
     logits = {"rte": torch.randn(3, 2, generator=generator), "stsb": torch.randn(2, generator=generator)}

@@ -21,7 +21,7 @@ from pal_adapters.multitask.training.distributed import check_processes, load_wh
 
 
 class Processes(SimpleNamespace):
-    """What is asked of the arguments of a run of two processes on GPUs."""
+    """The training arguments as in a run with two processes on GPUs."""
 
     def __init__(self, **changes: Any) -> None:
         state = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU)

@@ -1,4 +1,4 @@
-"""`eval_<task>_loss` is the mean over all items, whatever the batch size: recomputed one example at a time."""
+"""`eval_<task>_loss` is the mean over all items for any batch size: recomputed one example at a time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make(folder: str, output: Path, kind: str, size: int, *, loss: Any = None) -
 
 
 def by_hand(trainer: MultiTaskTrainer) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Logits and labels of each example, computed alone."""
+    """Logits and labels of each example, computed one at a time."""
     rows, model = trainer.eval_dataset["own"], trainer.model.eval()
     logits, labels = [], []
     for row in rows:

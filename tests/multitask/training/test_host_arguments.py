@@ -1,4 +1,4 @@
-"""Every argument of the installed `TrainingArguments` does what it says or is rejected."""
+"""Every argument of the installed `TrainingArguments` has an effect or is rejected."""
 
 from __future__ import annotations
 

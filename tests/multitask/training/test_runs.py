@@ -1,4 +1,4 @@
-"""Runs in processes of their own: killed and resumed, and two processes that share one run."""
+"""Runs in separate processes: killed and resumed, and two processes that share one run."""
 
 from __future__ import annotations
 

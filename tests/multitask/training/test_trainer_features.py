@@ -169,7 +169,7 @@ def test_usage_in_the_model_card(tiny_encoder: str, tmp_path: Path, kind: str) -
 
 
 class Hub:
-    """Keeps what is uploaded in folders, in place of the hub."""
+    """Stands in for the Hub and keeps uploads in folders."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
@@ -246,7 +246,7 @@ def test_an_upload_that_fails_or_still_runs(tiny_encoder: str, tmp_path: Path, m
 
 
 def test_upstream_of_checkpoints() -> None:
-    """One for each row of the table in `multitask/training/checkpoints.py`."""
+    """One per row of the table in `multitask/training/checkpoints.py`."""
     expected = {
         "_save": ["output_dir", "state_dict"],
         "_save_checkpoint": ["model", "trial"],
