@@ -33,23 +33,24 @@ class Method:
     Attributes:
         name: in lower case, such as `"pal"`: the `architecture` in adapters and, in capitals, the PEFT type. Names of
             saved tensors contain it.
-        build: `build(options, block)` makes the unit of one block without initialising it, or returns None for a block
-            that gets none.
-        unmergeable: why the method cannot be merged into the base weights, as a sentence that follows a colon.
+        build: `build(options, block)` creates the unit of one block, not initialised, or returns None for blocks that
+            get none.
+        unmergeable: why the method cannot be merged into the base weights, a sentence to follow a colon.
         build_shared: `build_shared(options, block)` makes the module that all blocks of one stack share, or returns
             None. The binding registers it once, initialises it by its own `reset_parameters` and hands its weights to
             each unit (`TaskUnit.share`).
         prepare: `prepare(options, blocks, base_parameters)` is called once for each adapter, before anything is
             built, with the chosen blocks and the number of pretrained parameters (embeddings and blocks). It raises
-            `ConfigError` or `UnsupportedError` where the options do not fit the model, and returns values for the
-            fields that the user left to the model, such as `{"hidden_size": 204}`; `build` then sees these values.
-            It must not change the options.
-        identity: whether the method has an initialisation that leaves the model as it is.
-        network: whether an adapter is one network for many tasks, whose units act as `hooks.network_unit` says.
-        copies_base: whether `train_base` trains copies of the base weights that belong to the adapter, and leaves the
-            model's own alone.
-        fusable: whether the unit only adds a term behind the feed-forward part, which a coefficient can weigh.
-        attends: whether the unit attends, and so needs to know which tokens a token sees.
+            `ConfigError` or `UnsupportedError` if the options do not fit the model, and returns values for fields
+            that were left open, such as `{"hidden_size": 204}`, which `build` then sees. It must not change the
+            options.
+        identity: whether the method has an initialisation that leaves the model's output unchanged.
+        network: whether an adapter is one network for many tasks, with the units of `hooks.network_unit`.
+        copies_base: whether `train_base` trains copies of the base weights that belong to the adapter, not the model's
+            own.
+        fusable: whether the unit only adds a term after the feed-forward part, which a fusion can scale.
+        attends: whether the unit mixes tokens: it needs the mask, and is not added to blocks without a usable one
+            (windows of an image, a state outside the generation cache).
     """
 
     name: str

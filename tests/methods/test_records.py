@@ -48,7 +48,7 @@ def test_what_a_record_says_fits_the_method(name: str, host: str) -> None:
     if not record.method.network and name != "houlsby":
         unit = record.unit(24)
         assert record.shares == unit.shares
-        assert record.attends == ("mask" in unit.needs)
+        assert record.attends == record.method.attends == ("mask" in unit.needs)
         assert record.at_top == (unit.sites == ("stack_output",))
 
 

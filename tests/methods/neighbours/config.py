@@ -21,6 +21,7 @@ METHOD = Method(
     build=_build,
     unmergeable="its convolution reads several tokens, which no weight of the base model can do.",
     fusable=True,
+    attends=True,
 )
 
 
