@@ -32,6 +32,7 @@ def test_a_method_works_or_is_rejected(host: Host, method: str) -> None:
         assert works is recorded()[str(host), method]
 
 
+@pytest.mark.filterwarnings("ignore:pal. only a part of NemotronH")  # beside its feed-forward blocks nothing attends
 @pytest.mark.skipif(not V5, reason="the generation caches of transformers 4.57 have no place for further layers")
 @pytest.mark.parametrize("method", ["PAL", "CA-MTL"])
 @pytest.mark.parametrize("host", [host for host in MORE if host.available], ids=str)

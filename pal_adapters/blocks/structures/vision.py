@@ -115,7 +115,7 @@ VISION: tuple[Structure, ...] = (
         "rf-detr: windows of an image",
         "norm1 attention layer_scale1 drop_path norm2 mlp layer_scale2",
         pre("attention", "mlp", "norm1", attention_output="layer_scale1", ffn_output="layer_scale2", residual="",
-            mixing="other"),
+            mixing="other", layout="grid"),
         classes=("RfDetrDinov2Layer",),
     ),
     Structure(
