@@ -24,7 +24,7 @@ from .errors import (
     UntestedVersionWarning,
     how_to_install,
 )
-from .fusion.folding import fold
+from .fusion.folding import check_fold, fold
 from .fusion.penalty import fusion_regularization
 from .fusion.report import plot_transfer, transfer_report
 from .fusion.types import Folded, TransferTable
@@ -87,6 +87,7 @@ __all__ = [
     "UnsupportedError",
     "UntestedVersionWarning",
     "add_task",
+    "check_fold",
     "describe_sites",
     "fold",
     "fusion_regularization",

@@ -11,6 +11,29 @@ from pal_adapters.errors import ConfigError
 from .arguments import require_host
 
 
+def check_fold(model: Any, fusion: Any = None) -> None:
+    """Check whether `fold` can turn a fusion into one adapter, which does not depend on what the fusion learns.
+
+    Call it before training; the model does not change.
+
+    Args:
+        model: a model of `adapters`, or a `PeftModel`.
+        fusion: see `fold`.
+
+    Raises:
+        UnsupportedError: if there is no exact fold, with the reason.
+        ConfigError: if `fusion` is not a fusion.
+        UnknownAdapterError: if the fusion is not on the model.
+    """
+    if require_host(model) == "adapters":
+        from pal_adapters.fusion.adapters.folding import check_fold_adapters  # the host may be missing
+
+        return check_fold_adapters(model, fusion)
+    from pal_adapters.fusion.peft.folding import check_fold as check_fold_peft  # the host may be missing
+
+    return check_fold_peft(model, fusion)
+
+
 def fold(
     model: Any,
     fusion: Any = None,

@@ -47,6 +47,8 @@ class Scales(nn.Module):
         self.ablation = ablation
         self.init_scale = init_scale
         self.init_std = init_std
+        # The mean absolute coefficient before training.
+        self.start: float | None = abs(init_scale if ablation is None else 1.0) / sources
         self.omega = nn.Parameter(torch.empty(sources, width))
         self.reset_parameters()
 

@@ -36,13 +36,15 @@ def transfer_report(
         from pal_adapters.fusion.adapters.report import report_adapters  # the host may be missing
 
         return report_adapters(model, fusion, data)
-    from pal_adapters.fusion.peft.report import transfer_rows  # the host may be missing
+    from pal_adapters.fusion.peft.report import start_of, transfer_rows  # the host may be missing
 
     rows = transfer_rows(model, fusion, data=data)
-    return table_of_rows(rows, "mean |coefficient|" if data is None else "mean attention")
+    return table_of_rows(rows, "mean |coefficient|" if data is None else "mean attention", start_of(model, fusion))
 
 
-def table_of_rows(rows: Iterable[tuple[str, int | None, str, float]], measure: str) -> TransferTable:
+def table_of_rows(
+    rows: Iterable[tuple[str, int | None, str, float]], measure: str, start: float | None = None
+) -> TransferTable:
     """A table from rows `(kind of module, block, source, value)`, in their order; None if a source is missing."""
     rows = list(rows)
     kinds = {kind for kind, _, _, _ in rows}
@@ -61,6 +63,7 @@ def table_of_rows(rows: Iterable[tuple[str, int | None, str, float]], measure: s
         [name(*place) for place in values],
         [[row.get(s) for s in sources] for row in values.values()],
         measure,
+        start,
     )
 
 
@@ -68,6 +71,9 @@ def plot_transfer(
     table: Any, path: str | os.PathLike[str] | None = None, *, title: str = "", ax: Any = None, **options: Any
 ) -> Any:
     """Draw a heat map of sources by blocks. Needs matplotlib.
+
+    Colours are centred on the value before training, so that what was learned can be seen. Places where a source does
+    not act are blank.
 
     Args:
         table: a `TransferTable`, or a model to call `transfer_report(model, **options)` on.
@@ -101,8 +107,15 @@ def plot_transfer(
     else:
         figure = ax.figure
     columns = [[math.nan if (v := row[i]) is None else v for row in table.values] for i in range(sources)]
-    highest = max((v for row in columns for v in row if not math.isnan(v)), default=0.0)
-    image = ax.imshow(columns, cmap="viridis", vmin=0.0, vmax=highest or 1.0, aspect="auto")
+    present = [v for row in columns for v in row if not math.isnan(v)]
+    start = table.start
+    if start is None:
+        low, high, colours = 0.0, max(present, default=0.0) or 1.0, "viridis"
+    else:  # what was learned is often a small change
+        span = max((abs(v - start) for v in present), default=0.0) or 1.0
+        low, high, colours = start - span, start + span, "RdBu_r"
+    digits = 2 if start is None else min(max(2, 1 - math.floor(math.log10(high - start))), 5)
+    image = ax.imshow(columns, cmap=colours, vmin=low, vmax=high, aspect="auto")
     ax.set_xticks(range(places), table.places, rotation=45 if max(map(len, table.places)) > 3 else 0)
     ax.set_yticks(range(sources), table.sources)
     ax.set_xlabel("block")
@@ -113,9 +126,11 @@ def plot_transfer(
             for x, value in enumerate(row):
                 if math.isnan(value):
                     continue
-                dark = value < 0.6 * highest
-                ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
-    figure.colorbar(image, ax=ax, label=table.measure)
+                dark = value < 0.6 * high if start is None else abs(value - start) > 0.6 * (high - start)
+                colour = "white" if dark else "black"
+                ax.text(x, y, f"{value:.{digits}f}", ha="center", va="center", fontsize=8, color=colour)
+    label = table.measure if start is None else f"{table.measure}, {start:.3g} before training"
+    figure.colorbar(image, ax=ax, label=label)
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)

@@ -39,12 +39,14 @@ class TransferTable:
         places: names of the rows, from the first block to the last; `"all"` if blocks share their coefficients.
         values: one row per place with one number per source; None where a source does not act.
         measure: what the numbers are, such as `"mean |coefficient|"`.
+        start: what each number is before training; None if nothing is trained.
     """
 
     sources: Sequence[str]
     places: Sequence[str]
     values: Sequence[Sequence[float | None]]
     measure: str = "mean |coefficient|"
+    start: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.values) != len(self.places) or any(len(row) != len(self.sources) for row in self.values):
@@ -53,15 +55,16 @@ class TransferTable:
                 f"{len(self.places)} rows of {len(self.sources)} numbers."
             )
 
-    def totals(self) -> dict[str, float]:
-        """The mean of each source over the places where it acts."""
+    def totals(self) -> dict[str, float | None]:
+        """The mean of each source over the places where it acts; None for a source that acts nowhere."""
         columns = [[v for row in self.values if (v := row[i]) is not None] for i in range(len(self.sources))]
-        return {s: sum(c) / len(c) if c else 0.0 for s, c in zip(self.sources, columns, strict=True)}
+        return {s: sum(c) / len(c) if c else None for s, c in zip(self.sources, columns, strict=True)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists that can be written as JSON."""
         return {
             "measure": self.measure,
+            "start": self.start,
             "sources": list(self.sources),
             "places": list(self.places),
             "values": [list(row) for row in self.values],

@@ -86,3 +86,14 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install 'matplotlib"):
         plot_transfer(TABLE)
+
+
+def test_colours_are_centred_on_the_start() -> None:
+    """A coefficient that moved by a hundredth differs in colour and in its number."""
+    table = TransferTable(["a", "b", "c"], ["0", "1"], [[1.0, 0.99, None], [1.004, 1.0, None]], start=1.0)
+    (axes, bar) = plot_transfer(table).axes
+    assert axes.images[0].get_clim() == pytest.approx((0.99, 1.01))
+    assert [text.get_text() for text in axes.texts] == ["1.000", "1.004", "0.990", "1.000"]
+    assert bar.get_ylabel() == "mean |coefficient|, 1 before training"
+    assert table.totals() == {"a": pytest.approx(1.002), "b": pytest.approx(0.995), "c": None}
+    assert str(table).splitlines()[-1].split() == ["mean", "1.002", "0.995"]

@@ -142,6 +142,8 @@ class ScaLearnLayer(Scales, Combination):
             ablation=config.ablation,  # type: ignore[arg-type]
         )
         self.config = config
+        if config.fixed is not None:
+            self.start = None
         self.names = tuple(names)
         self.shared = not own
         self.penalised = config.regularization > 0

@@ -15,7 +15,7 @@ from adapters.methods.modeling import Adapter, PHMLayer
 from torch import Tensor, nn
 
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
-from pal_adapters.fusion.measuring import moments_of_data
+from pal_adapters.fusion.measuring import evaluating, moments_of_data
 from pal_adapters.fusion.truncation import cut_to_width, moments, noise
 from pal_adapters.fusion.types import Folded
 from pal_adapters.hosts.adapters.config import task_configs
@@ -43,6 +43,15 @@ def fold_adapters(
     _check_sources(model, key, sources)
     with changing(model):
         return _fold(model, key, name, sources, truncate, data)
+
+
+def check_fold_adapters(model: Any, fusion: Fuse | str | None) -> None:
+    """See `pal_adapters.check_fold`."""
+    key = fusion_name(model, fusion)
+    _check_sources(model, key, model.adapters_config.get_fusion(key)[1])
+    with torch.no_grad(), _context(model):
+        for index, layer in places(model, key):
+            _fold_place(layer, key, index)
 
 
 def _fold(
@@ -103,9 +112,8 @@ def _fold_place(layer: BottleneckLayer, key: str, index: int) -> Bottleneck | No
         raise UnsupportedError(f"{no_fold}{reason}.")
     if len({a.add_layer_norm_before for a in adapters}) > 1:
         raise UnsupportedError(f"{no_fold}the sources differ in ln_before.")
-    training = combination.training
-    coefficients = combination.eval()()[rows].double()
-    combination.train(training)
+    with evaluating(combination):
+        coefficients = combination()[rows].double()
     scales = torch.stack([scaling_of(a) for a in adapters]).double()
     return widen([_weights(a, no_fold) for a in adapters], coefficients * scales.to(coefficients.device))
 

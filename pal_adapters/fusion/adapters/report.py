@@ -24,7 +24,7 @@ def report_adapters(
     """See `pal_adapters.transfer_report`."""
     key = _key(model, fusion)
     config, names = model.adapters_config.get_fusion(key)
-    if combination_config(config) is None:
+    if combination_config(config) is None:  # attention starts nearly even
         return _attention(model, key, names, data)
     if data is not None:
         raise ConfigError("data has no effect: the coefficients do not depend on the input. Leave it out.")
@@ -32,16 +32,14 @@ def report_adapters(
     rows: list[list[float | None]] = []
     for _, layer in layers:
         place = layer.adapter_fusion_layer[key]
-        mode = place.training
-        with torch.no_grad():
-            values = place.eval()().abs().float().mean(1).tolist()
-        place.train(mode)
+        with evaluating(place):
+            values = place().abs().float().mean(1).tolist()
         rows.append([value if _acts(layer, name) else None for name, value in zip(names, values, strict=True)])
     labels = _labels(layers)
     if layers[0][1].adapter_fusion_layer[key].shared:
         columns = [[v for row in rows if (v := row[i]) is not None] for i in range(len(names))]
         labels, rows = ["all"], [[next(iter(column), None) for column in columns]]
-    return TransferTable(list(names), labels, rows)
+    return TransferTable(list(names), labels, rows, start=layers[0][1].adapter_fusion_layer[key].start)
 
 
 def _key(model: Any, fusion: Fuse | str | None) -> str:
@@ -104,7 +102,7 @@ def _attention(model: Any, key: str, names: list[str], data: Iterable[Mapping[st
     for (_, layer), total in zip(layers, sums.values(), strict=True):
         shares = (total / total.sum()).tolist()
         rows.append([share if _acts(layer, name) else None for name, share in zip(names, shares, strict=True)])
-    return TransferTable(list(names), _labels(layers), rows, "mean attention")
+    return TransferTable(list(names), _labels(layers), rows, "mean attention", 1 / len(names))
 
 
 def _acts(layer: BottleneckLayer, name: str) -> bool:

@@ -87,16 +87,31 @@ def fold(
     return wrapped
 
 
+def check_fold(model: PeftModel, adapter: str | None = None) -> None:
+    """See `pal_adapters.check_fold`."""
+    target, _ = _target(model, adapter)
+    found = list(combinations(model.get_base_model(), target))
+    with torch.no_grad():
+        if _check(model, target, found) == "lora":
+            fold_lora(found, None, {})
+        else:
+            fold_houlsby(model, found, None, None, {})
+
+
 def _replaced(model: PeftModel, folded: PeftConfig, name: str, weights: dict[str, Tensor]) -> PeftModel:
     """The base model with the folded adapter instead of the combination."""
     training = model.training
+    modes = {module: module.training for module in model.get_base_model().modules()}
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.set_adapter([])  # otherwise `unload` replaces the model's own head by the trained one
     wrapped = get_peft_model(model.base_model.unload(), folded, adapter_name=name)  # type: ignore[operator]
     loaded: Any = set_peft_model_state_dict(wrapped, weights, adapter_name=name)
     assert not loaded.unexpected_keys, loaded.unexpected_keys
-    return wrapped.train(training)
+    wrapped.train(training)
+    for module, mode in modes.items():
+        module.training = mode
+    return wrapped
 
 
 def _target(model: Any, adapter: str | None) -> tuple[str, CombinationPeftConfig]:

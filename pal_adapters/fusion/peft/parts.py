@@ -50,7 +50,9 @@ def lora_parts(name: str, config: LoraConfig, tensors: Mapping[str, Tensor]) -> 
     if extras:
         raise UnsupportedError(
             f"source {name!r} is a LoRA adapter with {', '.join(extras)}: only plain LoRA, scaling * B A x on an "
-            "unchanged base model, can be combined. Convert it to plain LoRA first."
+            "unchanged base model, can be combined. Convert it to plain LoRA first: load it on the base model with "
+            "PeftModel.from_pretrained, call peft.save_as_lora(folder, model, rank=...) with a rank large enough for "
+            "your accuracy, and use that folder as the source."
         )
     found: dict[str, dict[str, Tensor]] = {}
     used = set()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
-from pal_adapters.fusion.layer import SourceAttention
+from pal_adapters.fusion.layer import Scales, SourceAttention
 from pal_adapters.fusion.measuring import batches_of, evaluating
 from pal_adapters.fusion.units import CombinedUnit
 
@@ -71,6 +71,16 @@ def transfer_rows(
     if adapter not in active_combinations(model):
         raise UnsupportedError(f"{adapter!r} is not active, so it computes no attention: call set_adapter first.")
     return _attention(model, attentive, data)
+
+
+def start_of(model: nn.Module, adapter: str | None = None) -> float | None:
+    """What each number of `transfer_rows` is before training; None for fixed coefficients."""
+    name = active_combinations(model)[0] if adapter is None else adapter
+    unit = next(unit for _, _, unit in combinations(model, name))
+    mixer = unit.mixer(unit.sites[0])
+    if isinstance(mixer, SourceAttention):  # attention starts nearly even
+        return 1 / max(len(names) for names in unit.names.values())
+    return mixer.start if isinstance(mixer, Scales) else None
 
 
 def _named(place: str, unit: CombinedUnit, site: str) -> tuple[str, int | None]:

@@ -51,6 +51,8 @@ class Combination(nn.Module):
     names: tuple[str, ...]
     shared: bool
     penalised: bool = False
+    # What the mean absolute coefficient is before training; None if it is not trained.
+    start: float | None = None
     _wide: WideSources | None = None
 
     def share(self, owner: Combination) -> None:

@@ -243,6 +243,19 @@ REFUSED = {
 }
 
 
+def test_a_check_changes_nothing(bert: nn.Module) -> None:
+    fused(bert, "seq_bn", "scalearn").train()
+    bert.encoder.layer[0].eval()
+    before = {name: (tensor.clone(), tensor.requires_grad) for name, tensor in bert.named_parameters()}
+    modes = [module.training for module in bert.modules()]
+    pal_adapters.check_fold(bert, FUSE)
+    assert [module.training for module in bert.modules()] == modes
+    assert before.keys() == dict(bert.named_parameters()).keys()
+    for name, tensor in bert.named_parameters():
+        assert torch.equal(tensor, before[name][0])
+        assert tensor.requires_grad == before[name][1]
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_no_fold_has_a_reason(case: str, bert: nn.Module) -> None:
     kind, config, message = REFUSED[case]
@@ -251,6 +264,8 @@ def test_no_fold_has_a_reason(case: str, bert: nn.Module) -> None:
     before = list(bert.state_dict()), dict(bert.adapters_config.adapters)
     with pytest.raises(UnsupportedError, match=f"no exact fold.*{message}"):
         pal_adapters.fold(bert, FUSE, name="folded")
+    with pytest.raises(UnsupportedError, match=f"no exact fold.*{message}"):
+        pal_adapters.check_fold(bert, FUSE)
     assert (list(bert.state_dict()), dict(bert.adapters_config.adapters)) == before
 
 

@@ -52,6 +52,24 @@ def test_shared_and_normalised_coefficients(bert: nn.Module) -> None:
     torch.testing.assert_close(torch.tensor(table.values[0]), omega.softmax(0).mean(1))
 
 
+@pytest.mark.parametrize(("config", "start"), [({}, 1.0), ({"init_scale": 3.0}, 1.5), ({"ablation": "softmax"}, 0.5)])
+def test_start_and_modes(config: dict[str, Any], start: float, bert: nn.Module) -> None:
+    for name in ("a", "b"):
+        bert.add_adapter(name, config=SeqBnConfig())
+    fuse = Fuse("a", "b")
+    bert.add_adapter_fusion(fuse, config=ScaLearnConfig(**config))
+    bert.train()
+    bert.encoder.layer[1].eval()
+    modes = [module.training for module in bert.modules()]
+    table = transfer_report(bert, fuse)
+    assert [module.training for module in bert.modules()] == modes
+    assert table.start == start
+    assert all(value == pytest.approx(start, abs=0.01) for row in table.values for value in row)
+    fixed = Fuse("b", "a", name="fixed")
+    bert.add_adapter_fusion(fixed, config=ScaLearnConfig(fixed=[0.5, 0.25]))
+    assert transfer_report(bert, fixed).start is None
+
+
 @pytest.mark.parametrize("config", ["scalearn", "scalearn_pp", "dynamic"])
 def test_a_block_without_a_source_has_no_number_for_it(config: str, bert: nn.Module, batch: dict[str, Tensor]) -> None:
     bert.add_adapter("a", config=SeqBnConfig(leave_out=[1]))

@@ -238,6 +238,9 @@ def test_refusals(saved: Paths, tmp_path: pathlib.Path) -> None:
     def refuses(model: Any, match: str, error: type[Exception] = pa.UnsupportedError, **arguments: Any) -> None:
         with rejected(model, error=error, match=match):
             fold(model, **arguments)
+        if not arguments:
+            with rejected(model, error=error, match=match):
+                pa.check_fold(model)
 
     lora, cls = saved["lora"], {"task_type": "SEQ_CLS"}
     fusion = get_peft_model(cases.bert(), pa.AdapterFusionPeftConfig(adapters=dict(lora), **cls))
@@ -246,7 +249,11 @@ def test_refusals(saved: Paths, tmp_path: pathlib.Path) -> None:
     refuses(target({"a": lora["mnli"], "b": saved["houlsby"]["qqp"]}), "no single adapter has both")
     relu = sources.save(tmp_path, pa.HoulsbyPeftConfig(hidden_size=3, activation="relu"), seed=0)
     refuses(target({"a": saved["houlsby"]["qqp"], "b": relu}), "activations")
-    model = target(lora)
+    model = target(lora).train()
+    model.base_model.model.bert.encoder.layer[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    pa.check_fold(model)
+    assert {name: module.training for name, module in model.named_modules()} == modes
     refuses(model, "truncate=0", pa.ConfigError, truncate=0)
     refuses(model, "no effect without truncate", pa.ConfigError, data=[cases.inputs()])
     refuses(model, "no effect on LoRA", pa.ConfigError, truncate=2, data=[cases.inputs()])
@@ -303,6 +310,7 @@ def test_rows_of_coefficients(saved: Paths) -> None:
     rows = transfer_rows(model)
     found = {(row.place, row.block, row.source): row.value for row in rows}
     assert len(found) == len(rows)
+    assert pa.transfer_report(model).start == pytest.approx(2 / 3)
     omega = sources.learned(model, "rte")
     for (place, block, source), value in found.items():
         expected = omega(f"bert.encoder.layer.{block}.{place}", source).abs().mean()
