@@ -24,6 +24,7 @@ from .errors import (
     UntestedVersionWarning,
     how_to_install,
 )
+from .export import export_onnx, export_program
 from .fusion.folding import check_fold, fold
 from .fusion.penalty import fusion_regularization
 from .fusion.report import plot_transfer, transfer_report
@@ -89,6 +90,8 @@ __all__ = [
     "add_task",
     "check_fold",
     "describe_sites",
+    "export_onnx",
+    "export_program",
     "fold",
     "fusion_regularization",
     "network_size",

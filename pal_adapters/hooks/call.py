@@ -41,6 +41,11 @@ class CallValue(threading.local):
         return type(self), ()
 
 
+def exporting() -> bool:
+    """Whether `torch.export` traces this call: sizes are symbols then, and values are not known."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
 class CallLock:
     """Lets one thread at a time through, and a thread that is through again. Copies are free."""
 

@@ -176,7 +176,9 @@ class CallMask:
                 mask = mask[..., start:end]
                 mask = mask[..., start:end, :] if mask.shape[-2] > 1 else mask
         if mask is not None and self.rows is not None and mask.shape[0] > 1:
-            mask = mask.index_select(0, self.rows % mask.shape[0])
+            size: Any = mask.shape[0]  # ONNX divides by no symbol
+            size = size if isinstance(size, int) else torch.scalar_tensor(size, dtype=torch.long, device=mask.device)
+            mask = mask.index_select(0, self.rows % size)
         return mask, is_causal
 
     def _whole(self, q_len: int, kv_len: int) -> tuple[Tensor | None, bool]:

@@ -64,8 +64,6 @@ class NetworkHooks:
         self._handles: list[Any] = []
         self._wrapped: list[WrappedForward] = []
         self._installed: set[str] = set()
-        self._norms: dict[nn.Module, tuple[str, NormForm]] = {}
-        self._final_form: NormForm | None = None
         self._closing_eps = 0.0
         self._outer: dict[nn.Module, Slots] = {}
         self._stream: SideStream | None = None
@@ -123,7 +121,6 @@ class NetworkHooks:
             self._stream.remove()
             self._stream = None
         self._installed.clear()
-        self._norms.clear()
         self._outer.clear()
         self._locks.clear()
 
@@ -158,8 +155,8 @@ class NetworkHooks:
 
     def _install_norm(self, path: str) -> None:
         norm = self._module(path)
-        self._norms[norm] = (path, self._form(norm))
-        self._handles.append(norm.register_forward_hook(self._behind_norm, prepend=True))
+        hook = functools.partial(self._behind_norm, path, self._form(norm))
+        self._handles.append(norm.register_forward_hook(hook, prepend=True))
 
     def _form(self, norm: nn.Module) -> NormForm:
         form = norm_form(norm, self.block.width)
@@ -187,8 +184,9 @@ class NetworkHooks:
         self._handles.append(self._module(at).register_forward_pre_hook(self._on_h, with_kwargs=True))
 
     def _install_final_norm(self) -> None:
-        norm, self._final_form = required_final_norm(self._model[0], self.block, "bottleneck='top'")
-        self._handles.append(norm.register_forward_hook(self._behind_final_norm, prepend=True))
+        norm, form = required_final_norm(self._model[0], self.block, "bottleneck='top'")
+        hook = functools.partial(self._behind_final_norm, norm, form)
+        self._handles.append(norm.register_forward_hook(hook, prepend=True))
 
     def _install_stream(self) -> None:
         self._stream = SideStream(self._model[0], self.block, self.runner)
@@ -300,8 +298,7 @@ class NetworkHooks:
             return (*args[:position], mask, *args[position + 1 :]), kwargs
         return args, {**kwargs, self._mask: mask}
 
-    def _behind_norm(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        path, form = self._norms[module]
+    def _behind_norm(self, path: str, form: NormForm, module: Any, args: tuple[Any, ...], output: Any) -> Any:
         steer = self._steer
         if steer is None or path not in steer.unit.norm_paths:
             return None
@@ -311,15 +308,16 @@ class NetworkHooks:
         scale = form.scale(module, x)
         return unit.norm(path, y, form.standardise(x), scale, getattr(module, "bias", None), batch).view(output.shape)
 
-    def _behind_final_norm(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+    def _behind_final_norm(
+        self, norm: nn.Module, form: NormForm, module: Any, args: tuple[Any, ...], output: Any
+    ) -> Any:
+        # `module` is `norm`, or what stands for it in a trace.
         unit = self.runner.network()
         if unit is None or not unit.has_final_norm:
             return None
         x = args[0]
         batch = self.runner.batch_tasks(x.shape[0], x.device)
-        slots = {name: places for name, places in self._outer.get(module, {}).items() if name in unit.slots[1]}
-        assert self._final_form is not None
-        form = self._final_form
-        with self._turn(module), BaseCopies(slots, unit.outer).in_force():
-            scale = form.scale(module, x)
-            return unit.final_norm(output, form.standardise(x), scale, getattr(module, "bias", None), batch)
+        slots = {name: places for name, places in self._outer.get(norm, {}).items() if name in unit.slots[1]}
+        with self._turn(norm), BaseCopies(slots, unit.outer).in_force():
+            scale = form.scale(norm, x)
+            return unit.final_norm(output, form.standardise(x), scale, getattr(norm, "bias", None), batch)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pal_adapters.errors import UnsupportedError
 
+from .call import exporting
 from .masks import CallMask
 
 
@@ -82,6 +83,14 @@ def _positions(real: Tensor, start: Tensor | None) -> Tensor:
     slots = torch.arange(real.shape[1], device=real.device)
     count = real.cumsum(-1) - 1
     if start is not None:
-        count = count - torch.where(start, count, 0).cummax(-1).values
-    latest = torch.where(real, slots, -1).cummax(-1).values
-    return count.clamp(min=-1) + slots - latest
+        count = count - _running_maximum(torch.where(start, count, 0))
+    return count.clamp(min=-1) + slots - _running_maximum(torch.where(real, slots, -1))
+
+
+def _running_maximum(values: Tensor) -> Tensor:
+    """The largest of the values so far, `[b, k]`; all are at least -1."""
+    if not exporting():
+        return values.cummax(-1).values
+    length = values.shape[-1]  # ONNX has no running maximum
+    later = torch.ones(length, length, dtype=torch.bool, device=values.device).triu(1)
+    return values[:, None].masked_fill(later, -1).amax(-1)

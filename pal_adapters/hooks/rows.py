@@ -1,8 +1,9 @@
-"""Runs units on a whole batch, or each on its own rows of a mixed batch. Knows no host."""
+"""Runs units on a whole batch, or each on its own examples of a mixed batch. Knows no host."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,89 +12,213 @@ from pal_adapters.errors import UnsupportedError
 from pal_adapters.nn.unit import TaskUnit, UnitInputs, stack_weights
 
 
+class Group(NamedTuple):
+    """The examples of a mixed batch that one call serves, and the order in which it gets them.
+
+    Attributes:
+        names: their adapters, each once.
+        member: `[m]`, the position in `names` of each example that the call gets.
+        counts: how many examples of each adapter the call gets, one adapter after another; None where each example
+            needs its own copy of the weights.
+        rows: `[m]`, the examples that the call gets; None for the whole batch in its own order.
+        own: `[k]`, the group's examples in the order of the batch; None for the whole batch.
+        back: `[k]`, where these are among what the call returns; None if it returns just these.
+    """
+
+    names: tuple[str, ...]
+    member: Tensor
+    counts: tuple[int, ...] | None = None
+    rows: Tensor | None = None
+    own: Tensor | None = None
+    back: Tensor | None = None
+
+
 class RowPlan:
-    """Which adapter each row of a batch goes through, during one forward pass.
+    """Which adapter each example of a batch goes through, during one forward pass.
+
+    The plan makes every index tensor, once for all blocks.
 
     Args:
         names: one adapter name per example.
         keep: whether weights shared by the blocks may be gathered once for all of them. Not under activation
             checkpointing, where a block that runs again has to repeat everything.
+        numbers: `[b]`, for a graph whose tasks are an input: the position in `names` of each example's adapter.
+            `names` are all adapters then.
     """
 
-    def __init__(self, names: Sequence[str], *, keep: bool) -> None:
-        self.names = tuple(names)
-        self.kept: dict[object, dict[str, Tensor]] | None = {} if keep else None
-        # Whether generation may repeat each row (beams, several returned sequences).
+    def __init__(self, names: Sequence[str], *, keep: bool, numbers: Tensor | None = None) -> None:
+        self.names = tuple(dict.fromkeys(names))
+        self.input = numbers
+        place = {name: at for at, name in enumerate(self.names)}
+        self.members = () if numbers is not None else tuple(place[name] for name in names)
+        self.kept: dict[object, dict[str, Any]] | None = {} if keep else None
+        # Whether generation may repeat each example (beams, several returned sequences).
         self.repeated = False
         # The plan that this one repeats, if any.
         self.origin: RowPlan | None = None
         self._repeated: dict[int, RowPlan] = {}
+        self._made: dict[object, Any] = {}
 
     def for_batch(self, batch: int) -> RowPlan:
-        """The plan of a batch in which each row is repeated, as beam search and several returned sequences do.
+        """The plan of a batch in which each example is repeated, as beam search and several returned sequences do.
 
         Raises:
             UnsupportedError: if `batch` is no multiple of the number of names.
         """
-        if batch == len(self.names):
+        if self.input is not None or batch == len(self.members):
             return self
         if batch not in self._repeated:
-            if batch % len(self.names):
+            if batch % len(self.members):
                 raise UnsupportedError(
-                    f"{len(self.names)} adapter names were passed for a batch of {batch} examples: pass one name per "
-                    "example."
+                    f"{len(self.members)} adapter names were passed for a batch of {batch} examples: pass one name "
+                    "per example."
                 )
-            times = batch // len(self.names)
-            names = [name for name in self.names for _ in range(times)]
+            times = batch // len(self.members)
+            names = [self.names[member] for member in self.members for _ in range(times)]
             self._repeated[batch] = RowPlan(names, keep=self.kept is not None)
             self._repeated[batch].origin = self
         return self._repeated[batch]
 
+    def numbers(self, device: torch.device) -> Tensor:
+        """`[b]`, the position in `names` of each example's adapter."""
+        if self.input is not None:
+            return self.input.to(device)
+        return self._once(("numbers", device.type, device.index), lambda: torch.tensor(self.members, device=device))
+
+    def rows_of(self, names: Sequence[str], device: torch.device) -> Tensor:
+        """The examples of these adapters, in the order of the batch."""
+        chosen = [row for row, member in enumerate(self.members) if self.names[member] in names]
+        return self._once((tuple(names), device.type, device.index), lambda: torch.tensor(chosen, device=device))
+
+    def groups(self, kinds: Mapping[str, object], device: torch.device, *, by_task: bool) -> list[Group]:
+        """The examples of these adapters in groups that one call serves.
+
+        Args:
+            kinds: what has to be equal for two adapters to share a call, by name.
+            device: of the index tensors.
+            by_task: whether a call may get the examples ordered by task.
+        """
+        key = (tuple(kinds.items()), by_task, device.type, device.index)
+        return self._once(key, lambda: self._groups(kinds, device, by_task))
+
+    def _once(self, key: object, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def _groups(self, kinds: Mapping[str, object], device: torch.device, by_task: bool) -> list[Group]:
+        rows_of: dict[object, list[int]] = {}
+        for row, member in enumerate(self.members):
+            if (name := self.names[member]) in kinds:
+                rows_of.setdefault(kinds[name], []).append(row)
+        return [self._group(rows, device, by_task) for rows in rows_of.values()]
+
+    def _group(self, own: list[int], device: torch.device, by_task: bool) -> Group:
+        members = list(dict.fromkeys(self.members[row] for row in own))
+        by_member = [[row for row in own if self.members[row] == member] for member in members]
+        counts = [len(rows) for rows in by_member]
+        layout = layout_of(counts) if by_task and len(members) > 1 else "examples"
+        if layout == "padded":  # a task's last example fills up; what comes of it is dropped
+            by_member = [rows + rows[-1:] * (max(counts) - len(rows)) for rows in by_member]
+            counts = [max(counts)] * len(counts)
+        given = own if layout == "examples" else [row for rows in by_member for row in rows]
+        whole = len(own) == len(self.members)
+
+        def tensor(values: list[int]) -> Tensor:
+            return torch.tensor(values, device=device)
+
+        return Group(
+            tuple(self.names[member] for member in members),
+            tensor([members.index(self.members[row]) for row in given]),
+            None if layout == "examples" else tuple(counts),
+            None if whole and given == own else tensor(given),
+            None if whole else tensor(own),
+            None if given == own else tensor([given.index(row) for row in own]),
+        )
+
+
+def layout_of(counts: Sequence[int]) -> Literal["tasks", "padded", "calls", "examples"]:
+    """How a map with one weight per task runs on a batch with this many examples of each task.
+
+    * `"tasks"`, equal counts: one batched product over the tasks;
+    * `"examples"`, fewer than two examples per task on average: the weights are copied for each example, and one
+      batched product runs over the examples;
+    * `"padded"`, if filling up every task to the largest count adds at most a quarter: as `"tasks"`;
+    * `"calls"`, else: one product per task.
+    """
+    total, filled = sum(counts), max(counts) * len(counts)
+    if filled == total:
+        return "tasks"
+    if total < 2 * len(counts):
+        return "examples"
+    return "padded" if filled <= 1.25 * total else "calls"
+
 
 def run_unit(unit: TaskUnit, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
-    """One unit for all rows."""
+    """One unit for all examples."""
     return unit(site, value, inputs, unit.weights())
 
 
 def select_rows(inputs: UnitInputs, rows: Tensor) -> UnitInputs:
-    """The inputs of some rows. `inputs` may themselves hold rows of a larger batch."""
+    """The inputs of some examples. `inputs` may themselves hold examples of a larger batch."""
     whole = rows if inputs.rows is None else inputs.rows[rows]
     return inputs.map(lambda t: t.index_select(0, rows))._replace(mask=inputs.mask.select(whole), rows=whole)
 
 
 def run_rows(units: Mapping[str, TaskUnit], plan: RowPlan, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
-    """Send each row through its own unit, with one call for all rows of the same kind.
+    """Send each example through its own unit, with one call for all examples of the same kind.
 
     Args:
         units: the units by adapter name; an example whose name is missing keeps its value.
-        plan: one name a row of `value`, or of the tokens of `value` `[b n, d]`.
+        plan: the adapter of each example of `value`, or of the tokens of `value` `[b n, d]`.
 
     Returns:
-        The new value, `[b, n, d]`; equal to calling each unit on its rows.
+        The new value, `[b, n, d]`; equal to calling each unit on its examples.
     """
-    if value.dim() == 2:  # OPT runs its feed-forward part on the tokens of all rows in one dimension
+    if value.dim() == 2:  # OPT runs its feed-forward part on the tokens of all examples in one dimension
         plan = plan.origin or plan
-        tokens = value.view(len(plan.names), -1, value.shape[-1])
-        return run_rows(units, plan, site, tokens, inputs).view(value.shape)
-    names = plan.names
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for row, name in enumerate(names):
-        if name in units and site in units[name].sites:
-            groups.setdefault(units[name].signature(), []).append(row)
-    for signature, rows in groups.items():
-        # Units of different shapes, and different rows, need slots of their own in the generation cache.
-        own = inputs._replace(slot=(*inputs.slot, names, signature))
-        members = [names[row] for row in rows]
-        distinct = list(dict.fromkeys(members))
-        batch = [units[name] for name in distinct]
-        index = None
-        if len(distinct) > 1 and distinct != members:
-            index = torch.tensor([distinct.index(name) for name in members], device=value.device)
-        weights = stack_weights(batch, index, plan.kept)
-        if len(rows) == value.shape[0]:
-            value = batch[0](site, value, own, weights)
+        batch = plan.numbers(value.device).shape[0]
+        return run_rows(units, plan, site, value.view(batch, -1, value.shape[-1]), inputs).view(value.shape)
+    acting = {name: units[name] for name in plan.names if name in units and site in units[name].sites}
+    kinds = {name: unit.signature() for name, unit in acting.items()}
+    if plan.input is not None:
+        return _run_all(acting, kinds, plan, site, value, inputs)
+    # The earlier tokens in a generation cache are in the order of the batch.
+    by_task = inputs.cache is None and all(unit.groups_tasks for unit in acting.values())
+    for group in plan.groups(kinds, value.device, by_task=by_task):
+        # Units of different shapes, and different examples, need slots of their own in the generation cache.
+        slot = (*inputs.slot, plan.names, plan.members, kinds[group.names[0]])
+        own = inputs._replace(slot=slot)
+        members = [acting[name] for name in group.names]
+        weights = stack_weights(members, group.member, plan.kept, group.counts)
+        if group.rows is None:
+            value = members[0](site, value, own, weights)
             continue
-        chosen = torch.tensor(rows, device=value.device)
-        part = batch[0](site, value.index_select(0, chosen), select_rows(own, chosen), weights)
-        value = value.index_copy(0, chosen, part)
+        part = members[0](site, value.index_select(0, group.rows), select_rows(own, group.rows), weights)
+        part = part if group.back is None else part.index_select(0, group.back)
+        value = part if group.own is None else value.index_copy(0, group.own, part)
+    return value
+
+
+def _run_all(
+    units: Mapping[str, TaskUnit],
+    kinds: Mapping[str, object],
+    plan: RowPlan,
+    site: str,
+    value: Tensor,
+    inputs: UnitInputs,
+) -> Tensor:
+    """All examples through each kind of units, and of what comes of it those that are its own.
+
+    The shapes of a graph do not depend on which tasks a batch has.
+    """
+    numbers = plan.numbers(value.device)
+    for kind in dict.fromkeys(kinds.values()):
+        names = [name for name in units if kinds[name] == kind]
+        place = torch.tensor([names.index(name) if name in names else -1 for name in plan.names], device=value.device)
+        index = place.index_select(0, numbers)
+        weights = stack_weights([units[name] for name in names], index.clamp(min=0), plan.kept)
+        new = units[names[0]](site, value, inputs, weights)
+        own = len(names) == len(plan.names)
+        value = new if own else torch.where((index >= 0)[:, None, None], new, value)
     return value

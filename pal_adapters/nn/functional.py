@@ -1,24 +1,56 @@
-"""Plain torch functions that take one set of weights for the whole batch, or one set per example.
+"""Plain torch functions that take one set of weights for all examples, one set per example, or one per task.
 
-Legend: b examples, n tokens, d width, r inner width, h heads.
+Legend: b batch size, n tokens, d width, r inner width, h heads, c tasks in the batch.
 
-Every weight may have a leading batch dimension: `[o, i]` is one matrix for the whole batch, `[b, o, i]` one matrix per
-example. A mixed batch is therefore one call, without a loop over tasks or examples.
+Every weight may carry a leading dimension of examples: `[o, i]` is one matrix for the whole batch, `[b, o, i]` one
+matrix per example. `TaskMatrices` are one matrix per task of a batch that is in the order of its tasks. A batch that
+mixes tasks is therefore one call.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+class TaskMatrices:
+    """The matrices of the tasks of a batch whose examples are in the order of the tasks.
+
+    Args:
+        matrices: `[o, i]` for each task.
+        counts: how many examples each has.
+    """
+
+    def __init__(self, matrices: Sequence[Tensor], counts: Sequence[int]) -> None:
+        self.matrices = tuple(matrices)
+        self.counts = tuple(counts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the matrices."""
+        return self.matrices[0].dtype
+
+    @property
+    def even(self) -> bool:
+        """Whether all tasks have the same number of examples."""
+        return len(set(self.counts)) == 1
+
+    @cached_property
+    def stacked(self) -> Tensor:
+        """`[c, o, i]`."""
+        return torch.stack(self.matrices)
+
+
+def linear(x: Tensor, weight: Tensor | TaskMatrices, bias: Tensor | None) -> Tensor:
     """`x W^T + bias`, computed in the dtype of the weights.
 
     Args:
         x: `[b, n, i]`.
-        weight: `[o, i]`, or `[b, o, i]` for one matrix per example.
+        weight: `[o, i]`, or `[b, o, i]` for one matrix per example, or one matrix per task.
         bias: `[o]` or `[b, o]`, or None.
 
     Returns:
@@ -26,12 +58,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(weight.dtype)
+    if isinstance(weight, TaskMatrices):
+        if weight.even:  # the examples of a task are one long example
+            step = weight.counts[0]
+            y = linear(x.reshape(len(weight.counts), -1, x.shape[2]), weight.stacked, _every(bias, step))
+            return y.view(*x.shape[:2], -1)
+        starts = [sum(weight.counts[:task]) for task in range(len(weight.counts))]
+        biases = [None if bias is None else bias[start] for start in starts]
+        return torch.cat([*map(F.linear, x.split(weight.counts), weight.matrices, biases)])
     if weight.dim() == 2:
         return F.linear(x, weight, bias)
     if bias is None or torch.is_autocast_enabled(x.device.type):
         y = torch.bmm(x, weight.transpose(1, 2))
         return y if bias is None else y + bias.unsqueeze(1)
     return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+
+
+def _every(bias: Tensor | None, step: int) -> Tensor | None:
+    return None if bias is None else bias[::step]
 
 
 def scale(x: Tensor, vector: Tensor) -> Tensor:

@@ -18,14 +18,14 @@ Legend: b examples, n tokens, d model width, r inner width, h heads.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pal_adapters.errors import UnsupportedError
 
-from .functional import attend, linear, merge_heads, split_heads
+from .functional import TaskMatrices, attend, linear, merge_heads, split_heads
 from .inputs import BatchTasks as BatchTasks
 from .inputs import UnitInputs as UnitInputs
 from .inputs import batch_tasks as batch_tasks
@@ -43,6 +43,9 @@ class TaskUnit(nn.Module):
     needs: ClassVar[tuple[str, ...]] = ()
     # Whether this is part of a network over the whole model, which has its own hooks (`hooks/network.py`).
     is_network: ClassVar[bool] = False
+    # Whether `forward` passes its matrices only to `nn.functional.linear`. The examples of a mixed batch may then be
+    # in the order of their tasks, with one matrix for all examples of a task.
+    groups_tasks: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,29 +147,35 @@ def self_attention(
 
 
 def stack_weights(
-    units: Sequence[TaskUnit], index: Tensor | None, kept: dict[object, dict[str, Tensor]] | None = None
-) -> dict[str, Tensor]:
-    """One set of weights per example.
+    units: Sequence[TaskUnit],
+    index: Tensor | None,
+    kept: dict[object, dict[str, Any]] | None = None,
+    counts: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """The weights of a mixed batch: one set per example, or one matrix per task.
 
     Args:
-        units: the different units of a batch, with equal signatures.
-        index: `[b]`, the unit of each example; None if `units` already has one entry per example.
-        kept: keeps the weights that blocks share, so that they are gathered once for all blocks.
+        units: the distinct units of a batch, with equal signatures.
+        index: `[b]`, the unit of each example; None if `units` has one entry per example already.
+        kept: keeps what the units share with other blocks, so that it is gathered once for all of them.
+        counts: how many examples each unit has, for a batch in the order of the units that all have `groups_tasks`;
+            None for any other batch.
 
     Returns:
-        Each weight as `[b, *shape]`, or unchanged if there is only one unit.
+        Each weight as `[b, *shape]`; with `counts`, each matrix as `TaskMatrices` instead. A single unit's weights are
+        unchanged.
 
     Raises:
         UnsupportedError: if the weights of the units differ in name or shape although their signatures are equal.
     """
     if len(units) == 1:
         return units[0].weights()
-    weights = _gather([unit.own_weights() for unit in units], index, units)
+    weights = _gather([unit.own_weights() for unit in units], index, counts, units)
     if any(unit.shares for unit in units):
-        key = tuple(unit.shared_key() for unit in units)
+        key = (tuple(unit.shared_key() for unit in units), counts)
         shared = None if kept is None else kept.get(key)
         if shared is None:
-            shared = _gather([unit.shared_weights() for unit in units], index, units)
+            shared = _gather([unit.shared_weights() for unit in units], index, counts, units)
             if kept is not None:
                 kept[key] = shared
         weights.update(shared)
@@ -174,13 +183,20 @@ def stack_weights(
 
 
 def _gather(
-    tables: Sequence[Mapping[str, Tensor]], index: Tensor | None, units: Sequence[TaskUnit]
-) -> dict[str, Tensor]:
-    gathered, first = {}, tables[0]
+    tables: Sequence[Mapping[str, Tensor]],
+    index: Tensor | None,
+    counts: Sequence[int] | None,
+    units: Sequence[TaskUnit],
+) -> dict[str, Any]:
+    gathered: dict[str, Any] = {}
+    first = tables[0]
     for table in tables[1:]:
         if table.keys() != first.keys() or any(table[name].shape != first[name].shape for name in first):
             raise UnsupportedError(_difference(first, table, units[0]))
     for name in first:
+        if counts is not None and first[name].dim() == 2:
+            gathered[name] = TaskMatrices([table[name] for table in tables], counts)
+            continue
         together = torch.stack([table[name] for table in tables])
         gathered[name] = together if index is None else together.index_select(0, index)
     return gathered

@@ -205,6 +205,7 @@ PAGES: dict[str, list[tuple[str, Prepare]]] = {
         ("peft", heads_on_a_plain_base),
         ("peft", tasks_of("rte", "mrpc", "cola")),
     ],
+    "docs/export.md": [("peft", nothing), ("onnxruntime", again(0)), ("peft", nothing)],
     "docs/fusion_peft.md": [
         ("peft", lora_in_files("adapters/mnli", "somebody/bert-qqp-lora")),
         ("peft", nothing),

@@ -12,6 +12,7 @@ from adapters.methods.adapter_layer_base import ComposableAdapterLayerBase
 from torch import Tensor
 
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
+from pal_adapters.hooks.call import exporting
 from pal_adapters.hooks.task_ids import is_number
 from pal_adapters.nn.unit import UnitInputs
 
@@ -110,6 +111,11 @@ class ValueComposition(ComposableAdapterLayerBase):
         return result._replace(inputs=grow(state.inputs, result.value.shape[0], result.value.device))
 
     def compose_multi_task(self, adapter_setup: MultiTask, state: State, lvl: int = 0) -> State:
+        if exporting():
+            raise UnsupportedError(
+                f"{adapter_setup} cannot be exported with task_ids as an input: use MultiTask of names of adapters of "
+                "this package, or export one child at a time."
+            )
         rows_of: dict[int, list[int]] = {}
         for row, child in enumerate(task_children(adapter_setup, state.value.shape[0])):
             rows_of.setdefault(child, []).append(row)
@@ -122,6 +128,21 @@ class ValueComposition(ComposableAdapterLayerBase):
         # Back to batch order, in a new tensor, because autograd may need the old value.
         value = together.value.index_select(0, torch.cat(rows).argsort())
         return state._replace(value=value, term=None, closed=together.closed)
+
+
+def task_input(setup: MultiTask) -> Tensor:
+    """`task_ids` of a graph that has them as an input, `[b]`.
+
+    Raises:
+        UnsupportedError: for anything but an integer tensor.
+    """
+    ids = getattr(ForwardContext.get_context(), "task_ids", None)
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 1:
+        raise UnsupportedError(
+            f"{setup} is active, and task_ids is no input of the graph: pass task_ids as an integer tensor of shape "
+            "[batch] among the inputs."
+        )
+    return ids.long()
 
 
 def task_children(setup: MultiTask, batch: int) -> list[int]:
@@ -177,6 +198,9 @@ def with_rows(inputs: UnitInputs, rows: Tensor) -> UnitInputs:
 
 def grow(inputs: UnitInputs, batch: int, device: torch.device) -> UnitInputs:
     """The inputs for a batch that the host has repeated as a whole (`Parallel`)."""
+    held = [t.shape[0] for t in (inputs.x, inputs.raw, inputs.h) if t is not None]
+    if held and all(size == batch for size in held):
+        return inputs
 
     def tile(t: Tensor) -> Tensor:
         return t if t.shape[0] == batch else t.repeat(batch // t.shape[0], 1, 1)

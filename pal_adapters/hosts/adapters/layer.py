@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from pal_adapters.blocks.sites import Block, mark_added, resolve
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.attachment import Attachment
+from pal_adapters.hooks.call import exporting
 from pal_adapters.hooks.rows import RowPlan, run_rows, run_unit
 from pal_adapters.hosts.method import generator_for
 from pal_adapters.nn.unit import TaskUnit, UnitInputs
 
-from .composition import State, ValueComposition, architectures, grow, task_children
+from .composition import State, ValueComposition, architectures, grow, task_children, task_input
 from .config import TaskAdapterConfig, fusable_methods, is_ours, task_configs
 from .network import LayerNetwork
 
@@ -193,25 +194,34 @@ class TaskLayer(ValueComposition, nn.Module):
     def compose_multi_task(self, adapter_setup: MultiTask, state: State, lvl: int = 0) -> State:
         if not all(isinstance(child, str) for child in adapter_setup):
             return super().compose_multi_task(adapter_setup, state, lvl=lvl)
+        if exporting():
+            return self._rows(adapter_setup, list(adapter_setup), state, numbers=task_input(adapter_setup))
         children = task_children(adapter_setup, state.value.shape[0])
         return self._rows(adapter_setup, [adapter_setup[child] for child in children], state)
 
     def compose_batch_split(self, adapter_setup: BatchSplit, state: State, lvl: int = 0) -> State:
         sizes = adapter_setup.batch_sizes
+        if exporting():
+            raise UnsupportedError(
+                f"{adapter_setup} cannot be exported, as the graph would be for {sum(sizes)} examples only: use "
+                "MultiTask, whose task_ids are an input of the graph."
+            )
         if sum(sizes) != state.value.shape[0] or not all(isinstance(child, str) for child in adapter_setup):
             return super().compose_batch_split(adapter_setup, state, lvl=lvl)
         names = [name for name, size in zip(adapter_setup, sizes, strict=True) for _ in range(size)]
         return self._rows(adapter_setup, names, state)
 
-    def _rows(self, setup: AdapterCompositionBlock, names: list[str], state: State) -> State:
-        value, plan = state.value, self._plan(setup, names)
+    def _rows(
+        self, setup: AdapterCompositionBlock, names: list[str], state: State, numbers: Tensor | None = None
+    ) -> State:
+        value, plan = state.value, self._plan(setup, names, numbers)
         methods = {name: self.methods(name) for name in dict.fromkeys(names)}
         for method in dict.fromkeys(m for own in methods.values() for m in own):
             units = {name: self.pal_adapters[name][method] for name, own in methods.items() if method in own}
             value = run_rows(units, plan, state.site, value, state.inputs._replace(slot=("rows", method)))
         return state._replace(value=value)
 
-    def _plan(self, setup: AdapterCompositionBlock, names: list[str]) -> RowPlan:
+    def _plan(self, setup: AdapterCompositionBlock, names: list[str], numbers: Tensor | None) -> RowPlan:
         """One plan for all blocks of a forward pass, so that tied projections are gathered only once."""
         context = ForwardContext.get_context()
         plans = {} if context is None else context.__dict__.setdefault("pal_adapters_plans", {})
@@ -219,7 +229,7 @@ class TaskLayer(ValueComposition, nn.Module):
         if key not in plans:
             model = self._model[0]
             again = model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-            plans[key] = RowPlan(names, keep=context is not None and not again)
+            plans[key] = RowPlan(names, keep=context is not None and not again, numbers=numbers)
         return plans[key]
 
     # `Runner`, for `Attachment`

@@ -96,12 +96,14 @@ class LayerNetwork:
         context = ForwardContext.get_context()
         # Every block asks: read `task_ids`, which may be on a GPU, once per forward pass.
         known: dict[Any, BatchTasks] = {}
-        if context is not None and not torch.compiler.is_compiling():
+        ids = getattr(context, "task_ids", None)
+        if torch.compiler.is_compiling():  # sizes may be symbols, which cannot be looked up
+            return batch_tasks(task_numbers(ids, tasks, batch)).to(device)
+        if context is not None:
             known = context.__dict__.setdefault("pal_adapters_batch_tasks", known)
         key = (active[0], batch, device)
         if key not in known:
-            numbers = task_numbers(getattr(context, "task_ids", None), tasks, batch)
-            known[key] = batch_tasks(numbers).to(device)
+            known[key] = batch_tasks(task_numbers(ids, tasks, batch)).to(device)
         return known[key]
 
 

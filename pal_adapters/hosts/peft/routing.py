@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
@@ -19,6 +19,18 @@ from pal_adapters.hooks.rows import RowPlan
 from .layer import TunerLayer, entry
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
+
+
+class AdapterInput(NamedTuple):
+    """`adapter_names` of a graph whose tasks are an input.
+
+    Attributes:
+        names: all adapters, each once.
+        numbers: `[b]`, the position in `names` of each example's adapter.
+    """
+
+    names: tuple[str, ...]
+    numbers: Tensor
 
 
 def check_names(names: Any, known: Sequence[str]) -> tuple[str, ...]:
@@ -61,16 +73,19 @@ def _select(value: Any, batch: int, index: Tensor) -> Any:
 def _route(wrapper: ModulesToSaveWrapper, plan: RowPlan, *args: Any, **kwargs: Any) -> Any:
     """`ModulesToSaveWrapper.forward`, each example through its adapter's copy; PEFT's only supports linear modules."""
     first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-    batch = first.shape[0]
-    names = plan.for_batch(batch).names
-    groups: dict[nn.Module, list[int]] = {}
-    for row, name in enumerate(names):
-        groups.setdefault(entry(wrapper.modules_to_save, name, wrapper.original_module), []).append(row)
+    batch, plan = first.shape[0], plan.for_batch(first.shape[0])
+    groups: dict[nn.Module, list[str]] = {}
+    for name in plan.names:
+        groups.setdefault(entry(wrapper.modules_to_save, name, wrapper.original_module), []).append(name)
     if len(groups) == 1:
         return next(iter(groups))(*args, **kwargs)
-    parts = []
-    for module, members in groups.items():
-        index = torch.tensor(members, device=first.device)
+    if plan.input is not None:
+        raise UnsupportedError(
+            f"a graph with several tasks cannot have a {type(wrapper.original_module).__name__} per task from "
+            'modules_to_save: export one task at a time, such as task_ids="rte".'
+        )
+    parts, rows = [], [plan.rows_of(names, first.device) for names in groups.values()]
+    for module, index in zip(groups, rows, strict=True):
         part = module(
             *(_select(v, batch, index) for v in args), **{k: _select(v, batch, index) for k, v in kwargs.items()}
         )
@@ -80,8 +95,7 @@ def _route(wrapper: ModulesToSaveWrapper, plan: RowPlan, *args: Any, **kwargs: A
                 f"{type(part).__name__}: only modules that return one tensor can be used in a mixed batch."
             )
         parts.append(part)
-    order = torch.tensor([row for members in groups.values() for row in members], device=first.device)
-    return torch.cat(parts).index_select(0, order.argsort())
+    return torch.cat(parts).index_select(0, torch.cat(rows).argsort())
 
 
 class _Routed:
@@ -125,7 +139,9 @@ class Routing:
     ) -> None:
         modules = list(model.modules())
         checkpointed = model.training and any(getattr(m, "gradient_checkpointing", False) for m in modules)
-        self.plan = RowPlan(check_names(names, known), keep=not checkpointed)
+        numbers = names.numbers if isinstance(names, AdapterInput) else None
+        names = names.names if isinstance(names, AdapterInput) else names
+        self.plan = RowPlan(check_names(names, known), keep=not checkpointed, numbers=numbers)
         self.plan.repeated = generates(model, kwargs)
         # `PeftModelFor*.forward` does not pass all inputs here; `TaskTuner.forward` sees them.
         check_batch(model, self.plan, args, {name: kwargs[name] for name in _INPUTS if name in kwargs})
@@ -153,8 +169,8 @@ class Routing:
 def check_batch(model: nn.Module, plan: RowPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise `UnsupportedError` unless there is one name per example, if the arguments show the batch size."""
     batch = _batch_size(model, args, kwargs)
-    if not plan.repeated and batch is not None and batch != len(plan.names):
+    if plan.input is None and not plan.repeated and batch is not None and batch != len(plan.members):
         raise UnsupportedError(
-            f"adapter_names has {len(plan.names)} names, but the batch has {batch} examples: pass one name per "
-            "example."
+            f"adapter_names has {len(plan.members)} names, but the batch has {batch} examples: pass one name "
+            "per example."
         )

@@ -37,6 +37,7 @@ class HoulsbyBottleneck(TaskUnit):
         init_std: standard deviation of the truncated normal, 1e-2 in the paper (the reference code's default is 1e-3).
     """
 
+    groups_tasks = True
     sites = ("value",)
 
     def __init__(self, width: int, hidden_size: int, *, activation: str = "gelu_new", init_std: float = 1e-2) -> None:
@@ -81,6 +82,7 @@ class ParallelHoulsby(TaskUnit):
         hidden_size: `r`.
     """
 
+    groups_tasks = True
     sites = ("attention", "residual")
     needs = ("h",)
 
@@ -130,6 +132,7 @@ class HoulsbyPAL(TaskUnit):
         dropout: dropout probability on the PAL's attention weights.
     """
 
+    groups_tasks = True
     sites = ("attention", "residual")
     needs = ("h", "mask")
 

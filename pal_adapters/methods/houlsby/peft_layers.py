@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from pal_adapters.blocks import signatures
 from pal_adapters.errors import UnsupportedError
+from pal_adapters.hooks.rows import RowPlan
 from pal_adapters.hosts.peft.layer import TunerLayer, entry
 from pal_adapters.nn.unit import UnitInputs
 
@@ -139,7 +139,7 @@ class HoulsbyNorm(HoulsbyTunerLayer):
         if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
         if self.plan is not None:
-            return self._rows(x, self.plan.for_batch(x.shape[0]).names)
+            return self._rows(x, self.plan.for_batch(x.shape[0]))
         active = [name for name in self.active_adapters if name in self.units]
         if not active:
             return self.base_layer(x, *args, **kwargs)
@@ -151,9 +151,9 @@ class HoulsbyNorm(HoulsbyTunerLayer):
         norm = self.units[active[0]]
         return norm(x.to(norm.weight.dtype), *args, **kwargs).to(x.dtype)  # type: ignore[arg-type]
 
-    def _rows(self, x: Tensor, names: Sequence[str]) -> Tensor:
+    def _rows(self, x: Tensor, plan: RowPlan) -> Tensor:
         base = self.get_base_layer()
-        norms = [entry(self.units, name, base) for name in names]
+        norms = [entry(self.units, name, base) for name in plan.names]
         if all(norm is base for norm in norms):
             return base(x)
         if all(norm is norms[0] for norm in norms):
@@ -162,16 +162,23 @@ class HoulsbyNorm(HoulsbyTunerLayer):
         dtype = next(norm.weight.dtype for norm in norms if norm is not base)
         wide = x.to(dtype)  # type: ignore[arg-type]
         if isinstance(base, nn.LayerNorm):
-            shape = (len(names), *(1,) * (x.dim() - 2), x.shape[-1])
+            numbers = plan.numbers(x.device)
+            shape = (numbers.shape[0], *(1,) * (x.dim() - 2), x.shape[-1])
             y = F.layer_norm(wide, base.normalized_shape, eps=base.eps)
             for key, join in (("weight", torch.mul), ("bias", torch.add)):
                 if getattr(base, key) is not None:
-                    y = join(y, torch.stack([getattr(norm, key).to(dtype) for norm in norms]).view(shape))
+                    together = torch.stack([getattr(norm, key).to(dtype) for norm in norms])
+                    y = join(y, together.index_select(0, numbers).view(shape))
             return y.to(x.dtype)
         # Not with `torch.func`, which swaps the weights of the base norm while other threads use it.
         new = wide
         for norm in dict.fromkeys(norms):
-            rows = torch.tensor([row for row, own in enumerate(norms) if own is norm], device=x.device)
+            own = [name for name, other in zip(plan.names, norms, strict=True) if other is norm]
+            if plan.input is not None:
+                is_own = torch.stack([plan.input == plan.names.index(name) for name in own]).any(0)
+                new = torch.where(is_own[:, None, None], norm(wide.to(norm.weight.dtype)).to(dtype), new)  # type: ignore[arg-type]
+                continue
+            rows = plan.rows_of(own, x.device)
             part = wide.index_select(0, rows).to(norm.weight.dtype)  # type: ignore[arg-type]
             new = new.index_copy(0, rows, norm(part).to(dtype))
         return new.to(x.dtype)

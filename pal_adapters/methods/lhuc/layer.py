@@ -27,6 +27,8 @@ class LHUC(TaskUnit):
         site: what is scaled, `"output"` (`y`) or `"ffn"` (`o_2`).
     """
 
+    groups_tasks = True
+
     def __init__(self, width: int, *, site: Literal["output", "ffn"] = "output") -> None:
         super().__init__()
         self.site = site

@@ -32,6 +32,7 @@ class LowRank(TaskUnit):
         reads: `"x"`, the block's input (normalised in pre-LN blocks), or `"raw"`, the unnormalised input.
     """
 
+    groups_tasks = True
     sites = ("residual",)
 
     def __init__(

@@ -51,6 +51,7 @@ class TopUnit(TaskUnit):
         legacy_ln_init: see `pal_adapters.methods.released`.
     """
 
+    groups_tasks = True
     sites = ("stack_output",)
     needs = ("mask",)
 

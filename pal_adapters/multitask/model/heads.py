@@ -206,4 +206,4 @@ def pool(hidden: Tensor, mask: Tensor | None, pooling: str, pooled: Tensor | Non
         position = torch.where(mask > 0, numbers, mask.shape[1] - 1).amin(1)
     else:
         position = torch.where(mask > 0, numbers, 0).amax(1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), position]
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), position]

@@ -54,14 +54,14 @@ def require_task(task: str, tasks: Sequence[str]) -> None:
 
 
 def task_logits(
-    backbone: Any, heads: Mapping[str, Head], names: Sequence[str], states: Hidden, mask: Tensor | None
+    backbone: Any, heads: Mapping[str, Head], names: Sequence[str] | None, states: Hidden, mask: Tensor | None
 ) -> dict[str, Tensor]:
     """The logits of each task in a batch, of its examples in their order.
 
     Args:
         backbone: The model, whose output layer a language model uses.
         heads: The head of each task in the batch.
-        names: The task of each encoder input.
+        names: The task of each encoder input; `None` for the logits of all inputs with each head.
         states: What the backbone returned, see `run_batch`.
         mask: 1 for tokens, 0 for padding `[r, n]`.
     """
@@ -76,7 +76,7 @@ def task_logits(
             if kind not in pools:
                 pools[kind] = pool(hidden, mask, kind, pooled)
             source = pools[kind]
-        if len(heads) > 1:
+        if names is not None and len(heads) > 1:
             at = torch.tensor([row for row, name in enumerate(names) if name == task])
             source = source.index_select(0, at.to(source.device, non_blocking=True))
         if not torch.is_autocast_enabled(source.device.type) and head.linear is not None:
@@ -85,7 +85,7 @@ def task_logits(
         if head.config.kind == "span_qa" and mask is not None:
             # No span may reach into the padding, whose length depends on the other examples of the batch.
             padding = mask == 0
-            if len(heads) > 1:
+            if names is not None and len(heads) > 1:
                 padding = padding.index_select(0, at.to(padding.device, non_blocking=True))
             found = found.masked_fill(padding.unsqueeze(-1), torch.finfo(found.dtype).min)
         logits[task] = found

@@ -80,12 +80,12 @@ def batch_group(backbone: Any, adapter: Any) -> Hashable:
     if host == "adapters":
         if not names:
             return own
-        if all(_is_ours(part) for name in names for part in _parts(backbone, name)):
+        if all(is_ours(part) for name in names for part in _parts(backbone, name)):
             return "ours"
         if not _runs_together(backbone, [adapter]):
             return own
         return str([part.to_dict() for part in _parts(backbone, names[0])])
-    if all(_is_ours(adapter_config(backbone, name)) for name in adapter_names(backbone)):
+    if all(is_ours(adapter_config(backbone, name)) for name in adapter_names(backbone)):
         return "ours"
     configs = [adapter_config(backbone, name) for name in names]
     plain = all(config.peft_type == "LORA" and not config.use_dora for config in configs)
@@ -138,7 +138,7 @@ def _run_adapters(
     backbone: Any, inputs: dict[str, Any], known: dict[str, Any], adapters: Sequence[Any], tasks: Sequence[str]
 ) -> Hidden:
     if len(known) == 1:
-        return _pass_of_adapters(backbone, inputs, adapters[0], _numbers(backbone, adapters[0], tasks))
+        return pass_of_adapters(backbone, inputs, adapters[0], _numbers(backbone, adapters[0], tasks))
     _reject_mixtures(known)
     places = _places(adapters)
     order = [row for rows in places for row in rows]
@@ -147,22 +147,23 @@ def _run_adapters(
         for rows in places:
             more = _numbers(backbone, adapters[rows[0]], [tasks[row] for row in rows])
             part = _rows(inputs, rows, len(adapters))
-            found.append(_pass_of_adapters(backbone, part, adapters[rows[0]], more))
+            found.append(pass_of_adapters(backbone, part, adapters[rows[0]], more))
         return _put_back(order, found)
     if any(_norms_first(backbone, adapter) for adapter in known.values()):
         # MultiTask of adapters 1.3 applies the layer norm in front of a bottleneck of SeqBnConfig's kind twice.
         from adapters.composition import BatchSplit
 
         split = BatchSplit(*(adapters[rows[0]] for rows in places), batch_sizes=[len(rows) for rows in places])
-        return _put_back(order, [_pass_of_adapters(backbone, _rows(inputs, order, len(adapters)), split, {})])
+        return _put_back(order, [pass_of_adapters(backbone, _rows(inputs, order, len(adapters)), split, {})])
     from adapters.composition import MultiTask
 
     numbers = {name: number for number, name in enumerate(known)}
     more = {"task_ids": torch.tensor([numbers[route_key(adapter)] for adapter in adapters])}
-    return _pass_of_adapters(backbone, inputs, MultiTask(*known.values()), more)
+    return pass_of_adapters(backbone, inputs, MultiTask(*known.values()), more)
 
 
-def _pass_of_adapters(backbone: Any, inputs: dict[str, Any], setup: Any, more: dict[str, Any]) -> Hidden:
+def pass_of_adapters(backbone: Any, inputs: dict[str, Any], setup: Any, more: dict[str, Any]) -> Hidden:
+    """One pass of a model of `adapters` under a setup, with further arguments for the host."""
     names = adapters_in(setup)
     behind = names and any(getattr(part, "combine", "") == "prefix_after_bos" for part in _parts(backbone, names[0]))
     with pass_under(backbone, partial(adapter_setup, setup)):
@@ -200,7 +201,7 @@ def _runs_together(backbone: Any, adapters: Iterable[Any]) -> bool:
     """
     names = list(dict.fromkeys(name for adapter in adapters for name in adapters_in(adapter)))
     parts = [_parts(backbone, name) for name in names]
-    if all(_is_ours(part) for one in parts for part in one):
+    if all(is_ours(part) for one in parts for part in one):
         return True
     alike = all([part.to_dict() for part in one] == [part.to_dict() for part in parts[0]] for one in parts)
     alike = alike and all(isinstance(adapter, str) for adapter in adapters)
@@ -220,7 +221,7 @@ def _run_peft(
 ) -> Hidden:
     names = [name for name in known.values() if name is not None]
     present = adapter_names(backbone)
-    ours = all(_is_ours(adapter_config(backbone, name)) for name in present)
+    ours = all(is_ours(adapter_config(backbone, name)) for name in present)
     networks = any(adapter_tasks(backbone, name) for name in present)
     if len(known) == 1:
         more = _numbers(backbone, adapters[0], tasks)
@@ -260,7 +261,7 @@ def _numbers(backbone: Any, adapter: Any, tasks: Sequence[str]) -> dict[str, Any
     return {"task_ids": torch.tensor([served.index(task) for task in tasks])}
 
 
-def _is_ours(config: Any) -> bool:
+def is_ours(config: Any) -> bool:
     """Whether an adapter's configuration is of a method of this package."""
     return isinstance(getattr(config, "method", None), Method)
 

@@ -14,11 +14,13 @@ from transformers.utils.generic import ModelOutput
 
 from pal_adapters.checks import require_one_of
 from pal_adapters.errors import ConfigError, UnsupportedError
+from pal_adapters.hooks.call import exporting
 from pal_adapters.hosts.unchanged import all_or_nothing
 
 from .adding import new_route
 from .base import base_names, base_tensors
 from .contents import Contents, width_of
+from .exporting import logits_of_graph
 from .heads import Head, HeadConfig, Loss
 from .hub import fetch
 from .language import check_language_model, output_tensors
@@ -216,6 +218,8 @@ class TaskHeads(nn.Module):
                 the counts of this batch; `MultiTaskTrainer` passes those of the whole step.
             **inputs: Arguments of the backbone, such as `input_ids` and `attention_mask`, each `[r, n]`.
         """
+        if exporting():
+            return TaskHeadsOutput(logits=logits_of_graph(self, task_ids, labels, inputs))
         given = inputs.get("input_ids", inputs.get("inputs_embeds"))
         rows = len(given) if given is not None else len(next(iter(inputs.values())))
         names = task_names(task_ids, rows, self.tasks)
