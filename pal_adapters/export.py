@@ -101,7 +101,7 @@ def export_onnx(
 ) -> torch.onnx.ONNXProgram:
     """Export a model with its active adapters to an ONNX file; see `export_program`.
 
-    Needs `pip install onnx onnxscript`.
+    Needs `pip install "pal-adapters[export]"`.
 
     Args:
         model: see `export_program`.
