@@ -26,7 +26,7 @@ from .attention_bias import add_to_scores, mask_argument, past_length, position_
 from .call import CallLock, CallValue, run_around
 from .masks import CallMask
 from .network_unit import NetworkRunner, NetworkUnit
-from .positions import token_positions
+from .positions import CountedPositions, token_positions
 from .side_stream import SideStream
 from .weight_copies import BaseCopies, Slots, WrappedForward, reader_of
 
@@ -152,6 +152,9 @@ class NetworkHooks:
         self._window = signatures.window_of(attention, self.block)
         self._layer = signatures.layer_index(attention, self.block)
         self._handles.append(attention.register_forward_pre_hook(self._on_attention, with_kwargs=True))
+        self._counted = CountedPositions(self._model[0], self.block) if self._window is not None else None
+        if self._counted is not None:
+            self._handles.append(self._counted)
 
     def _install_norm(self, path: str) -> None:
         norm = self._module(path)
@@ -284,9 +287,10 @@ class NetworkHooks:
             raise UnsupportedError("head_mask cannot be used together with the conditional attention of this model.")
         causal = self._causal if kwargs.get("is_causal") is None else bool(kwargs["is_causal"])
         window = self._window if causal else None
+        ids = None if self._counted is None else self._counted.of_call(kwargs.get("position_ids"), x.shape[1], total)
         queries, keys = token_positions(
             CallMask(mask, None, causal, x.device, window=window),
-            queries=x.shape[1], total=total, ids=kwargs.get("position_ids"), what=self.block.name,
+            queries=x.shape[1], total=total, ids=ids, what=self.block.name,
         )  # fmt: skip
         bias = unit.attention_bias(batch, queries, keys, total)
         if self._adds_to_scores:

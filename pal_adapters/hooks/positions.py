@@ -9,12 +9,63 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pal_adapters.blocks import signatures
+from pal_adapters.blocks.sites import Block
 from pal_adapters.errors import UnsupportedError
 
-from .call import exporting
+from .call import CallValue, exporting
 from .masks import CallMask
+
+
+class CountedPositions:
+    """The positions that a call's tokens have by what the caller passed, for blocks that see a window.
+
+    A model that gets no `position_ids` counts slots, padding on the left included, and a block that sees a window no
+    longer sees the padding: only the caller's mask tells both apart.
+
+    Args:
+        model: the model that holds the block.
+        block: the block.
+    """
+
+    def __init__(self, model: nn.Module, block: Block) -> None:
+        self._call = CallValue()
+        self._handle: Any = None
+        path = block.name
+        while path:
+            path = path.rpartition(".")[0]
+            owner = model.get_submodule(path)
+            self._arguments = signatures.positions_of(owner)
+            if {"attention_mask", "position_ids"} <= self._arguments.keys():
+                self._handle = owner.register_forward_pre_hook(self._on_call, with_kwargs=True)
+                return
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._call.value = tuple(
+            signatures.argument((name,), self._arguments, args, kwargs) for name in ("attention_mask", "position_ids")
+        )
+
+    def of_call(self, ids: Tensor | None, queries: int, total: int) -> Tensor | None:
+        """`[b, q]`, or None if they cannot be known.
+
+        Args:
+            ids: what the model passes to the block.
+            queries: how many tokens the call has.
+            total: how many there were so far, with them.
+        """
+        mask, given = self._call.value or (None, None)
+        if self._handle is None or mask is None or given is not None:
+            return ids if self._handle is not None else None
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= total:
+            return (mask[:, :total].long().cumsum(-1) - 1).clamp(min=0)[:, -queries:]
+        return None
 
 
 def keys_seen(mask: Any, total: int) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pal_adapters import add_task, network_size, train_tasks
 from pal_adapters.errors import ConfigError, PalAdaptersError, SiteError, UnknownAdapterError, UnsupportedError
-from tests.zoo import HOST_WARNINGS, V5
+from tests.zoo import CACHE, HOST_WARNINGS, V5
 
 from .network import HOSTS, TASKS, Network, build, inputs, real
 
@@ -732,6 +732,32 @@ def test_a_padded_example_equals_the_example_alone(name: str, side: str) -> None
         assert torch.equal(cached, network.model.generate(**batch, **settings, use_cache=False))
         one = network.model.generate(input_ids=ids[:1, kept], **{**settings, "task_ids": torch.tensor([0])})
         assert torch.equal(one, cached[:1, 3:])
+
+
+@pytest.mark.skipif("peft" not in HOSTS, reason="needs peft")
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("name", [name for name in PADDED if name != "Llama"])
+def test_cached_calls_beyond_a_window_count_without_padding(name: str, counted: bool) -> None:
+    """Whether the caller passes `position_ids`, or the model counts slots."""
+    base = decoder(name, **PADDED[name], **({"use_sliding_window": True} if name == "Qwen3" else {}))
+    network = Network("peft", "llama", base=base, bottleneck="none")
+    network.randomise(std=0.4)
+    ids = torch.randint(3, 40, (1, 12), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache, logits = None, []
+    for start, end in [(0, 6), *((at, at + 1) for at in range(6, 12))]:
+        extra = {"position_ids": positions[:, start:end]} if counted else {}
+        output = network.model(
+            input_ids=ids[:, start:end], attention_mask=mask[:, :end], use_cache=True, task_ids=["rte"],
+            **{CACHE: cache}, **extra,
+        )  # fmt: skip
+        cache = output[CACHE]
+        logits.append(output.logits)
+    # GPT-OSS multiplies rounding errors; in float64 the difference is 4e-16.
+    tolerance = 1e-3 if name == "GptOss" else 2e-5
+    assert close(torch.cat(logits, 1)[:, 3:], network({"input_ids": ids[:, 3:]}, ["rte"]), tolerance)
 
 
 @pytest.mark.skipif("peft" not in HOSTS, reason="needs peft")
