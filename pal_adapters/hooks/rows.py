@@ -86,7 +86,16 @@ class RowPlan:
         return self._once(("numbers", device.type, device.index), lambda: torch.tensor(self.members, device=device))
 
     def rows_of(self, names: Sequence[str], device: torch.device) -> Tensor:
-        """The examples of these adapters, in the order of the batch."""
+        """The examples of these adapters, in the order of the batch.
+
+        Raises:
+            UnsupportedError: for a graph whose tasks are an input: it does not know them.
+        """
+        if self.input is not None:
+            raise UnsupportedError(
+                "a module of this model runs each task's examples apart, which a graph whose tasks are an input "
+                "cannot do: export one task at a time."
+            )
         chosen = [row for row, member in enumerate(self.members) if self.names[member] in names]
         return self._once((tuple(names), device.type, device.index), lambda: torch.tensor(chosen, device=device))
 

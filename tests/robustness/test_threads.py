@@ -266,7 +266,7 @@ def test_a_call_inside_a_call() -> None:
             sequence(model, 1)
 
     block.intermediate.register_forward_hook(again)
-    with pytest.raises(pa.UnsupportedError, match="called again from inside itself"):
+    with pytest.raises(pa.UnsupportedError, match="called from within itself"):
         sequence(model, 0)
     assert torch.equal(sequence(model, 0), expected)
 

@@ -107,7 +107,7 @@ class FusionModuleLayer(_Names, TunerLayer):
         x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
         value = output[0] if isinstance(output, tuple) else output
         if value.dim() == 2 and self.plan is not None:  # OPT flattens examples and tokens in its feed-forward part
-            rows = len((self.plan.origin or self.plan).names)
+            rows = (self.plan.origin or self.plan).numbers(value.device).shape[0]
             x = x.view(rows, -1, *x.shape[1:])
         new = self.run_active(self.units, VALUE, value, UnitInputs(x=x, batch=value.shape[0]))
         return (new, *output[1:]) if isinstance(output, tuple) else new
@@ -143,18 +143,16 @@ class FusionNormLayer(_Names, HoulsbyNorm):
         return getattr(self, self.adapter_layer_names[0])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = self.active_adapters if self.plan is None else self.plan.for_batch(x.shape[0]).names
+        plan = None if self.plan is None else self.plan.for_batch(x.shape[0])
+        names = self.active_adapters if plan is None else plan.names
         if self.disable_adapters or not any(name in self.units for name in names):
             return self.base_layer(x, *args, **kwargs)
-        if self.plan is None:
+        if plan is None:
             return self._norm(x, names)
-        groups: dict[str, list[int]] = {}
-        for row, name in enumerate(names):
-            groups.setdefault(name, []).append(row)
         new = torch.empty_like(x)
-        for name, rows in groups.items():
-            index = torch.tensor(rows, device=x.device)
-            new = new.index_copy(0, index, self._norm(x.index_select(0, index), [name]))
+        for name in plan.names:
+            rows = plan.rows_of([name], x.device)
+            new = new.index_copy(0, rows, self._norm(x.index_select(0, rows), [name]))
         return new
 
     def _norm(self, x: Tensor, names: Sequence[str]) -> Tensor:
