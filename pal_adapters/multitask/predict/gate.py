@@ -32,14 +32,16 @@ class Gate:
     @contextmanager
     def change(self) -> Iterator[None]:
         """One change; they run one after the other."""
+        entered = False
         with self._condition:
             self._changes += 1
-            self._condition.wait_for(lambda: not self._running and not self._changing)
-            self._changing = True
         try:
+            with self._condition:
+                self._condition.wait_for(lambda: not self._running and not self._changing)
+                entered = self._changing = True
             yield
-        finally:
+        finally:  # also when interrupted while waiting, since calls would wait for this change forever
             with self._condition:
                 self._changes -= 1
-                self._changing = False
+                self._changing = self._changing and not entered
                 self._condition.notify_all()
