@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from pal_adapters.errors import ConfigError, UnsupportedError
 from pal_adapters.fusion.folding import fold
 from pal_adapters.hosts.which import is_peft_model
 from pal_adapters.multitask import Route, TaskHeads
 from pal_adapters.multitask.model.description import read_description
 from pal_adapters.multitask.model.routes import adapter_config, adapter_names, is_fuse
+from pal_adapters.multitask.predict.loading import load_tokenizer
 
 from .options import PositiveInt, option, parse
 from .shared import model_folder
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = _fold_in_peft if is_peft_model(model.backbone) else _fold_in_adapters
     folded = work(model, routes, combined, options)
     folded.described = dict(model.described)
-    tokenizer = AutoTokenizer.from_pretrained(source) if (source / "tokenizer_config.json").is_file() else None
+    tokenizer = load_tokenizer(source) if (source / "tokenizer_config.json").is_file() else None
     folded.save_pretrained(args.output, processing_class=tokenizer)
     print(f"folded: {', '.join(combined)}; written: {args.output}")
     return 0
