@@ -29,7 +29,8 @@ class _Named(nn.Module):
         def forward(**inputs: Tensor) -> dict[str, Tensor]:
             return dict(_tensors(model(**inputs, **fixed)))
 
-        # `torch.export` names the graph's inputs after the parameters of `forward`.
+        # `torch.export` names the graph's inputs after the parameters of `forward`. Every function may have a
+        # `__signature__`, which `inspect` reads and type checkers do not know.
         named = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
         forward.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
         self.forward = forward

@@ -76,5 +76,6 @@ def _sizes(files: Sequence[Path]) -> dict[str, int]:
     found: dict[str, int] = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
-            found |= {f"{file}:{name}": prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            names = tensors.keys()  # a safetensors file is no mapping: it cannot be iterated over
+            found |= {f"{file}:{name}": prod(tensors.get_slice(name).get_shape()) for name in names}
     return found

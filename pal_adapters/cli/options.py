@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import field, fields
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from transformers import HfArgumentParser
 
-Options = TypeVar("Options")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance  # exists for type checkers alone
+
+Options = TypeVar("Options", bound="DataclassInstance")
 
 
 class Parser(HfArgumentParser):
@@ -50,12 +53,20 @@ def parse(
     Returns:
         The options, and the arguments without a name.
     """
-    parser: Any = Parser(options, prog=command, description=(doc or "").split("\n\n")[0])  # type: ignore[arg-type]
+    of: Any = options  # the parser wants a type that it declares itself
+    parser: Any = Parser(of, prog=command, description=(doc or "").split("\n\n")[0])
     for name, help in positional.items():
         parser.add_argument(name, help=help)
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     found = parser.parse_args(argv)
-    return options(**{one.name: getattr(found, one.name) for one in fields(options)}), found  # type: ignore[arg-type]
+    return options(**{one.name: getattr(found, one.name) for one in fields(options)}), found
+
+
+def fill_in(options: Any, **defaults: Any) -> None:
+    """Gives the options that were left at `None` their values."""
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
 
 
 class PositiveInt(int):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from pal_adapters.multitask import Task, TaskDataError, default_model
 from pal_adapters.multitask.model.description import DESCRIPTION_FILE
 from pal_adapters.multitask.model.files import replace_text
 from pal_adapters.multitask.model.task_description import TaskDescription
+from pal_adapters.multitask.model.tasks_file import package_versions
 
 POOLINGS = {"mean": "mean", "cls": "first"}
 
@@ -106,13 +106,7 @@ def model_folder(folder: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "adapters", "peft", "datasets", "evaluate", "pal-adapters"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version(), **package_versions("datasets", "evaluate")}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from pal_adapters.multitask import default_host
 
 from . import fitting
 from .methods import HOSTED, NETWORKS, SIZED, build, count, saves_base, trains_base
-from .options import PositiveFloat, PositiveInt, Seed, option, parse
+from .options import PositiveFloat, PositiveInt, Seed, fill_in, option, parse
 from .shared import POOLINGS, described, load_base, load_tasks, make_folder, table, versions, write_json
 
 # For each method: epochs, learning rate, and its factor for the attention in PALs.
@@ -86,14 +86,11 @@ class TrainOptions:
                 f"--sampling has no effect with --method {self.method}, whose batches hold one task; leave it out"
             )
         epochs, learning_rate, self.attention_factor = DEFAULTS[self.method]
-        self.epochs = self.epochs or epochs  # type: ignore[assignment]
-        self.learning_rate = self.learning_rate or (  # type: ignore[assignment]
-            JOINT_LEARNING_RATE if self.joint else learning_rate
-        )
+        fill_in(self, epochs=epochs, learning_rate=JOINT_LEARNING_RATE if self.joint else learning_rate)
         if self.method in NETWORKS:
-            self.sampling = self.sampling or "proportional"
+            fill_in(self, sampling="proportional")
         if self.method in HOSTED:
-            self.host = self.host or default_host()  # type: ignore[assignment]
+            fill_in(self, host=default_host())
 
 
 def run(args: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pal_adapters.errors import ConfigError
 from pal_adapters.multitask import default_host
 
-from .options import PositiveFloat, PositiveInt, Seed, option
+from .options import PositiveFloat, PositiveInt, Seed, fill_in, option
 
 SCALEARN = ("scalearn", "scalearn_uniform", "scalearn_pp", "scalearn_uniform_pp")
 METHODS = (*SCALEARN, "fusion", "single", "average")
@@ -63,17 +63,15 @@ class TransferOptions:
         kind = "source" if self.method == "single" else "fusion" if self.method == "fusion" else "scalearn"
         epochs, learning_rate, self.patience = recipe[kind]
         source_epochs, source_learning_rate, self.source_patience = recipe["source"]
-        defaults: dict[str, Any] = {
-            "host": default_host(),
-            "train_rows": TRAIN_ROWS[self.preset],
-            "epochs": epochs,
-            "learning_rate": learning_rate,
-            "source_epochs": source_epochs,
-            "source_learning_rate": source_learning_rate,
-        }
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        fill_in(
+            self,
+            host=default_host(),
+            train_rows=TRAIN_ROWS[self.preset],
+            epochs=epochs,
+            learning_rate=learning_rate,
+            source_epochs=source_epochs,
+            source_learning_rate=source_learning_rate,
+        )
 
 
 def summary(results: dict[str, Any]) -> str:

@@ -66,9 +66,9 @@ def tasks_json(backbone: Any, described: Mapping[str, TaskDescription]) -> dict[
     }
 
 
-def package_versions() -> dict[str, str]:
-    """The versions of the installed packages that a folder depends on."""
-    return {name: found for name in _PACKAGES if (found := _version(name)) is not None}
+def package_versions(*more: str) -> dict[str, str]:
+    """The versions of the installed packages that a folder depends on, and of others."""
+    return {name: found for name in (*_PACKAGES, *more) if (found := _version(name)) is not None}
 
 
 def read_tasks(directory: Path, heads: Mapping[str, HeadConfig]) -> dict[str, TaskDescription]:
