@@ -5,9 +5,10 @@ Needs the packages of the extra `train`.
 
 from pal_adapters.errors import StorageError
 from pal_adapters.multitask.model.heads import HeadConfig
+from pal_adapters.multitask.model.output import TaskHeadsOutput
 from pal_adapters.multitask.model.routes import Route
 from pal_adapters.multitask.model.task_description import TaskDescription
-from pal_adapters.multitask.model.task_heads import TaskHeads, TaskHeadsOutput
+from pal_adapters.multitask.model.task_heads import TaskHeads
 from pal_adapters.multitask.predict.predictions import Prediction
 from pal_adapters.multitask.predict.predictor import Predictor
 from pal_adapters.multitask.predict.requests import RequestError

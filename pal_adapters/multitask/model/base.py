@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from .routes import bare_model
+from pal_adapters.errors import ConfigError, UnsupportedError
+
+from .routes import adapter_host, bare_model
 
 
 def base_names(backbone: nn.Module) -> list[str]:
@@ -96,3 +99,15 @@ def source_of(backbone: Any) -> str:
 def is_saved_class(found: Any) -> bool:
     """Whether an attribute of transformers or adapters is a model class that a folder may name."""
     return isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel
+
+
+def check_backbone(backbone: Any) -> None:
+    """Raises `ConfigError` for what is not a model, `UnsupportedError` for one that `TaskHeads` cannot use."""
+    if not isinstance(backbone, nn.Module):
+        named = isinstance(backbone, (str, Path))
+        fix = f"AutoModel.from_pretrained({str(backbone)!r})" if named else "a model"
+        raise ConfigError(f"backbone={backbone!r:.80} is not a model: pass TaskHeads({fix}).")
+    adapter_host(backbone)
+    config = getattr(backbone, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError("the backbone has an encoder and a decoder: pass a model that has only one of them.")

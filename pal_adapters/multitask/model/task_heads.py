@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.generic import ModelOutput
 
 from pal_adapters.checks import require_one_of
-from pal_adapters.errors import ConfigError, UnsupportedError
 from pal_adapters.hooks.call import exporting
 from pal_adapters.hosts.unchanged import all_or_nothing
 
 from .adding import new_route
-from .base import base_names, base_tensors
+from .base import base_names, base_tensors, check_backbone
 from .contents import Contents, width_of
 from .exporting import logits_of_graph
 from .heads import Head, HeadConfig, Loss
@@ -26,6 +23,7 @@ from .hub import fetch
 from .language import check_language_model, output_tensors
 from .loading import load, restore
 from .loss import batch_penalty, labels_by_task, summed_losses, weighted_loss
+from .output import TaskHeadsOutput
 from .parts import reshard
 from .putting_back import put_back
 from .readout import require_task, task_logits, task_names
@@ -39,23 +37,6 @@ from .trainable import check_base, train_base, train_routes
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in `typing` from Python 3.11 on
-
-
-@dataclass
-class TaskHeadsOutput(ModelOutput):
-    """The output of `TaskHeads`.
-
-    Args:
-        loss: The loss of the batch, if labels were passed.
-        logits: For each task in the batch, the logits of its examples in their order; see `HeadConfig`.
-        task_losses: Summed loss of each task `[t]`, 0 for a task that is absent.
-        task_counts: Number of items in each sum `[t]`: examples, or tokens that count.
-    """
-
-    loss: Tensor | None = None
-    logits: dict[str, Tensor] | None = None
-    task_losses: Tensor | None = None
-    task_counts: Tensor | None = None
 
 
 class TaskHeads(nn.Module):
@@ -103,7 +84,7 @@ class TaskHeads(nn.Module):
     def __init__(self, backbone: Any, *, balance: str = "task") -> None:
         super().__init__()
         require_one_of("balance", balance, ("task", "row"))
-        _check_backbone(backbone)
+        check_backbone(backbone)
         self.backbone: Any = backbone
         self.balance = balance
         self.heads = nn.ModuleDict()
@@ -359,7 +340,7 @@ class TaskHeads(nn.Module):
             ConfigError: If `revision` or `token` is given for a folder.
         """
         if backbone is not None:
-            _check_backbone(backbone)
+            check_backbone(backbone)
         folder = fetch(directory, revision=revision, token=token)
         with nullcontext() if backbone is None else put_back(backbone):
             contents = load(folder, backbone)
@@ -412,15 +393,3 @@ class TaskHeads(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         """Turns it off."""
         self.backbone.gradient_checkpointing_disable()
-
-
-def _check_backbone(backbone: Any) -> None:
-    """Raises `ConfigError` for what is not a model, `UnsupportedError` for one that `TaskHeads` cannot use."""
-    if not isinstance(backbone, nn.Module):
-        named = isinstance(backbone, (str, Path))
-        fix = f"AutoModel.from_pretrained({str(backbone)!r})" if named else "a model"
-        raise ConfigError(f"backbone={backbone!r:.80} is not a model: pass TaskHeads({fix}).")
-    adapter_host(backbone)
-    config = getattr(backbone, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedError("the backbone has an encoder and a decoder: pass a model that has only one of them.")
