@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pal_adapters.errors import ConfigError, UnsupportedError
+from pal_adapters.errors import ConfigError, UnsupportedError, how_to_install
 
 
 class _Named(nn.Module):
@@ -102,7 +103,7 @@ def export_onnx(
 ) -> torch.onnx.ONNXProgram:
     """Export a model with its active adapters to an ONNX file; see `export_program`.
 
-    Needs `pip install "pal-adapters[export]"`.
+    Needs the packages of the extra `export`.
 
     Args:
         model: see `export_program`.
@@ -114,11 +115,14 @@ def export_onnx(
         What `torch.onnx.export` returns. The file's outputs have the names of the program's.
 
     Raises:
-        ConfigError: see `export_program`; for another ending of `path`.
+        ConfigError: see `export_program`; for another ending of `path`; if a package is not installed.
         UnsupportedError: see `export_program`.
     """
     if not os.fspath(path).endswith(".onnx"):
         raise ConfigError(f"path={os.fspath(path)!r} is not allowed: use a file name ending in .onnx.")
+    missing = [package for package in ("onnx", "onnxscript") if find_spec(package) is None]
+    if missing:
+        raise ConfigError(f"ONNX files need {' and '.join(missing)}; {how_to_install('export')}")
     program = export_program(model, inputs, **fixed)
     names = list(program.call_spec.out_spec.context)
     with torch.no_grad():

@@ -227,6 +227,13 @@ def test_inputs_are_checked() -> None:
         export_onnx(model, "model.pt", inputs_of(TRACED))
 
 
+def test_onnx_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("pal_adapters.export.find_spec", lambda package: None)
+    with pytest.raises(ConfigError, match=r"ONNX files need onnx and onnxscript; .*\[export\]"):
+        export_onnx(nn.Linear(2, 2), tmp_path / "model.onnx", {"input": torch.ones(2, 2)})
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_no_graph_expresses_is_refused() -> None:
     model = TaskHeads(bert(BertModel))
     model.add("rte", TASKS["rte"])

@@ -5,7 +5,7 @@ Folders of earlier releases lack it. It is data: all of it is checked before it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,19 @@ def described_tasks(
             raise ConfigError("tasks needs processing_class, or descriptions: [task.describe(max_length=128), ...].")
         else:
             one = task.describe(max_length=default_length(tokenizer))
-        if one.name not in heads:
-            there = ", ".join(map(repr, heads)) or "none"
-            raise ConfigError(f"tasks has {one.name!r}, which is not on the model: {there}.")
-        if one.name in found:
-            raise ConfigError(f"two tasks are called {one.name!r}: leave one of them out.")
+        check_name(one.name, heads, found)
         one.check_head(heads[one.name])
         found[one.name] = one
     return found
+
+
+def check_name(name: str, heads: Collection[str], found: Collection[str]) -> None:
+    """Raises `ConfigError` for a task that is not among those of the model, or that was found before."""
+    if name not in heads:
+        there = ", ".join(map(repr, heads)) or "none"
+        raise ConfigError(f"tasks has {name!r}, which is not on the model: {there}.")
+    if name in found:
+        raise ConfigError(f"two tasks are called {name!r}: leave one of them out.")
 
 
 def tasks_json(backbone: Any, described: Mapping[str, TaskDescription]) -> dict[str, Any]:

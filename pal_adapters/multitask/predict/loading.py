@@ -15,6 +15,7 @@ from pal_adapters.multitask.model.files import cause_of, inside
 from pal_adapters.multitask.model.hub import fetch
 from pal_adapters.multitask.model.task_description import TaskDescription, default_length
 from pal_adapters.multitask.model.task_heads import TaskHeads
+from pal_adapters.multitask.model.tasks_file import check_name
 from pal_adapters.multitask.tasks.described import described_task
 from pal_adapters.multitask.tasks.task import Task
 
@@ -46,11 +47,7 @@ def served_tasks(
     for one in given:
         if not isinstance(one, (Task, TaskDescription)):
             raise ConfigError(f"tasks has a {type(one).__name__}: pass Task or TaskDescription objects.")
-        if one.name not in heads:
-            there = ", ".join(map(repr, heads)) or "none"
-            raise ConfigError(f"tasks has {one.name!r}, which is not on the model: {there}.")
-        if one.name in found:
-            raise ConfigError(f"two tasks are called {one.name!r}: leave one of them out.")
+        check_name(one.name, heads, found)
         found[one.name] = served_task(one, engine, tokenizer)
     return found
 
