@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from pal_adapters.errors import how_to_install
 from pal_adapters.multitask.model.files import replace_text
 from pal_adapters.multitask.model.routes import adapter_config, adapter_host, adapters_in
 from pal_adapters.multitask.model.task_description import COLUMNS, TaskDescription
@@ -101,7 +102,7 @@ def write_model_card(run: Run, given: Mapping[str, Any]) -> None:
         learning_rate=args.learning_rate,
         seed=args.seed,
         results=[(key, metric, value) for key, metric, value, _ in results],
-        extras=f",{host}" if host else "",
+        install=how_to_install(f"train,{host}" if host else "train"),
         # If hub_model_id has no owner, only the Hub knows whose repository it is.
         place=json.dumps(run.hub_model_id or args.hub_model_id or name),
     )
