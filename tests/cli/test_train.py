@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import safe_open
 
 from pal_adapters.cli import main
 from tests.examples.data import write, write_tasks
+from tests.processes import python
 
 RTE = ("--tasks", "rte", "--method")
 ROOT = Path(__file__).resolve().parents[2]
@@ -224,13 +224,8 @@ def test_without_a_folder_the_hub_is_asked(
 
 
 def test_as_a_command(data: Path, tmp_path: Path, importable: None) -> None:
-    script = [sys.executable, str(ROOT / "examples" / "train_tasks.py")]
-    done = subprocess.run(
-        [*script, "--data_dir", str(data), "--tasks", "nope", "--method", "pal", "--output_dir", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    options = ["--data_dir", data, "--tasks", "nope", "--method", "pal", "--output_dir", tmp_path]
+    done = python(ROOT / "examples" / "train_tasks.py", *options)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "pal-adapters train: error: unknown task 'nope'" in done.stderr

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import safe_open
 
 from pal_adapters.cli import main
 from tests.examples.data import write_tasks
+from tests.processes import python
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif("adapters" not in sys.modules and find_spec("adapters") is None, reason="adapters")
@@ -203,9 +203,7 @@ def test_a_broken_source_is_one_line(
 
 
 def test_as_a_command(data: Path, tmp_path: Path, importable: None) -> None:
-    command = [sys.executable, str(ROOT / "examples" / "transfer.py"), "--data_dir", str(data), "--target", "copa"]
-    done = subprocess.run(
-        [*command, "--method", "scalearn", "--output_dir", str(tmp_path)], capture_output=True, text=True, check=False
-    )
+    options = ["--data_dir", data, "--target", "copa", "--method", "scalearn", "--output_dir", tmp_path]
+    done = python(ROOT / "examples" / "transfer.py", *options)
     assert done.returncode == 2
     assert done.stderr == "pal-adapters transfer: error: --sources is needed with --method scalearn\n"

@@ -11,7 +11,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +20,7 @@ import pytest
 
 from tests.examples.conftest import load_script
 from tests.examples.data import write_tasks
+from tests.processes import python
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("PAL_ADAPTERS_KILLS", "3"))
@@ -42,13 +42,7 @@ class Job:
         return [*given, "--max_steps", "6", "--batch_size", "4", "--evaluations", "3"]
 
     def killed(self, output: Path, event: int) -> subprocess.CompletedProcess[str]:
-        command = [
-            sys.executable,
-            str(Path(__file__).with_name("killed_glue.py")),
-            str(event),
-            *self.arguments(output),
-        ]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return python(Path(__file__).with_name("killed_glue.py"), str(event), *self.arguments(output))
 
     def finished(self, output: Path) -> dict[str, Any]:
         assert self.glue.main(self.arguments(output)) == 0

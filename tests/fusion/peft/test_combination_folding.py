@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import subprocess
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +19,7 @@ from pal_adapters.fusion.peft.report import transfer_rows
 from tests import plain
 from tests.hosts.peft import cases
 from tests.hosts.peft.unchanged import rejected
+from tests.processes import python
 
 from . import sources
 
@@ -153,8 +152,7 @@ def test_a_folded_lora_loads_without_us(saved: Paths, tmp_path: pathlib.Path) ->
     base.config.save_pretrained(str(tmp_path / "base"))
     save_file(base.state_dict(), tmp_path / "base" / "model.safetensors")
     save_file(cases.inputs(), tmp_path / "given.safetensors")
-    command = [sys.executable, "-W", "ignore", "-c", LOAD, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = python("-c", LOAD, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.rpartition("RESULT")[2])
     for name in ("loaded", "merged"):

@@ -6,8 +6,6 @@ import copy
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +22,7 @@ import pal_adapters as pa
 from pal_adapters import fold
 from pal_adapters.fusion.peft.tuner import regularization_loss
 from tests.hosts.peft import cases
+from tests.processes import python
 
 from . import sources
 
@@ -81,11 +80,7 @@ print("RESULT" + json.dumps(out))
 
 
 def in_a_new_process(folders: Mapping[str, str]) -> dict[str, Tensor]:
-    root = pathlib.Path(__file__).parents[3]
-    code = f"import sys; sys.path.insert(0, {str(root)!r})\n{LOAD}"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, json.dumps(folders)], capture_output=True, text=True
-    )
+    done = python("-c", LOAD, json.dumps(folders))
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.rpartition("RESULT")[2])
     return {name: torch.tensor(values) for name, values in found.items()}

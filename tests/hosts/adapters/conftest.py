@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pathlib
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +13,9 @@ import torch
 from torch import nn
 from transformers import BertModel
 
-from .tiny import Run, fresh, tiny_config
+from tests import processes
 
-ROOT = pathlib.Path(__file__).parents[3]
+from .tiny import Run, fresh, tiny_config
 
 
 @pytest.fixture(scope="session")
@@ -75,11 +72,7 @@ def python(tmp_path: pathlib.Path) -> Callable[[str], str]:
     """Runs code in a new process, in the test's folder, and returns what it prints."""
 
     def run(code: str) -> str:
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-            capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300, check=False,
-        )  # fmt: skip
+        done = processes.python("-c", textwrap.dedent(code), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ peft = pytest.importorskip("peft")
 
 import pal_adapters as pa  # noqa: E402
 from tests.methods import RECORDS, names  # noqa: E402
+from tests.processes import python  # noqa: E402
 
 CONFIGS = {name: (RECORDS[name].config_class("peft"), dict(RECORDS[name].options)) for name in names("peft")}
 CONFIGS["pal untied"] = (pa.PALPeftConfig, {"hidden_size": 12, "tie_projections": False})
@@ -95,7 +94,7 @@ stored = torch.load(root + "/expected.pt")
 model = peft.PeftModel.from_pretrained(BertModel.from_pretrained(root + "/base"), root + "/adapter").eval()
 print((model(**stored["batch"]).last_hidden_state - stored["expected"]).abs().max().item())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.splitlines()[-1]) <= 1e-6
 

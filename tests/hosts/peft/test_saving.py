@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -24,6 +21,7 @@ from peft import (
 from safetensors.torch import load_file
 
 import pal_adapters
+from tests.processes import python
 
 from . import cases
 
@@ -121,9 +119,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         torch.save({a: cases.run(model.eval(), a, given) for a in ("rte", "sst")}, folder / "expected.pt")
     script = root / "child.py"
     script.write_text(CHILD)
-    paths = [str(pathlib.Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script), str(root)], env=environment, capture_output=True, text=True)
+    done = python(script, root)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((root / "found.json").read_text())
 

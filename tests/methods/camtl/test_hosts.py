@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from pal_adapters import add_task, network_size, train_tasks
 from pal_adapters.errors import ConfigError, PalAdaptersError, SiteError, UnknownAdapterError, UnsupportedError
+from tests.processes import python
 from tests.zoo import CACHE, HOST_WARNINGS, V5
 
 from .network import HOSTS, TASKS, Network, build, inputs, real
@@ -535,11 +534,7 @@ def test_saved_and_loaded_in_a_new_process(host: str, tmp_path: pathlib.Path) ->
         assert sum(v.numel() for v in saved.values()) == sum(p.numel() for p in network.parameters(name).values())
     assert not close(tensors["all"], tensors["other"], 1e-3)
     save_file({n: v.detach().contiguous() for n, v in tensors.items()}, tmp_path / "expected.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _READ, host, str(tmp_path)],
-        capture_output=True, text=True, check=False, timeout=300,
-        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    done = python("-c", _READ, host, tmp_path)
     assert done.stdout.strip() == "same", done.stderr
 
 

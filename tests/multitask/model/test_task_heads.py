@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from pal_adapters.multitask import HeadConfig, StorageError, TaskHeads
 from pal_adapters.multitask.model import saving
 from pal_adapters.multitask.model.heads import pool
 from pal_adapters.multitask.model.saving import copy_saved
+from tests.processes import python
 
 CONFIGS = {
     "rte": HeadConfig("single_label", 2),
@@ -434,7 +433,7 @@ for number, expected in enumerate(stored["logits"]):
     logits = model(task_ids={ROWS!r}, **stored["batch"]).logits
     print(max(float((logits[t] - expected[t]).abs().max()) for t in logits), len(logits), *model.tasks, model.routes)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split(" ", 8) for line in done.stdout.strip().splitlines() if line[0].isdigit()]
     assert len(lines) == len(cases)

@@ -15,6 +15,7 @@ from backbones import HOSTS
 from job import run
 
 from pal_adapters.multitask import TaskHeads
+from tests.processes import python
 
 JOB = str(Path(__file__).resolve().parents[1] / "job.py")
 ROOT = str(Path(__file__).resolve().parents[3])
@@ -26,12 +27,12 @@ def start(tiny_encoder: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def run(output: Path, *settings: dict[str, Any], processes: int = 1) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable]
-        if processes > 1:
-            # Standalone runs find a port that no other run on the machine can take in between.
-            command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command += [JOB, tiny_encoder, str(output), json.dumps(settings)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [JOB, tiny_encoder, str(output), json.dumps(settings)]
+        if processes == 1:
+            return python(*command)
+        # Standalone runs find a port that no other run on the machine can take in between.
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *command]
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
 
     return run
 
