@@ -30,7 +30,10 @@ _ADDS_MASK = frozenset(
     )
 )  # fmt: skip
 # These read other things from their mask than what to add.
-_READS_MASK = frozenset({"modeling_doge"})
+_READS_MASK = frozenset(
+    f"modeling_{name}"
+    for name in ("doge", "glm5_next", "granite_speech5", "minimax_m3_vl", "nemotron_asr_streaming", "parakeet")
+)
 
 # What computes the scores of relative positions in DeBERTa-v2 and DeBERTa.
 _POSITION_SCORES = ("disentangled_attention_bias", "disentangled_att_bias")
@@ -92,6 +95,8 @@ def refusal(
     names = {file.rpartition(".")[2] for file in files}
     if names & _READS_MASK:
         return "its self-attention chooses by its mask which tokens it sees"
+    if not _repeats_fit(attention):
+        return "it repeats its values too often when there is a mask (num_key_value_groups)"
     if names & _ADDS_MASK:
         return None
     if "position_bias" in positions:
@@ -99,6 +104,16 @@ def refusal(
     if any(hasattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS") for file in files):
         return None
     return f"it is not known whether {type(attention).__name__} adds its mask to the scores"
+
+
+def _repeats_fit(attention: nn.Module) -> bool:
+    """Whether repeating keys and values, which happens only with a mask, gives as many heads as the output has."""
+    groups = getattr(attention, "num_key_value_groups", None)
+    values = getattr(attention, "v_proj", None)
+    output = getattr(attention, "o_proj", getattr(attention, "out_proj", None))
+    if groups is None or not isinstance(values, nn.Linear) or not isinstance(output, nn.Linear):
+        return True
+    return bool(groups * values.out_features == output.in_features)
 
 
 def add_to_scores(scores: Any, bias: Tensor, query: Tensor) -> Tensor:

@@ -74,9 +74,9 @@ class Method:
         if not reached:
             kinds = ", ".join(sorted({type(block.module).__name__ for block in blocks}))
             raise SiteError(
-                f"{self.name} attends, and cannot be added to {kinds}: its attention works on windows of an image, or "
-                "its generation cache has no place for keys and values of others. Use a method that does not attend: "
-                "lhuc, low_rank or houlsby."
+                f"{self.name} attends, and cannot be added to {kinds}: its attention sees parts of a sequence or an "
+                "image, or its generation cache has no place for keys and values of others. Use a method that does "
+                "not attend: lhuc, low_rank or houlsby."
             )
         return reached
 

@@ -212,7 +212,8 @@ def _structures_of(model: nn.Module) -> set[str]:
 _OTHERS: tuple[tuple[str, dict[str, Any]], ...] = (
     *((name, {}) for name in (
         "BeamForCausalLM", "Blip2Model", "ClvpModelForConditionalGeneration", "CpmAntModel", "CvtModel",
-        "DeepseekV4ForCausalLM", "DiaModel", "DonutSwinModel", "FastSpeech2ConformerModel", "FocalNetModel",
+        "DeepseekV4ForCausalLM", "DiaModel", "DonutSwinModel", "EvollaForProteinText2Text",
+        "FastSpeech2ConformerModel", "FocalNetModel",
         "Gemma3nForCausalLM", "GPTNeoXJapaneseModel", "GraniteMoeHybridModel", "HieraModel",
         "Inkling2ForConditionalGeneration", "InklingForCausalLM", "InternVLVisionModel",
         "Kosmos2ForConditionalGeneration", "Lfm3ForCausalLM", "LiltModel", "LongcatFlashForCausalLM",

@@ -178,6 +178,12 @@ DECODERS: tuple[Structure, ...] = (
         flags={"do_layer_norm_before": False},
         scales=("dropout",),
     ),
+    Structure(
+        "evolla: some blocks end with cross-attention to a protein, behind the feed-forward sum",
+        "input_layernorm self_attn post_attention_layernorm mlp [adapter]",
+        pre(*_LLAMA),
+        classes=("EvollaDecoderLayer",),
+    ),
     Structure("molmo2", "input_layernorm self_attn post_attention_layernorm mlp", pre(*_LLAMA),
               classes=("Molmo2DecoderLayer",), flags={"norm_after": False}),
     Structure(
