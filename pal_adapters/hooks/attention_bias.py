@@ -6,7 +6,6 @@ own computes: there the term goes to what that method returns.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pal_adapters.blocks.block_sites import BlockSites
+from pal_adapters.blocks.origin import class_names, files_of, uses
 from pal_adapters.blocks.signatures import MASK
 
 from .masks import normalise_mask
@@ -75,7 +75,7 @@ def refusal(
             f"attn_implementation={implementation!r} has no place for a term in its scores: load the model with "
             "attn_implementation='sdpa' or 'eager'"
         )
-    classes = {cls.__name__ for module in attention.modules() for cls in type(module).__mro__}
+    classes = {name for module in attention.modules() for name in class_names(module)}
     scores = position_scores(attention)
     if scores is not None:
         if not getattr(scores[0], "relative_attention", False):
@@ -91,17 +91,17 @@ def refusal(
         return "its eager attention multiplies by its only mask: load it with attn_implementation='sdpa'"
     if "MultiHeadSelfAttention" in classes and "DistilBertSelfAttention" not in classes and eager:
         return "its eager attention takes a mask of zeros and ones: load it with attn_implementation='sdpa'"
-    files = [cls.__module__ for cls in type(getattr(attention, "base_layer", attention)).__mro__]
-    names = {file.rpartition(".")[2] for file in files}
-    if names & _READS_MASK:
+    wrapped = getattr(attention, "base_layer", attention)
+    files = set(files_of(wrapped))
+    if files & _READS_MASK:
         return "its self-attention chooses by its mask which tokens it sees"
     if not _repeats_fit(attention):
         return "it repeats its values too often when there is a mask (num_key_value_groups)"
-    if names & _ADDS_MASK:
+    if files & _ADDS_MASK:
         return None
     if "position_bias" in positions:
         return "its blocks pass the sum of mask and position biases on to each other"
-    if any(hasattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS") for file in files):
+    if uses(wrapped, "ALL_ATTENTION_FUNCTIONS"):
         return None
     return f"it is not known whether {type(attention).__name__} adds its mask to the scores"
 

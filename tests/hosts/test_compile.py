@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import StaticCache
 
 from tests import zoo
-from tests.methods import makers
+from tests.methods import RECORDS, makers, names
 from tests.zoo import BY_NAME
 
 pytestmark = [
@@ -62,12 +62,15 @@ def check(name: str, method: str, backend: str, tolerance: float, **changes: Any
         assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("method", ["pal", "low_rank", "lhuc", "houlsby"])
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_values_and_gradients(name: str, method: str) -> None:
-    # Two blocks where they share weights, one is enough elsewhere.
-    depth = {} if method == "pal" else dict(n_layer=1) if name == "gpt2" else dict(num_hidden_layers=1)
-    check(name, method, "aot_eager", 1e-6, **depth)
+@pytest.mark.parametrize("method", CONFIGS)
+def test_values_and_gradients(method: str) -> None:
+    # One block is enough unless blocks share weights.
+    check("bert", method, "aot_eager", 1e-6, num_hidden_layers=2 if RECORDS[method].shares else 1)
+
+
+@pytest.mark.parametrize("method", names("peft", lambda record: record.attends))
+def test_values_and_gradients_in_a_decoder(method: str) -> None:
+    check("gpt2", method, "aot_eager", 1e-6, n_layer=2 if RECORDS[method].shares else 1)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,3 +94,17 @@ def load_whole_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) ->
             for name, value in values.items()
         }
     optimizer.load_state_dict({**state, "state": parts})
+
+
+def save_whole_states(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any, writes: bool) -> None:
+    """Writes the states of an optimizer with sharded parameters and of its schedule; all processes must call it."""
+    state = whole_state(optimizer)
+    if writes:
+        torch.save(state, folder / "optimizer.pt")
+        torch.save(scheduler.state_dict(), folder / "scheduler.pt")
+
+
+def load_whole_states(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    """Reads what `save_whole_states` wrote."""
+    load_whole_state(optimizer, torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+    scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pal_adapters.multitask.model.heads import count_items
 from pal_adapters.multitask.sampling.strategies import MultiTaskBatchSampler, Strategy
-from pal_adapters.multitask.tasks.collate import MultiTaskCollator
+from pal_adapters.multitask.tasks.collate import Batch, MultiTaskCollator
 from pal_adapters.multitask.tasks.encoding import ConcatTasks
 
 from .arguments import MultiTaskTrainingArguments
@@ -45,6 +48,15 @@ def evaluation_loader(
 ) -> DataLoader[Any]:
     """The examples of one task, in their order."""
     return DataLoader(dataset, batch_size=args.eval_batch_size, **_options(args, collator))
+
+
+def item_counts(batches: Iterable[Batch], collator: MultiTaskCollator) -> Tensor:
+    """How many items of each task its loss in these batches is a mean over `[t]`."""
+    counts = torch.zeros(len(collator.heads))
+    for batch in batches:
+        for task, labels in batch["labels"].items():
+            counts[collator.numbers[task]] += count_items(collator.heads[task].kind, labels).cpu()
+    return counts
 
 
 def _options(args: MultiTaskTrainingArguments, collator: MultiTaskCollator) -> dict[str, Any]:

@@ -1,21 +1,42 @@
-"""`transformers.Trainer` for many tasks on one model."""
+"""`transformers.Trainer` for many tasks on one model.
+
+Its checkpoints are those of `TaskHeads`, restored in place and uploaded as they are. For that it touches what is not
+public in `transformers.Trainer`, 4.57 and 5:
+
+| upstream symbol                         | what and why                                                             |
+|-----------------------------------------|--------------------------------------------------------------------------|
+| `Trainer._save`                         | overridden: the folder is that of `TaskHeads`                            |
+| `Trainer._save_checkpoint`              | extended: an incomplete checkpoint is removed                            |
+| `Trainer._save_optimizer_and_scheduler` | overridden for FSDP                                                      |
+| `Trainer._load_optimizer_and_scheduler` | overridden for FSDP                                                      |
+| `Trainer._load_from_checkpoint`         | overridden: values are copied in place                                   |
+| `Trainer._load_best_model`              | overridden: values are copied in place                                   |
+| `Trainer._push_from_checkpoint`         | extended: the host uploads `output_dir`, to which it copies files with   |
+|                                         | names it knows, and these have other names                               |
+| `Trainer.push_in_progress`              | read: no file may change while the host uploads                          |
+
+`test_upstream_of_checkpoints` in `tests/multitask/training/test_trainer_features.py` fails when one of them moves.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
+from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import HubStrategy, PredictionOutput
 
 from pal_adapters.errors import ConfigError
-from pal_adapters.multitask.model.heads import count_items
+from pal_adapters.multitask.model.parts import whole_parameters
+from pal_adapters.multitask.model.saving import copy_saved
 from pal_adapters.multitask.model.task_heads import TaskHeads
 from pal_adapters.multitask.sampling.selectors import BatchSelector, UncertaintySelector
 from pal_adapters.multitask.sampling.strategies import MultiTaskBatchSampler, Strategy
@@ -25,9 +46,11 @@ from pal_adapters.multitask.tasks.task import Task, check_tasks
 
 from .arguments import MultiTaskTrainingArguments
 from .callbacks import Progress, Steps
-from .checkpoints import Checkpoints
+from .checkpoints import checkpoint_to_resume, complete, uploading
+from .described import described_run, logged_at
+from .distributed import load_whole_states, save_whole_states
 from .evaluation import Aggregate, aggregated, collected, example_outputs, speed
-from .loaders import drawn, evaluation_loader, train_loader, train_sampler
+from .loaders import drawn, evaluation_loader, item_counts, train_loader, train_sampler
 from .model_card import write_model_card
 from .optim import UncorrectedAdamW, give_attention_its_rate, pals_schedule
 from .run_checks import Recipe, check_finite, check_run, chosen_sampling
@@ -37,7 +60,7 @@ from .task_losses import TaskLosses
 from .task_setup import add_heads, start_at_mean, warn_of_resting_adapters
 
 
-class MultiTaskTrainer(Checkpoints):
+class MultiTaskTrainer(Trainer):
     """A `transformers.Trainer` that draws batches of many tasks and otherwise works as usual.
 
     * The loss of a step is that of `TaskHeads` over all examples of the step: gradient accumulation and the processes
@@ -78,6 +101,8 @@ class MultiTaskTrainer(Checkpoints):
 
     args: MultiTaskTrainingArguments
     tasks: dict[str, Task]
+    scored: Mapping[str, Any] | None = None
+    """What `evaluate` returned for the weights that the model has now; `None` if they were not evaluated."""
 
     def __init__(
         self,
@@ -165,6 +190,8 @@ class MultiTaskTrainer(Checkpoints):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains, with a warning for adapters that are frozen. `True` resumes from the last complete checkpoint."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = checkpoint_to_resume(cast("str", self.args.output_dir))
         warn_of_resting_adapters(self._task_heads(), self.tasks)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -193,12 +220,7 @@ class MultiTaskTrainer(Checkpoints):
             except StopIteration:
                 break
             batches.append(self._selected(batch, len(batches)))
-        counts = torch.zeros(len(self.collator.heads), device=device)
-        for batch in batches:
-            for task, labels in batch["labels"].items():
-                number = self.collator.numbers[task]
-                counts[number] += count_items(self.collator.heads[task].kind, labels).to(device)
-        return batches, self._sum(counts)
+        return batches, self._sum(item_counts(batches, self.collator).to(device))
 
     def _prepare_input(self, data: Any) -> Any:
         # The host casts all floats to those of DeepSpeed's config, which would round the labels of a regression.
@@ -386,3 +408,58 @@ class MultiTaskTrainer(Checkpoints):
         """Writes `README.md` with the tasks, the method, the sampling, the parameters and the results."""
         if self.is_world_process_zero():
             write_model_card(self, kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the model to a folder. With FSDP, all processes must call it."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        with whole_parameters(self._task_heads()):
+            self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        directory = Path(output_dir or cast("str", self.args.output_dir))
+        evaluated = cast("Mapping[str, EncodedTask] | None", self.eval_dataset)
+        described = described_run(cast("ConcatTasks", self.train_dataset), evaluated, self.scored)
+        self._task_heads().save_pretrained(
+            directory, processing_class=self.processing_class, tasks=described, checkpoint=self.is_in_train
+        )
+        torch.save(self.args, directory / "training_args.bin")
+
+    def _save_checkpoint(self, model: Any, trial: Any, **kwargs: Any) -> None:
+        directory = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with complete(directory, self.args.should_save):
+            super()._save_checkpoint(model, trial, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        push = cast("Any", self.push_in_progress)
+        running = push is not None and not push.is_done()
+        uploads = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not running)
+        with uploading(checkpoint_folder):
+            if uploads and self.is_world_process_zero():
+                copy_saved(Path(checkpoint_folder), Path(cast("str", self.args.output_dir)))
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optimizer = cast("torch.optim.Optimizer", self.optimizer)
+        save_whole_states(Path(output_dir), optimizer, self.lr_scheduler, self.args.should_save)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            load_whole_states(Path(checkpoint), cast("torch.optim.Optimizer", self.optimizer), self.lr_scheduler)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._task_heads().restore(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._task_heads().restore(cast("str", self.state.best_model_checkpoint))
+        self.scored = logged_at(self.state.log_history, self.state.best_global_step)
