@@ -1,4 +1,4 @@
-"""Hooks that carry a block's values to a task module and back. Knows no method and neither host.
+"""Hooks that carry a block's values to a task module and back.
 
 A task module reads from calls *inside* the block (self-attention is called with the block's input and the mask) and
 writes to modules inside the block. Activation checkpointing therefore repeats both when it re-runs the block, and
@@ -47,18 +47,18 @@ class Runner(Protocol):
 
 @dataclass
 class BlockCall:
-    """What one call of a block was given, from its first hook to its last.
+    """The inputs of one call of a block, kept from its first hook to its last.
 
     Attributes:
         x: what self-attention reads, `[b, n, d]`.
-        raw: the block's input as it is.
+        raw: the block's input, not normalised.
         h: the feed-forward input.
         mask: the attention mask; `extra_mask` is a second one.
-        is_causal: what the call says of causality, if anything.
+        is_causal: the argument of that name, if the call has one.
         cache: the generation cache.
-        position: of the tokens, where the host says it.
-        packed: `cu_seqlens`, where the tokens of several sequences come as one `[n, d]`.
-        kept: the mask of a block without attention, which earlier calls with the cache are a part of.
+        position: the positions of the tokens, if the host passes them.
+        packed: `cu_seqlens`, if the tokens of several sequences are packed into one `[n, d]`.
+        kept: the mask of a block without attention, including the tokens of earlier calls with the cache.
     """
 
     x: Tensor | None = None
@@ -95,7 +95,7 @@ class Attachment:
     Args:
         model: the model that holds the block.
         block: where to attach.
-        runner: asked at every site; does the work.
+        runner: called at every site to compute the new value.
     """
 
     def __init__(self, model: nn.Module, block: Block, runner: Runner) -> None:
@@ -121,7 +121,7 @@ class Attachment:
         # transformers 4.57: ModernBERT's attention gets two masks and chooses.
         self._local = getattr(attention, "local_attention", (-1, -1)) != (-1, -1)
         self._index = signatures.layer_index(attention, block)
-        # A pre-LN host's output is normalised behind the stack.
+        # A pre-LN host normalises its output after the stack.
         norm = final_norm(model, block) if block.sites.norm == "pre" and block.last else None
         self._stack_norm = (norm,)
 
@@ -141,7 +141,7 @@ class Attachment:
 
     @property
     def _outside(self) -> bool:
-        """Whether the term is added behind the block, where only the block's own arguments are available."""
+        """Whether the term is added after the block, where only the block's own arguments are available."""
         return self.block.sites.residual_path == ""
 
     def require(self, sites: Iterable[str], needs: Iterable[str]) -> None:
@@ -156,7 +156,7 @@ class Attachment:
                 self._wrap_block()
             else:
                 self._before(self.block.sites.attention, self._on_input)
-        if "h" in self._needs:  # behind `_on_input`: a block of one branch has one module for both
+        if "h" in self._needs:  # after `_on_input`: a block with one branch uses one module for both
             self._before(self.block.sites.ffn, self._on_ffn)
         for site in sorted(sites - self._sites, key=_ORDER.index):
             self._write_at(site)
@@ -165,7 +165,7 @@ class Attachment:
         self._last = max(self._sites - {"stack_output"}, key=_ORDER.index, default=None)
 
     def remove(self) -> None:
-        """Take all hooks off the block."""
+        """Remove all hooks from the block."""
         while self._handles:
             self._handles.pop().remove()
         block = self.block.module
@@ -213,7 +213,7 @@ class Attachment:
                 self._wrap_block()
             else:
                 module = self._module(path) if norm is None else norm
-                # In front of other hooks: transformers 5 records hidden states in a hook of its own.
+                # Before other hooks: transformers 5 records hidden states in its own hook.
                 self._handles.append(module.register_forward_hook(behind, prepend=True))
         behind.add(site)
 
@@ -241,8 +241,8 @@ class Attachment:
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         positions = self._block_arguments if self._outside else self._attention_arguments
-        # The norm in front of attention is the entry where its input is read. Either entry drops what an exception may
-        # have left of an earlier call.
+        # Where the norm before attention is read, it is the entry point. Either entry point drops what an earlier call
+        # left behind if it raised.
         held = self._held.value if "_on_input_norm" in self._hooked else None
         call = self._held.value = BlockCall(raw=None if held is None else held.raw)
         x = signatures.hidden_states(positions, args, kwargs)

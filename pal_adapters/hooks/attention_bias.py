@@ -1,7 +1,7 @@
-"""A term in the attention scores, brought in through the additive attention mask. Knows no method and neither host.
+"""Adds a term to the attention scores through the additive attention mask.
 
-DeBERTa's mask is one of True and False. Its attention adds the scores of relative positions, which a method of its
-own computes: there the term goes to what that method returns.
+DeBERTa's mask is boolean, but its attention adds the scores of relative positions, which a separate method computes:
+the term is added to that method's result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pal_adapters.blocks.signatures import MASK
 
 from .masks import normalise_mask
 
-# These attentions are written out, with a mask that is added, in transformers 4.57 or 5; the others go through the
+# In transformers 4.57 or 5, these files implement attention themselves, with an additive mask; the others use the
 # common interface.
 _ADDS_MASK = frozenset(
     f"modeling_{name}"
@@ -29,13 +29,13 @@ _ADDS_MASK = frozenset(
         "convbert", "bros", "clvp", "imagegpt",
     )
 )  # fmt: skip
-# These read other things from their mask than what to add.
+# These do more with their mask than add it.
 _READS_MASK = frozenset(
     f"modeling_{name}"
     for name in ("doge", "glm5_next", "granite_speech5", "minimax_m3_vl", "nemotron_asr_streaming", "parakeet")
 )
 
-# What computes the scores of relative positions in DeBERTa-v2 and DeBERTa.
+# The methods that compute the scores of relative positions in DeBERTa-v2 and DeBERTa.
 _POSITION_SCORES = ("disentangled_attention_bias", "disentangled_att_bias")
 
 
@@ -117,7 +117,7 @@ def _repeats_fit(attention: nn.Module) -> bool:
 
 
 def add_to_scores(scores: Any, bias: Tensor, query: Tensor) -> Tensor:
-    """What `position_scores` computed, and a term.
+    """The sum of the scores of `position_scores` and a term.
 
     Args:
         scores: `[b h, q, k]` or `[b, h, q, k]`, or 0.
@@ -151,7 +151,7 @@ def with_bias(mask: Any, bias: Tensor, *, causal: bool, window: int | None, dtyp
         dtype: of the scores.
 
     Returns:
-        `[b, h, q, k]`, heads and rows broadcast where they are equal.
+        `[b, h, q, k]`, with broadcast dimensions where heads or examples are equal.
 
     Raises:
         UnsupportedError: for a mask of an unknown form.

@@ -1,4 +1,4 @@
-"""The state of one call, kept for the thread that makes the call. Knows no method and neither host.
+"""The state of one call, kept by the thread that makes it.
 
 Threads share a model, so nothing that belongs to one call may be stored on the model itself. Activation checkpointing
 runs a block again in the backward pass, possibly in another thread: whatever was in force in the first run is bound
@@ -20,13 +20,13 @@ from pal_adapters.blocks.signatures import CHECKPOINTS_FORWARD
 
 
 class CallValue(threading.local):
-    """A value of the call that this thread is in, None outside. Copies start without one."""
+    """A value of this thread's current call; None outside of calls. Copies start without one."""
 
     value: Any = None
 
     @contextmanager
     def bound(self, value: Any) -> Iterator[None]:
-        """The value within; afterwards the one before, after an exception too."""
+        """Set the value inside the `with` block, and restore the previous one afterwards."""
         before = self.value
         self.value = value
         try:
@@ -42,19 +42,19 @@ class CallValue(threading.local):
 
 
 def exporting() -> bool:
-    """Whether `torch.export` traces this call: sizes are symbols then, and values are not known."""
+    """Whether `torch.export` is tracing this call, where sizes are symbols and values are unknown."""
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 class CallLock:
-    """Lets one thread at a time through, and a thread that is through again. Copies are free."""
+    """A re-entrant lock. Copies start unlocked."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """The lock is held within. A compiled graph reads the parameters themselves and swaps nothing."""
+        """Hold the lock. A compiled graph reads the parameters directly and swaps nothing, so it needs none."""
         if torch.compiler.is_compiling():
             yield
             return
@@ -68,17 +68,17 @@ class CallLock:
         return CallLock, ()
 
 
-# What stands around the forward of the block that is about to be checkpointed, the outermost first.
+# The wrappers of the `forward` of the block that is about to be checkpointed, the outermost first.
 _AROUND = CallValue()
 Around = Callable[..., Any]
 
 
 class Rerun:
-    """A checkpoint function whose function finds, whenever it runs, what held when it was first called.
+    """A checkpoint function that runs its function, every time, with the call values of the first run.
 
     Args:
         function: the host's checkpoint function.
-        values: what is bound.
+        values: the call values to restore.
     """
 
     def __init__(self, function: Callable[..., Any], values: tuple[CallValue, ...]) -> None:
@@ -101,7 +101,7 @@ def _again(
     with ExitStack() as stack:
         for value, held in given:
             stack.enter_context(value.bound(held))
-        if around and isinstance(run, functools.partial):  # the host's: keywords are for those around, too
+        if around and isinstance(run, functools.partial):  # the host's partial: the wrappers need its keywords too
             kwargs = {**run.keywords, **kwargs}
             run = functools.partial(run.func, *run.args)
         for one in reversed(around):
@@ -110,7 +110,7 @@ def _again(
 
 
 def bind_reruns(modules: Iterable[nn.Module], *values: CallValue) -> None:
-    """Let what these modules run again in the backward pass find these values."""
+    """Give these values to whatever the modules re-run in the backward pass."""
     for module in modules:
         function: Any = module.__dict__.get("_gradient_checkpointing_func")
         if function is None:
@@ -122,12 +122,12 @@ def bind_reruns(modules: Iterable[nn.Module], *values: CallValue) -> None:
 
 
 def run_around(block: Any, around: Around, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`around(forward, ...)`, in such a way that what the host runs again in the backward pass is all of it.
+    """Call `around(forward, ...)` so that activation checkpointing re-runs all of it, not just `forward`.
 
     Args:
-        block: whose `forward` this is.
-        around: called with the function that it stands around, and the arguments.
-        forward: the block's own.
+        block: the block.
+        around: the wrapper, called with the function it wraps and the arguments.
+        forward: the block's own `forward`.
     """
     checkpointed = block.__dict__.get("_gradient_checkpointing_func") is not None and CHECKPOINTS_FORWARD
     if not (checkpointed and block.gradient_checkpointing and block.training and torch.is_grad_enabled()):

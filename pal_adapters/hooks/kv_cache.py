@@ -1,4 +1,4 @@
-"""What task modules keep of earlier tokens, inside the host's own generation cache.
+"""What task modules keep of earlier tokens, in the host's own generation cache.
 
 A PAL attends, so generating with a cache needs its keys and values of earlier tokens. They are appended to
 `Cache.layers` as additional layers: beam reordering, cropping and repeating, which transformers does layer by layer,
@@ -29,10 +29,10 @@ _SLOTS = "_pal_adapters_slots"
 
 
 class _Slot:
-    """What our layers add to the host's kinds of layer.
+    """What the layers of this package add to the host's kinds of cache layer.
 
     Attributes:
-        tokens: how many tokens it has seen since it was empty, where the host does not say.
+        tokens: how many tokens it has seen since it was empty, if the host does not count them.
         started: whether it has seen any; does not change from token to token, so compiled code may test it.
     """
 
@@ -40,7 +40,7 @@ class _Slot:
     started = False
 
     def earlier(self, position: Tensor | None) -> int | Tensor:
-        """How many tokens it has seen; `position` are those of this call, where the host says them."""
+        """How many tokens it has seen; `position` has the positions of this call's tokens, if the host passes them."""
         if not self.started:
             return 0
         layer: Any = self
@@ -53,7 +53,9 @@ class _Slot:
         return count.clone() if isinstance(count, Tensor) else count
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows; the host skips a layer whose first row is zero, which another adapter may serve."""
+        """Reorder the examples. The host would skip a layer whose first example is zero, as it may use another
+        adapter.
+        """
         layer: Any = self
         if layer.is_initialized:
             layer.keys = layer.keys.index_select(0, beam_idx.to(layer.keys.device))
@@ -78,11 +80,11 @@ class _Sliding(_Slot, DynamicSlidingWindowLayer):
 
 
 class _Static(_Slot, StaticLayer):
-    """Holds all tokens, in memory that does not move."""
+    """Holds all tokens, in preallocated memory."""
 
 
 class _StaticSliding(_Slot, StaticSlidingWindowLayer):
-    """Holds the tokens of a sliding window, in memory that does not move."""
+    """Holds the tokens of a sliding window, in preallocated memory."""
 
 
 def _layer_like(host: Any) -> Any:
@@ -92,7 +94,7 @@ def _layer_like(host: Any) -> Any:
 
 
 def _layer_of_all(host: Any) -> Any:
-    """A layer without a window, where the host's does not fix one: a static window hides how long texts may get."""
+    """A layer without a window, unless the host's is static: then only the window's length is known."""
     if isinstance(host, StaticSlidingWindowLayer):
         return _StaticSliding(max_cache_len=host.max_cache_len, sliding_window=host.max_cache_len)
     return _Static(max_cache_len=host.max_cache_len) if isinstance(host, StaticLayer) else _Growing()
@@ -106,7 +108,7 @@ class TaskCache:
         owner: any hashable that names the block.
         index: the host's own layer of this block in the cache.
         depth: how many blocks share the cache.
-        position: the positions of this call's tokens, where the host says them.
+        position: the positions of this call's tokens, if the host passes them.
     """
 
     def __init__(self, cache: Any, owner: object, index: int, depth: int, position: Tensor | None = None) -> None:
@@ -119,12 +121,12 @@ class TaskCache:
     def update(
         self, slot: object, keys: Tensor, values: Tensor, *, rows: Tensor | None, batch: int
     ) -> tuple[Tensor, Tensor]:
-        """Append `keys`, `values` `[b, h, n, k]` to `slot` and return all that the slot holds for these rows.
+        """Append `keys`, `values` `[b, h, n, k]` to `slot` and return all that the slot holds for these examples.
 
         Args:
             slot: names the adapter (and the layer in it).
-            rows: the batch rows that this call is for, or None for all `batch` rows. Rows that a slot never sees
-                stay zero, so that every slot has the batch of the cache and can be reordered with it.
+            rows: the indices of this call's examples in the batch, or None for all `batch` examples. Examples that a
+                slot never sees stay zero, so that every slot has the cache's batch size and can be reordered with it.
 
         Raises:
             UnsupportedError: if the cache holds tokens that this slot has not seen.
@@ -139,7 +141,7 @@ class TaskCache:
     def extend(
         self, slot: object, tokens: Tensor, *, rows: Tensor | None, batch: int, last: int | None = None
     ) -> tuple[Tensor, int | Tensor]:
-        """Append `tokens` `[b, n, r]` to `slot` and return them behind the earlier ones.
+        """Append `tokens` `[b, n, r]` to `slot` and return them after the earlier ones.
 
         Args:
             slot: names the adapter (and the layer in it).
@@ -166,7 +168,7 @@ class TaskCache:
     def _append(
         self, slot: object, layer: Any, host: Any, keys: Tensor, values: Tensor, rows: Tensor | None, batch: int
     ) -> tuple[Tensor, Tensor, int | Tensor]:
-        """All keys and values for these rows, and how many tokens came before."""
+        """All keys and values of these examples, and how many tokens came before."""
         length, fresh = keys.shape[2], not layer.started
         self._check(slot, layer, length, _seen(host))
         if hasattr(host, "record_past"):  # transformers 5, assisted decoding
@@ -185,7 +187,7 @@ class TaskCache:
             full[0, rows], full[1, rows] = keys, values
             all_keys, all_values = layer.update(full[0], full[1], {"cache_position": position})
             all_keys, all_values = all_keys[rows], all_values[rows]
-        # Where the host passes no mask, the places of a static cache that no token has filled yet must not count.
+        # If the host passes no mask, the unused places of a static cache must not count.
         return (keys, values, 0) if fresh else (all_keys, all_values, earlier)
 
     def _host_is_empty(self, host: Any) -> bool:
@@ -194,7 +196,8 @@ class TaskCache:
         return isinstance(seen, int) and seen == 0
 
     def _host_layer(self) -> Any:
-        # A cache that grows on demand would hand one of our slots to the next block: create the host's layers first.
+        # A cache that grows on demand would give a slot of this package to the next block: create the host's layers
+        # first.
         replicate = getattr(self._cache, "layer_class_to_replicate", None)
         while replicate is not None and len(self._cache.layers) < self._depth:
             self._cache.layers.append(replicate())

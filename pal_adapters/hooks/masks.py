@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pal_adapters.errors import UnsupportedError
 
-# A score lowered by this much counts for nothing: additive masks hold -10000, -inf or the minimum of a dtype.
+# Lowering a score by this much hides a key: additive masks hold -10000, -inf or the minimum of a dtype.
 _HIDDEN = -1000.0
 
 
@@ -72,13 +72,13 @@ def normalise_mask(
             kept) or floating point (added to the scores); or a flex-attention `BlockMask`.
         q_len, kv_len: lengths of this call.
         causal: whether the host's self-attention hides later positions.
-        window: how many positions a causal self-attention sees at most. A mask of three or four dimensions says so
-            itself, None and a mask of two do not.
-        triangle: whether the self-attention hides later positions whatever the mask says.
+        window: the maximum number of positions that a causal self-attention sees; needed with None or a mask of two
+            dimensions, as one of three or four already shows it.
+        triangle: whether the self-attention always hides later positions, even if the mask does not.
 
     Returns:
         `(mask, is_causal)`: the mask, boolean (True is kept) or additive, broadcastable to `[b, h, q, k]`; and whether
-        causality still has to be applied, which is only so without a mask.
+        causality still has to be applied, which is only the case without a mask.
 
     Raises:
         UnsupportedError: for another type or shape.
@@ -122,7 +122,7 @@ def kept(mask: Any, form: str) -> Any:
 
 
 def packed_mask(lengths: Tensor, tokens: int) -> Tensor:
-    """`[1, 1, n, n]` for sequences behind each other, where a token sees those of its own sequence.
+    """`[1, 1, n, n]` for packed sequences, where a token sees its own sequence only.
 
     Args:
         lengths: `[s + 1]`, cumulative, from 0.
@@ -146,18 +146,18 @@ class CallMask:
     triangle: bool = False
 
     def select(self, rows: Tensor) -> CallMask:
-        """The mask of these rows (counted over a batch that may be a repetition of the mask's)."""
+        """The mask of the examples with these indices, in a batch that may repeat the mask's."""
         return replace(self, rows=rows)
 
     def slice_tokens(self, start: int, end: int, length: int) -> CallMask:
         """The mask among the tokens `start:end` of `length`."""
-        if self.tokens is not None:  # a part of a part
+        if self.tokens is not None:  # a slice of a slice
             offset, _, length = self.tokens
             start, end = start + offset, end + offset
         return replace(self, tokens=(start, end, length))
 
     def visible(self, q_len: int, kv_len: int) -> Tensor | None:
-        """`[b or 1, q_len, kv_len]`, whether a query sees a key, or None if each sees all."""
+        """`[b or 1, q_len, kv_len]`, whether a query sees a key, or None if every query sees every key."""
         # Where the host keeps a sliding window, its mask has no columns for the keys in front of the window.
         keys = min(kv_len, self.mask.shape[-1]) if isinstance(self.mask, Tensor) else kv_len
         mask, is_causal = self(q_len, keys)

@@ -1,4 +1,4 @@
-"""Hooks that let one network act in a whole model. Knows no method and neither host.
+"""Hooks through which one network acts on a whole model.
 
 A task module adds a term to a block (`attachment.py`). A network also changes the input of the first block, the
 attention scores, the norms and the output of the stack, and brings its own copies of pretrained weights. Each block
@@ -39,7 +39,7 @@ class Steer:
         unit: the network's part in the block.
         batch: the task of each example.
         h: the feed-forward input, where a bottleneck at the top reads it.
-        bias: the term in the attention scores, where it does not go through the mask.
+        bias: the term in the attention scores, if it is not added through the mask.
     """
 
     unit: NetworkUnit
@@ -54,7 +54,7 @@ class NetworkHooks:
     Args:
         model: the model that holds the block.
         block: the block.
-        runner: says what acts.
+        runner: says which network is active.
     """
 
     def __init__(self, model: nn.Module, block: Block, runner: NetworkRunner) -> None:
@@ -79,7 +79,7 @@ class NetworkHooks:
         """Install the hooks that a unit requires; existing ones stay.
 
         Raises:
-            SiteError: where the model has no such place.
+            SiteError: if the model has no such place.
         """
         once = self._once
         if unit.has_attention:
@@ -176,7 +176,7 @@ class NetworkHooks:
             self._closing_eps = self._form(list(norms.values())[-1]).eps
         at = sites.ffn if sites.norm == "post" or sites.ffn_norm == "" else sites.ffn_norm
         if at is None:
-            # Parallel branches read the block's input both.
+            # Parallel branches both read the block's input.
             behind = [path for path in norms if path != sites.input_norm] or list(norms)
             if len(behind) != 1:
                 raise SiteError(
@@ -204,7 +204,7 @@ class NetworkHooks:
         return self._running.value
 
     def _turn(self, module: nn.Module) -> AbstractContextManager[None]:
-        """One thread at a time, where copies are swapped in."""
+        """Run one thread at a time if copies are swapped in."""
         lock = self._locks.get(module)
         return nullcontext() if lock is None else lock.held()
 
@@ -315,7 +315,7 @@ class NetworkHooks:
     def _behind_final_norm(
         self, norm: nn.Module, form: NormForm, module: Any, args: tuple[Any, ...], output: Any
     ) -> Any:
-        # `module` is `norm`, or what stands for it in a trace.
+        # `module` is `norm`, or its stand-in while tracing.
         unit = self.runner.network()
         if unit is None or not unit.has_final_norm:
             return None

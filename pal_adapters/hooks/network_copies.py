@@ -23,7 +23,7 @@ class CopyOptions(Protocol):
     sites: Mapping[str, str] | None
 
     def start_top_block(self, copies: nn.ParameterDict, slots: Slots, generator: torch.Generator | None) -> None:
-        """Change the values with which the copies of the last block start, or leave them pretrained."""
+        """Change the initial values of the last block's copies, or leave them pretrained."""
 
 
 def give_copies(
@@ -46,8 +46,8 @@ def give_copies(
         options: what is copied.
         added: parameters of the model that are not pretrained, by id.
         headless: the model without its head, where it differs from `model`.
-        left_out: modules that are trained in another way.
-        generator: for a last block that does not start from its pretrained weights.
+        left_out: modules that are trained separately.
+        generator: used if the last block does not start from its pretrained weights.
     """
     if not options.train_base:
         return

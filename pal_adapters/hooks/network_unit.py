@@ -1,4 +1,4 @@
-"""What the hooks of a network ask of a method's unit and of a host's layer. Knows no method and neither host."""
+"""What the hooks of a network need from a method's unit and from a host's layer."""
 
 from __future__ import annotations
 
@@ -54,4 +54,4 @@ class NetworkRunner(Protocol):
         """The network's part in this block that acts in this call, if any."""
 
     def batch_tasks(self, batch: int, device: torch.device) -> BatchTasks:
-        """The task of each row."""
+        """The task of each example."""

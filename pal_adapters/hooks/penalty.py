@@ -1,6 +1,6 @@
-"""A penalty in the loss that a model returns in training, so that scaling and accumulation treat it as that loss.
+"""Adds a penalty to the loss that a model returns in training, so that loss scaling and gradient accumulation include
 
-Or in a loss of the caller's own, see `penalty_by_caller`.
+it; a caller that computes its own loss adds it there, see `penalty_by_caller`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BY_CALLER = ContextVar("pal_adapters_penalty_by_caller", default=False)
 
 @contextmanager
 def penalty_by_caller() -> Iterator[None]:
-    """Models called inside leave their penalty out, as the caller adds it to a loss of its own."""
+    """Models called inside leave out their penalty, as the caller adds it to its own loss."""
     token = _BY_CALLER.set(True)
     try:
         yield
@@ -34,7 +34,7 @@ def is_by_caller() -> bool:
 
 
 def watch(model: nn.Module, hook: Callable[..., Any]) -> None:
-    """Have a forward hook add a penalty, with `add_to_loss`, to what a model returns."""
+    """Register a forward hook that adds a penalty to a model's output with `add_to_loss`."""
     if not any(known is hook for known in model._forward_hooks.values()):
         model.register_forward_pre_hook(follow_items, with_kwargs=True)
         model.register_forward_hook(hook, with_kwargs=True)
@@ -60,11 +60,11 @@ def follow_items(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def add_to_loss(output: Any, kwargs: Mapping[str, Any], penalty: Tensor) -> Any:
-    """The output of a model with a penalty in its loss, or None, with a warning, where it returned no loss.
+    """A model's output with the penalty in its loss; None, with a warning, if it returned no loss.
 
     Args:
-        output: a mapping with `loss`, or a tuple that begins with it where the model got labels.
-        kwargs: what the model got.
+        output: a mapping with `loss`, or a tuple that begins with it if the model got labels.
+        kwargs: the model's arguments.
         penalty: a scalar.
     """
     labels = kwargs.get("labels")
@@ -87,7 +87,7 @@ def _sum(loss: Tensor, penalty: Tensor, labels: Any, kwargs: Mapping[str, Any]) 
 
 
 def _share(loss: Tensor, labels: Any, items: Any) -> Tensor | float:
-    """How much of the penalty belongs to this batch.
+    """The share of the penalty that belongs to this batch.
 
     `Trainer` gives the number of labels in all batches of a step to the model. A model that divides by it returns
     its batch's share of one loss: the penalty is shared in the same way. A model that ignores it returns a mean.

@@ -1,7 +1,7 @@
-"""The position of each token in its sequence, read from what a self-attention sees. Knows no method and neither host.
+"""The position of each token in its sequence, derived from what a self-attention sees.
 
-A slot of a batch is not a position: padding on the left shifts a sequence, and a packed row holds several. The mask of
-a self-attention tells both apart, with nothing to keep between the blocks of a call.
+A token's index in the batch is not its position: padding on the left shifts a sequence, and a packed row holds several
+sequences. The mask of a self-attention reveals both, so nothing has to be kept between the blocks of a call.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .masks import CallMask
 
 
 class CountedPositions:
-    """The positions that a call's tokens have by what the caller passed, for blocks that see a window.
+    """The positions of a call's tokens according to the caller's arguments, for blocks that see a window.
 
-    A model that gets no `position_ids` counts slots, padding on the left included, and a block that sees a window no
-    longer sees the padding: only the caller's mask tells both apart.
+    A model without `position_ids` counts padding on the left too, and a block that sees a window no longer sees that
+    padding: only the caller's mask shows it.
 
     Args:
         model: the model that holds the block.
@@ -43,7 +43,7 @@ class CountedPositions:
                 return
 
     def remove(self) -> None:
-        """Take the hook off."""
+        """Remove the hook."""
         if self._handle is not None:
             self._handle.remove()
 
@@ -56,7 +56,7 @@ class CountedPositions:
         """`[b, q]`, or None if they cannot be known.
 
         Args:
-            ids: what the model passes to the block.
+            ids: the `position_ids` that the model passes to the block.
             queries: how many tokens the call has.
             total: how many there were so far, with them.
         """
@@ -69,7 +69,7 @@ class CountedPositions:
 
 
 def keys_seen(mask: Any, total: int) -> int:
-    """How many keys a self-attention sees of `total` tokens: a sliding cache keeps the last ones only."""
+    """How many of `total` tokens a self-attention sees as keys: a sliding cache only keeps the last ones."""
     return min(total, mask.shape[-1]) if isinstance(mask, Tensor) and mask.dim() == 4 else total
 
 
@@ -87,7 +87,7 @@ def token_positions(
 
     Returns:
         `[b, q]` and `[b, k]` for the `k` keys that are seen; `[1, q]` and `[1, k]` if all examples have the same.
-        The positions of padding mean nothing.
+        The positions of padding are arbitrary.
 
     Raises:
         UnsupportedError: if the positions cannot be known.
@@ -113,24 +113,24 @@ def token_positions(
 
 
 def real_tokens(visible: Tensor) -> Tensor:
-    """Which tokens are no padding, `[b, k]`, from who sees whom, `[b, k, k]`."""
-    # Some hosts let padding, which would see nothing, see everything.
+    """Which tokens are not padding, `[b, k]`, from which token sees which, `[b, k, k]`."""
+    # Some hosts let padding see everything, as it would otherwise see nothing.
     nothing = visible.all(-1) & ~visible[:, -1]
     return visible.diagonal(dim1=-2, dim2=-1) & ~nothing
 
 
 def _sequences(visible: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tokens are real and which of them start a sequence, `[b, k]`, from who sees whom, `[b, k, k]`.
+    """Which tokens are real and which of them start a sequence, `[b, k]`, from which token sees which, `[b, k, k]`.
 
-    A sequence starts with a token that sees none in front of it. A window does not change that: every later token
-    sees its neighbour.
+    A sequence starts with a token that sees none before it. A window does not change that: every later token sees its
+    neighbour.
     """
     real = real_tokens(visible)
     return real, real & ~visible.tril(-1).any(-1)
 
 
 def _positions(real: Tensor, start: Tensor | None) -> Tensor:
-    """The positions of real tokens in their sequences, `[b, k]`; padding behind a token counts on from there."""
+    """The positions of real tokens in their sequences, `[b, k]`; padding after a token continues its count."""
     slots = torch.arange(real.shape[1], device=real.device)
     count = real.cumsum(-1) - 1
     if start is not None:
@@ -139,7 +139,7 @@ def _positions(real: Tensor, start: Tensor | None) -> Tensor:
 
 
 def _running_maximum(values: Tensor) -> Tensor:
-    """The largest of the values so far, `[b, k]`; all are at least -1."""
+    """The running maximum, `[b, k]`; all values are at least -1."""
     if not exporting():
         return values.cummax(-1).values
     length = values.shape[-1]  # ONNX has no running maximum

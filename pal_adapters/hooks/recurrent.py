@@ -1,4 +1,4 @@
-"""Which earlier tokens a module sees that attends beside a block without attention. Knows no method and neither host.
+"""The earlier tokens visible to a module that attends beside a block without attention.
 
 Such a block (a state space model, a gated delta rule, a causal convolution) gets no mask, or one of padding that
 covers the tokens of a call alone. What earlier calls hid is kept in the generation cache.
@@ -17,7 +17,7 @@ from .positions import real_tokens
 
 
 def kept_tokens(mask: Any, cache: TaskCache | None, value: Tensor) -> Tensor | None:
-    """Which of all tokens so far are no padding, `[b, k]`, or None if all are.
+    """Which of all tokens so far are not padding, `[b, k]`, or None if none is.
 
     Args:
         mask: what the block got: None, `[b, n]` with non-zero for tokens, or the mask of its neighbours' attention.

@@ -1,4 +1,4 @@
-"""Runs units on a whole batch, or each on its own examples of a mixed batch. Knows no host."""
+"""Runs units on a whole batch, or each on its own examples of a mixed batch."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class RowPlan:
         by_member = [[row for row in own if self.members[row] == member] for member in members]
         counts = [len(rows) for rows in by_member]
         layout = layout_of(counts) if by_task and len(members) > 1 else "examples"
-        if layout == "padded":  # a task's last example fills up; what comes of it is dropped
+        if layout == "padded":  # padded with a task's last example, whose result is dropped
             by_member = [rows + rows[-1:] * (max(counts) - len(rows)) for rows in by_member]
             counts = [max(counts)] * len(counts)
         given = own if layout == "examples" else [row for rows in by_member for row in rows]
@@ -153,7 +153,7 @@ def layout_of(counts: Sequence[int]) -> Literal["tasks", "padded", "calls", "exa
     * `"examples"`, fewer than two examples per task on average: the weights are copied for each example, and one
       batched product runs over the examples;
     * `"padded"`, if filling up every task to the largest count adds at most a quarter: as `"tasks"`;
-    * `"calls"`, else: one product per task.
+    * `"calls"`, otherwise: one product per task.
     """
     total, filled = sum(counts), max(counts) * len(counts)
     if filled == total:
@@ -217,7 +217,7 @@ def _run_all(
     value: Tensor,
     inputs: UnitInputs,
 ) -> Tensor:
-    """All examples through each kind of units, and of what comes of it those that are its own.
+    """Run all examples through each kind of unit, and keep the results of that kind's own examples.
 
     The shapes of a graph do not depend on which tasks a batch has.
     """

@@ -1,6 +1,6 @@
-"""A network's side stream over the outputs of all blocks. Knows no method and neither host.
+"""A network's side stream over the outputs of all blocks.
 
-It runs through all blocks, and so outside of what activation checkpointing repeats, over the blocks' inputs that
+It spans all blocks, so it runs outside of what activation checkpointing repeats, and reads the blocks' inputs, which
 the model passes on anyway.
 """
 
@@ -21,15 +21,15 @@ from .network_unit import NetworkRunner
 
 
 class SideStream:
-    """The hooks that record the blocks' outputs and put the end of the stream in the place of the model's sequence.
+    """The hooks that record the blocks' outputs and replace the model's final hidden states by the end of the stream.
 
     Args:
         model: the model that holds the blocks.
         block: the last of them.
-        runner: says what acts.
+        runner: says which network is active.
 
     Raises:
-        SiteError: where the model has no place for the stream's end.
+        SiteError: if the model has no place for the end of the stream.
     """
 
     def __init__(self, model: nn.Module, block: Block, runner: NetworkRunner) -> None:
@@ -56,7 +56,7 @@ class SideStream:
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         while self._handles:
             self._handles.pop().remove()
 

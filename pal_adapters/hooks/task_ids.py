@@ -1,4 +1,4 @@
-"""`task_ids`: the task of each example of a batch. Knows no method and neither host."""
+"""`task_ids`: the task of each example of a batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CARRIED = "pal_adapters_task_ids"
 
 
 def is_number(task: Any) -> bool:
-    """Whether a task is given by its number, of Python or of numpy."""
+    """Whether a task is given by number, a Python or numpy integer."""
     if isinstance(task, int):  # first: torch.compile does not trace the other test
         return not isinstance(task, bool)
     return isinstance(task, SupportsIndex)
@@ -39,17 +39,17 @@ def _number(task: Any, tasks: Sequence[str]) -> int:
 
 
 def task_numbers(ids: Any, tasks: Sequence[str], batch: int, *, repeated: bool = False) -> Tensor:
-    """`[b]`, the number of the task of each row.
+    """`[b]`, the number of each example's task.
 
     Args:
-        ids: an integer tensor `[b]` or a list of names or numbers; None where there is one task.
+        ids: an integer tensor `[b]` or a list of names or numbers; None if there is one task.
         tasks: the names of all tasks.
         batch: `b`.
-        repeated: whether generation may repeat each row (beams, several returned sequences).
+        repeated: whether generation may repeat each example (beams, several returned sequences).
 
     Raises:
         UnknownAdapterError: for a task that the adapter does not have.
-        UnsupportedError: without `task_ids`, or for another number of them than rows.
+        UnsupportedError: without `task_ids`, or if there is not one per example.
     """
     if ids is None:
         if len(tasks) > 1:
@@ -86,9 +86,10 @@ class _Given:
 
     Attributes:
         ids: as the caller passed them.
-        repeated: whether generation may repeat each row.
-        held: whether they hold whatever the model is called with.
-        known: the tasks of the rows by size and device: every block asks, and reading the ids waits for the device.
+        repeated: whether generation may repeat each example.
+        held: whether they override the `task_ids` that the model is called with.
+        known: the examples' tasks by batch size and device: every block asks, and reading the IDs waits for the
+            device.
     """
 
     ids: Any = None
@@ -98,24 +99,24 @@ class _Given:
 
 
 class TaskRows:
-    """The `task_ids` of the forward pass that a model is in, in each thread."""
+    """The `task_ids` of a model's current forward pass, in each thread."""
 
     def __init__(self) -> None:
         self.call = CallValue()
 
     @contextmanager
     def in_force(self, ids: Any, *, repeated: bool = False) -> Iterator[None]:
-        """Within it, the rows belong to these tasks, whatever the model is called with."""
+        """Use these tasks inside the `with` block, whatever the model is called with."""
         with self.call.bound(_Given(ids, repeated, held=True)):
             yield
 
     def allow_repeated(self) -> None:
-        """Generation is about to repeat rows (beams, several returned sequences)."""
+        """Note that generation is about to repeat examples (beams, several returned sequences)."""
         given = self.call.value or _Given()
         self.call.value = replace(given, repeated=True, known={})
 
     def take(self, args: Any, kwargs: dict[str, Any]) -> Any:
-        """The arguments of a model's forward without `task_ids`, which are noted."""
+        """Note `task_ids` and return the other arguments of a model's forward."""
         ids = [kwargs[name] for name in (ARGUMENT, CARRIED) if kwargs.get(name) is not None]
         given = self.call.value or _Given()
         if ids or not given.held:
@@ -123,7 +124,7 @@ class TaskRows:
         return args, {name: value for name, value in kwargs.items() if name not in (ARGUMENT, CARRIED)}
 
     def of(self, tasks: Sequence[str], batch: int, device: torch.device) -> BatchTasks:
-        """The task of each row, on a device; see `task_numbers`."""
+        """The task of each example, on a device; see `task_numbers`."""
         given = self.call.value or _Given()
         if torch.compiler.is_compiling():
             return batch_tasks(task_numbers(given.ids, tasks, batch, repeated=given.repeated)).to(device)

@@ -1,4 +1,4 @@
-"""Pretrained weights that an adapter trains as copies of its own. Knows no method and neither host.
+"""Pretrained weights that an adapter trains as its own copies.
 
 The model's own weights stay unchanged. While the adapter is active, its copies replace them for the duration of each
 module's call, so that other adapters see their own copies, or the pretrained weights.
@@ -17,12 +17,12 @@ from pal_adapters.nn.unit import key_of
 
 Slots = dict[str, list[tuple[nn.Module, str]]]
 
-# Parameters that choose experts or keys, which no gradient of a loss reaches.
+# Parameters that select experts or keys: the gradient of a loss does not reach them.
 _CHOOSES = frozenset({"e_score_correction_bias", "expert_bias", "indexer"})
 
 
 def _slots(root: nn.Module, added: set[int]) -> Slots:
-    """Where the parameters below `root` are, by name; tied ones share a name."""
+    """The locations of the parameters below `root`, by name; tied ones share a name."""
     slots: Slots = {}
     names: dict[int, str] = {}
     for path, module in root.named_modules():
@@ -55,7 +55,7 @@ def outer_slots(
         model: the model without its head.
         blocks: all blocks.
         added: what adapters added.
-        left_out: names of modules that are trained in another way.
+        left_out: names of modules that are trained separately.
         embeddings: whether to return those of the embeddings.
     """
     inside = {id(p) for block in blocks for p in block.module.parameters()}
@@ -75,11 +75,11 @@ def reader_of(model: nn.Module, module: nn.Module) -> nn.Module:
 
 
 class BaseCopies:
-    """The copies of one adapter in one place.
+    """One adapter's copies in one place.
 
     Args:
-        slots: where the originals are.
-        copies: the trained values, by the same names.
+        slots: the locations of the originals.
+        copies: the trained values, with the same names.
     """
 
     def __init__(self, slots: Slots, copies: nn.ParameterDict) -> None:
@@ -88,7 +88,7 @@ class BaseCopies:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Within it, the copies replace the originals."""
+        """Replace the originals by the copies inside the `with` block."""
         kept: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for key, places in self.slots.items():
@@ -128,7 +128,7 @@ class WrappedForward:
     Args:
         module: the module.
         around: called with the module's own method and the arguments.
-        name: of the method.
+        name: the name of the method.
     """
 
     def __init__(self, module: nn.Module, around: Callable[..., Any], name: str = "forward") -> None:
@@ -146,7 +146,7 @@ class WrappedForward:
         return getattr(type(module), self._name)(module, *args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """What is called instead."""
+        """The replacement of the method."""
         if self._around is None:
             return self.original(*args, **kwargs)
         return self._around(self.original, *args, **kwargs)

@@ -69,20 +69,20 @@ REPLACED: tuple[Replaced, ...] = (
     # Configs
     Replaced(
         AdapterConfig, "_get_config_class", ("config_dict",), whole_model.get_config_class,
-        "its table of architectures is closed",
+        "its table of architectures cannot be extended",
     ),
     Replaced(
         AdapterMethod, "get_from_config", ("config",), whole_model.get_from_config,
-        "a model's interface would have to list our methods; whether they fit is found out from the model instead",
+        "a model's interface would have to list this package's methods; the model itself shows whether they fit",
     ),
     Replaced(
         _MODEL, "supports_adapter", ("self", "type_or_config"), adding.supports_adapter,
-        "whether a config of ours fits is found out from the model",
+        "the model itself shows whether a config of this package fits",
     ),
     # Adding, averaging and loading, whole or not at all
     Replaced(
         _MODEL, "add_adapter", ("self", "adapter_name", "config", "overwrite_ok", "set_active"),
-        _whole(adding.add_adapter), "says why a config does not fit; a rejected adapter stayed in parts",
+        _whole(adding.add_adapter), "says why a config does not fit; the host leaves parts of a rejected adapter",
     ),
     Replaced(
         _MODEL, "_add_adapter_weights", ("self", "adapter_name"), adding.add_adapter_weights,
@@ -92,36 +92,36 @@ REPLACED: tuple[Replaced, ...] = (
         _MODEL, "average_adapter",
         ("self", "adapter_name", "adapter_list", "weights", "combine_strategy", "normalize_weights", "overwrite_ok",
          "set_active", "svd_rank"),
-        whole, "a rejected average stayed in parts",
+        whole, "the host leaves parts of a rejected average",
     ),
     Replaced(
         _MODEL, "add_adapter_fusion", ("self", "adapter_names", "config", "name", "overwrite_ok", "set_active"),
         _whole(adding_fusion.add_adapter_fusion),
-        "reads our configs, which come from a file as a dict; rejects sets that cannot be fused; links coefficients "
-        "that blocks share; a rejected fusion stayed in parts",
+        "reads this package's configs, dicts if from a file; rejects sources that cannot be fused; links coefficients "
+        "that blocks share; the host leaves parts of a rejected fusion",
     ),
     Replaced(
         _MODEL, "delete_adapter", ("self", "adapter_name"), _whole(deleting.delete_adapter),
-        "configs of deleted adapters stayed; what was deleted half way stayed in parts",
+        "the host keeps configs of deleted adapters, and leaves parts if deleting fails",
     ),
     Replaced(
         _MODEL, "delete_adapter_fusion", ("self", "adapter_names"), _whole(deleting.delete_adapter_fusion),
-        "configs and names of deleted fusions stayed; what was deleted half way stayed in parts",
+        "the host keeps configs and names of deleted fusions, and leaves parts if deleting fails",
     ),
     Replaced(
         _MODEL, "load_adapter",
         ("self", "adapter_name_or_path", "config", "version", "model_name", "load_as", "custom_weights_loaders",
          "leave_out", "id2label", "set_active", "use_safetensors", "kwargs"),
-        whole, "an adapter that could not be loaded stayed half added",
+        whole, "the host leaves parts of an adapter that cannot be loaded",
     ),
     Replaced(
         _MODEL, "load_adapter_fusion", ("self", "adapter_fusion_name_or_path", "load_as", *_LOAD),
-        whole, "a fusion that could not be loaded stayed half added",
+        whole, "the host leaves parts of a fusion that cannot be loaded",
     ),
     *(
         Replaced(
             owner, "load_adapter_setup", _SETUP, setup.load_adapter_setup,
-            "the parts that were read stayed when a later one could not be",
+            "the host keeps what it loaded before a part that cannot be loaded",
         )
         for owner in (_MODEL, _HEADS)
     ),
@@ -132,7 +132,7 @@ REPLACED: tuple[Replaced, ...] = (
     # Files
     Replaced(
         AdapterLoader, "filter_func", ("self", "adapter_name"), files.filter_func,
-        "the host overlooks shared_parameters of a model without a head; a jointly trained base belongs to the file",
+        "the host overlooks shared_parameters of a model without a head, and a jointly trained base",
     ),
     Replaced(
         AdapterLoader, "rename_func", ("self", "old_name", "new_name"), files.rename_func,
@@ -168,18 +168,18 @@ REPLACED: tuple[Replaced, ...] = (
     Replaced(
         WeightsLoaderHelper, "load_weights_from_state_dict",
         ("self", "state_dict", "filter_func", "rename_func", "loading_info", "in_base_model", "start_prefix"),
-        files.load_weights_from_state_dict, "the host loads what it finds and leaves the rest at random values",
+        files.load_weights_from_state_dict, "the host leaves missing tensors at random values",
     ),
     Replaced(
-        Fuse, "_get_save_kwargs", ("self",), setup.fuse_kwargs, "a saved setup lost the custom name of a fusion",
+        Fuse, "_get_save_kwargs", ("self",), setup.fuse_kwargs, "the host does not save the custom name of a fusion",
     ),
     Replaced(
         AdapterTrainer, "_load_adapter_fusions", ("self", "resume_from_checkpoint"), trainer.load_adapter_fusions,
-        "a resumed run lost fusions with custom names",
+        "the host does not restore fusions with custom names",
     ),
     Replaced(
         AdapterTrainer, "_load_best_model", ("self",), trainer.load_best_model,
-        "the head of a fusion stayed that of the last step",
+        "the host does not restore the head of a fusion",
     ),
     # Whole models
     Replaced(
@@ -187,16 +187,16 @@ REPLACED: tuple[Replaced, ...] = (
     ),
     Replaced(
         _MODEL, "_prepare_model_inputs", ("self", "args", "kwargs"), whole_model.prepare_model_inputs,
-        "generation repeats tensors for its beams, and leaves a list of task_ids as short as it was",
+        "generation repeats tensors for its beams, but not a list of task_ids",
     ),
     Replaced(
         _HEADS, "freeze_embeddings", ("self", "freeze"), whole_model.freeze_embeddings,
-        "an embedding tied to the head belongs to a base that is trained",
+        "the host freezes an embedding tied to the head, even if the base is trained",
     ),
     Replaced(
         _HEADS, "train_adapter_fusion", ("self", "adapter_setup", "unfreeze_adapters"),
         adding_fusion.train_adapter_fusion,
-        "a head model made from a file does not learn of the fusions of its base, and it is the one that has a loss",
+        "the host does not tell a head model, which has the loss, of fusions that its base was loaded with",
     ),
     # The forward pass
     Replaced(
@@ -205,11 +205,11 @@ REPLACED: tuple[Replaced, ...] = (
     ),
     Replaced(
         BottleneckLayer, "add_fusion_layer", ("self", "adapter_names"), adding_fusion.add_fusion_layer,
-        "the layer of a fusion is the host's own class",
+        "the host always creates its own class of fusion layer",
     ),
     Replaced(
         BottleneckLayer, "compose_fuse", _STATE, bottlenecks.compose_fuse,
-        "our fusions need no query, and one wide bottleneck",
+        "fusions of this package need no query, and compute one wide bottleneck",
     ),
     Replaced(
         LoRALinear, "pad_and_concat", ("self", "states"), lora.pad_and_concat, "examples of adapters without LoRA",

@@ -1,6 +1,6 @@
 """The binding to PEFT: base classes of configs, tuners and layers, and the changes to PEFT itself.
 
-Names no method. What both hosts share belongs one folder up; what knows no host belongs in `hooks/`.
+Names no method. Code for both hosts belongs one folder up, code for no host in `hooks/`.
 """
 
 from pal_adapters.hosts.expectations import check_host, warn_untested
