@@ -4,7 +4,7 @@ A PAL attends, so generating with a cache needs its keys and values of earlier t
 `Cache.layers` as additional layers: beam reordering, cropping and repeating, which transformers does layer by layer,
 then reach them without further hooks (transformers 4.57 and 5). Keys and values are kept in the same kind of layer
 as the host's own (growing, sliding or static), so they cover the same tokens and the host's mask fits them. Tokens for
-a convolution or a state (`extend`) are kept without a window wherever the host's cache grows.
+a convolution (`extend`) and states (`carry`) are kept without a window wherever the host's cache grows.
 """
 
 from __future__ import annotations
@@ -165,6 +165,25 @@ class TaskCache:
             earlier = int(earlier)
         return _recent(held.squeeze(1), earlier, length, last), earlier
 
+    def carry(
+        self,
+        slot: object,
+        step: Callable[[Tensor], Tensor],
+        initial: Tensor,
+        *,
+        rows: Tensor | None,
+        batch: int,
+    ) -> Tensor:
+        """See `KeyValueCache.carry`; the states are kept as `extend` keeps tokens."""
+        host = self._host_layer()
+        if self._host_is_empty(host):
+            return step(initial)
+        layer = self._own_layer((self._owner, slot, initial.shape[1]), host, _layer_of_all)
+        states = step(initial if not layer.started else _last(layer, self._position, rows))
+        wide = states.unsqueeze(1)
+        self._append(slot, layer, host, wide, wide, rows, batch)
+        return states
+
     def _append(
         self, slot: object, layer: Any, host: Any, keys: Tensor, values: Tensor, rows: Tensor | None, batch: int
     ) -> tuple[Tensor, Tensor, int | Tensor]:
@@ -257,6 +276,17 @@ def _recent(held: Tensor, earlier: int | Tensor, length: int, last: int | None) 
         )
     held = held[:, held.shape[1] - needed - length :]
     return held if last is None else F.pad(held, (0, 0, last - needed, 0))
+
+
+def _last(layer: Any, position: Tensor | None, rows: Tensor | None) -> Tensor:
+    """The last vector that a layer holds of these examples, `[b, r]`."""
+    held, earlier = layer.keys.squeeze(1), layer.earlier(position)
+    if isinstance(earlier, Tensor):
+        place = earlier.reshape(1).clamp(max=held.shape[1]) - 1
+        state = held.index_select(1, place.to(held.device)).squeeze(1)
+    else:
+        state = held[:, min(earlier, held.shape[1]) - 1]
+    return state if rows is None else state[rows]
 
 
 def task_cache(cache: Any, owner: object, index: int, depth: int, position: Tensor | None = None) -> TaskCache | None:

@@ -21,7 +21,7 @@ class KeyValueCache(Protocol):
     """What a unit keeps of earlier tokens during generation.
 
     It is reordered, repeated and cropped together with the host's keys and values. Units do not call this class, but
-    `self_attention`, `UnitInputs.visible_tokens` and `UnitInputs.extend`.
+    `self_attention`, `UnitInputs.visible_tokens`, `UnitInputs.extend` and `UnitInputs.carry`.
     """
 
     def update(
@@ -44,8 +44,7 @@ class KeyValueCache(Protocol):
     ) -> tuple[Tensor, int | Tensor]:
         """Append one vector per token, `[b, n, r]`, to a slot and return them after the earlier ones.
 
-        Unlike `update`, it ignores sliding windows: a convolution or a recurrence also gets the tokens before the
-        window.
+        Unlike `update`, it ignores sliding windows: a convolution also gets the tokens before the window.
 
         Args:
             slot: identifies the unit and the place in it.
@@ -62,6 +61,33 @@ class KeyValueCache(Protocol):
         Raises:
             UnsupportedError: if the cache holds tokens that this slot has not seen; if the sliding window of a static
                 cache is too short; for `last=None` in a graph compiled with a static cache.
+        """
+
+    def carry(
+        self,
+        slot: object,
+        step: Callable[[Tensor], Tensor],
+        initial: Tensor,
+        *,
+        rows: Tensor | None,
+        batch: int,
+    ) -> Tensor:
+        """Continue a recurrence, and keep the state after each token in a slot.
+
+        Works with every kind of cache, also in a compiled graph, as only the last state is read.
+
+        Args:
+            slot: identifies the unit and the place in it.
+            step: see `UnitInputs.carry`.
+            initial: `[b, r]`, the state before the first token.
+            rows: the indices of their examples in the batch, or None for all.
+            batch: the size of the whole batch.
+
+        Returns:
+            `[b, n, r]`, what `step` returned.
+
+        Raises:
+            UnsupportedError: if the cache holds tokens that this slot has not seen.
         """
 
 
@@ -176,8 +202,8 @@ class UnitInputs(NamedTuple):
     def extend(self, tokens: Tensor, *, last: int | None = None, slot: object = "") -> tuple[Tensor, int | Tensor]:
         """This call's vectors preceded by those of earlier tokens, whether visible or not; also without a cache.
 
-        For a convolution or a recurrence; see `KeyValueCache.extend`. What depends on the visible tokens alone is
-        better served by `visible_tokens`, which needs no `last` and works with every cache.
+        For a convolution; see `KeyValueCache.extend`. A recurrence is better served by `carry`, and what depends on
+        the visible tokens alone by `visible_tokens`: both work with every cache.
 
         Args:
             tokens: `[b, n, r]`, computed from each token on its own.
@@ -197,6 +223,33 @@ class UnitInputs(NamedTuple):
         if self.cache is None:
             return F.pad(tokens, (0, 0, last or 0, 0)), 0
         return self.cache.extend((*self.slot, slot), tokens, rows=self.rows, batch=self.batch, last=last)
+
+    def carry(self, step: Callable[[Tensor], Tensor], initial: Tensor, *, slot: object = "") -> Tensor:
+        """The states of a recurrence over all tokens so far, for the tokens of this call; also without a cache.
+
+        The state after every token is kept, not only the last, so that the cache can be cropped (assisted decoding).
+
+        Args:
+            step: takes the state before this call's tokens, `[b, r]`, and returns the states after each of them,
+                `[b, n, r]`. It is up to `step` to skip padding, which `mask` shows.
+            initial: `[b, r]`, the state before the first token.
+            slot: distinguishes several uses in one unit.
+
+        Returns:
+            `[b, n, r]`, what `step` returned.
+
+        Example:
+            ```python
+            def step(state):  # s_t = decay s_(t-1) + u_t
+                states = [state := decay * state + token for token in u.unbind(1)]
+                return torch.stack(states, 1)
+
+            states = inputs.carry(step, torch.zeros_like(u[:, 0]))
+            ```
+        """
+        if self.cache is None:
+            return step(initial)
+        return self.cache.carry((*self.slot, slot), step, initial, rows=self.rows, batch=self.batch)
 
 
 class BatchTasks(NamedTuple):

@@ -258,6 +258,91 @@ def test_earlier_tokens_in_a_compiled_graph(kind: str) -> None:
         assert torch.equal(compiled(tokens, torch.arange(2 + number, 3 + number)), feed.expected(1, 2))
 
 
+class States:
+    """A running sum over tokens beside a host's layer: `s_t = s_(t-1) / 2 + u_t`, exact in binary."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self.seen = torch.empty(3, 0, 5)
+
+    def step(self, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
+        length, start = tokens.shape[1], self.seen.shape[1]
+        self.seen = torch.cat([self.seen, tokens], 1)
+        keys, position = draw(length, tokens.shape[0]), torch.arange(start, start + length)
+        self.cache.update(keys, keys, 0, {"cache_position": position})
+        task = task_cache(self.cache, "block", 0, DEPTH, None if zoo.V5 else position)
+        assert task is not None
+        part = tokens if rows is None else tokens[rows]
+        initial = torch.ones_like(part[:, 0])
+        return task.carry("state", lambda state: scan(state, part), initial, rows=rows, batch=tokens.shape[0])
+
+    def expected(self, length: int) -> Tensor:
+        return scan(torch.ones(3, 5), self.seen)[:, -length:]
+
+
+def scan(state: Tensor, tokens: Tensor) -> Tensor:
+    return torch.stack([state := state / 2 + token for token in tokens.unbind(1)], 1)
+
+
+@caches
+@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=6).filter(lambda x: sum(x) <= 16))
+@settings(max_examples=25, deadline=None)
+def test_a_running_state(kind: str, lengths: list[int]) -> None:
+    """The state before a call, whatever the host's own layer keeps of its keys."""
+    feed = States(CACHES[kind]())
+    for length in lengths:
+        tokens = torch.randint(-8, 8, (3, length, 5)).float()
+        assert torch.equal(feed.step(tokens), feed.expected(length))
+
+
+@caches
+def test_a_running_state_of_some_rows_follows_the_beams(kind: str) -> None:
+    cache = CACHES[kind]()
+    feed, rows = States(cache), torch.tensor([2, 1])
+    feed.step(torch.ones(3, 3, 5).cumsum(0), rows)
+    order = torch.tensor([0, 2, 2])
+    cache.reorder_cache(order)
+    feed.seen = feed.seen[order]
+    assert torch.equal(feed.step(torch.ones(3, 1, 5), rows), feed.expected(1)[rows])
+
+
+@pytest.mark.parametrize("kind", ["growing", *(["static"] if zoo.V5 else [])])
+def test_a_running_state_is_cropped(kind: str) -> None:
+    cache = CACHES[kind]()
+    feed = States(cache)
+    feed.step(torch.ones(3, 6, 5))
+    cache.crop(-2 if zoo.V5 else 4)
+    feed.seen = feed.seen[:, :4]
+    assert torch.equal(feed.step(torch.full((3, 1, 5), 3.0)), feed.expected(1))
+
+
+@caches
+def test_a_running_state_in_a_compiled_graph(kind: str) -> None:
+    torch._dynamo.reset()
+    feed = States(CACHES[kind]())
+    feed.step(torch.ones(3, 2, 5))
+    cache = feed.cache
+
+    def step(tokens: Tensor, position: Tensor) -> Tensor:
+        keys = tokens.unsqueeze(1).expand(3, 2, 1, 5)[..., :4]
+        cache.update(keys, keys, 0, {"cache_position": position})
+        task = task_cache(cache, "block", 0, DEPTH, None if zoo.V5 else position)
+        assert task is not None
+        return task.carry("state", lambda state: scan(state, tokens), tokens[:, 0], rows=None, batch=3)
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    for number in range(3):
+        tokens = torch.full((3, 1, 5), float(number))
+        feed.seen = torch.cat([feed.seen, tokens], 1)
+        assert torch.equal(compiled(tokens, torch.arange(2 + number, 3 + number)), feed.expected(1))
+
+
+def test_a_running_state_without_a_cache() -> None:
+    tokens = torch.randn(2, 3, 5)
+    states = UnitInputs().carry(lambda state: scan(state, tokens), torch.ones(2, 5))
+    assert torch.equal(states, scan(torch.ones(2, 5), tokens))
+
+
 def test_earlier_tokens_without_a_cache() -> None:
     tokens = torch.randn(2, 3, 5)
     padded, earlier = UnitInputs().extend(tokens, last=2)
