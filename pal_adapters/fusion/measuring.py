@@ -14,6 +14,8 @@ from pal_adapters.errors import ConfigError
 from .truncation import moments
 
 Key = TypeVar("Key", bound=Hashable)
+Kept = Callable[[Tensor], Tensor]
+"""The vectors of tokens that are not padding, see `record_calls`."""
 
 
 @contextmanager
@@ -48,6 +50,41 @@ def batches_of(data: Iterable[Any]) -> Iterator[tuple[Mapping[str, Any], Tensor 
         raise ConfigError("data is empty: pass at least one batch of model inputs.")
 
 
+def record_calls(
+    model: nn.Module,
+    modules: Mapping[Key, nn.Module],
+    record: Callable[[Key, Any, Any, Kept], None],
+    data: Iterable[Any],
+) -> None:
+    """Run a model on batches, and call `record(key, args, output, kept)` after each call of one of its modules.
+
+    `kept` takes values `[b, n, ...]` and returns those of the tokens that are not padding, `[t, ...]`; values whose
+    tokens are already flattened count as tokens without padding.
+
+    Args:
+        model: the model to run.
+        modules: the modules by key.
+        record: reads a call.
+        data: batches, mappings of model inputs.
+    """
+    mask: Tensor | None = None
+
+    def kept(values: Tensor) -> Tensor:
+        return values[mask] if mask is not None and mask.shape == values.shape[:2] else values.flatten(0, -2)
+
+    def hook_of(key: Key) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, output: record(key, args, output, kept)
+
+    handles = [module.register_forward_hook(hook_of(key)) for key, module in modules.items()]
+    try:
+        with evaluating(model):
+            for batch, mask in batches_of(data):  # noqa: B007  (`kept` reads it)
+                model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def moments_of_data(
     model: nn.Module, hidden: Mapping[Key, tuple[nn.Module, Callable[[Any], Tensor]]], data: Iterable[Any]
 ) -> dict[Key, Tensor]:
@@ -60,22 +97,9 @@ def moments_of_data(
         data: batches, mappings of model inputs.
     """
     sums: dict[Key, Tensor] = {}
-    mask: Tensor | None = None
 
-    def hook_of(key: Key, read: Callable[[Any], Tensor]) -> Callable[[nn.Module, Any], None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            values = read(args)
-            kept = values[mask] if mask is not None and mask.shape == values.shape[:2] else values.flatten(0, -2)
-            sums[key] = sums.get(key, 0) + moments(kept)
+    def record(key: Key, args: Any, output: Any, kept: Kept) -> None:
+        sums[key] = sums.get(key, 0) + moments(kept(hidden[key][1](args)))
 
-        return hook
-
-    handles = [module.register_forward_pre_hook(hook_of(key, read)) for key, (module, read) in hidden.items()]
-    try:
-        with evaluating(model):
-            for batch, mask in batches_of(data):  # noqa: B007  (the hooks read it)
-                model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    record_calls(model, {key: module for key, (module, _) in hidden.items()}, record, data)
     return sums

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
 from pal_adapters.fusion.layer import Scales, SourceAttention
-from pal_adapters.fusion.measuring import batches_of, evaluating
+from pal_adapters.fusion.measuring import Kept, record_calls
 from pal_adapters.fusion.units import CombinedUnit
 
 from .layers import active_combinations, combinations, require_name
@@ -102,29 +102,17 @@ def _attention(
     model: nn.Module, attentive: list[tuple[str, CombinedUnit, str]], data: Iterable[Any]
 ) -> list[TransferRow]:
     sums: dict[int, Tensor] = {}
-    mask: Tensor | None = None
-    counts: dict[int, float] = {}
+    counts: dict[int, int] = {}
 
-    def record(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
-        given = output[1].double()
-        rows = given.flatten(0, -2)
-        if mask is not None and mask.shape == given.shape[:-1]:
-            rows = rows[mask.flatten()]
-        sums[id(module)] = sums.get(id(module), 0) + rows.sum(0)
-        counts[id(module)] = counts.get(id(module), 0) + len(rows)
+    def record(key: int, args: Any, output: tuple[Tensor, Tensor], kept: Kept) -> None:
+        weights = kept(output[1].double())
+        sums[key] = sums.get(key, 0) + weights.sum(0)
+        counts[key] = counts.get(key, 0) + len(weights)
 
-    handles = [unit.mixer(site).register_forward_hook(record) for _, unit, site in attentive]
-    try:
-        with evaluating(model):
-            for batch, mask in batches_of(data):  # noqa: B007  (the hook reads it)
-                model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    modules = {number: unit.mixer(site) for number, (_, unit, site) in enumerate(attentive)}
+    record_calls(model, modules, record, data)
     return [
         TransferRow(*_named(place, unit, site), source, value)
-        for place, unit, site in attentive
-        for source, value in zip(
-            unit.names[site], (sums[id(unit.mixer(site))] / counts[id(unit.mixer(site))]).tolist(), strict=True
-        )
+        for number, (place, unit, site) in enumerate(attentive)
+        for source, value in zip(unit.names[site], (sums[number] / counts[number]).tolist(), strict=True)
     ]
