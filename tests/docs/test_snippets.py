@@ -22,6 +22,8 @@ from pal_adapters.cli.options import parse
 from pal_adapters.multitask import load_toy_task
 from tests.multitask.tiny_encoder import save_tiny_encoder
 
+from .tiny_mpnet import save_tiny_mpnet
+
 ROOT = Path(__file__).resolve().parents[2]
 Names = dict[str, Any]  # what a page has defined
 Prepare = Callable[[Names], None]
@@ -104,6 +106,10 @@ def lora_in_files(*folders: str) -> Prepare:
         classifier(names)
 
     return prepare
+
+
+def mpnet_in_a_folder(_: Names) -> None:
+    save_tiny_mpnet("mpnet")
 
 
 def two_in_peft(names: Names) -> None:
@@ -198,6 +204,7 @@ PAGES: dict[str, list[tuple[str, Prepare]]] = {
         ("adapters", nothing),
         ("adapters", nothing),
         ("adapters", nothing),
+        ("adapters", mpnet_in_a_folder),
     ],
     "docs/ca_mtl.md": [
         ("adapters", plain),
