@@ -40,18 +40,26 @@ def _is_block(module: nn.Module) -> bool:
     return marked and any(isinstance(part, (nn.Linear, Conv1D)) for part in module.modules())
 
 
+def _above(name: str) -> list[str]:
+    """The names of the modules that hold a module."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
 def survey(model: nn.Module, named: Mapping[str, str] | None = None) -> list[Stack]:
     """All stacks of a model, by list and class of block, those with known sites and those without."""
     groups: dict[tuple[str, str], list[tuple[str, Block | None]]] = {}
     found = {block.name: block for block in iter_blocks(model, named)}
-    inside: tuple[str, ...] = tuple(f"{name}." for name in found)
+    stages = {above for name in found for above in _above(name)}
+    taken = set(found)
     for name, module in model.named_modules():
         block = found.get(name)
         if block is None:
-            holds = any(other.startswith(f"{name}.") for other in found)  # a stage of an encoder
-            if name.startswith(inside) or holds or not _is_block(module) or not name.rpartition(".")[2].isdigit():
+            if name in stages or not name.rpartition(".")[2].isdigit() or not taken.isdisjoint(_above(name)):
                 continue
-            inside = (*inside, f"{name}.")
+            if not _is_block(module):
+                continue
+            taken.add(name)
         key = (name.rpartition(".")[0], type(module).__name__)
         groups.setdefault(key, []).append((name, block))
     return [

@@ -23,13 +23,13 @@ _LEAVES = (Tensor, nn.Module, type, FunctionType, MethodType, ModuleType, str, b
 class _Snapshot:
     """The state of a model and of the objects that change with it, before a change."""
 
-    def __init__(self, model: nn.Module, beside: Iterable[Any]) -> None:
+    def __init__(self, model: nn.Module, beside: Iterable[Any], modules: Iterable[nn.Module] | None) -> None:
         self._seen: set[int] = set()
         self._containers: list[tuple[Any, Any]] = []
         self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._requires_grad: list[tuple[Tensor, bool]] = []
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
-        for module in model.modules():
+        for module in model.modules() if modules is None else modules:
             self._take_attributes(module)
             for value in module.__dict__.values():
                 self._take_container(value, deep=False)
@@ -96,15 +96,16 @@ _OPEN: ContextVar[tuple[_Snapshot, ...]] = ContextVar("pal_adapters_open_snapsho
 
 
 @contextmanager
-def all_or_nothing(model: nn.Module, *beside: Any) -> Iterator[None]:
+def all_or_nothing(model: nn.Module, *beside: Any, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
     """Restore a model if the body raises anything, `KeyboardInterrupt` included. May be nested.
 
     Args:
         model: the model; the attributes of its modules are saved, including lists, sets and dicts.
         beside: objects outside the module tree that change with the model, such as the host's configuration or the
             owners of hooks; they are saved with everything they refer to, down to modules and tensors.
+        modules: the only modules that the change touches, apart from `requires_grad`; all by default.
     """
-    snapshot = _Snapshot(model, beside)
+    snapshot = _Snapshot(model, beside, modules)
     token = _OPEN.set((*_OPEN.get(), snapshot))
     try:
         yield

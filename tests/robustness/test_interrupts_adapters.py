@@ -72,6 +72,7 @@ def test_adapters(method: str, tmp_path: Path) -> None:
     check(lambda: model_with(method), lambda model: model.load_adapter(str(tmp_path), use_safetensors=True))
     for name in ("one", "two"):
         check(lambda: model_with(method, "one", "two"), lambda model: model.delete_adapter(name))  # noqa: B023
+    check(lambda: model_with(method, "one", "two"), lambda model: model.train_adapter("two"))
 
 
 def test_fusions(tmp_path: Path) -> None:
@@ -84,6 +85,7 @@ def test_fusions(tmp_path: Path) -> None:
         str(tmp_path / "setup"), use_safetensors=True, set_active=True
     ))  # fmt: skip
     check(fused, lambda model: model.delete_adapter_fusion(FUSE))
+    check(fused, lambda model: model.train_adapter_fusion(FUSE))
     check(fused, lambda model: pa.fold(model, FUSE, name="folded"))
     check(fused, lambda model: pa.fold(model, FUSE, name="folded", truncate=3, data=[{"input_ids": IDS}]))
 

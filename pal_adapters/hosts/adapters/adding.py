@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import warnings
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -14,7 +16,8 @@ from adapters.utils import get_adapter_config_hash
 from torch import nn
 
 from pal_adapters.blocks.sites import Block, find_blocks, resolve
-from pal_adapters.errors import ConfigError, PalAdaptersError, SiteError, UnsupportedError
+from pal_adapters.blocks.survey import partial_reach
+from pal_adapters.errors import ConfigError, PalAdaptersError, SiteError, UnknownAdapterError, UnsupportedError
 from pal_adapters.hosts.method import filled, parameters_of
 from pal_adapters.hosts.names import require_adapter_name
 
@@ -65,8 +68,37 @@ def add_adapter(original: Any) -> Any:
         config = load_config(config)
         if any(True for _ in given_configs(config)):
             require_adapter_name("adapter_name", adapter_name)
-        _plan(self, config)
+        plan = _plan(self, config)
+        if plan.configs and (reach := partial_reach(self, plan.blocks)):
+            warnings.warn(
+                f"{plan.configs[0].method.name}: {reach} The host reaches the blocks that its interface lists: pass "
+                "adapters.init(model, interface=...) to choose others; see pal_adapters.describe_sites.",
+                stacklevel=3,
+            )
         original(self, adapter_name, config, *args, **kwargs)
+
+    return wrapper
+
+
+def average_adapter(original: Any) -> Any:
+    """`ModelAdaptersMixin.average_adapter`, which rejects unknown adapters and weights that are not numbers."""
+
+    def wrapper(
+        self: ModelAdaptersMixin,
+        adapter_name: str,
+        adapter_list: list[str],
+        weights: list[float] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        unknown = [name for name in adapter_list if name not in self.adapters_config]
+        if unknown:
+            raise UnknownAdapterError(
+                f"the model has no adapter {unknown[0]!r}: use one of {', '.join(self.adapters_config)}."
+            )
+        if weights is not None and not all(math.isfinite(weight) for weight in weights):
+            raise ConfigError(f"weights={weights!r} is not allowed: use finite numbers.")
+        original(self, adapter_name, adapter_list, weights, *args, **kwargs)
 
     return wrapper
 

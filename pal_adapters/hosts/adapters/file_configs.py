@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from adapters.configuration import AdapterConfig, AdapterFusionConfig, ConfigUnion
-from adapters.loading import AdapterFusionLoader, AdapterLoader, WeightsLoaderHelper
+from adapters.loading import AdapterFusionLoader, AdapterLoader, PredictionHeadLoader, WeightsLoaderHelper
 from adapters.model_mixin import ModelAdaptersMixin
 from adapters.utils import (
     ADAPTERFUSION_WEIGHTS_NAME,
+    HEAD_CONFIG_NAME,
+    HEAD_WEIGHTS_NAME,
     SAFE_ADAPTERFUSION_WEIGHTS_NAME,
+    SAFE_HEAD_WEIGHTS_NAME,
     resolve_adapter_path,
 )
 
@@ -64,6 +67,26 @@ def fusion_load(original: Any) -> Any:
             if not any(Path(save_directory, name).is_file() for name in _FUSION_WEIGHTS):
                 raise StorageError(f"{save_directory} has no {' or '.join(_FUSION_WEIGHTS)}: save the fusion again.")
         return original(self, save_directory, load_as, loading_info, **kwargs)
+
+    return load
+
+
+def head_load(original: Any) -> Any:
+    """`PredictionHeadLoader.load`, whose errors name the file."""
+
+    def load(
+        self: PredictionHeadLoader, save_directory: str, load_as: Any = None, loading_info: Any = None, **kwargs: Any
+    ) -> Any:
+        config = Path(save_directory, HEAD_CONFIG_NAME)
+        names = (SAFE_HEAD_WEIGHTS_NAME, HEAD_WEIGHTS_NAME)
+        if config.is_file() and not any(Path(save_directory, name).is_file() for name in names):
+            raise StorageError(f"{save_directory} has no {' or '.join(names)}: the folder is incomplete.")
+        try:
+            return original(self, save_directory, load_as, loading_info, **kwargs)
+        except AttributeError as error:
+            if "head type" not in str(error):
+                raise
+            raise StorageError(f"{config} does not fit this {type(self.model).__name__}: {error}") from error
 
     return load
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from adapters.loading import AdapterFusionLoader, AdapterLoader, WeightsLoaderHelper
+from adapters.loading import AdapterFusionLoader, AdapterLoader, PredictionHeadLoader, WeightsLoaderHelper
 from adapters.model_mixin import ModelAdaptersMixin
 from torch import Tensor, nn
 
@@ -140,6 +140,21 @@ def fusion_rename_func(original: Any) -> Any:
     return rename_func
 
 
+def head_filter_func(original: Any) -> Any:
+    """`PredictionHeadLoader.filter_func`, whose files are checked. Tensors that are tied to others may be missing."""
+
+    def filter_func(self: PredictionHeadLoader, head_name: str | None) -> Callable[[str], bool]:
+        keep, model = original(self, head_name), self.model
+
+        def optional(key: str) -> bool:
+            tensors = model.state_dict(keep_vars=True)
+            return key not in tensors or sum(tensor is tensors[key] for tensor in tensors.values()) > 1
+
+        return OwnTensors(keep, optional)
+
+    return filter_func
+
+
 # Reading
 
 
@@ -180,6 +195,8 @@ def load_weights_from_state_dict(original: Any) -> Any:
         in_base_model: bool = False,
         start_prefix: str = "",
     ) -> Any:
+        if not isinstance(state_dict, Mapping):
+            raise StorageError(f"the file holds a {type(state_dict).__name__}, not a dictionary of tensors.")
         renames = (
             [] if rename_func is None else rename_func if isinstance(rename_func, (list, tuple)) else [rename_func]
         )

@@ -112,7 +112,9 @@ class TaskLayer(ValueComposition, nn.Module):
         unit.to(next(self.block.module.parameters()).device)
         if config.method.network:
             self.network = self.network or LayerNetwork(self)
-            self.network.complete(unit, config, {id(p) for p in task_parameters(self.model)})
+            # Only the last block's unit copies weights outside its block.
+            copied = self.model if self.block.last else self.block.module
+            self.network.complete(unit, config, {id(p) for p in task_parameters(copied)})
         else:
             self.attachment.require(unit.sites, unit.needs)
 

@@ -17,7 +17,7 @@ from adapters.composition import Fuse
 from adapters.configuration import ADAPTER_CONFIG_MAP, AdapterConfig
 from adapters.configuration.adapter_fusion_config import ADAPTERFUSION_CONFIG_MAP
 from adapters.interface import AdapterMethod
-from adapters.loading import AdapterFusionLoader, AdapterLoader, WeightsLoaderHelper
+from adapters.loading import AdapterFusionLoader, AdapterLoader, PredictionHeadLoader, WeightsLoaderHelper
 from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.lora import LoRALinear
 from adapters.model_mixin import ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
@@ -92,7 +92,14 @@ REPLACED: tuple[Replaced, ...] = (
         _MODEL, "average_adapter",
         ("self", "adapter_name", "adapter_list", "weights", "combine_strategy", "normalize_weights", "overwrite_ok",
          "set_active", "svd_rank"),
-        whole, "the host leaves parts of a rejected average",
+        _whole(adding.average_adapter), "the host leaves parts of a rejected average, and takes weights that are NaN",
+    ),
+    *(
+        Replaced(
+            owner, "train_adapter", ("self", "adapter_setup", "train_embeddings"), whole,
+            "the host freezes the model before it rejects a setup",
+        )
+        for owner in (_MODEL, _HEADS)
     ),
     Replaced(
         _MODEL, "add_adapter_fusion", ("self", "adapter_names", "config", "name", "overwrite_ok", "set_active"),
@@ -113,6 +120,10 @@ REPLACED: tuple[Replaced, ...] = (
         ("self", "adapter_name_or_path", "config", "version", "model_name", "load_as", "custom_weights_loaders",
          "leave_out", "id2label", "set_active", "use_safetensors", "kwargs"),
         whole, "the host leaves parts of an adapter that cannot be loaded",
+    ),
+    Replaced(
+        _HEADS, "load_head", ("self", "save_directory", "load_as", "id2label", "use_safetensors", "kwargs"),
+        whole, "the host leaves parts of a head that cannot be loaded",
     ),
     Replaced(
         _MODEL, "load_adapter_fusion", ("self", "adapter_fusion_name_or_path", "load_as", *_LOAD),
@@ -157,6 +168,14 @@ REPLACED: tuple[Replaced, ...] = (
         file_configs.fusion_load, "the host does not ask whether a file fits the model",
     ),
     Replaced(
+        PredictionHeadLoader, "filter_func", ("self", "head_name"), files.head_filter_func,
+        "the host leaves what a file lacks at random values",
+    ),
+    Replaced(
+        PredictionHeadLoader, "load", ("self", "save_directory", "load_as", "loading_info", "kwargs"),
+        file_configs.head_load, "the host does not say that the weights of a head are missing",
+    ),
+    Replaced(
         WeightsLoaderHelper, "load_weights_config", ("self", "save_directory"), file_configs.load_weights_config,
         "the host's errors do not name the file",
     ),
@@ -194,9 +213,14 @@ REPLACED: tuple[Replaced, ...] = (
         "the host freezes an embedding tied to the head, even if the base is trained",
     ),
     Replaced(
+        _MODEL, "train_adapter_fusion", ("self", "adapter_setup", "unfreeze_adapters"), whole,
+        "the host freezes the model before it rejects a setup",
+    ),
+    Replaced(
         _HEADS, "train_adapter_fusion", ("self", "adapter_setup", "unfreeze_adapters"),
-        adding_fusion.train_adapter_fusion,
-        "the host does not tell a head model, which has the loss, of fusions that its base was loaded with",
+        _whole(adding_fusion.train_adapter_fusion),
+        "the host does not tell a head model, which has the loss, of fusions that its base was loaded with; it freezes "
+        "the model before it rejects a setup",
     ),
     # The forward pass
     Replaced(

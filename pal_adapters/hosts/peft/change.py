@@ -5,6 +5,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from pal_adapters.hosts.unchanged import all_or_nothing
@@ -21,3 +24,10 @@ def changing(model: nn.Module, *beside: Any) -> AbstractContextManager[None]:
     """
     layers = [vars(layer) for _, layer in tuner_layers(model) if isinstance(layer, TunerLayer)]
     return all_or_nothing(model, layers, *beside)
+
+
+def switching(model: PeftModel) -> AbstractContextManager[None]:
+    """`all_or_nothing` for a change of the active adapter, which touches only what PEFT has put on the model."""
+    wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    touched = [module for module in model.modules() if isinstance(module, wrappers)]
+    return all_or_nothing(model, modules=[model, model.base_model, *touched])

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -69,7 +70,20 @@ def check_tensors(
             "the config that they were saved with."
         )
     check_values(adapter_name, ((name, tensor, {**others, **expected}[name]) for name, tensor in given.items()))
+    _check_embeddings(model, adapter_name, {name: given[name] for name in given if name not in {*expected, *base}})
     return given
+
+
+def _check_embeddings(model: nn.Module, adapter_name: str, given: Mapping[str, Tensor]) -> None:
+    """Raise `StorageError` if embeddings from a file would replace those that other adapters were trained on."""
+    rest = [name for name in getattr(model, "peft_config", {}) if name != adapter_name]
+    own = embeddings_of(model)
+    changed = [name for name, new in given.items() if not torch.equal(new.to(own[name]), own[name])]
+    if rest and changed:
+        raise StorageError(
+            f"the weights do not fit adapter {adapter_name!r}: {changed[0]} differs from that of the model, which "
+            f"{' and '.join(map(repr, rest))} also use: load it into a base model of its own."
+        )
 
 
 def check_values(adapter_name: str, pairs: Iterable[tuple[str, Tensor, Tensor]]) -> None:
@@ -169,6 +183,13 @@ def _check_weights_file(folder: Path, kind: str) -> None:
             f"{str(folder / CONFIG_NAME)!r} has peft_type={kind!r}, but the weights beside it are of another method "
             f"({found[0]}, ...): the files do not belong together."
         )
+
+
+def reads_pickle(path: Any) -> bool:
+    """Whether a local folder has its weights in a pickle file only."""
+    if not isinstance(path, (str, os.PathLike)):
+        return False
+    return Path(path, WEIGHTS_NAME).is_file() and not Path(path, SAFETENSORS_WEIGHTS_NAME).is_file()
 
 
 def check_loaded(model: nn.Module, adapter_name: str, info: Any, kinds: Iterable[str]) -> None:

@@ -61,14 +61,17 @@ class NetworkTunerLayer(TaskTunerLayer):
         """Give a new unit its copies of pretrained weights, and install its hooks."""
         model, block = self._model[0], self._block[0]
         made: Any = unit
+        # Only the last block's unit copies weights outside its block; reading the whole model for every block would
+        # take time in proportion to the square of the depth.
+        copied = model if block.last else block.module
         if config.train_base:
-            check_trainable(model)
+            check_trainable(copied)
         give_copies(
             made,
             block,
             model,
             config,
-            added=task_parameter_ids(model),
+            added=task_parameter_ids(copied),
             headless=getattr(model, "base_model", model),
             left_out=config.modules_to_save or (),
         )

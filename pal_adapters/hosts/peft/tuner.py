@@ -349,6 +349,21 @@ class TaskTuner(BaseTuner):
             check_batch(self.model, plan, args, kwargs)
         return super().forward(*args, **kwargs)
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own method, for adapters that do not attend.
+
+        Raises:
+            UnsupportedError: if an active adapter attends: it does not see the tokens of a paged cache.
+        """
+        for name in self.active_adapters:
+            method = method_of(self.peft_config[name])
+            if method is not None and (method.attends or method.network):
+                raise UnsupportedError(
+                    f"adapter {name!r} ({method.name}) attends, which generate_batch does not support: use generate()."
+                )
+        model: Any = self.model
+        return model.generate_batch(*args, **kwargs)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own method, which may repeat the examples of a batch."""
         plan = self._plans.value

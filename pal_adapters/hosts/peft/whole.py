@@ -15,15 +15,16 @@ from typing import Any
 
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 from peft.config import PeftConfigMixin
+from peft.utils import WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from pal_adapters.errors import PalAdaptersError, StorageError
 
-from .change import changing
+from .change import changing, switching
 from .joint import check_base_complete, check_base_untouched, check_restorable, is_joint
-from .loading import check_folder, check_loaded, check_settings, folder_of, kinds_in
+from .loading import check_folder, check_loaded, check_settings, folder_of, kinds_in, reads_pickle
 from .registry import method_of
 from .tuner import TaskTuner
 
@@ -40,6 +41,10 @@ def _reading(path: Any) -> Iterator[None]:
     except _DAMAGE as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise StorageError(f"the adapter in {str(path)!r} cannot be loaded: {what}.") from error
+    except (AttributeError, TypeError) as error:
+        if not reads_pickle(path):
+            raise
+        raise StorageError(f"{WEIGHTS_NAME} in {str(path)!r} is not a dictionary of tensors ({error}).") from error
 
 
 def _add(original: Callable[..., None]) -> Callable[..., None]:
@@ -58,15 +63,26 @@ def _add(original: Callable[..., None]) -> Callable[..., None]:
     return add
 
 
-def _change(original: Callable[..., None]) -> Callable[..., None]:
+def _delete(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
-    def change(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+    def delete_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> None:
         if not isinstance(self.base_model, TaskTuner):
             return original(self, *args, **kwargs)
         with changing(self, self.peft_config):
             return original(self, *args, **kwargs)
 
-    return change
+    return delete_adapter
+
+
+def _switch(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def set_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(self.base_model, TaskTuner):
+            return original(self, *args, **kwargs)
+        with switching(self):
+            return original(self, *args, **kwargs)
+
+    return set_adapter
 
 
 def _load(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,8 +169,8 @@ def install() -> None:
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
         *((cls, "__init__", _add) for cls in classes),
         *((cls, "add_adapter", _add) for cls in classes),
-        (PeftModel, "set_adapter", _change),
-        (PeftModel, "delete_adapter", _change),
+        (PeftModel, "set_adapter", _switch),
+        (PeftModel, "delete_adapter", _delete),
         (PeftModel, "load_adapter", _load),
         (PeftModel, "disable_adapter", _disable),
         (PeftAdapterMixin, "add_adapter", _add),
