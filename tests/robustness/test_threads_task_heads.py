@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,8 @@ from transformers import BertConfig, BertModel
 import pal_adapters
 from pal_adapters.multitask import HeadConfig, TaskHeads
 
-THREADS, CALLS = 8, 25
+THREADS = 8
+CALLS = int(os.environ.get("PAL_ADAPTERS_THREAD_CALLS", "25"))
 TASKS = ("de", "fr", "it", "none")
 
 IN_ADAPTERS: dict[str, Callable[[str], Any]] = {

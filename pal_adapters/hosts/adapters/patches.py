@@ -219,8 +219,8 @@ REPLACED: tuple[Replaced, ...] = (
     Replaced(
         _HEADS, "train_adapter_fusion", ("self", "adapter_setup", "unfreeze_adapters"),
         _whole(adding_fusion.train_adapter_fusion),
-        "the host does not tell a head model, which has the loss, of fusions that its base was loaded with; it freezes "
-        "the model before it rejects a setup",
+        "the host does not tell a head model, which has the loss, of fusions that its base was loaded with; it "
+        "freezes the model before it rejects a setup",
     ),
     # The forward pass
     Replaced(
