@@ -1,4 +1,4 @@
-"""The combinations that `benchmarks/bench.py` measures match their names."""
+"""The combinations that `benchmarks/variants.py` measures match their names."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 pytest.importorskip("adapters")
 
-FILE = pathlib.Path(__file__).parents[2] / "benchmarks" / "bench.py"
+FILE = pathlib.Path(__file__).parents[2] / "benchmarks" / "variants.py"
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
-    spec = importlib.util.spec_from_file_location("bench", FILE)
+    spec = importlib.util.spec_from_file_location("variants", FILE)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
