@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pal_adapters.errors import UnsupportedError
+from pal_adapters.nn.functional import batches_tasks
 from pal_adapters.nn.unit import TaskUnit, UnitInputs, stack_weights
 
 
@@ -126,7 +127,9 @@ class RowPlan:
         members = list(dict.fromkeys(self.members[row] for row in own))
         by_member = [[row for row in own if self.members[row] == member] for member in members]
         counts = [len(rows) for rows in by_member]
-        layout = layout_of(counts) if by_task and len(members) > 1 else "examples"
+        layout = "examples"
+        if by_task and len(members) > 1:
+            layout = layout_of(counts, launches_cost=batches_tasks(device))
         if layout == "padded":  # padded with a task's last example, whose result is dropped
             by_member = [rows + rows[-1:] * (max(counts) - len(rows)) for rows in by_member]
             counts = [max(counts)] * len(counts)
@@ -146,15 +149,22 @@ class RowPlan:
         )
 
 
-def layout_of(counts: Sequence[int]) -> Literal["tasks", "padded", "calls", "examples"]:
+def layout_of(counts: Sequence[int], *, launches_cost: bool = True) -> Literal["tasks", "padded", "calls", "examples"]:
     """How a map with one weight per task runs on a batch with this many examples of each task.
 
+    * `"calls"` where a call costs little, as on a CPU: one product per task, which copies no weights;
     * `"tasks"`, equal counts: one batched product over the tasks;
     * `"examples"`, fewer than two examples per task on average: the weights are copied for each example, and one
       batched product runs over the examples;
     * `"padded"`, if filling up every task to the largest count adds at most a quarter: as `"tasks"`;
-    * `"calls"`, otherwise: one product per task.
+    * `"calls"`, otherwise.
+
+    Args:
+        counts: the number of examples of each task.
+        launches_cost: whether a call has a fixed cost beside its arithmetic, as on an accelerator.
     """
+    if not launches_cost:
+        return "calls"
     total, filled = sum(counts), max(counts) * len(counts)
     if filled == total:
         return "tasks"

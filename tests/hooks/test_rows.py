@@ -13,9 +13,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import BertConfig, BertModel
 
 import pal_adapters
+from pal_adapters.hooks import rows as rows_module
 from pal_adapters.hooks.rows import RowPlan, layout_of, run_rows, run_unit, select_rows
 from pal_adapters.hosts.method import REGISTERED
 from pal_adapters.methods.top.layer import TopBertLayer
+from pal_adapters.nn import functional
 from pal_adapters.nn.unit import UnitInputs
 from tests import zoo
 from tests.nn.test_unit import KINDS, inputs_of, tensors
@@ -40,13 +42,19 @@ COUNTS = {"tasks": (3, 3, 3), "padded": (5, 4, 4), "calls": (6, 1, 2), "examples
 )
 def test_the_rule(counts: Sequence[int], layout: str) -> None:
     assert layout_of(counts) == layout
+    assert layout_of(counts, launches_cost=False) == "calls"
 
 
 @pytest.mark.parametrize("layout", COUNTS)
 @pytest.mark.parametrize("order", ["by task", "shuffled", "with others"])
+@pytest.mark.parametrize("batched", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "different kinds"])
-def test_every_layout_equals_one_call_per_example(kind: str, order: str, layout: str) -> None:
+def test_every_layout_equals_one_call_per_example(
+    kind: str, batched: bool, order: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Values and gradients, in the order of the tasks, in any other, and beside examples without an adapter."""
+    for module in (rows_module, functional):
+        monkeypatch.setattr(module, "batches_tasks", lambda device: batched)
     made = KINDS[kind][0]
     units = {f"task{number}": made().eval() for number in range(3)}
     for number, unit in enumerate(units.values()):
