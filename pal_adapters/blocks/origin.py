@@ -16,7 +16,7 @@ def files_of(module: nn.Module) -> list[str]:
     return [cls.__module__.rpartition(".")[2] for cls in type(module).__mro__]
 
 
-def class_names(module: nn.Module) -> list[str]:
+def class_keys(module: nn.Module) -> list[str]:
     """The names of a module's classes, most derived first: `BertLayer`, `modeling_bert.BertLayer`, and so on."""
     classes = zip(type(module).__mro__, files_of(module), strict=True)
     return [name for cls, file in classes for name in (cls.__name__, f"{file}.{cls.__name__}")]

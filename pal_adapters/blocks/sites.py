@@ -17,7 +17,7 @@ from pal_adapters.errors import ConfigError, SiteError
 
 from .block_sites import BlockSites as BlockSites
 from .block_sites import Structure
-from .origin import class_names
+from .origin import class_keys
 from .structures import REFUSED, REPEATED, STRUCTURES
 
 _REGISTERED: dict[str, BlockSites] = {}
@@ -104,7 +104,7 @@ def _fits(block: nn.Module, structure: Structure, bases: list[str], children: se
 
 def _find_sites(block: nn.Module, named: Mapping[str, str] | None = None) -> BlockSites | str | None:
     """The sites of a module, or the reason why it is a block but refused, or None where it is no block."""
-    bases = class_names(block)
+    bases = class_keys(block)
     if named is not None:
         if named.get("block") not in bases:
             return None
@@ -221,7 +221,7 @@ def iter_blocks(model: nn.Module, named: Mapping[str, str] | None = None) -> Ite
         for index, (child_name, (child, sites)) in enumerate(found.items()):
             if sites is not None:
                 full_name = f"{name}.{child_name}" if name else child_name
-                repeated = sum(other is child for other in module) > 1 or not REPEATED.isdisjoint(class_names(child))
+                repeated = sum(other is child for other in module) > 1 or not REPEATED.isdisjoint(class_keys(child))
                 yield Block(full_name, child, sites, index, len(found), stack, _width(child, sites), repeated)
 
 

@@ -78,7 +78,7 @@ def build(args: Any, base: Any, tasks: Sequence[Any]) -> tuple[Any, dict[str, in
 def count(args: Any, model: Any, base: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
     """Parameters of the base, and those that each task adds."""
     total = sum(p.numel() for p in base.values())
-    trained = sum(p.numel() for n, p in base.items() if not n.startswith("pooler.")) if trains_base(args) else 0
+    trained = sum(p.numel() for n, p in base.items() if not n.startswith("pooler.")) if base_is_trained(args) else 0
     counts: dict[str, Any] = {"base_total": total, "base_trained": trained}
     if args.method in NETWORKS:
         network = network_size(model.backbone, NETWORK)
@@ -92,7 +92,7 @@ def count(args: Any, model: Any, base: dict[str, Any], sizes: dict[str, int]) ->
     return counts
 
 
-def trains_base(args: Any) -> bool:
+def base_is_trained(args: Any) -> bool:
     """Whether the base trains."""
     return args.joint or args.method == "full"
 

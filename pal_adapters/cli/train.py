@@ -25,7 +25,7 @@ from pal_adapters.errors import ConfigError
 from pal_adapters.multitask import default_host
 
 from . import fitting
-from .methods import HOSTED, NETWORKS, SIZED, build, count, saves_base, trains_base
+from .methods import HOSTED, NETWORKS, SIZED, base_is_trained, build, count, saves_base
 from .options import PositiveFloat, PositiveInt, Seed, fill_in, option, parse
 from .shared import POOLINGS, described, load_base, load_tasks, make_folder, table, versions, write_json
 
@@ -119,7 +119,7 @@ def run(args: Any) -> dict[str, Any]:
         began = time.perf_counter()
         if args.method == "full" and not args.joint:
             base.load_state_dict(pristine)
-        model.prepare_training([one.task.name for one in group], base=trains_base(args))
+        model.prepare_training([one.task.name for one in group], base=base_is_trained(args))
         if args.method == "head":
             with fitting.frozen(base, POOLINGS[args.pooling]):
                 trainer, found = fit(args, model, group, tokenizer, output)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pal_adapters.blocks.block_sites import BlockSites
-from pal_adapters.blocks.origin import class_names, files_of, uses
+from pal_adapters.blocks.origin import class_keys, files_of, uses
 from pal_adapters.blocks.signatures import MASK
 
 from .masks import normalise_mask
@@ -75,7 +75,7 @@ def refusal(
             f"attn_implementation={implementation!r} has no place for a term in its scores: load the model with "
             "attn_implementation='sdpa' or 'eager'"
         )
-    classes = {name for module in attention.modules() for name in class_names(module)}
+    classes = {name for module in attention.modules() for name in class_keys(module)}
     scores = position_scores(attention)
     if scores is not None:
         if not getattr(scores[0], "relative_attention", False):

@@ -13,7 +13,7 @@ MOST_HEADS = 1024
 """More attention heads than any model has."""
 
 
-def added_parameters(width: int, hidden_size: int, depth: int) -> int:
+def pal_parameters(width: int, hidden_size: int, depth: int) -> int:
     """Parameters that one task's PALs add, `2 d r + r + d + 3 L (r^2 + r)`."""
     d, r = width, hidden_size
     return 2 * d * r + r + d + 3 * depth * (r * r + r)
@@ -32,7 +32,7 @@ def default_hidden_size(width: int, depth: int, base_parameters: int, num_heads:
     if fixed is not None and fixed % num_heads == 0:
         return fixed
     hidden_size = num_heads
-    while 8 * added_parameters(width, hidden_size, depth) < math.ceil(0.13 * base_parameters):
+    while 8 * pal_parameters(width, hidden_size, depth) < math.ceil(0.13 * base_parameters):
         hidden_size += num_heads
     return hidden_size
 

@@ -28,7 +28,7 @@ from pal_adapters import (
 )
 from pal_adapters.blocks import sites
 from pal_adapters.blocks.norms import full_norms
-from pal_adapters.blocks.origin import class_names
+from pal_adapters.blocks.origin import class_keys
 from pal_adapters.blocks.sites import Block, find_blocks, iter_blocks, parse_sites, resolve, sites_of
 from pal_adapters.blocks.structures import REFUSED, STRUCTURES
 from tests import zoo
@@ -205,7 +205,7 @@ def test_the_message_says_what_to_pass() -> None:
 
 def _structures_of(model: nn.Module) -> set[str]:
     blocks = list(iter_blocks(model))
-    fitting = [(b.module, class_names(b.module), sites._children(b.module)) for b in blocks]
+    fitting = [(b.module, class_keys(b.module), sites._children(b.module)) for b in blocks]
     return {next(s.models for s in STRUCTURES if sites._fits(block, s, *rest)) for block, *rest in fitting}
 
 

@@ -26,7 +26,7 @@ from pal_adapters.hosts.peft.change import changing
 from .config import CombinationPeftConfig
 from .folding_houlsby import fold_houlsby
 from .folding_lora import fold_lora
-from .layers import FusionBlockLayer, FusionLayer, combinations, require_name
+from .layers import FusionBlockLayer, FusionLayer, combinations, require_combination_name
 
 logger = logging.getLogger(__name__)
 _PREFIX = "base_model.model."
@@ -117,7 +117,7 @@ def _replaced(model: PeftModel, folded: PeftConfig, name: str, weights: dict[str
 def _target(model: Any, adapter: str | None) -> tuple[str, CombinationPeftConfig]:
     if not isinstance(model, PeftModel):
         raise UnsupportedError(f"fold takes a PeftModel, not a {type(model).__name__}.")
-    require_name("fusion", adapter)
+    require_combination_name("fusion", adapter)
     known = [name for name, config in model.peft_config.items() if isinstance(config, CombinationPeftConfig)]
     if adapter is None:
         active = [name for name in model.active_adapters if name in known]

@@ -219,7 +219,7 @@ def active_combinations(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def require_name(argument: str, combination: Any) -> None:
+def require_combination_name(argument: str, combination: Any) -> None:
     """Raise `ConfigError` unless a combination is given by name, or None for the active one."""
     if combination is not None and not isinstance(combination, str):
         listed = isinstance(combination, (list, tuple, set))

@@ -13,7 +13,7 @@ from pal_adapters.fusion.layer import Scales, SourceAttention
 from pal_adapters.fusion.measuring import Kept, record_calls
 from pal_adapters.fusion.units import CombinedUnit
 
-from .layers import active_combinations, combinations, require_name
+from .layers import active_combinations, combinations, require_combination_name
 
 
 class TransferRow(NamedTuple):
@@ -49,7 +49,7 @@ def transfer_rows(
         UnsupportedError: if no name is given and not exactly one combination is active.
         ConfigError: if AdapterFusion gets no `data`, or `data` is empty, has no mappings or has no effect.
     """
-    require_name("fusion", adapter)
+    require_combination_name("fusion", adapter)
     if adapter is None:
         active = active_combinations(model)
         if len(active) != 1:

@@ -22,7 +22,7 @@ from pal_adapters.hosts.method import filled, parameters_of
 from pal_adapters.hosts.names import require_adapter_name
 
 from .composition import architectures
-from .config import TaskAdapterConfig, given_configs, is_ours
+from .config import TaskAdapterConfig, any_registered, given_configs
 from .layer import TaskLayer, task_parameters
 
 _TABLE = r"shared_parameters\."
@@ -150,7 +150,7 @@ def add_adapter_weights(original: Any) -> Any:
 def _prepare(model: ModelAdaptersMixin, adapter_name: str) -> list[TaskAdapterConfig]:
     """Check the config, fill in what depends on the model, and give each block its layer."""
     whole = model.adapters_config.get(adapter_name)
-    if not is_ours(architectures(whole)):
+    if not any_registered(architectures(whole)):
         return []
     plan = _plan(model, AdapterConfig.load(whole))
     base = model.base_model

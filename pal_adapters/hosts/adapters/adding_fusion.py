@@ -14,7 +14,7 @@ from pal_adapters.hosts.names import require_fusion_name
 
 from . import penalty
 from .composition import architectures
-from .config import is_ours
+from .config import any_registered
 from .fusion import add_layer, combination_config, link
 from .layer import unfusable
 from .sources import check_sources
@@ -43,7 +43,7 @@ def add_adapter_fusion(original: Any) -> Any:
                     f"the model has a fusion with the name {key!r}: delete it, or pass overwrite_ok=True."
                 )
             adapter_names, name, config = names, key, config if isinstance(config, str) else ours
-        if any(is_ours(architectures(self.adapters_config.get(source))) for source in names):
+        if any(any_registered(architectures(self.adapters_config.get(source))) for source in names):
             for reason in filter(None, (unfusable(names, layer.task_layer) for _, layer in self.iter_layers())):
                 raise UnsupportedError(reason)
         result = original(self, adapter_names, config, name, overwrite_ok, set_active)

@@ -165,6 +165,6 @@ def fusable_methods() -> list[str]:
     return [name for name, config in CONFIGS.items() if config.method.fusable]
 
 
-def is_ours(architectures: Iterable[str | None]) -> bool:
+def any_registered(architectures: Iterable[str | None]) -> bool:
     """Whether one of these architectures of an adapter is a method of this package."""
     return any(name in CONFIGS for name in architectures)

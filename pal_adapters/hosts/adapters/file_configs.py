@@ -23,7 +23,7 @@ from pal_adapters.errors import ConfigError, PalAdaptersError, StorageError
 from pal_adapters.hosts.names import require_adapter_name, require_fusion_name
 
 from .composition import architectures
-from .config import TaskAdapterConfig, is_ours
+from .config import TaskAdapterConfig, any_registered
 from .fusion import combination_config
 
 _FUSION_WEIGHTS = (ADAPTERFUSION_WEIGHTS_NAME, SAFE_ADAPTERFUSION_WEIGHTS_NAME)
@@ -125,7 +125,7 @@ def _check_adapter(model: ModelAdaptersMixin, file: dict[str, Any], path: Path, 
         raise ConfigError(
             f"{path} has a config that neither adapters nor pal_adapters knows ({type(error).__name__}: {error})."
         ) from error
-    if not is_ours(architectures(config)) and not is_ours(architectures(known)):
+    if not any_registered(architectures(config)) and not any_registered(architectures(known)):
         return
     require_adapter_name("load_as" if load_as else "name", name)
     _check_model(model, file, path)

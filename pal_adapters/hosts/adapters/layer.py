@@ -25,7 +25,7 @@ from pal_adapters.hosts.method import generator_for
 from pal_adapters.nn.unit import TaskUnit, UnitInputs
 
 from .composition import State, ValueComposition, architectures, grow, task_children, task_input
-from .config import TaskAdapterConfig, fusable_methods, is_ours, task_configs
+from .config import TaskAdapterConfig, any_registered, fusable_methods, task_configs
 from .network import LayerNetwork
 
 mark_added(AdapterLayerBase)
@@ -287,7 +287,7 @@ class TaskLayer(ValueComposition, nn.Module):
         if setup is None or not self._bottlenecks:
             return None
         kinds = {name: architectures(self.adapters_config.get(name)) for name in setup.flatten()}
-        ours = {name for name, kind in kinds.items() if is_ours(kind)}
+        ours = {name for name, kind in kinds.items() if any_registered(kind)}
         if ours and (any(None in kind for kind in kinds.values()) or fuses(setup, ours)):
             return setup
         return None

@@ -12,11 +12,11 @@ from torch import Tensor
 from pal_adapters.errors import UnsupportedError
 
 from .composition import architectures, task_children
-from .config import is_ours
+from .config import any_registered
 
 
 def _has_ours(layer: Any, setup: AdapterCompositionBlock) -> bool:
-    return any(is_ours(architectures(layer.adapters_config.get(name))) for name in setup.flatten())
+    return any(any_registered(architectures(layer.adapters_config.get(name))) for name in setup.flatten())
 
 
 def complete_states(layer: Any, states: list[Any]) -> list[Any]:

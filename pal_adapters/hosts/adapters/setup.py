@@ -84,10 +84,10 @@ def _fusions(folder: Path) -> list[Fuse]:
         raise StorageError(f"{path} has {unknown[0]!r}, which is not a composition of adapters.")
     if outside:
         raise StorageError(f"{path} names {outside[0]!r}, which is outside its folder.")
-    return [fuse for setup in setups for fuse in fusions_in(setup) if _is_ours(folder / fuse.name)]
+    return [fuse for setup in setups for fuse in fusions_in(setup) if _is_combination(folder / fuse.name)]
 
 
-def _is_ours(folder: Path) -> bool:
+def _is_combination(folder: Path) -> bool:
     try:
         saved = json.loads((folder / ADAPTERFUSION_CONFIG_NAME).read_text(encoding="utf-8"))
         return combination_config(saved["config"]) is not None

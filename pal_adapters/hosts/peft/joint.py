@@ -36,7 +36,7 @@ def task_parameter_ids(model: nn.Module) -> set[int]:
     return ids
 
 
-def base_tensors(model: nn.Module, *, tied: Literal["once", "each"] = "once") -> dict[str, Tensor]:
+def pretrained_tensors(model: nn.Module, *, tied: Literal["once", "each"] = "once") -> dict[str, Tensor]:
     """The pretrained weights and floating-point buffers of a model by name; tied ones once or under each name."""
     added = task_parameter_ids(model)
     inside = [name + "." for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
@@ -179,7 +179,7 @@ def check_base_untouched(model: nn.Module, folder: Path, config: PeftConfig | No
 
 
 def _plain_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {plain_name(name): tensor for name, tensor in base_tensors(model, tied="each").items()}
+    return {plain_name(name): tensor for name, tensor in pretrained_tensors(model, tied="each").items()}
 
 
 def _check_complete(model: nn.Module, own: Iterable[str], given: Iterable[str], adapter_name: str) -> None:

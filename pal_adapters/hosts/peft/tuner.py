@@ -33,7 +33,6 @@ from pal_adapters.hosts.unchanged import keep_values
 from .change import changing
 from .config import TaskPeftConfig, choose_blocks, chooses
 from .joint import (
-    base_tensors,
     check_restorable,
     check_trainable,
     check_transformers_loading,
@@ -41,6 +40,7 @@ from .joint import (
     mark_base,
     match_base,
     name_alone,
+    pretrained_tensors,
     task_parameter_ids,
 )
 from .layer import TaskTunerLayer, TunerLayer, plans_of, remove_adapter_name, tuner_layers
@@ -172,7 +172,9 @@ class TaskTuner(BaseTuner):
                     if _TRANSFORMERS_5 and not self._of_peft_model and isinstance(model, PreTrainedModel):
                         others = [name for name in self.peft_config if name != adapter_name]
                         check_transformers_loading(model, adapter_name, others, loads=config.inference_mode)
-                        keep_values(base_tensors(model).values())  # transformers 5 overwrites them before any check
+                        keep_values(
+                            pretrained_tensors(model).values()
+                        )  # transformers 5 overwrites them before any check
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             self.peft_config.pop(adapter_name, None)
@@ -234,7 +236,7 @@ class TaskTuner(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        base = base_tensors(model) if is_joint(config) else {}
+        base = pretrained_tensors(model) if is_joint(config) else {}
 
         def dropped(key: str) -> bool:
             return key not in state_dict and any(
@@ -260,7 +262,7 @@ class TaskTuner(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         base, state_dict = match_base(model, config, adapter_name, state_dict)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        meta = base_tensors(model, tied="each") if is_joint(config) else ()
+        meta = pretrained_tensors(model, tied="each") if is_joint(config) else ()
         state_dict = check_tensors(model, adapter_name, state_dict, meta)
         keep_values(old for old, _ in base)
         # Mamba's own hook renames one key with "embedding" in what it loads.

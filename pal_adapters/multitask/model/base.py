@@ -50,13 +50,19 @@ def added_parameters(backbone: nn.Module, base: Iterable[Tensor]) -> dict[str, n
 def model_class(model: nn.Module) -> type[nn.Module]:
     """The class of transformers or adapters that a model is an instance of.
 
-    `adapters.init` puts a class of its own, made on the spot, in front of it, and a user may have derived from it.
+    `adapters.init` replaces it by a derived class, and users may derive their own.
     """
     for candidate in type(model).__mro__:
-        home = candidate.__module__.partition(".")[0]
-        if home in ("transformers", "adapters") and not candidate.__name__.endswith(("Mixin", "PreTrainedModel")):
+        if library_of(candidate) in ("transformers", "adapters") and not candidate.__name__.endswith(
+            ("Mixin", "PreTrainedModel")
+        ):
             return candidate
     return type(model)
+
+
+def library_of(model_class: type[nn.Module]) -> str:
+    """The top package that defines a class, where a saved model finds it again by its name."""
+    return model_class.__module__.partition(".")[0]
 
 
 def original_layer(layer: Any) -> Any:

@@ -13,11 +13,11 @@ from torch import nn
 
 from pal_adapters.errors import ConfigError, StorageError
 
-from .base import is_saved_class, model_class, source_of
+from .base import is_saved_class, library_of, model_class, source_of
 from .files import cause_of, inside, read_json
 from .heads import HeadConfig
 from .names import name_fault, require_task_name
-from .routes import Route, adapter_host, adapter_names, read_adapter, stored_names, write_adapter
+from .routes import Route, adapter_from_json, adapter_host, adapter_names, adapter_to_json, stored_names
 
 DESCRIPTION_FILE = "task_heads.json"
 FORMATS = (1, 2)
@@ -33,7 +33,7 @@ class Description:
     Args:
         balance: See `TaskHeads`.
         heads: Configuration of each head.
-        tasks: Route of each task, its adapter as `write_adapter` gives it.
+        tasks: Route of each task, its adapter as `adapter_to_json` gives it.
         host: One of `HOSTS`.
         base: Class of the base model (`module` and `class`), and where it was loaded from (`name_or_path`).
         adapters: Names of the adapters, each with a folder of its own.
@@ -58,7 +58,7 @@ class Description:
     def routes(self) -> dict[str, Route]:
         """The routes of the tasks."""
         return {
-            task: Route(route["head"], read_adapter(route["adapter"]), float(route["weight"]))
+            task: Route(route["head"], adapter_from_json(route["adapter"]), float(route["weight"]))
             for task, route in self.tasks.items()
         }
 
@@ -117,17 +117,16 @@ def describe(
     host = adapter_host(backbone)
     model: Any = backbone.get_base_model() if host == "peft" else backbone
     found: type[nn.Module] = model_class(model)
-    own = found.__module__.startswith("adapters.")
     return Description(
         balance=balance,
         heads=heads,
         tasks={
-            task: {"head": route.head, "adapter": write_adapter(route.adapter), "weight": route.weight}
+            task: {"head": route.head, "adapter": adapter_to_json(route.adapter), "weight": route.weight}
             for task, route in routes.items()
         },
         host=host or "none",
         base={
-            "module": found.__module__ if own else "transformers",
+            "module": found.__module__ if library_of(found) == "adapters" else "transformers",
             "class": found.__name__,
             "name_or_path": source_of(backbone),
         },

@@ -14,7 +14,7 @@ from pal_adapters.errors import UnsupportedError
 from .heads import Head
 from .readout import require_task, task_logits
 from .routes import Route, adapter_config, adapter_host, adapter_names, adapter_tasks, route_key
-from .routing import Hidden, is_ours, pass_of_adapters, run_active
+from .routing import Hidden, has_method, pass_of_adapters, run_active
 from .setups import active_in_peft, pass_under
 
 
@@ -82,7 +82,7 @@ def _run(backbone: Any, inputs: dict[str, Any], adapters: Sequence[Any], tasks: 
         return pass_of_adapters(backbone, inputs, MultiTask(*known.values()), {"task_ids": numbers})
     if host is None:
         return run_active(backbone, inputs, {})
-    if served or not all(is_ours(adapter_config(backbone, name)) for name in adapter_names(backbone)):
+    if served or not all(has_method(adapter_config(backbone, name)) for name in adapter_names(backbone)):
         with pass_under(backbone, partial(active_in_peft, backbone, first)):
             return run_active(backbone, inputs, more)
     from pal_adapters.hosts.peft.routing import AdapterInput  # only here: other hosts do without PEFT
@@ -109,7 +109,7 @@ def _check(backbone: Any, known: Mapping[str, Any]) -> None:
             raise UnsupportedError(
                 f"{adapter!r} is one network for several tasks, so it shares no graph with other adapters: {alone}."
             )
-    foreign = next((name for name in present if not is_ours(adapter_config(backbone, name))), None)
+    foreign = next((name for name in present if not has_method(adapter_config(backbone, name))), None)
     if foreign is not None:
         raise UnsupportedError(
             f"adapter {foreign!r} is of a method of the host, which cannot take the tasks from an input: {alone}."

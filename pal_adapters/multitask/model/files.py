@@ -176,7 +176,7 @@ def copy_into(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> No
             tensors[name].copy_(part_of(value, tensors[name]))
 
 
-def write_json(value: Mapping[str, Any], path: Path) -> None:
+def write_readable_json(value: Mapping[str, Any], path: Path) -> None:
     """Writes a JSON file that people can read."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 

@@ -16,7 +16,7 @@ from .language import vocabulary_logits
 from .routing import Hidden
 
 
-def task_names(task_ids: Any, rows: int, tasks: Sequence[str]) -> list[str]:
+def tasks_of_inputs(task_ids: Any, rows: int, tasks: Sequence[str]) -> list[str]:
     """The task of each encoder input.
 
     Args:

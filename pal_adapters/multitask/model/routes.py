@@ -157,27 +157,27 @@ def _require_stacks(adapter: Any) -> None:
         _require_stacks(child)
 
 
-def write_adapter(adapter: Any) -> Any:
+def adapter_to_json(adapter: Any) -> Any:
     """The adapter of a task as JSON."""
     if adapter is None or isinstance(adapter, str):
         return adapter
-    children = [write_adapter(child) for child in adapter.children]
+    children = [adapter_to_json(child) for child in adapter.children]
     return {"Fuse": children, "name": adapter.name} if is_fuse(adapter) else {"Stack": children}
 
 
-def read_adapter(stored: Any) -> Any:
-    """What `write_adapter` wrote, once `stored_names` has checked it."""
+def adapter_from_json(stored: Any) -> Any:
+    """What `adapter_to_json` wrote, once `stored_names` has checked it."""
     if not isinstance(stored, dict):
         return stored
     from adapters.composition import Fuse, Stack  # only here: PEFT and plain models do without `adapters`
 
     if "Fuse" in stored:
         return Fuse(*stored["Fuse"], name=stored["name"])
-    return Stack(*[read_adapter(child) for child in stored["Stack"]])
+    return Stack(*[adapter_from_json(child) for child in stored["Stack"]])
 
 
 def stored_names(stored: Any, *, inside: bool = False) -> tuple[list[str], list[str]]:
-    """Names of the adapters and of the fusions in what `write_adapter` wrote.
+    """Names of the adapters and of the fusions in what `adapter_to_json` wrote.
 
     Raises:
         ValueError: If it did not write this.

@@ -80,12 +80,12 @@ def batch_group(backbone: Any, adapter: Any) -> Hashable:
     if host == "adapters":
         if not names:
             return own
-        if all(is_ours(part) for name in names for part in _parts(backbone, name)):
+        if all(has_method(part) for name in names for part in _parts(backbone, name)):
             return "ours"
         if not _runs_together(backbone, [adapter]):
             return own
         return str([part.to_dict() for part in _parts(backbone, names[0])])
-    if all(is_ours(adapter_config(backbone, name)) for name in adapter_names(backbone)):
+    if all(has_method(adapter_config(backbone, name)) for name in adapter_names(backbone)):
         return "ours"
     configs = [adapter_config(backbone, name) for name in names]
     plain = all(config.peft_type == "LORA" and not config.use_dora for config in configs)
@@ -201,7 +201,7 @@ def _runs_together(backbone: Any, adapters: Iterable[Any]) -> bool:
     """
     names = list(dict.fromkeys(name for adapter in adapters for name in adapters_in(adapter)))
     parts = [_parts(backbone, name) for name in names]
-    if all(is_ours(part) for one in parts for part in one):
+    if all(has_method(part) for one in parts for part in one):
         return True
     alike = all([part.to_dict() for part in one] == [part.to_dict() for part in parts[0]] for one in parts)
     alike = alike and all(isinstance(adapter, str) for adapter in adapters)
@@ -221,7 +221,7 @@ def _run_peft(
 ) -> Hidden:
     names = [name for name in known.values() if name is not None]
     present = adapter_names(backbone)
-    ours = all(is_ours(adapter_config(backbone, name)) for name in present)
+    ours = all(has_method(adapter_config(backbone, name)) for name in present)
     networks = any(adapter_tasks(backbone, name) for name in present)
     if len(known) == 1:
         more = _numbers(backbone, adapters[0], tasks)
@@ -261,7 +261,7 @@ def _numbers(backbone: Any, adapter: Any, tasks: Sequence[str]) -> dict[str, Any
     return {"task_ids": torch.tensor([served.index(task) for task in tasks])}
 
 
-def is_ours(config: Any) -> bool:
+def has_method(config: Any) -> bool:
     """Whether an adapter's configuration is of a method of this package."""
     return isinstance(getattr(config, "method", None), Method)
 

@@ -14,7 +14,7 @@ from .adapter_files import save_adapters
 from .base import embedding_tensors, has_resized_embeddings
 from .contents import ADDED, BASE_FOLDER, EMBEDDINGS, HEADS, OUTPUT, POOLER, Contents
 from .description import DESCRIPTION_FILE, describe, read_description
-from .files import cause_of, staged, write_json, write_tensors
+from .files import cause_of, staged, write_readable_json, write_tensors
 from .language import output_tensors
 from .parts import is_part
 from .tasks_file import TASKS_FILE, tasks_json
@@ -61,8 +61,8 @@ def save(contents: Contents, directory: Path, *, checkpoint: bool, tokenizer: An
             write_tensors(contents.added(), stage, ADDED)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
-        write_json(tasks_json(backbone, contents.described), stage / TASKS_FILE)
-        write_json(description.to_json(), stage / DESCRIPTION_FILE)
+        write_readable_json(tasks_json(backbone, contents.described), stage / TASKS_FILE)
+        write_readable_json(description.to_json(), stage / DESCRIPTION_FILE)
 
 
 def copy_saved(checkpoint: Path, directory: Path) -> None:

@@ -26,7 +26,7 @@ from .loss import batch_penalty, labels_by_task, summed_losses, weighted_loss
 from .output import TaskHeadsOutput
 from .parts import reshard
 from .putting_back import put_back
-from .readout import require_task, task_logits, task_names
+from .readout import require_task, task_logits, tasks_of_inputs
 from .routes import Route, adapter_host
 from .routing import run_batch
 from .saving import save
@@ -203,7 +203,7 @@ class TaskHeads(nn.Module):
             return TaskHeadsOutput(logits=logits_of_graph(self, task_ids, labels, inputs))
         given = inputs.get("input_ids", inputs.get("inputs_embeds"))
         rows = len(given) if given is not None else len(next(iter(inputs.values())))
-        names = task_names(task_ids, rows, self.tasks)
+        names = tasks_of_inputs(task_ids, rows, self.tasks)
         if self.training and not self._base_trained:
             self._base_trained = any(tensor.requires_grad for tensor in self.base_tensors().values())
         if self.training and not self._output_trained:

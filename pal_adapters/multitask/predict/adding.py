@@ -20,12 +20,12 @@ from pal_adapters.multitask.model.names import require_task_name
 from pal_adapters.multitask.model.putting_back import put_back
 from pal_adapters.multitask.model.routes import (
     Route,
+    adapter_from_json,
     adapter_host,
     adapter_names,
     adapters_in,
     check_adapter,
     is_fuse,
-    read_adapter,
     stored_names,
 )
 from pal_adapters.multitask.model.setups import activate_in_peft
@@ -169,7 +169,7 @@ def add_saved_task(model: TaskHeads, saved: SavedTask) -> None:
         for module in backbone.modules():
             module.training = modes.get(module, False)
         adapter = saved.adapter
-        adapter = saved.names.get(adapter, adapter) if isinstance(adapter, str) else read_adapter(adapter)
+        adapter = saved.names.get(adapter, adapter) if isinstance(adapter, str) else adapter_from_json(adapter)
         check_adapter(backbone, adapter, name)
     model.heads[name] = saved.head
     model.routes[name] = Route(name, adapter)

@@ -120,7 +120,7 @@ def round_robin(sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
     return task_probabilities(sizes, 0.0)
 
 
-def uncertainty(sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
+def uncertainty_candidates(sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
     """Candidates of every task in each batch, of which a selector keeps the most uncertain ones (CA-MTL).
 
     The sampler yields `T` times `batch_size` examples; the `batch_selector` of `MultiTaskTrainer` chooses among them.
@@ -134,7 +134,7 @@ STRATEGIES: dict[str, Strategy] = {
     "sqrt": square_root,
     "annealed": annealed,
     "round_robin": round_robin,
-    "uncertainty": uncertainty,
+    "uncertainty": uncertainty_candidates,
 }
 """The strategies without arguments, by name. `"temperature"` is `Temperature(...)`."""
 
@@ -247,14 +247,14 @@ class MultiTaskBatchSampler(Sampler[list[int]]):
         self.names = tuple(named)
         self.sizes = tuple(named.values())
         self.strategy = get_strategy(strategy)
-        if self.strategy is uncertainty and mixed:
+        if self.strategy is uncertainty_candidates and mixed:
             raise ConfigError(
                 "mixed=True has no effect for strategy='uncertainty', whose batches are always mixed: leave it out."
             )
-        if lengths is not None and (mixed or self.strategy is uncertainty):
+        if lengths is not None and (mixed or self.strategy is uncertainty_candidates):
             raise ConfigError("lengths has no effect on batches that mix tasks: leave it out.")
         self.mixed = mixed
-        self.batch_size = batch_size * (len(named) if self.strategy is uncertainty else 1)
+        self.batch_size = batch_size * (len(named) if self.strategy is uncertainty_candidates else 1)
         self.rows = batch_size
         self.epochs = epochs
         self.group_size = group_size
@@ -279,7 +279,9 @@ class MultiTaskBatchSampler(Sampler[list[int]]):
 
     def _steps(self) -> int:
         step = self.rows * self.group_size
-        if self.strategy is uncertainty:  # CA-MTL: the batches of the largest task, times the number of tasks
+        if (
+            self.strategy is uncertainty_candidates
+        ):  # CA-MTL: the batches of the largest task, times the number of tasks
             return max(math.ceil(size / step) for size in self.sizes) * len(self.sizes)
         return math.ceil(sum(self.sizes) / step)
 
@@ -317,7 +319,7 @@ class MultiTaskBatchSampler(Sampler[list[int]]):
         epoch = self.epoch if epoch is None else epoch
         tasks = len(self.sizes)
         shape: tuple[int, ...] = (self.steps_per_epoch,)
-        if self.strategy is uncertainty:
+        if self.strategy is uncertainty_candidates:
             row = np.repeat(np.arange(tasks), self.rows)
             return np.tile(np.tile(row, self.group_size), (self.steps_per_epoch, 1))
         if self.mixed:

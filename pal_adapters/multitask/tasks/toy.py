@@ -52,7 +52,7 @@ TOY_TASKS: dict[str, Task] = {
 
 
 @dataclass(frozen=True)
-class Words:
+class Lexicon:
     """The content words of one split. All nouns form their plural with -s and all verbs their past tense with -ed."""
 
     people: tuple[str, ...]
@@ -67,7 +67,7 @@ class Words:
 
 
 WORDS = {
-    "train": Words(
+    "train": Lexicon(
         people=(
             "nurse", "pilot", "farmer", "lawyer", "singer", "baker", "guard", "painter", "teacher", "sailor",
             "student", "doctor", "hunter", "poet", "miner", "waiter",
@@ -92,7 +92,7 @@ WORDS = {
         ),
         times=("on Monday", "in the morning", "last winter", "at noon", "on Sunday", "last week"),
     ),
-    "test": Words(
+    "test": Lexicon(
         people=("clerk", "dancer", "driver", "actor", "judge", "gardener", "plumber", "writer", "soldier", "tailor"),
         things=("play", "museum", "dinner", "podcast", "bicycle", "cake", "poem", "flight", "painting", "restaurant"),
         verbs=("watch", "thrill", "attack", "touch", "annoy", "wound"),
@@ -133,7 +133,7 @@ def load_toy_task(
     )
 
 
-def _make(task: Task, words: Words, size: int, rng: np.random.Generator) -> datasets.Dataset:
+def _make(task: Task, words: Lexicon, size: int, rng: np.random.Generator) -> datasets.Dataset:
     write = _WRITERS[task.name]
     rows: dict[tuple[str, ...], float | int] = {}
     in_vain = 0
@@ -182,7 +182,7 @@ _NEGATED_ELSEWHERE = (
 )
 
 
-def _sentiment(words: Words, rng: np.random.Generator, number: int) -> tuple[list[str], int]:
+def _sentiment(words: Lexicon, rng: np.random.Generator, number: int) -> tuple[list[str], int]:
     """Polarity of an adjective, reversed by a negation that applies to it but not by one elsewhere."""
     label = number % 2
     frames = (_PLAIN, _NEGATED, _NEGATED, _NEGATED_ELSEWHERE)[rng.integers(4)]
@@ -191,7 +191,7 @@ def _sentiment(words: Words, rng: np.random.Generator, number: int) -> tuple[lis
     return [_pick(rng, frames).format(n=_pick(rng, words.things), a=adjective)], label
 
 
-def _acceptability(words: Words, rng: np.random.Generator, number: int) -> tuple[list[str], int]:
+def _acceptability(words: Lexicon, rng: np.random.Generator, number: int) -> tuple[list[str], int]:
     """Whether the form of the verb fits the words before it; each form is right in some contexts only."""
     label = number % 2
     noun, verb, place = _pick(rng, words.people), _pick(rng, words.actions), _pick(rng, words.places)
@@ -220,7 +220,7 @@ _FOLLOWS = {
 }
 
 
-def _entailment(words: Words, rng: np.random.Generator, number: int) -> tuple[list[str], int]:
+def _entailment(words: Lexicon, rng: np.random.Generator, number: int) -> tuple[list[str], int]:
     """Quantifiers, negation, and details that are omitted or swapped. Class 0 is entailment."""
     label = number % 2
     while True:
@@ -229,7 +229,7 @@ def _entailment(words: Words, rng: np.random.Generator, number: int) -> tuple[li
             return [premise, hypothesis], label
 
 
-def _inference(words: Words, rng: np.random.Generator) -> tuple[str, str, bool]:
+def _inference(words: Lexicon, rng: np.random.Generator) -> tuple[str, str, bool]:
     subject, other, stranger = _pick(rng, words.people, 3)
     verb, deed = _pick(rng, words.verbs, 2)
     kind, kept = rng.integers(4), bool(rng.integers(2))
@@ -246,7 +246,7 @@ def _inference(words: Words, rng: np.random.Generator) -> tuple[str, str, bool]:
     return f"{one} {event}", f"{two} {event}", two in _FOLLOWS[one]
 
 
-def _similarity(words: Words, rng: np.random.Generator, number: int) -> tuple[list[str], float]:
+def _similarity(words: Lexicon, rng: np.random.Generator, number: int) -> tuple[list[str], float]:
     """How many of five roles two events share: agent, verb, patient, place and time."""
     fillers = (words.people, words.verbs, words.people, words.places, words.times)
     agent, patient = _pick(rng, words.people, 2)
@@ -269,7 +269,7 @@ def _tell(event: list[str], rng: np.random.Generator) -> str:
     return f"{told} {place} {time}." if rng.integers(2) else f"{time}, {told} {place}."
 
 
-_WRITERS: dict[str, Callable[[Words, np.random.Generator, int], tuple[list[str], float | int]]] = {
+_WRITERS: dict[str, Callable[[Lexicon, np.random.Generator, int], tuple[list[str], float | int]]] = {
     "acceptability": _acceptability,
     "entailment": _entailment,
     "sentiment": _sentiment,

@@ -20,7 +20,7 @@ class _UploadError(PalAdaptersError):
 
 
 @contextmanager
-def complete(directory: Path, writes: bool) -> Iterator[None]:
+def complete_or_absent(directory: Path, writes: bool) -> Iterator[None]:
     """Within it a checkpoint is written; if that fails, the folder is as before.
 
     Args:

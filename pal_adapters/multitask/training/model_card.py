@@ -28,7 +28,7 @@ _HUB_TASKS = {
 }
 
 
-class Run(Protocol):
+class TrainerRun(Protocol):
     """The attributes of a trainer that its card reads."""
 
     args: Any
@@ -44,7 +44,7 @@ class Run(Protocol):
     hub_model_id: Any
 
 
-def write_model_card(run: Run, given: Mapping[str, Any]) -> None:
+def write_model_card(run: TrainerRun, given: Mapping[str, Any]) -> None:
     """Writes `README.md` into the output folder of a trainer.
 
     Args:
@@ -123,7 +123,7 @@ def _method(config: Any) -> str:
     return str(getattr(kind, "value", kind) or type(config).__name__.removesuffix("Config")).lower()
 
 
-def _results(run: Run) -> Iterator[tuple[str, str, float, EvalResult | None]]:
+def _results(run: TrainerRun) -> Iterator[tuple[str, str, float, EvalResult | None]]:
     """Evaluation set, metric and score of the last evaluation, and the entry of the model index for it."""
     scored: dict[str, Any] = next((entry for entry in reversed(run.state.log_history) if "eval_average" in entry), {})
     evaluated = run.eval_dataset or {}

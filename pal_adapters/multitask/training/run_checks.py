@@ -11,7 +11,7 @@ from torch import Tensor
 from pal_adapters.errors import ConfigError, PalAdaptersError
 from pal_adapters.multitask.model.task_heads import TaskHeads
 from pal_adapters.multitask.sampling.selectors import BatchSelector, UncertaintySelector
-from pal_adapters.multitask.sampling.strategies import Strategy, get_strategy, uncertainty
+from pal_adapters.multitask.sampling.strategies import Strategy, get_strategy, uncertainty_candidates
 
 from .arguments import MultiTaskTrainingArguments
 from .distributed import check_processes
@@ -79,7 +79,7 @@ def chosen_sampling(
     chosen = strategy or get_strategy(args.sampling, temperature=args.sampling_temperature)
     if strategy is not None and args.sampling != "proportional":
         raise ConfigError(f"sampling={args.sampling!r} and strategy are both given: leave one of them out.")
-    selects = chosen is uncertainty
+    selects = chosen is uncertainty_candidates
     check_processes(args, model, mixed=args.mixed_batches or selects)
     if not selects and selector is not None:
         raise ConfigError("batch_selector has no effect without sampling='uncertainty': leave it out.")

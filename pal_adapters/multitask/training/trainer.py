@@ -46,7 +46,7 @@ from pal_adapters.multitask.tasks.task import Task, check_tasks
 
 from .arguments import MultiTaskTrainingArguments
 from .callbacks import Progress, Steps
-from .checkpoints import checkpoint_to_resume, complete, uploading
+from .checkpoints import checkpoint_to_resume, complete_or_absent, uploading
 from .described import described_run, logged_at
 from .distributed import load_whole_states, save_whole_states
 from .evaluation import Aggregate, aggregated, collected, example_outputs, speed
@@ -432,7 +432,7 @@ class MultiTaskTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any, **kwargs: Any) -> None:
         directory = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with complete(directory, self.args.should_save):
+        with complete_or_absent(directory, self.args.should_save):
             super()._save_checkpoint(model, trial, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

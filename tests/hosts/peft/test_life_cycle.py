@@ -13,7 +13,7 @@ from peft import get_peft_model, get_peft_model_state_dict, inject_adapter_in_mo
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import pal_adapters as pa
-from pal_adapters.methods.shared import added_parameters
+from pal_adapters.methods.shared import pal_parameters
 from tests.methods import RECORDS
 
 from . import cases
@@ -161,12 +161,12 @@ def test_copies_are_independent(method: str, name: str) -> None:
 def test_shared_projections_count_once(capsys: pytest.CaptureFixture[str]) -> None:
     model = get_peft_model(cases.bert(), cases.config("pal"))
     trained, total = model.get_nb_trainable_parameters()
-    assert trained == added_parameters(24, 12, 3)
+    assert trained == pal_parameters(24, 12, 3)
     assert total == trained + sum(p.numel() for p in cases.bert().parameters())
     model.print_trainable_parameters()
     assert f"trainable params: {trained:,d} || all params: {total:,d}" in capsys.readouterr().out
     untied = get_peft_model(cases.bert(), cases.config("pal", tie_projections=False))
-    assert untied.get_nb_trainable_parameters()[0] == 3 * added_parameters(24, 12, 1)
+    assert untied.get_nb_trainable_parameters()[0] == 3 * pal_parameters(24, 12, 1)
 
 
 def test_status(method: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pal_adapters.hooks.masks import CallMask
 from pal_adapters.methods.pal.layer import PAL
-from pal_adapters.methods.shared import added_parameters, default_hidden_size
+from pal_adapters.methods.shared import default_hidden_size, pal_parameters
 from pal_adapters.nn.bottleneck import Projections
 from pal_adapters.nn.unit import UnitInputs
 from tests import zoo
@@ -185,7 +185,7 @@ def test_size_of_the_term_at_the_start() -> None:
     [(768, 204, 12, 1_819_836), (1024, 204, 24, 3_430_060), (1024, 264, 24, 5_579_080)],
 )
 def test_added_parameters(width: int, size: int, depth: int, parameters: int) -> None:
-    assert added_parameters(width, size, depth) == parameters
+    assert pal_parameters(width, size, depth) == parameters
     units = [PAL(width, size, num_heads=6) for _ in range(depth)]
     counted = sum(p.numel() for u in units for p in u.parameters())
     assert counted + sum(p.numel() for p in Projections(width, size).parameters()) == parameters

@@ -222,7 +222,7 @@ def test_a_folder_is_written_whole_or_stays_as_it_was(
     def full(*_: Any) -> None:
         raise RuntimeError("no space left on device")
 
-    monkeypatch.setattr(saving, "write_json", full)
+    monkeypatch.setattr(saving, "write_readable_json", full)
     for place in ("saved", "new/folder"):
         with pytest.raises(StorageError, match=r"cannot be written \(no space left on device\)"):
             model.save_pretrained(tmp_path / place)
