@@ -1,4 +1,4 @@
-"""The norms of a block over the model's width, and the norm behind the blocks. Knows no method and neither host."""
+"""The norms of a block over the model's width, and the norm after the blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the modules of a model are called with and return. Knows no method and neither host.
+"""The arguments and results of a model's modules.
 
 Releases of transformers rename arguments, so what a call passes is recognised by what it is: a cache by its class, the
 hidden states by their place in front. Masks have names, and a name that is not known is an error.

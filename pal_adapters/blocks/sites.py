@@ -1,8 +1,8 @@
 """Where task modules attach in a Hugging Face model: found from the structure of its blocks, or named by the user.
 
-Knows no method and neither host. A *block* is one transformer layer; a *stack* is the `nn.ModuleList` or
-`nn.Sequential` that holds blocks. Paths are attribute paths inside a block, with indices for lists
-(`"layer.-1.dropout"`); `""` is the block. The structures that are found are listed in `structures.py`.
+A *block* is one transformer layer; a *stack* is the `nn.ModuleList` or `nn.Sequential` that holds blocks. Paths are
+attribute paths inside a block, with indices for lists (`"layer.-1.dropout"`); `""` is the block. The structures that
+are found are listed in `structures/`.
 """
 
 from __future__ import annotations

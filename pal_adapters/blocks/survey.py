@@ -1,4 +1,4 @@
-"""What of a model is reached: its stacks of blocks, found or not. Knows no method and neither host."""
+"""Which parts of a model are reached: its stacks of blocks, found or not."""
 
 from __future__ import annotations
 

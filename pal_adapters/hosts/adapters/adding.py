@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 
 
 def supports_adapter(original: Any) -> Any:
-    """`ModelAdaptersMixin.supports_adapter`, which asks the model whether one of our configs fits."""
+    """`ModelAdaptersMixin.supports_adapter`, which checks whether a config of this package fits the model."""
 
     def wrapper(self: ModelAdaptersMixin, type_or_config: Any) -> bool:
         config = ADAPTER_CONFIG_MAP.get(type_or_config) if isinstance(type_or_config, str) else type_or_config
@@ -62,7 +62,7 @@ def supports_adapter(original: Any) -> Any:
 
 
 def add_adapter(original: Any) -> Any:
-    """`ModelAdaptersMixin.add_adapter`, which says why one of our configs does not fit."""
+    """`ModelAdaptersMixin.add_adapter`, which says why a config of this package does not fit."""
 
     def wrapper(self: ModelAdaptersMixin, adapter_name: str, config: Any = None, *args: Any, **kwargs: Any) -> None:
         config = load_config(config)
@@ -107,7 +107,7 @@ def load_config(config: Any) -> AdapterConfig | None:
     """The config that the host's `config` argument stands for.
 
     Raises:
-        ConfigError: for a string that names one of our methods but cannot be parsed; says what to write.
+        ConfigError: for a string that names a method of this package but cannot be parsed; says what to write.
     """
     try:
         return AdapterConfig.load(config)
@@ -172,7 +172,7 @@ def _prepare(model: ModelAdaptersMixin, adapter_name: str) -> list[TaskAdapterCo
 
 
 def _plan(model: ModelAdaptersMixin, whole: AdapterConfig | None) -> Plan:
-    """Check that a config fits the model, without changing anything."""
+    """Check that a config fits the model; changes nothing."""
     given = list(given_configs(whole))
     if not given or whole is None:
         return Plan([], [], [], whole, False)
@@ -247,7 +247,7 @@ def _check_leave_out(configs: list[TaskAdapterConfig], indices: list[int]) -> No
 
 
 def _shares(whole: AdapterConfig, configs: list[TaskAdapterConfig], blocks: list[Block]) -> bool:
-    """Whether blocks share tensors; rejects Compacter and VeRA beside them, whose table would replace ours."""
+    """Whether blocks share tensors; rejects Compacter and VeRA beside them, which would replace the shared tensors."""
     with torch.device("meta"):
         tied = [c for c in configs if c.method.build_shared(c, blocks[0]) is not None]
     for member in whole.configs if isinstance(whole, ConfigUnion) else ():

@@ -21,7 +21,7 @@ from .sources import check_sources
 
 
 def add_adapter_fusion(original: Any) -> Any:
-    """`ModelAdaptersMixin.add_adapter_fusion`, with our configs, and with task modules as sources."""
+    """`ModelAdaptersMixin.add_adapter_fusion`, with this package's configs, and with task modules as sources."""
 
     def wrapper(
         self: ModelAdaptersMixin,
@@ -80,7 +80,7 @@ def train_adapter_fusion(original: Any) -> Any:
 
 
 def add_fusion_layer(original: Any) -> Any:
-    """`BottleneckLayer.add_fusion_layer`, with the layers of our fusions."""
+    """`BottleneckLayer.add_fusion_layer`, with the layers of this package's fusions."""
 
     def wrapper(self: BottleneckLayer, adapter_names: Any) -> None:
         name = adapter_names if isinstance(adapter_names, str) else ",".join(adapter_names)

@@ -1,4 +1,4 @@
-"""The forward pass of the host's bottleneck layers that contain task modules or our fusions."""
+"""The forward pass of the host's bottleneck layers that contain task modules or fusions of this package."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def bottleneck_layer_forward(original: Any) -> Any:
         if task_layer is None:
             return original(self, hidden_states, residual_input, layer_norm)
         if self.is_layer_hooked and isinstance(layer_norm, nn.Module):
-            # The host borrows a norm of the block (of the last block, in fact): our hooks on it are not for this call.
+            # The host borrows a norm of the block (in fact, of the last block): the package's hooks on it are not for
+            # this call.
             layer_norm = layer_norm.forward
         setup = task_layer.mixed_setup()
         if setup is None:
@@ -38,7 +39,7 @@ def bottleneck_layer_forward(original: Any) -> Any:
 
 
 def compose_fuse(original: Any) -> Any:
-    """`BottleneckLayer.compose_fuse`, with our fusions."""
+    """`BottleneckLayer.compose_fuse`, with fusions of this package."""
 
     def wrapper(self: BottleneckLayer, adapter_setup: Fuse, state: Any, lvl: int = 0) -> Any:
         name = adapter_setup.name

@@ -1,4 +1,4 @@
-"""The compositions of `adapters` applied to values: `Stack` in sequence, `Average` of results, the others by row."""
+"""The compositions of `adapters` applied to values: `Stack` in sequence, `Average` of results, others by example."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMPOSITIONS = [Stack, Fuse, Split, Parallel, BatchSplit, Average, MultiTask]
 
 
 class State(NamedTuple):
-    """The state that a composition passes along; every tensor has the same rows.
+    """The state that a composition passes along; all tensors have the same examples.
 
     Attributes:
         value: `[b, n, d]`, the running value at a site.
@@ -192,7 +192,7 @@ def _task_children(setup: MultiTask, batch: int, ids: Any) -> list[int]:
 
 
 def with_rows(inputs: UnitInputs, rows: Tensor) -> UnitInputs:
-    """`inputs` for tensors that hold only these rows of the batch."""
+    """`inputs` for tensors that hold only these examples of the batch."""
     return inputs._replace(mask=inputs.mask.select(rows), rows=rows)
 
 

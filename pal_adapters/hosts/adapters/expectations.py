@@ -65,7 +65,7 @@ RELIED_ON: tuple[Touch, ...] = (
     Touch(
         "adapters.methods.bottleneck:BottleneckState",
         ("hidden_states", "input_tensor", "adapter_residual", "layer_norm", "bottleneck_up", "last"),
-        "the state of our fusions",
+        "the state of this package's fusions",
     ),
     Touch(
         "adapters.methods.lora:LoRAState", ("layer_input", "hidden_states", "layer_output", "last"),

@@ -148,7 +148,7 @@ def _check_model(model: ModelAdaptersMixin, file: Mapping[str, Any], path: Path)
 
 
 def _described(config: Any, leave_out: Any = None) -> list[dict[str, Any]]:
-    """What a config says about the function of an adapter: its options, or those of a union's members."""
+    """What determines the function of an adapter in its config: its options, or those of a union's members."""
     config = AdapterConfig.load(config)
     described = []
     for member in config.configs if isinstance(config, ConfigUnion) else [config]:

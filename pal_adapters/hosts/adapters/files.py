@@ -184,7 +184,9 @@ def load_weights(original: Any) -> Any:
 
 
 def load_weights_from_state_dict(original: Any) -> Any:
-    """`WeightsLoaderHelper.load_weights_from_state_dict`, which checks the tensors of our methods before it copies."""
+    """`WeightsLoaderHelper.load_weights_from_state_dict`, which checks the tensors of this package's methods before it
+    copies.
+    """
 
     def wrapper(
         self: WeightsLoaderHelper,

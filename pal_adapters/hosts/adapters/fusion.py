@@ -25,13 +25,13 @@ from .sources import WideSources, added
 # The config class of each fusion by its architecture, filled by `patches.register_fusion`.
 FUSIONS: dict[str, type[CombinationConfig]] = {}
 
-# Options that only the host's own fusion uses. The host reads them, so our configs have them too.
+# Options that only the host's own fusion uses. The host reads them, so this package's configs have them too.
 HOST_ONLY = tuple(name for name in AdapterFusionConfig.__dataclass_fields__ if name != "regularization")
 
 
 @dataclass(eq=False)
 class CombinationConfig(AdapterFusionConfig):
-    """Base of our fusion configs, which are recognised in a file by their `architecture`.
+    """Base of this package's fusion configs, which a file identifies by their `architecture`.
 
     Files do not contain the options in `HOST_ONLY`. Where this package is not imported, the host then raises instead
     of building a fusion of its own kind, which would compute something else.
@@ -173,7 +173,7 @@ def _last(child: Any, layer: BottleneckLayer) -> str:
 
 
 def combination_config(config: Any) -> CombinationConfig | None:
-    """The config as one of our fusion configs, or None; from a file, it is a dict or the host's own class."""
+    """The config as a fusion config of this package, or None; from a file, it is a dict or the host's own class."""
     if isinstance(config, CombinationConfig):
         return config
     if not isinstance(config, Mapping):

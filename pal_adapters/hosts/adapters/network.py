@@ -22,7 +22,7 @@ from .config import given_configs
 
 
 class UnitsOfBlock(Protocol):
-    """What the network asks the layer of its block."""
+    """What the network needs from the layer of its block."""
 
     adapters_config: Any
 

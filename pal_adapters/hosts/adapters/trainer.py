@@ -1,4 +1,4 @@
-"""What `AdapterTrainer` omits of our fusions when it loads a checkpoint."""
+"""Restores what `AdapterTrainer` omits of this package's fusions when it loads a checkpoint."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from .network import with_task_tensor
 
 
 def get_config_class(original: Any) -> Any:
-    """`AdapterConfig._get_config_class`, with our architectures."""
+    """`AdapterConfig._get_config_class`, with this package's architectures."""
 
     def _get_config_class(config_dict: Mapping[str, Any]) -> type:
         ours = CONFIGS.get(config_dict.get("architecture") or "")
@@ -27,7 +27,7 @@ def get_config_class(original: Any) -> Any:
 
 
 def get_from_config(original: Any) -> Any:
-    """`AdapterMethod.get_from_config`, which needs none of the host's methods for our configs."""
+    """`AdapterMethod.get_from_config`; configs of this package need none of the host's methods."""
 
     def get_from_config(config: AdapterConfig) -> list[str]:
         return [] if isinstance(config, TaskAdapterConfig) else original(config)
@@ -36,7 +36,7 @@ def get_from_config(original: Any) -> Any:
 
 
 def merge_adapter(original: Any) -> Any:
-    """`ModelAdaptersMixin.merge_adapter`, which raises for what cannot be merged."""
+    """`ModelAdaptersMixin.merge_adapter`, which rejects adapters that cannot be merged."""
 
     def wrapper(self: ModelAdaptersMixin, name: str) -> None:
         for config in task_configs(self.adapters_config.get(name)):
@@ -47,7 +47,7 @@ def merge_adapter(original: Any) -> Any:
 
 
 def freeze_embeddings(original: Any) -> Any:
-    """`ModelWithHeadsAdaptersMixin.freeze_embeddings`, which does not touch a base that is being trained."""
+    """`ModelWithHeadsAdaptersMixin.freeze_embeddings`, which leaves alone a base model that is being trained."""
 
     def wrapper(self: ModelWithHeadsAdaptersMixin, freeze: bool = True) -> None:
         trained: list[nn.Parameter] = []

@@ -143,7 +143,7 @@ def check_folder(path: Any, subfolder: str | None = None, *, weights: bool = Tru
 
 
 def folder_of(path: Any, subfolder: str | None, download: Mapping[str, Any]) -> Path | None:
-    """The folder that holds an adapter: a local one, or for one of our methods on the Hub its snapshot in the cache.
+    """The folder that holds an adapter: a local one, or the cached snapshot of an adapter of this package on the Hub.
 
     Args:
         path: a folder or a Hub repo ID.
@@ -151,7 +151,7 @@ def folder_of(path: Any, subfolder: str | None, download: Mapping[str, Any]) -> 
         download: options of `hf_hub_download`.
 
     Returns:
-        None for anything else, and for a repo that cannot be read, of which the host says what is wrong.
+        None for anything else, and for a repo that cannot be read: the host reports why.
     """
     if not isinstance(path, (str, os.PathLike)):
         return None
