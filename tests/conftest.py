@@ -29,8 +29,27 @@ collect_ignore = [
 def pytest_collection_finish() -> None:
     """Keeps libraries and tests out of garbage collections, which would take half of the time of all tests."""
     gc.enable()
+    _keep_what_stays()
+
+
+def pytest_runtest_logfinish() -> None:
+    """Also what tests have imported and cached since, once this has been walked a number of times."""
+    if _full_collections() > _seen + 10:
+        _keep_what_stays()
+
+
+_seen = 0
+
+
+def _keep_what_stays() -> None:
+    global _seen
     gc.collect()
     gc.freeze()
+    _seen = _full_collections()
+
+
+def _full_collections() -> int:
+    return gc.get_stats()[2]["collections"]
 
 
 @pytest.fixture(autouse=True)
