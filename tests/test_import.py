@@ -10,6 +10,7 @@ import pytest
 
 import pal_adapters
 from pal_adapters.errors import MissingHostError, PalAdaptersError
+from tests.processes import python
 
 
 def run(code: str) -> str:
@@ -58,11 +59,9 @@ def test_import_works_without_hosts_and_names_say_what_to_install(blocked: tuple
 
 
 def test_importing_twice_registers_once() -> None:
-    run("""
-        import importlib, pal_adapters
-        importlib.reload(pal_adapters)
-        pal_adapters.PALPeftConfig
-    """)
+    code = "import importlib, pal_adapters; importlib.reload(pal_adapters); pal_adapters.PALPeftConfig"
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

@@ -7,7 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+import pal_adapters
 from pal_adapters.errors import ConfigError
+from pal_adapters.multitask import add_adapter
 
 from .shared import first_line
 
@@ -19,7 +23,7 @@ class InAdapters:
     """
 
     def __init__(self, base: Any, reduction_factor: float, sources: Path) -> None:
-        import adapters
+        import adapters  # only here: the other host does without it
 
         adapters.init(base)
         self.model = base
@@ -30,20 +34,16 @@ class InAdapters:
         return name
 
     def combine(self, name: str, sources: Sequence[str], method: str) -> Any:
-        from adapters.composition import Fuse
+        from adapters.composition import Fuse  # only here, see above
 
-        from pal_adapters import ScaLearnConfig
-
-        average = ScaLearnConfig(fixed=[1 / len(sources)] * len(sources))
+        average = pal_adapters.ScaLearnConfig(fixed=[1 / len(sources)] * len(sources))
         config: Any = {"fusion": "dynamic", "average": average}.get(method, method)
         fuse = Fuse(*sources, name=f"to_{name}")
         self.model.add_adapter_fusion(fuse, config=config)
         return fuse
 
     def fold(self, setup: Any, name: str) -> Any:
-        from pal_adapters import fold
-
-        return fold(self.model, setup, name=name)
+        return pal_adapters.fold(self.model, setup, name=name)
 
     def save(self, setup: Any, folder: Path) -> None:
         if isinstance(setup, str):
@@ -69,9 +69,7 @@ class InPeft:
         self._sources = sources
 
     def add(self, name: str) -> Any:
-        import peft
-
-        from pal_adapters.multitask import add_adapter
+        import peft  # only here, and below: the other host does without it
 
         config = peft.LoraConfig(
             r=self._rank, lora_alpha=2 * self._rank, lora_dropout=0.0, task_type="FEATURE_EXTRACTION"
@@ -80,9 +78,7 @@ class InPeft:
         return name
 
     def combine(self, name: str, sources: Sequence[str], method: str) -> Any:
-        import peft
-
-        import pal_adapters
+        import peft  # only here, see above
 
         options: dict[str, Any] = {
             "adapters": {source: str(self._sources / source) for source in sources},
@@ -98,9 +94,7 @@ class InPeft:
         return f"to_{name}"
 
     def fold(self, setup: Any, name: str) -> Any:
-        from pal_adapters import fold
-
-        self.model = fold(self.model, setup, name=name)
+        self.model = pal_adapters.fold(self.model, setup, name=name)
         return self.model
 
     def save(self, setup: Any, folder: Path) -> None:
@@ -113,7 +107,7 @@ class InPeft:
             (folder.parent / setup).rmdir()
 
     def load(self, name: str, folder: Path) -> Any:
-        import peft
+        import peft  # only here, see above
 
         if isinstance(self.model, peft.PeftModel):
             self.model.load_adapter(str(folder), adapter_name=name)
@@ -127,14 +121,10 @@ HOSTS = {"adapters": InAdapters, "peft": InPeft}
 
 def draw(model: Any, setup: Any, batches: Iterable[Any] | None, path: Path, title: str) -> dict[str, Any]:
     """Prints and plots the weight of each source; for attention over the sources, this needs batches of inputs."""
-    from torch import Tensor
-
-    from pal_adapters import plot_transfer, transfer_report
-
     inputs = batches and [{n: t for n, t in batch.items() if isinstance(t, Tensor)} for batch in batches]
-    table = transfer_report(model, setup, data=inputs)
+    table = pal_adapters.transfer_report(model, setup, data=inputs)
     for kind in ("png", "svg"):
-        plot_transfer(table, path.with_suffix(f".{kind}"), title=title)
+        pal_adapters.plot_transfer(table, path.with_suffix(f".{kind}"), title=title)
     print(f"\n{table}\n")
     values: dict[str, Any] = table.to_dict()
     return values

@@ -54,7 +54,7 @@ def build(args: Any, base: Any, tasks: Sequence[Any]) -> tuple[Any, dict[str, in
     names = [task.name for task in tasks]
     model, sizes, width = None, {}, base.config.hidden_size
     if args.host == "adapters":
-        import adapters
+        import adapters  # only here: PEFT does without it
 
         adapters.init(base)  # before the seed is set, because it draws random numbers
     transformers.set_seed(args.seed)

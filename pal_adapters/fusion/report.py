@@ -97,7 +97,7 @@ def plot_transfer(
     elif options:
         raise ConfigError(f"{next(iter(options))} has no effect on a table: remove it.")
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # only here: nothing else needs it
     except ImportError as error:
         raise ImportError("plot_transfer needs matplotlib: pip install 'matplotlib>=3.9'.") from error
     places, sources = len(table.places), len(table.sources)

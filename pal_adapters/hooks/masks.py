@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from pal_adapters.errors import UnsupportedError
 
@@ -16,8 +17,6 @@ _HIDDEN = -1000.0
 
 
 def _dense_block_mask(mask: object, q_len: int, kv_len: int, device: torch.device) -> Tensor:
-    from torch.nn.attention.flex_attention import BlockMask, create_mask
-
     if not isinstance(mask, BlockMask):
         raise UnsupportedError(
             f"attention_mask of type {type(mask).__name__} is not supported: pass None, a tensor with 2 to 4 "

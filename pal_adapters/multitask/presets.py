@@ -156,7 +156,7 @@ class Preset:
                 base = add_adapter(base, f"to_{task}", config(**given))
                 routes[task] = f"to_{task}"
             return base, routes
-        import adapters
+        import adapters  # only here: PEFT does without it
         from adapters.composition import Fuse
 
         if there is None:

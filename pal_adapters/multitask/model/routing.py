@@ -151,11 +151,11 @@ def _run_adapters(
         return _put_back(order, found)
     if any(_norms_first(backbone, adapter) for adapter in known.values()):
         # MultiTask of adapters 1.3 applies the layer norm in front of a bottleneck of SeqBnConfig's kind twice.
-        from adapters.composition import BatchSplit
+        from adapters.composition import BatchSplit  # only here: PEFT and plain models do without `adapters`
 
         split = BatchSplit(*(adapters[rows[0]] for rows in places), batch_sizes=[len(rows) for rows in places])
         return _put_back(order, [pass_of_adapters(backbone, _rows(inputs, order, len(adapters)), split, {})])
-    from adapters.composition import MultiTask
+    from adapters.composition import MultiTask  # only here, see above
 
     numbers = {name: number for number, name in enumerate(known)}
     more = {"task_ids": torch.tensor([numbers[route_key(adapter)] for adapter in adapters])}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from pal_adapters.errors import ConfigError
@@ -47,8 +48,6 @@ def check_processes(args: MultiTaskTrainingArguments, model: TaskHeads, *, mixed
 
 
 def _check_fsdp(args: MultiTaskTrainingArguments, model: TaskHeads) -> None:
-    from accelerate.utils import DistributedType
-
     state = args.distributed_state
     kind = None if state is None else state.distributed_type
     if args.device.type == "cpu" and kind in (DistributedType.NO, DistributedType.MULTI_CPU):
