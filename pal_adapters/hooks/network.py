@@ -10,7 +10,8 @@ before the block would not receive its gradient from a reentrant checkpoint.
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from .masks import CallMask
 from .network_unit import NetworkRunner, NetworkUnit
 from .positions import CountedPositions, token_positions
 from .side_stream import SideStream
-from .weight_copies import BaseCopies, Slots, WrappedForward, reader_of
+from .weight_copies import BaseCopies, Slots, WrappedForward, reader_of, uncover
 
 
 @dataclass
@@ -71,6 +72,7 @@ class NetworkHooks:
         # While a module runs, copies replace its pretrained weights for all threads. Threads therefore take turns
         # there, including those that run without the copies.
         self._locks: dict[nn.Module, CallLock] = {}
+        self._covered: set[nn.Module] | None = set()
         self._block_arguments = signatures.positions_of(block.module)
 
     # Installing
@@ -203,10 +205,31 @@ class NetworkHooks:
     def _steer(self) -> Steer | None:
         return self._running.value
 
-    def _turn(self, module: nn.Module) -> AbstractContextManager[None]:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._covered = None  # a copied or unpickled model, whose original may have been in a call
+
+    @contextmanager
+    def _turn(self, module: nn.Module) -> Iterator[None]:
         """Run one thread at a time if copies are swapped in."""
         lock = self._locks.get(module)
-        return nullcontext() if lock is None else lock.held()
+        if lock is None:
+            yield
+            return
+        with lock.held():
+            if self._covered is None:
+                self._covered = {self.block.module, *self._outer}
+            if module in self._covered:
+                self._uncover(module)
+            yield
+
+    def _uncover(self, module: nn.Module) -> None:
+        assert self._covered is not None
+        if module is self.block.module:
+            uncover((part, name) for part in module.modules() for name in part._parameters)
+        else:
+            uncover(place for places in self._outer[module].values() for place in places)
+        self._covered.discard(module)
 
     def _run_outer(self, module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         unit = self.runner.network()

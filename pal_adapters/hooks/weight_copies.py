@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from pal_adapters.blocks.sites import Block
@@ -88,20 +89,34 @@ class BaseCopies:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Replace the originals by the copies inside the `with` block."""
+        """Let modules read the copies instead of the originals inside the `with` block.
+
+        An attribute hides the parameter of its name without replacing it, so `state_dict` and `parameters`, which
+        other threads may call meanwhile, still give the originals. Tracing only follows parameters.
+        """
+        tracing = torch.compiler.is_compiling()
         kept: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for key, places in self.slots.items():
                 copy = self.copies[key_of(key)]
                 for module, name in places:
-                    parameters = module._parameters
-                    original: Any = parameters[name]
-                    kept.append((parameters, name, original))
-                    parameters[name] = copy if copy.dtype == original.dtype else copy.to(original.dtype)
+                    original: Any = module._parameters[name]
+                    read: dict[str, Any] = module._parameters if tracing else module.__dict__
+                    kept.append((read, name, read.get(name)))
+                    read[name] = copy if copy.dtype == original.dtype else copy.to(original.dtype)
             yield
         finally:
-            for parameters, name, original in reversed(kept):
-                parameters[name] = original
+            for read, name, before in reversed(kept):
+                if before is None:
+                    del read[name]
+                else:
+                    read[name] = before
+
+
+def uncover(places: Iterable[tuple[nn.Module, str]]) -> None:
+    """Remove the attributes that hide parameters in a model that was copied during a call."""
+    for module, name in places:
+        module.__dict__.pop(name, None)
 
 
 def fill(into: nn.ParameterDict, slots: Slots) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from typing import Any
 
@@ -210,6 +211,39 @@ def test_checkpointed_blocks_run_again_in_another_thread(kind: str, reentrant: b
         for a, b in zip(found, expected, strict=True):
             assert (a is None) == (b is None)
             assert a is None or b is None or torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
+def test_what_is_taken_of_a_network_during_a_call(how: str) -> None:
+    """Copies of pretrained weights take their place only for the call that is running."""
+    model = get_peft_model(encoder(), pa.CAMTLPeftConfig(tasks=list(TASKS), max_length=16)).eval()
+    randomise(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = sequence(model, 1, task_ids=tasks_of(1))
+    with model.disable_adapter():
+        plain = sequence(model, 1)
+    take: Any = {
+        "state_dict": lambda: model.state_dict(),
+        "deepcopy": lambda: copy.deepcopy(model),
+        "pickle": lambda: pickle.loads(pickle.dumps(model)),
+    }[how]
+    taken: list[Any] = []
+    inside = model.get_base_model().encoder.layer[1].output.dense
+
+    def hook(*_: Any) -> None:
+        handle.remove()  # copies are made without it
+        taken.append(take())
+
+    handle = inside.register_forward_hook(hook)
+    sequence(model, 1, task_ids=tasks_of(1))
+    other = taken[0]
+    found = other if how == "state_dict" else other.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
+    if how == "state_dict":
+        return
+    with other.disable_adapter():
+        assert torch.equal(sequence(other, 1), plain)
+    assert torch.equal(sequence(other, 1, task_ids=tasks_of(1)), expected)
 
 
 class Stop(BaseException):
