@@ -42,7 +42,7 @@ def front(lines: Sequence[dict[str, Any]], path: Path) -> None:
         error = values.std(ddof=1) if seeds > 1 else None
         label = f"{name} ({seeds} seed{'s' * (seeds > 1)})"
         axes.errorbar(one["trained"], values.mean(), yerr=error, fmt=marker, capsize=4, label=label)
-    axes.set(xscale="log", xlabel="trained parameters per task, without heads", ylabel="mean score, points")
+    axes.set(xscale="log", xlabel="trained parameters per task", ylabel="mean score, points")
     axes.set_title(", ".join(sorted(shared)), fontsize="small")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize="small")

@@ -17,7 +17,7 @@ def signed(value: float) -> str:
 def measured(line: dict[str, Any]) -> str:
     found = line["difference"]
     if found is None:
-        return "not run"
+        return "no task learned" if line["not_learned"] else "not run"
     text = signed(found["mean"])
     if found["interval"] is not None:
         low, high = found["interval"]
@@ -43,13 +43,13 @@ def notes(line: dict[str, Any]) -> str:
     return f"- {line['says']}: {'; '.join(found)}." if found else ""
 
 
-def table(lines: Sequence[dict[str, Any]], command: str) -> str:
-    """One line for each part of a claim; below, what the undecided ones need."""
+def table(lines: Sequence[dict[str, Any]], command: str | None = None) -> str:
+    """One line for each part of a claim; below, what the undecided ones need and the command that gives it."""
     text = tabulate.tabulate([row(line) for line in lines], HEAD, tablefmt="pipe", disable_numparse=True)
     below = [note for line in lines if (note := notes(line))]
     if below:
         text += "\n\n" + "\n".join(below)
-    if any(line["needs"] for line in lines):
+    if command is not None and any(line["needs"] for line in lines):
         text += f"\n\nThis continues where it stopped:\n\n```bash\n{command}\n```"
     return text + "\n"
 

@@ -76,10 +76,15 @@ def difference(cells: Sequence[tuple[Sequence[Scores], Sequence[Scores]]]) -> Di
     """
     by_seed = np.mean([[score(a) - score(b) for a, b in zip(*cell, strict=True)] for cell in cells], axis=0)
     examples = math.sqrt(sum(jackknife(*cell) for cell in cells)) / len(cells)
-    mean, seeds = float(by_seed.mean()), len(by_seed)
+    return combined(by_seed, examples)
+
+
+def combined(by_seed: Sequence[float], examples: float) -> Difference:
+    """The difference of each seed, and the error from the scored examples, both in points."""
+    mean, seeds = float(np.mean(by_seed)), len(by_seed)
     if seeds == 1:
         return Difference(mean, 1, None, examples, None)
-    spread = float(by_seed.std(ddof=1))
+    spread = float(np.std(by_seed, ddof=1))
     half = math.hypot(stats.t.ppf(0.975, seeds - 1) * spread / math.sqrt(seeds), 1.96 * examples)
     return Difference(mean, seeds, spread, examples, (mean - half, mean + half))
 

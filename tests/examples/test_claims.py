@@ -25,7 +25,7 @@ from claims.plans import PLANS, Group
 from claims.recipes import HOULSBY_SHARE, RECIPES, build, houlsby_size
 from claims.run import main
 from claims.runs import Runs
-from claims.table import signed
+from claims.table import row, signed
 from claims.verdict import Difference, difference, learned
 
 PIECE = {"recipe": "full", "tasks": ["rte"], "learning_rate": 1e-4}
@@ -234,3 +234,62 @@ def test_whole_script(tiny_encoder: str, tmp_path: Path, capsys: Any) -> None:
 def test_what_is_rejected(more: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         main(["--output_dir", str(tmp_path), *more])
+
+
+def test_claims_on_a_gpu_run_beside_each_other(tmp_path: Path, monkeypatch: Any) -> None:
+    import claims_gpu
+    from claims.options import ClaimsOptions
+
+    from pal_adapters.cli.options import parse
+
+    events: list[Any] = []
+
+    class Process:
+        def __init__(self, command: list[str]) -> None:
+            assert command[1] == str(ROOT / "benchmarks" / "claims.py")
+            args, _ = parse("claims.py", "", command[2:], ClaimsOptions)
+            assert (args.model, args.data_dir, args.output_dir) == ("m", "d", "o")
+            assert (args.device, args.bf16, args.max_length) == ("cpu", True, 128)  # the last one counts
+            events.append((args.claim, args.seeds, round(3600 * args.budget)))
+
+        def wait(self) -> int:
+            events.append("end")
+            return 0
+
+    monkeypatch.setattr("subprocess.Popen", Process)
+    assert claims_gpu.main(["m", "d", "o", "--device", "cpu"]) == 0
+    beside = [(["houlsby", "pals"], 5, 432), (["ca_mtl"], 5, 432), (["scalearn"], 5, 432)]
+    every = ["houlsby", "pals", "scalearn", "ca_mtl"]
+    assert events == [(["scalearn"], 1, 72), "end", *beside, *["end"] * 3, (every, 5, 0), "end"]
+    assert sum(seconds for _, _, seconds in (events[0], beside[0])) < 600
+    assert claims_gpu.main(["m"]) == 2
+
+
+def test_verdicts_of_the_short_runs() -> None:
+    import short_claims
+
+    found = {line["name"]: line for lines in short_claims.lines().values() for line in lines}
+    page = (ROOT / "docs" / "results" / "index.md").read_text(encoding="utf-8")
+    stored = json.loads((ROOT / "docs" / "results" / "short_claims.json").read_text(encoding="utf-8"))
+    for lines in stored.values():
+        for line in lines:
+            assert line["verdict"] == found[line["name"]]["verdict"]
+            assert (line["difference"] or {}).get("mean") == (found[line["name"]]["difference"] or {}).get("mean")
+            assert f"| {' | '.join(row(line))} |" in page
+    runs = json.loads((ROOT / "docs" / "results" / "many_tasks.json").read_text(encoding="utf-8"))
+
+    def scores(preset: str) -> Any:  # [seeds, tasks], of the tasks that a recipe learned
+        some = [run for run in runs if run["config"]["preset"] == preset]
+        some.sort(key=lambda run: run["config"]["seed"])
+        return np.array([[next(iter(run["scores"][t].values())) for t in ("stsb", "sst2", "qnli")] for run in some])
+
+    left, right = scores("houlsby"), scores("full_single")
+    by_seed = 100 * (left - right).mean(1)
+    assert found["houlsby"]["difference"]["mean"] == pytest.approx(by_seed.mean())
+    assert found["houlsby"]["difference"]["spread"] == pytest.approx(np.std(by_seed, ddof=1))
+    sizes = np.array([1500, 872, 5463])
+    total = 0.0
+    for side in (left.mean(0), right.mean(0)):
+        total += (1 - side[0] ** 2) ** 2 / (sizes[0] - 1) + (side[1:] * (1 - side[1:]) / sizes[1:]).sum()
+    assert found["houlsby"]["difference"]["examples"] == pytest.approx(100 * np.sqrt(total) / 3)
+    assert set(found["houlsby"]["not_learned"]) == {"rte", "mrpc", "cola"}
