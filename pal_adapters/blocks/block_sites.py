@@ -13,7 +13,7 @@ _CHOICES = {
     "residual_at": ("output", "input"),
     "mixing": ("attention", "recurrent", "other"),
     "mask": ("kept", "hidden", "signed", "mapping"),
-    "layout": ("tokens", "packed", "grid", "streams"),
+    "layout": ("tokens", "tokens_first", "channels_first", "packed", "grid", "streams"),
 }
 
 
@@ -46,9 +46,10 @@ class BlockSites:
         mask: what the mask that `attention` gets says: `"kept"`, the usual forms (non-zero or True for tokens that are
             seen, or a term in the scores); `"hidden"`, True for tokens that are not seen; `"signed"`, negative for
             tokens that are not seen; or `"mapping"`, a mapping with the usual form under `"causal"`.
-        layout: the form of the hidden states that the blocks pass on: `"tokens"`, `[b, n, d]`; `"packed"`, the tokens
-            of several sequences as `[n, d]`; `"grid"`, the tokens of an image in two dimensions; or `"streams"`,
-            several residual streams. A network that steers the blocks needs tokens.
+        layout: the form of the hidden states that the blocks pass on: `"tokens"`, `[b, n, d]`; `"tokens_first"`,
+            `[n, b, d]`; `"channels_first"`, `[b, d, n]` or `[b, d, h, w]`; `"packed"`, the tokens of several sequences
+            as `[n, d]`; `"grid"`, the tokens of an image in two dimensions; or `"streams"`, several residual streams.
+            A network that steers the blocks needs tokens.
     """
 
     norm: Literal["pre", "post"]
@@ -63,7 +64,7 @@ class BlockSites:
     ffn_norm: str | None = None
     mixing: Literal["attention", "recurrent", "other"] = "attention"
     mask: Literal["kept", "hidden", "signed", "mapping"] = "kept"
-    layout: Literal["tokens", "packed", "grid", "streams"] = "tokens"
+    layout: Literal["tokens", "tokens_first", "channels_first", "packed", "grid", "streams"] = "tokens"
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():

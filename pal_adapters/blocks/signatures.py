@@ -20,7 +20,7 @@ from pal_adapters.errors import UnsupportedError
 from .sites import Block
 
 # Names of arguments, in the order in which they are looked for.
-MASK = ("attention_mask", "mask", "attn_mask")
+MASK = ("attention_mask", "mask", "key_padding_mask", "attn_mask")
 CAUSAL_MASK = ("causal_attention_mask",)
 WINDOW_MASK = ("sliding_window_mask",)
 POSITION = ("cache_position",)
@@ -28,7 +28,8 @@ POSITION = ("cache_position",)
 _OTHER_MASKS = frozenset(
     {"head_mask", "layer_head_mask", "cross_attn_layer_head_mask", "encoder_attention_mask", "encoder_mask",
      "cross_attention_mask", "mamba_attention_mask", "conv_mask", "conv_attention_mask", "position_mask",
-     "is_index_masked", "padding_mask", "input_features_mask", "all_masked_rows"}
+     "is_index_masked", "padding_mask", "input_features_mask", "all_masked_rows",
+     "audio_token_mask"}
 )  # fmt: skip
 _KNOWN_MASKS = _OTHER_MASKS.union(MASK, CAUSAL_MASK, WINDOW_MASK)
 # Packed sequences: several texts behind each other in one row.

@@ -186,7 +186,7 @@ class Block:
 
 def _width(block: nn.Module, sites: BlockSites) -> int:
     output = f"{sites.output}." if sites.output else ""
-    paths = (sites.input_norm, sites.output, f"{output}LayerNorm", f"{output}layer_norm")
+    paths = (sites.input_norm, sites.output, f"{output}LayerNorm", f"{output}layer_norm", f"{output}layernorm")
     for norm in [*(resolve(block, path) for path in paths if path), *block.children()]:
         weight = getattr(norm, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.dim() == 1:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from pal_adapters.blocks import signatures
+from pal_adapters.blocks.layouts import from_tokens, to_tokens
 from pal_adapters.blocks.norms import final_norm
 from pal_adapters.blocks.sites import Block, resolve
 from pal_adapters.errors import SiteError, UnsupportedError
@@ -51,6 +52,7 @@ class BlockCall:
 
     Attributes:
         x: what self-attention reads, `[b, n, d]`.
+        given: the same in the model's own layout.
         raw: the block's input, not normalised.
         h: the feed-forward input.
         mask: the attention mask; `extra_mask` is a second one.
@@ -62,6 +64,7 @@ class BlockCall:
     """
 
     x: Tensor | None = None
+    given: Tensor | None = None
     raw: Tensor | None = None
     h: Tensor | None = None
     mask: Any = None
@@ -248,7 +251,8 @@ class Attachment:
         x = signatures.hidden_states(positions, args, kwargs)
         call.packed = signatures.packed_lengths(x, positions, args, kwargs)
         if self._keeps_x:
-            call.x = x if call.packed is None else x[None]
+            call.given = x
+            call.x = self._tokens(x) if call.packed is None else x[None]
         if "mask" not in self._needs or call.packed is not None:
             return
         signatures.check_masks(positions, args, kwargs)
@@ -260,16 +264,17 @@ class Attachment:
         call.is_causal = kwargs.get("is_causal")
         call.cache = signatures.cache_of(args, kwargs)
         if call.cache is None:
-            signatures.check_whole(self.block.name, call.mask, x.shape[1], kwargs, causal=self._causal)
+            length = self._tokens(x).shape[1]
+            signatures.check_whole(self.block.name, call.mask, length, kwargs, causal=self._causal)
         call.position = signatures.argument(signatures.POSITION, positions, args, kwargs)
 
     def _on_input_norm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._held.value = BlockCall(raw=args[0] if args else next(iter(kwargs.values())))
+        self._held.value = BlockCall(raw=self._tokens(args[0] if args else next(iter(kwargs.values()))))
 
     def _on_ffn(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._held.value is None:
             self._held.value = BlockCall()
-        self._held.value.h = args[0] if args else next(iter(kwargs.values()))
+        self._held.value.h = self._tokens(args[0] if args else next(iter(kwargs.values())))
 
     def _on_residual_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
@@ -284,7 +289,8 @@ class Attachment:
             self._check(x, value)
         raw = x if call.raw is None or x is None else call.raw.view(x.shape)
         if x is not None and self._outside and self.block.sites.input_norm and "x" in self._needs:
-            x = self._module(self.block.sites.input_norm)(x)
+            x = self._tokens(self._module(self.block.sites.input_norm)(call.given))
+            x = x if call.packed is None else x[None]
         h = call.h
         if h is not None and x is not None and h.dim() == 2 and x.dim() == 3:  # OPT's feed-forward
             h = h.view(*x.shape[:2], h.shape[-1])
@@ -304,8 +310,6 @@ class Attachment:
         return UnitInputs(x=x, raw=raw, h=h, mask=mask, cache=cache, batch=value.shape[0])
 
     def _check(self, x: Tensor, value: Tensor) -> None:
-        if x.dim() == 4 and "mask" not in self._needs and x.shape == value.shape:  # an image
-            return
         if x.dim() != 3:
             raise UnsupportedError(
                 f"{self.block.name} got hidden states of shape {list(x.shape)}: task modules need [batch, tokens, "
@@ -318,6 +322,10 @@ class Attachment:
                 "config.chunk_size_feed_forward=0."
             )
 
+    def _tokens(self, value: Tensor) -> Tensor:
+        """What a module of the block reads or returns, with the features last."""
+        return to_tokens(value, self.block.sites.layout)
+
     def take_inputs(self, value: Tensor) -> UnitInputs:
         """Hand over what the block was called with to a runner that `keeps_inputs`."""
         inputs = self._inputs(value)
@@ -327,13 +335,14 @@ class Attachment:
     def write(self, site: str, output: Any) -> Any:
         """Replace the value at `site` in a module's output."""
         if self.runner.is_active(site):
-            value = signatures.first_of(output)
+            old = signatures.first_of(output)
+            value = self._tokens(old)
             x, flat = self._call.x, value.dim() == 2
             if flat and x is not None and x.dim() == 3:  # OPT's feed-forward
                 new = self._run(site, value.view(*x.shape[:2], value.shape[-1])).view(value.shape)
             else:
                 new = self._run(site, value)
-            output = signatures.with_first(output, new)
+            output = signatures.with_first(output, from_tokens(new, old, self.block.sites.layout))
         if site == "stack_output":
             self._held.value = None
         elif site == self._last and not self.runner.keeps_inputs():
@@ -349,4 +358,4 @@ class Attachment:
         if "stack_output" not in self._sites:
             self._held.value = None
         elif call is not None:
-            call.x = call.raw = call.h = None
+            call.x = call.given = call.raw = call.h = None

@@ -212,7 +212,10 @@ def _structures_of(model: nn.Module) -> set[str]:
 # Models of the rows that no model of the zoo fits, for their structure alone, and what differs from their defaults.
 _OTHERS: tuple[tuple[str, dict[str, Any]], ...] = (
     *((name, {}) for name in (
-        "BeamForCausalLM", "Blip2Model", "ClvpModelForConditionalGeneration", "CpmAntModel", "CvtModel",
+        "BeamForCausalLM", "Blip2Model", "ClvpModelForConditionalGeneration", "ConvNextModel", "CpmAntModel",
+        "CvtModel",
+        "DINOv3ConvNextModel", "EsmcModel", "FSMTModel", "Glm5NextTextModel", "HiggsAudioV2ForConditionalGeneration",
+        "MgpstrForSceneTextRecognition", "PoolFormerModel", "SqueezeBertModel",
         "DeepseekV4ForCausalLM", "DiaModel", "DonutSwinModel", "EvollaForProteinText2Text",
         "FastSpeech2ConformerModel", "FocalNetModel",
         "Gemma3nForCausalLM", "GPTNeoXJapaneseModel", "GraniteMoeHybridModel", "HieraModel",

@@ -179,6 +179,18 @@ DECODERS: tuple[Structure, ...] = (
         scales=("dropout",),
     ),
     Structure(
+        "higgs-audio-v2: text and audio have norms and feed-forward parts of their own, which get their tokens apart",
+        "input_layernorm self_attn post_attention_layernorm mlp audio_mlp audio_input_layernorm "
+        "audio_post_attention_layernorm",
+        pre("self_attn", "self_attn", "", residual=""),
+    ),
+    Structure(
+        "glm5-next: several residual streams, and a mask of the tokens of this call alone in all blocks",
+        "input_layernorm self_attn post_attention_layernorm mlp attn_hc ffn_hc",
+        pre(*_LLAMA, mixing="recurrent", layout="streams"),
+        classes=("Glm5NextTextDecoderLayer",),
+    ),
+    Structure(
         "evolla: some blocks end with cross-attention to a protein, behind the feed-forward sum",
         "input_layernorm self_attn post_attention_layernorm mlp [adapter]",
         pre(*_LLAMA),

@@ -136,6 +136,22 @@ ENCODERS: tuple[Structure, ...] = (
         inner="fourier.output.LayerNorm output.LayerNorm",
     ),
     Structure(
+        "esmc: scales both branches",
+        "input_layernorm self_attn post_attention_layernorm mlp",
+        pre("self_attn", "mlp", "input_layernorm", residual=""),
+        classes=("EsmcLayer",),
+        scales=("scaling_factor",),
+    ),
+    Structure(
+        "squeezebert",
+        "attention post_attention intermediate output",
+        BlockSites(
+            "post", "attention", "post_attention.dropout", "intermediate", "output.dropout", output="output",
+            layout="channels_first",
+        ),
+        classes=("SqueezeBertModule",),
+    ),
+    Structure(
         "funnel: some blocks pool their queries",
         "attention ffn",
         BlockSites(

@@ -99,4 +99,18 @@ TWO_STACKS: tuple[Structure, ...] = (
         classes=("LEDEncoderLayer",),
         scales=("dropout", "activation_dropout"),
     ),
+    Structure(
+        "the encoder of fsmt",
+        FC,
+        replace(fc("post"), mask="hidden", layout="tokens_first"),
+        classes=("modeling_fsmt.EncoderLayer",),
+        scales=("dropout", "activation_dropout"),
+    ),
+    Structure(
+        "the decoder of fsmt: its cache is a part of the state of a layer",
+        FC + CROSS,
+        replace(fc("post"), mixing="other", layout="tokens_first"),
+        classes=("modeling_fsmt.DecoderLayer",),
+        scales=("dropout", "activation_dropout"),
+    ),
 )  # fmt: skip

@@ -63,10 +63,14 @@ class HoulsbyPeftConfig(HoulsbyOptions, TaskPeftConfig):
 
 
 class _Target(NamedTuple):
-    """What an adapter adds at one module: a bottleneck after it, or with `width=None` a copy of it."""
+    """What an adapter adds at one module: a bottleneck after it, or with `width=None` a copy of it.
+
+    `layout` is that of the block that the module is a part of, see `BlockSites.layout`.
+    """
 
     width: int | None
     near: nn.Module
+    layout: str = "tokens"
 
 
 class HoulsbyModel(TaskTuner):
@@ -86,13 +90,14 @@ class HoulsbyModel(TaskTuner):
             chosen, self._excluded = choose_blocks(peft_config, blocks)
             for block in chosen:
                 for path in (block.sites.attention_output, block.sites.ffn_output):
-                    targets[self._name(block, path)] = _Target(block.width, block.module)
+                    targets[self._name(block, path)] = _Target(block.width, block.module, block.sites.layout)
         else:
             targets = self._find_modules(peft_config, blocks)
             chosen = [b for b in blocks if any(name.startswith(f"{b.name}.") for name in targets)]
         if peft_config.train_layernorm:
             for name in self._norms(peft_config, blocks, chosen):
-                targets.setdefault(name, _Target(None, self.model))
+                layouts = (block.sites.layout for block in blocks if name.startswith(f"{block.name}."))
+                targets.setdefault(name, _Target(None, self.model, next(layouts, "tokens")))
         self._targets = targets
         return peft_config
 
@@ -136,7 +141,7 @@ class HoulsbyModel(TaskTuner):
                 f"target_modules: the output width of {name!r}, a {type(module).__name__}, is not known. Use blocks, "
                 "their attention or feed-forward part, or linear modules."
             )
-        return _Target(width, module if block is None else block.module)
+        return _Target(width, module) if block is None else _Target(width, block.module, block.sites.layout)
 
     def _norms(self, config: HoulsbyPeftConfig, blocks: list[Block], chosen: list[Block]) -> Iterator[str]:
         """The norms of the selected blocks, and all other norms of the base model if every block is selected."""
@@ -153,6 +158,8 @@ class HoulsbyModel(TaskTuner):
                 continue
             if any(name.startswith(p) for p in (*left, *inner)) or any(pattern.match(name) for pattern in saved):
                 continue
+            if "indexer" in name.split("."):  # it chooses tokens, and its norms get no gradient
+                continue
             if left and not any(name.startswith(f"{b.name}.") for b in blocks):
                 continue
             yield name
@@ -161,12 +168,12 @@ class HoulsbyModel(TaskTuner):
         return EXCLUDED if key in self._excluded else key in self._targets
 
     def _put(self, config: Any, adapter_name: str, target: nn.Module, name: str, parent: nn.Module, path: str) -> None:
-        width, near = self._targets[path]
+        width, near, layout = self._targets[path]
         layer: nn.Module | None
         if width is not None:
             layer = target._modules.get(HOULSBY.name)
             if layer is None:
-                layer = HoulsbyLayer(self.model, target, width, near)
+                layer = HoulsbyLayer(self.model, target, width, near, layout)
                 target.add_module(HOULSBY.name, layer)
                 layer.train(target.training)
             assert isinstance(layer, HoulsbyLayer)
@@ -176,7 +183,7 @@ class HoulsbyModel(TaskTuner):
         else:
             layer = target
             if not isinstance(layer, HoulsbyNorm):
-                layer = HoulsbyNorm(self.model, target, parent, name)
+                layer = HoulsbyNorm(self.model, target, parent, name, layout)
                 setattr(parent, name, layer)
                 layer.train(target.training)
             layer.add_copy(adapter_name, inference_mode=config.inference_mode)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pal_adapters.blocks import signatures
+from pal_adapters.blocks.layouts import from_tokens, to_tokens
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.rows import RowPlan
 from pal_adapters.hosts.peft.layer import TunerLayer, entry
@@ -44,12 +45,14 @@ class HoulsbyLayer(HoulsbyTunerLayer):
         target: the module after which a bottleneck is added.
         width: `d`, the width of that output.
         near: the module whose device and dtype a new adapter takes.
+        layout: of the module's output, see `BlockSites.layout`.
     """
 
     container = "houlsby_units"
 
-    def __init__(self, model: nn.Module, target: nn.Module, width: int, near: nn.Module) -> None:
+    def __init__(self, model: nn.Module, target: nn.Module, width: int, near: nn.Module, layout: str) -> None:
         super().__init__(model, width, near)
+        self._layout = layout
         self._target = (target,)
         # Before other hooks: transformers 5 records the outputs of modules in its own hooks.
         self._handle = target.register_forward_hook(self._behind, prepend=True)
@@ -77,9 +80,9 @@ class HoulsbyLayer(HoulsbyTunerLayer):
         names = self.active_adapters if self.plan is None else self.plan.names
         if self.disable_adapters or not any(name in self.units for name in names):
             return None
-        value = signatures.first_of(output)
-        value = self.run_active(self.units, "value", value, UnitInputs())
-        return signatures.with_first(output, value)
+        old = signatures.first_of(output)
+        value = self.run_active(self.units, "value", to_tokens(old, self._layout), UnitInputs())
+        return signatures.with_first(output, from_tokens(value, old, self._layout))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedError("a Houlsby layer cannot be called: its hook runs when its module is called.")
@@ -95,12 +98,14 @@ class HoulsbyNorm(HoulsbyTunerLayer):
         base_layer: the norm.
         parent: its parent module.
         name: its name there.
+        layout: of what it normalizes, see `BlockSites.layout`.
     """
 
     container = "houlsby_norms"
 
-    def __init__(self, model: nn.Module, base_layer: nn.Module, parent: nn.Module, name: str) -> None:
+    def __init__(self, model: nn.Module, base_layer: nn.Module, parent: nn.Module, name: str, layout: str) -> None:
         super().__init__(model, norm_width(base_layer), base_layer)
+        self._tokens_first = layout == "tokens_first"
         self.base_layer = base_layer
         self._place = (parent, name)
         self._swap_hooks()
@@ -139,6 +144,8 @@ class HoulsbyNorm(HoulsbyTunerLayer):
         if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
         if self.plan is not None:
+            if self._tokens_first:
+                return self._rows(x.transpose(0, 1), self.plan.for_batch(x.shape[1])).transpose(0, 1)
             return self._rows(x, self.plan.for_batch(x.shape[0]))
         active = [name for name in self.active_adapters if name in self.units]
         if not active:
@@ -161,7 +168,7 @@ class HoulsbyNorm(HoulsbyTunerLayer):
         # The base norm may have a lower precision than the adapters' copies.
         dtype = next(norm.weight.dtype for norm in norms if norm is not base)
         wide = x.to(dtype)  # type: ignore[arg-type]
-        if isinstance(base, nn.LayerNorm):
+        if type(base) is nn.LayerNorm:  # subclasses compute something else: Nemotron's adds one to its weight
             numbers = plan.numbers(x.device)
             shape = (numbers.shape[0], *(1,) * (x.dim() - 2), x.shape[-1])
             y = F.layer_norm(wide, base.normalized_shape, eps=base.eps)
@@ -176,7 +183,9 @@ class HoulsbyNorm(HoulsbyTunerLayer):
             own = [name for name, other in zip(plan.names, norms, strict=True) if other is norm]
             if plan.input is not None:
                 is_own = torch.stack([plan.input == plan.names.index(name) for name in own]).any(0)
-                new = torch.where(is_own[:, None, None], norm(wide.to(norm.weight.dtype)).to(dtype), new)  # type: ignore[arg-type]
+                new = torch.where(
+                    is_own.view(-1, *(1,) * (wide.dim() - 1)), norm(wide.to(norm.weight.dtype)).to(dtype), new
+                )  # type: ignore[arg-type]
                 continue
             rows = plan.rows_of(own, x.device)
             part = wide.index_select(0, rows).to(norm.weight.dtype)  # type: ignore[arg-type]
