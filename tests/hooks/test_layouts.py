@@ -22,7 +22,8 @@ pytestmark = [*zoo.HOST_WARNINGS, pytest.mark.filterwarnings("ignore:pal. only a
 NAMES = ("one", "two")
 _SEQ2SEQ = dict(src_vocab_size=40, tgt_vocab_size=40, langs=["en", "de"], d_model=24, encoder_layers=2,
                 decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=36,
-                decoder_ffn_dim=36, max_position_embeddings=40, dropout=0.0)  # fmt: skip
+                decoder_ffn_dim=36, max_position_embeddings=40, dropout=0.0,
+                use_cache=False)  # fmt: skip  # which fails in transformers 4.57
 _SQUEEZE = dict(vocab_size=40, hidden_size=24, embedding_size=24, num_hidden_layers=2, num_attention_heads=2,
                 intermediate_size=36, max_position_embeddings=40, q_groups=1, k_groups=1, v_groups=1,
                 post_attention_groups=1, intermediate_groups=1, output_groups=1)  # fmt: skip
