@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pathlib
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("peft")
 
 from peft import get_peft_model
 
-from pal_adapters import HoulsbyPeftConfig, LowRankPeftConfig, PALPeftConfig
+from pal_adapters import HoulsbyPeftConfig, LowRankPeftConfig, PALPeftConfig, ScaLearnPeftConfig, UnsupportedError
 from tests import zoo
 from tests.plain import low_rank, pal
 
@@ -155,3 +156,10 @@ def test_a_mixed_batch_through_norms_of_another_form() -> None:
             adapted.set_adapter(name)
             rows = [i for i, other in enumerate(names) if other == name]
             assert (mixed[rows] - adapted(**inputs).logits[rows]).abs().max() < 2e-5
+
+
+def test_bottlenecks_are_not_combined_where_channels_come_first(tmp_path: pathlib.Path) -> None:
+    model = _model("SqueezeBertModel", **_SQUEEZE)
+    get_peft_model(copy.deepcopy(model), HoulsbyPeftConfig(init_weights=False)).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="hidden states are not"):
+        get_peft_model(model, ScaLearnPeftConfig(adapters={"one": str(tmp_path)}))

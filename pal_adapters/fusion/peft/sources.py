@@ -189,6 +189,13 @@ def _check_fit(
     other = f" Source {source.name!r} was trained on {of!r}: use sources of the same base model." if of else ""
     if module is None:
         raise ConfigError(f"source {source.name!r} adapts {path!r}, which the model does not have.{other}")
+    block = next((b for b in blocks if path.startswith(f"{b.name}.")), None)
+    layout = "tokens" if block is None or isinstance(part, UnitPart) else block.sites.layout
+    if layout in ("tokens_first", "channels_first", "grid") and not (isinstance(part, Pair) and part.is_lora):
+        raise UnsupportedError(
+            f"source {source.name!r} adapts {path!r}, whose hidden states are not [batch, tokens, width]: only LoRA "
+            "and modules of whole blocks can be combined there."
+        )
     given: Any = None
     expected: Any = None
     if isinstance(part, Pair) and part.is_lora:
@@ -207,7 +214,7 @@ def _check_fit(
         given = {name: list(tensor.shape) for name, tensor in {**part.own, **part.shared}.items()}
         expected = part.shapes
     else:
-        widths, block = widths_of(module), next((b for b in blocks if path.startswith(f"{b.name}.")), None)
+        widths = widths_of(module)
         given = part.up.shape[0]
         expected = widths[1] if widths is not None else given if block is None else block.width
     if given != expected:

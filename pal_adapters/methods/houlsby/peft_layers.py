@@ -103,7 +103,9 @@ class HoulsbyNorm(HoulsbyTunerLayer):
 
     container = "houlsby_norms"
 
-    def __init__(self, model: nn.Module, base_layer: nn.Module, parent: nn.Module, name: str, layout: str) -> None:
+    def __init__(
+        self, model: nn.Module, base_layer: nn.Module, parent: nn.Module, name: str, layout: str = "tokens"
+    ) -> None:
         super().__init__(model, norm_width(base_layer), base_layer)
         self._tokens_first = layout == "tokens_first"
         self.base_layer = base_layer
@@ -183,9 +185,8 @@ class HoulsbyNorm(HoulsbyTunerLayer):
             own = [name for name, other in zip(plan.names, norms, strict=True) if other is norm]
             if plan.input is not None:
                 is_own = torch.stack([plan.input == plan.names.index(name) for name in own]).any(0)
-                new = torch.where(
-                    is_own.view(-1, *(1,) * (wide.dim() - 1)), norm(wide.to(norm.weight.dtype)).to(dtype), new
-                )  # type: ignore[arg-type]
+                is_own = is_own.view(-1, *(1,) * (wide.dim() - 1))
+                new = torch.where(is_own, norm(wide.to(norm.weight.dtype)).to(dtype), new)  # type: ignore[arg-type]
                 continue
             rows = plan.rows_of(own, x.device)
             part = wide.index_select(0, rows).to(norm.weight.dtype)  # type: ignore[arg-type]
