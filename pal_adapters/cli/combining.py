@@ -59,6 +59,8 @@ class InAdapters:
 class InPeft:
     """LoRA of rank `width / reduction_factor` on the modules that PEFT adapts by default, and combinations of it.
 
+    For a model that PEFT has no default for, LoRA is on all linear layers.
+
     PEFT cannot have LoRA and a combination on one model: `combine` unloads the sources and reads them, frozen, from
     where they were saved.
     """
@@ -71,8 +73,13 @@ class InPeft:
     def add(self, name: str) -> Any:
         import peft  # only here, and below: the other host does without it
 
+        known = self.model.config.model_type in peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
         config = peft.LoraConfig(
-            r=self._rank, lora_alpha=2 * self._rank, lora_dropout=0.0, task_type="FEATURE_EXTRACTION"
+            r=self._rank,
+            lora_alpha=2 * self._rank,
+            lora_dropout=0.0,
+            target_modules=None if known else "all-linear",
+            task_type="FEATURE_EXTRACTION",
         )
         self.model = add_adapter(self.model, name, config)
         return name
