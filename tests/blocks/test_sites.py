@@ -215,7 +215,7 @@ _OTHERS: tuple[tuple[str, dict[str, Any]], ...] = (
         "BeamForCausalLM", "Blip2Model", "ClvpModelForConditionalGeneration", "ConvNextModel", "CpmAntModel",
         "CvtModel",
         "DINOv3ConvNextModel", "EsmcModel", "FSMTModel", "Glm5NextTextModel", "HiggsAudioV2ForConditionalGeneration",
-        "MgpstrForSceneTextRecognition", "PoolFormerModel", "SqueezeBertModel",
+        "MgpstrForSceneTextRecognition", "PoolFormerModel", "SqueezeBertModel", "T5Gemma2Model",
         "DeepseekV4ForCausalLM", "DiaModel", "DonutSwinModel", "EvollaForProteinText2Text",
         "FastSpeech2ConformerModel", "FocalNetModel",
         "Gemma3nForCausalLM", "GPTNeoXJapaneseModel", "GraniteMoeHybridModel", "HieraModel",

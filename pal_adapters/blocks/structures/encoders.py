@@ -100,7 +100,10 @@ ENCODERS: tuple[Structure, ...] = (
     Structure(
         "lilt: a second, narrow stream for the layout",
         "attention intermediate output layout_intermediate layout_output",
-        BlockSites("post", "attention", "attention.output.dropout", "intermediate", "output.dropout", output="output"),
+        BlockSites(
+            "post", "attention", "attention.output.dropout", "intermediate", "output.dropout", output="output",
+            layout="streams",
+        ),
         inner="attention.output.LayerNorm output.LayerNorm",
     ),
     Structure(

@@ -31,6 +31,15 @@ TWO_STACKS: tuple[Structure, ...] = (
         ),
     ),
     Structure(
+        "the decoder of t5gemma2: its attention sees the encoder's tokens behind its own",
+        "pre_self_attn_layernorm self_attn post_self_attn_layernorm pre_feedforward_layernorm mlp "
+        "post_feedforward_layernorm dropout",
+        pre("self_attn", "mlp", "pre_self_attn_layernorm", attention_output="post_self_attn_layernorm",
+            ffn_output="post_feedforward_layernorm", residual="", ffn_norm="pre_feedforward_layernorm",
+            mixing="other"),
+        classes=("T5Gemma2DecoderLayer",),
+    ),
+    Structure(
         "bart, plbart, marian, blenderbot-small, mvp, trocr",
         FC + CROSS,
         fc("post"),

@@ -63,8 +63,8 @@ VISION: tuple[Structure, ...] = (
         classes=tuple(f"{name}VisionBlock" for name in _PACKED)
         + tuple(f"{name}VisionEncoderLayer" for name in ("Kimi_K25", "MuseGlimmer", "MuseSpark")),
     ),
-    Structure("pixtral", "attention_norm feed_forward attention ffn_norm",
-              pre("attention", "feed_forward", "attention_norm")),
+    Structure("pixtral: the patches of all images behind each other", "attention_norm feed_forward attention ffn_norm",
+              pre("attention", "feed_forward", "attention_norm", layout="packed")),
     Structure("aimv2", "attention ffn rms_norm1 rms_norm2", pre("attention", "ffn", "rms_norm1")),
     Structure(
         "internvl, qianfan-ocr: scale both branches",
