@@ -239,6 +239,7 @@ PAGES: dict[str, list[tuple[str, Prepare]]] = {
         ("peft", nothing),
         ("peft", nothing),
         ("bitsandbytes", nothing),
+        ("peft", nothing),
     ],
     "docs/predict.md": [
         ("peft", answering),
