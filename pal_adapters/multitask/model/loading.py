@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from .language import output_tensors
 from .routes import adapter_names
 from .tasks_file import read_tasks
 
+_DEPTH = re.compile(r"(num|n)_((hidden|encoder|decoder)_)?layers?|(encoder|decoder)_layers")
+
 
 def load(directory: Path, backbone: Any | None) -> Contents:
     """Reads a folder, see `TaskHeads.from_pretrained`, which puts a backbone back after an error."""
@@ -42,7 +45,7 @@ def load(directory: Path, backbone: Any | None) -> Contents:
             stored[stem] = read_tensors(directory, stem)
     own = backbone is None
     if own:
-        backbone = _load_base(description, directory)
+        backbone = _load_base(description, directory, stored.get("base"))
     if description.embeddings:
         _resize_embeddings(backbone, stored[EMBEDDINGS], directory)
     backbone = add_adapters(backbone, description, directory)
@@ -123,7 +126,7 @@ def _fill(
         copy_into(tensors, stored[stem])
 
 
-def _load_base(description: Description, directory: Path) -> Any:
+def _load_base(description: Description, directory: Path, tensors: Mapping[str, Tensor] | None) -> Any:
     saved = base_folder(directory)
     # The folder may hold the base model of another run, which this one did not train.
     stored = description.base_trained and saved.is_dir()
@@ -134,6 +137,8 @@ def _load_base(description: Description, directory: Path) -> Any:
     try:
         config = wanted.config_class.from_pretrained(source)
         _check_implementations(config)
+        if stored and tensors is not None:
+            _check_depth(config, len(tensors))
         return wanted.from_pretrained(source, config=config, use_safetensors=True)
     except Exception as error:  # the errors of transformers and of the Hub have no common base
         raise StorageError(
@@ -151,6 +156,15 @@ def _check_implementations(config: PretrainedConfig) -> None:
             for chosen in value.values() if isinstance(value, dict) else [value]:
                 if isinstance(chosen, str) and "/" in chosen:
                     raise ConfigError(f"its config asks for the code of {chosen!r}")
+
+
+def _check_depth(config: PretrainedConfig, tensors: int) -> None:
+    """Raises `ConfigError` for more layers than a file has tensors: building them may take hours."""
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            _check_depth(value, tensors)
+        elif _DEPTH.fullmatch(name) and isinstance(value, int) and value > tensors:
+            raise ConfigError(f"its config has {name}={value}, but its file has only {tensors} tensors")
 
 
 def _resize_embeddings(backbone: Any, stored: dict[str, Tensor], directory: Path) -> None:
