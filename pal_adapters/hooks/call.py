@@ -23,8 +23,8 @@ class CallValue(threading.local):
     """A value of this thread's current call; None outside of calls. Copies start without one."""
 
     def __init__(self) -> None:
-        # Once per thread. Were the value only an attribute of the class, the first call would add it to the object, and
-        # a compiled graph, which checks that, would be compiled again.
+        # Once per thread. Were the value only an attribute of the class, the first call would add it to the object
+        # and a compiled graph, which checks that, would be compiled again.
         self.value: Any = None
 
     @contextmanager
