@@ -24,6 +24,8 @@ collect_ignore = [
     for host in ("adapters", "peft")
     if importlib.util.find_spec(host) is None
 ]
+if importlib.util.find_spec("peft") is None:
+    collect_ignore.append("clients")
 
 
 def pytest_collection_finish() -> None:
