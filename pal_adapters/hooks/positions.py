@@ -60,12 +60,18 @@ class CountedPositions:
             queries: how many tokens the call has.
             total: how many there were so far, with them.
         """
+        if self._handle is None:
+            return None
         mask, given = self._call.value or (None, None)
-        if self._handle is None or mask is None or given is not None:
-            return ids if self._handle is not None else None
-        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= total:
-            return (mask[:, :total].long().cumsum(-1) - 1).clamp(min=0)[:, -queries:]
-        return None
+        if mask is None:
+            return ids
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < total:
+            return None if given is None else ids
+        counted = (mask[:, :total].long().cumsum(-1) - 1).clamp(min=0)[:, -queries:]
+        if given is None or ids is None or ids.dim() != 2:
+            return counted
+        # Positions that count padding exceed the mask's count; those of packed texts start again below it.
+        return torch.minimum(ids.to(counted), counted)
 
 
 def keys_seen(mask: Any, total: int) -> int:

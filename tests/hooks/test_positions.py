@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from pal_adapters.blocks.sites import find_blocks
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.masks import CallMask
-from pal_adapters.hooks.positions import token_positions
+from pal_adapters.hooks.positions import CountedPositions, token_positions
+from tests.zoo import BY_NAME
 
 CPU = torch.device("cpu")
 
@@ -83,3 +85,21 @@ def test_a_window_with_a_cache_needs_the_positions_of_the_host() -> None:
     assert keys.tolist() == [[4, 5, 6], [2, 3, 4]]
     with pytest.raises(UnsupportedError, match="pass position_ids, or use_cache=False"):
         token_positions(mask, queries=1, total=7)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [([2, 3], [0, 1]), ([0, 1], [0, 1]), (None, [0, 1])],
+    ids=["counting padding", "without padding", "not given"],
+)
+def test_given_positions_do_not_count_padding(given: list[int] | None, expected: list[int]) -> None:
+    """A wrapper may count the padding in the positions that it passes to the model of its text."""
+    model = BY_NAME["mistral"].build().model
+    counted = CountedPositions(model, find_blocks(model)[0])
+    ids = None if given is None else torch.tensor([given])
+    mask = torch.tensor([[0, 0, 1, 1]])
+    counted._on_call(model, (), {"attention_mask": mask, "position_ids": ids})
+    found = counted.of_call(torch.tensor([[2, 3]]) if ids is None else ids, 2, 4)
+    assert found is not None
+    assert found.tolist() == [expected]
+    counted.remove()
