@@ -341,7 +341,8 @@ class TaskTuner(BaseTuner):
         if names is None:
             yield
             return
-        known = [name for name, config in self.peft_config.items() if method_of(config) is not None]
+        # A list first: another thread may add an adapter meanwhile.
+        known = [name for name, config in list(self.peft_config.items()) if method_of(config) is not None]
         with Routing(self.model, self._plans, names, known, args, kwargs):
             yield
 
