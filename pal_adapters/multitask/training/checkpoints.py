@@ -1,4 +1,21 @@
-"""Checkpoints are complete or not there at all."""
+"""Checkpoints are those of `TaskHeads`: complete or not there at all, restored in place and uploaded as they are.
+
+For that, `MultiTaskTrainer` touches what is not public in `transformers.Trainer`, 4.57 and 5:
+
+| upstream symbol                         | what and why                                                             |
+|-----------------------------------------|--------------------------------------------------------------------------|
+| `Trainer._save`                         | overridden: the folder is that of `TaskHeads`                            |
+| `Trainer._save_checkpoint`              | extended: an incomplete checkpoint is removed                            |
+| `Trainer._save_optimizer_and_scheduler` | overridden for FSDP                                                      |
+| `Trainer._load_optimizer_and_scheduler` | overridden for FSDP                                                      |
+| `Trainer._load_from_checkpoint`         | overridden: values are copied in place                                   |
+| `Trainer._load_best_model`              | overridden: values are copied in place                                   |
+| `Trainer._push_from_checkpoint`         | extended: the host uploads `output_dir`, to which it copies files with   |
+|                                         | names it knows, and these have other names                               |
+| `Trainer.push_in_progress`              | read: no file may change while the host uploads                          |
+
+`test_upstream_of_checkpoints` in `tests/multitask/training/test_trainer_features.py` fails when one of them moves.
+"""
 
 from __future__ import annotations
 

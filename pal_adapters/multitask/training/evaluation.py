@@ -108,6 +108,31 @@ def aggregated(primary: Mapping[str, float], aggregate: Aggregate | str) -> floa
     return float(cast("Any", getattr(np, aggregate))(list(primary.values())))
 
 
+def summarised(
+    prefix: str,
+    sets: Mapping[str, EncodedTask],
+    scored: Mapping[str, tuple[float | None, dict[str, float]]],
+    aggregate: Aggregate | str,
+) -> dict[str, float]:
+    """The losses and scores of all evaluation sets, by names that begin with `prefix`, and their means.
+
+    Args:
+        prefix: Prefix of the names.
+        sets: The evaluation sets by name.
+        scored: The loss and the scores of each.
+        aggregate: See `aggregated`.
+    """
+    metrics: dict[str, float] = {}
+    primary: dict[str, float] = {}
+    for key, (loss, found) in scored.items():
+        metrics[f"{prefix}_{key}_loss"] = cast("float", loss)
+        metrics |= {f"{prefix}_{key}_{name}": value for name, value in found.items()}
+        primary.setdefault(sets[key].task.name, sets[key].primary(found))  # of several splits the first
+    metrics[f"{prefix}_average"] = aggregated(primary, aggregate)
+    metrics[f"{prefix}_loss"] = float(np.mean([cast("float", loss) for loss, _ in scored.values()]))
+    return metrics
+
+
 def speed(prefix: str, start: float, batch_size: int, *sets: EncodedTask) -> dict[str, float]:
     """Seconds since `start`, and examples and steps a second."""
     steps = sum(math.ceil(len(rows) / batch_size) for rows in sets)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,14 @@ def _options(args: MultiTaskTrainingArguments, collator: MultiTaskCollator) -> d
         if hasattr(args, f"dataloader_{name}"):
             options[name] = getattr(args, f"dataloader_{name}")
     return options
+
+
+def new_probabilities(sampler: MultiTaskBatchSampler, history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The probabilities of the tasks in the current epoch as entries of the log, unless the log has them."""
+    if any(entry.get("sampling_epoch") == sampler.epoch + 1 for entry in history):
+        return {}
+    shares = zip(sampler.names, sampler.probabilities().tolist(), strict=True)
+    return {"sampling_epoch": sampler.epoch + 1} | {f"sampling_{name}": share for name, share in shares}
 
 
 def drawn(sampler: MultiTaskBatchSampler, steps: int) -> list[int]:

@@ -11,6 +11,8 @@ from torch import Tensor
 from pal_adapters.errors import ConfigError
 from pal_adapters.multitask.model.task_heads import TaskHeads
 
+from .arguments import MultiTaskTrainingArguments
+
 
 class UncorrectedAdamW(torch.optim.Optimizer):
     r"""AdamW as used to train BERT: the moments are not corrected for their bias, so the first steps are large.
@@ -61,6 +63,12 @@ class UncorrectedAdamW(torch.optim.Optimizer):
                 update = mean / (square.sqrt() + group["eps"])
                 parameter.add_(update + group["weight_decay"] * parameter, alpha=-group["lr"])
         return loss
+
+
+def uncorrected(args: MultiTaskTrainingArguments) -> tuple[type[UncorrectedAdamW], dict[str, Any]]:
+    """`UncorrectedAdamW` with the values of the arguments, as `transformers.Trainer` takes an optimizer."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    return UncorrectedAdamW, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
 
 
 def pals_schedule(step: int, *, warmup_steps: int, steps: int) -> float:

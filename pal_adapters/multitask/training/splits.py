@@ -103,6 +103,20 @@ def evaluation_sets(
     return found
 
 
+def sets_to_evaluate(
+    tasks: Mapping[str, Task], own: Mapping[str, EncodedTask], given: Any, encode: Encode
+) -> Mapping[str, EncodedTask]:
+    """The evaluation sets of one call: `own`, those of the run, the one of them that `given` names, or those given."""
+    if isinstance(given, str):
+        if given not in own:
+            raise ConfigError(f"eval_dataset={given!r} is not one of: {', '.join(own) or 'none'}.")
+        return {given: own[given]}
+    sets = own if given is None else evaluation_sets(tasks, given, encode, needed=True)
+    if not sets:
+        raise ConfigError("there is nothing to evaluate: no task has validation examples.")
+    return sets
+
+
 def check_score_names(sets: Mapping[str, EncodedTask], best: str | None) -> None:
     """Raise `ConfigError` for two scores of the same name, and for a best metric that no evaluation returns.
 

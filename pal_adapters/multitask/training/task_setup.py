@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -17,13 +17,18 @@ from pal_adapters.multitask.tasks.encoding import EncodedTask
 from pal_adapters.multitask.tasks.task import Task
 
 
-def add_heads(model: TaskHeads, tasks: Iterable[Task]) -> None:
-    """Adds the heads that the model lacks.
+def add_heads(model: TaskHeads, tasks: Mapping[str, Task], training: Mapping[str, EncodedTask]) -> None:
+    """Adds the heads that the model lacks. New regression heads start at the mean of their labels.
+
+    Args:
+        model: The model.
+        tasks: The tasks by name.
+        training: Their training examples.
 
     Raises:
         ConfigError: If an existing head does not fit its task.
     """
-    for task in tasks:
+    for task in tasks.values():
         if task.name not in model.routes:
             head = task.head or task.head_config()
             model.add(task.name, head, adapter=task.adapter, weight=task.weight, loss=task.loss)
@@ -35,6 +40,8 @@ def add_heads(model: TaskHeads, tasks: Iterable[Task]) -> None:
                 f"task {task.name!r}: its head on the model is {there.kind} with {there.num_labels} labels, but the "
                 f"task is {wanted.kind} with {wanted.num_labels}."
             )
+    for rows in training.values():
+        _start_at_mean(model.head(rows.task.name), rows)
 
 
 def _take_over(model: TaskHeads, task: Task) -> None:
@@ -93,7 +100,7 @@ def _shape(head: HeadConfig) -> tuple[Any, ...]:
     return head.kind, head.num_labels, head.num_choices
 
 
-def start_at_mean(head: Head, rows: EncodedTask) -> None:
+def _start_at_mean(head: Head, rows: EncodedTask) -> None:
     """Sets the bias of a new regression head to the mean of the labels, which would be slow to learn."""
     if head.config.kind == "regression" and head.linear is not None and not head.linear.bias.any():
         mean = torch.as_tensor(rows.labels).double().mean(0)

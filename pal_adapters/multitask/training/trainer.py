@@ -1,34 +1,18 @@
-"""`transformers.Trainer` for many tasks on one model.
-
-Its checkpoints are those of `TaskHeads`, restored in place and uploaded as they are. For that it touches what is not
-public in `transformers.Trainer`, 4.57 and 5:
-
-| upstream symbol                         | what and why                                                             |
-|-----------------------------------------|--------------------------------------------------------------------------|
-| `Trainer._save`                         | overridden: the folder is that of `TaskHeads`                            |
-| `Trainer._save_checkpoint`              | extended: an incomplete checkpoint is removed                            |
-| `Trainer._save_optimizer_and_scheduler` | overridden for FSDP                                                      |
-| `Trainer._load_optimizer_and_scheduler` | overridden for FSDP                                                      |
-| `Trainer._load_from_checkpoint`         | overridden: values are copied in place                                   |
-| `Trainer._load_best_model`              | overridden: values are copied in place                                   |
-| `Trainer._push_from_checkpoint`         | extended: the host uploads `output_dir`, to which it copies files with   |
-|                                         | names it knows, and these have other names                               |
-| `Trainer.push_in_progress`              | read: no file may change while the host uploads                          |
-
-`test_upstream_of_checkpoints` in `tests/multitask/training/test_trainer_features.py` fails when one of them moves.
-"""
+"""`transformers.Trainer` for many tasks on one model; `checkpoints.py` lists what is overridden for checkpoints."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
@@ -49,15 +33,15 @@ from .callbacks import Progress, Steps
 from .checkpoints import checkpoint_to_resume, complete_or_absent, uploading
 from .described import described_run, logged_at
 from .distributed import load_whole_states, save_whole_states
-from .evaluation import Aggregate, aggregated, collected, example_outputs, speed
-from .loaders import drawn, evaluation_loader, item_counts, train_loader, train_sampler
+from .evaluation import Aggregate, collected, example_outputs, speed, summarised
+from .loaders import drawn, evaluation_loader, item_counts, new_probabilities, train_loader, train_sampler
 from .model_card import write_model_card
-from .optim import UncorrectedAdamW, give_attention_its_rate, pals_schedule
+from .optim import give_attention_its_rate, pals_schedule, uncorrected
 from .run_checks import Recipe, check_finite, check_run, chosen_sampling
 from .selection import CandidateSelection
-from .splits import Rows, check_score_names, encoded, evaluation_sets, training_sets
+from .splits import Rows, check_score_names, encoded, evaluation_sets, sets_to_evaluate, training_sets
 from .task_losses import TaskLosses
-from .task_setup import add_heads, start_at_mean, warn_of_resting_adapters
+from .task_setup import add_heads, warn_of_resting_adapters
 
 
 class MultiTaskTrainer(Trainer):
@@ -119,9 +103,8 @@ class MultiTaskTrainer(Trainer):
         preset: Recipe | None = None,
         **kwargs: Any,
     ) -> None:
-        check_run(
-            model, args, processing_class, {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, kwargs
-        )
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        check_run(model, args, processing_class, datasets, kwargs)
         self.tasks = check_tasks(tasks or ())
         self.strategy, batch_selector = chosen_sampling(model, args, strategy, batch_selector, aggregate)
         self.aggregate = aggregate
@@ -132,16 +115,10 @@ class MultiTaskTrainer(Trainer):
         self.preset = preset
         self._encode = partial(encoded, tokenizer=processing_class, max_length=args.max_length)
         training = training_sets(self.tasks, train_dataset, self._encode)
-        evaluating = evaluation_sets(
-            self.tasks,
-            eval_dataset,
-            self._encode,
-            needed=str(args.eval_strategy) not in ("no", "IntervalStrategy.NO"),
-        )
+        needed = str(args.eval_strategy) not in ("no", "IntervalStrategy.NO")
+        evaluating = evaluation_sets(self.tasks, eval_dataset, self._encode, needed=needed)
         check_score_names(evaluating, args.metric_for_best_model)
-        add_heads(model, self.tasks.values())
-        for rows in training.values():
-            start_at_mean(model.head(rows.task.name), rows)
+        add_heads(model, self.tasks, training)
         heads = {task: model.head(task).config for task in model.tasks}
         self.collator = MultiTaskCollator(
             processing_class, heads, pad_to_multiple_of=8 if args.fp16 or (args.bf16 and not args.use_cpu) else None
@@ -152,10 +129,7 @@ class MultiTaskTrainer(Trainer):
         )
         self._sampler: MultiTaskBatchSampler | None = None
         if not args.adam_bias_correction:
-            kwargs["optimizer_cls_and_kwargs"] = (
-                UncorrectedAdamW,
-                {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon},
-            )
+            kwargs["optimizer_cls_and_kwargs"] = uncorrected(args)
         super().__init__(
             model=cast("Any", model),
             args=args,
@@ -213,13 +187,8 @@ class MultiTaskTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Any:
         """The batches of one step, and for each task how many items of the step its loss is a mean over `[t]`."""
-        batches: list[Batch] = []
-        for _ in range(num_batches):
-            try:
-                batch = next(epoch_iterator)
-            except StopIteration:
-                break
-            batches.append(self._selected(batch, len(batches)))
+        drawn_batches = enumerate(islice(epoch_iterator, num_batches))
+        batches = [self._selected(batch, number) for number, batch in drawn_batches]
         return batches, self._sum(item_counts(batches, self.collator).to(device))
 
     def _prepare_input(self, data: Any) -> Any:
@@ -285,10 +254,8 @@ class MultiTaskTrainer(Trainer):
         """The schedule of the arguments, or the one of PALs."""
         if self.lr_scheduler is None and self.args.schedule == "pals":
             warmup = self.args.get_warmup_steps(num_training_steps)
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                cast("Any", optimizer or self.optimizer),
-                partial(pals_schedule, warmup_steps=warmup, steps=num_training_steps),
-            )
+            factor = partial(pals_schedule, warmup_steps=warmup, steps=num_training_steps)
+            self.lr_scheduler = LambdaLR(cast("Any", optimizer or self.optimizer), factor)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -306,27 +273,11 @@ class MultiTaskTrainer(Trainer):
             ignore_keys: Unused.
             metric_key_prefix: Prefix of the names of the scores.
         """
-        sets = cast("Mapping[str, EncodedTask]", self.eval_dataset)
-        if isinstance(eval_dataset, str):
-            if eval_dataset not in sets:
-                raise ConfigError(f"eval_dataset={eval_dataset!r} is not one of: {', '.join(sets) or 'none'}.")
-            sets = {eval_dataset: sets[eval_dataset]}
-        elif eval_dataset is not None:
-            sets = evaluation_sets(self.tasks, eval_dataset, self._encode, needed=True)
-        if not sets:
-            raise ConfigError("there is nothing to evaluate: no task has validation examples.")
+        own = cast("Mapping[str, EncodedTask]", self.eval_dataset)
+        sets = sets_to_evaluate(self.tasks, own, eval_dataset, self._encode)
         start = time.time()
-        metrics: dict[str, float] = {}
-        primary: dict[str, float] = {}
-        losses = []
-        for key, rows in sets.items():
-            _, _, loss, found = self._run(rows, f"{metric_key_prefix}_{key}")
-            losses.append(loss)
-            metrics[f"{metric_key_prefix}_{key}_loss"] = cast("float", loss)
-            metrics |= {f"{metric_key_prefix}_{key}_{name}": value for name, value in found.items()}
-            primary.setdefault(rows.task.name, rows.primary(found))  # of several splits the first
-        metrics[f"{metric_key_prefix}_average"] = aggregated(primary, self.aggregate or self.args.eval_aggregate)
-        metrics[f"{metric_key_prefix}_loss"] = float(np.mean(cast("Any", losses)))
+        scored = {key: self._run(rows, f"{metric_key_prefix}_{key}")[2:] for key, rows in sets.items()}
+        metrics = summarised(metric_key_prefix, sets, scored, self.aggregate or self.args.eval_aggregate)
         metrics |= speed(metric_key_prefix, start, self._examples_a_step(), *sets.values())
         self.log(metrics)
         if eval_dataset is None and metric_key_prefix == "eval":
@@ -393,16 +344,9 @@ class MultiTaskTrainer(Trainer):
         if "loss" in logs:
             losses = self._losses.pop(self._sum)
             if losses:
-                logs |= losses | self._probabilities()
+                logs |= losses | new_probabilities(self._current_sampler(), self.state.log_history)
                 logs |= {} if self._selection is None else self._selection.pop(self._sum)
         super().log(logs, *args, **kwargs)
-
-    def _probabilities(self) -> dict[str, float]:
-        sampler = self._current_sampler()
-        if any(entry.get("sampling_epoch") == sampler.epoch + 1 for entry in self.state.log_history):
-            return {}
-        shares = zip(sampler.names, sampler.probabilities().tolist(), strict=True)
-        return {"sampling_epoch": sampler.epoch + 1} | {f"sampling_{name}": share for name, share in shares}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes `README.md` with the tasks, the method, the sampling, the parameters and the results."""

@@ -34,7 +34,7 @@ from pal_adapters.multitask import (
     last_checkpoint,
 )
 from pal_adapters.multitask.metrics import builtin as scoring
-from pal_adapters.multitask.training import trainer as trainer_file
+from pal_adapters.multitask.training import checkpoints
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -246,7 +246,7 @@ def test_an_upload_that_fails_or_still_runs(tiny_encoder: str, tmp_path: Path, m
 
 
 def test_upstream_of_checkpoints() -> None:
-    """One per row of the table in `multitask/training/trainer.py`."""
+    """One per row of the table in `multitask/training/checkpoints.py`."""
     expected = {
         "_save": ["output_dir", "state_dict"],
         "_save_checkpoint": ["model", "trial"],
@@ -262,7 +262,7 @@ def test_upstream_of_checkpoints() -> None:
     assert "push_in_progress.is_done()" in source
     assert "heads" not in source
     assert "copytree" not in source  # it would do our work
-    table = re.findall(r"^\| `Trainer\.(\w+)`", str(trainer_file.__doc__), re.MULTILINE)
+    table = re.findall(r"^\| `Trainer\.(\w+)`", str(checkpoints.__doc__), re.MULTILINE)
     assert table == [*expected, "push_in_progress"]
 
 
