@@ -30,6 +30,8 @@ def new_route(
         raise ConfigError(f"task={task!r} is there already: {', '.join(routes)}. Use another name.")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
         raise ConfigError(f"weight={weight!r} is not allowed: use a number above 0.")
+    if loss is not None and not callable(loss):
+        raise ConfigError(f"loss={loss!r:.80} is not allowed: use a function of logits and labels, or None.")
     if isinstance(head, str):
         if head not in heads:
             raise ConfigError(f"head={head!r} is not there: {', '.join(heads) or 'there is none'}.")

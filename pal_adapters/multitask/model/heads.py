@@ -33,6 +33,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 IGNORED = -100
 """The label of tokens that the loss ignores."""
 
+_MOST_LABELS = 10_000_000
+
 
 @dataclass(frozen=True)
 class HeadConfig:
@@ -82,10 +84,9 @@ class HeadConfig:
                 raise ConfigError(f"num_labels={self.num_labels} has no effect for kind={self.kind!r}: leave it out.")
         else:
             default = len(self.label_names) or (1 if self.kind == "regression" else None)
-            object.__setattr__(self, "num_labels", self.num_labels or default)
-            require_int(
-                "num_labels", self.num_labels, minimum=2 if self.kind in ("single_label", "token_tagging") else 1
-            )
+            object.__setattr__(self, "num_labels", default if self.num_labels is None else self.num_labels)
+            minimum = 2 if self.kind in ("single_label", "token_tagging") else 1
+            require_int("num_labels", self.num_labels, minimum=minimum, maximum=_MOST_LABELS)
         if self.label_names and self.num_labels is not None and len(self.label_names) != self.num_labels:
             raise ConfigError(f"label_names has {len(self.label_names)} names for num_labels={self.num_labels}.")
         if self.kind == "multiple_choice":
@@ -156,7 +157,7 @@ class Head(nn.Module):
                 kind in ("token_tagging", "language_modeling") and not count
             ):  # the mean of an empty selection would be NaN
                 return logits.flatten()[:0].sum(), count
-            return self.own_loss(logits, labels) * count, count
+            return self._mean(logits, labels) * count, count
         if kind == "regression":
             total = F.mse_loss(logits, labels.to(logits.dtype), reduction="sum")
             return total / (self.config.num_labels or 1), count
@@ -171,6 +172,17 @@ class Head(nn.Module):
         if kind in ("token_tagging", "language_modeling"):
             logits, labels = logits.flatten(0, 1), labels.flatten()
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), count
+
+    def _mean(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What the custom loss returns: a scalar that depends on the logits."""
+        assert self.own_loss is not None
+        loss = self.own_loss(logits, labels)
+        if not isinstance(loss, Tensor) or loss.dim():
+            got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise ConfigError(f"loss returns {got}: return the mean over the batch, as a tensor without dimensions.")
+        if logits.requires_grad and not loss.requires_grad:
+            raise ConfigError("loss returns a value without gradient: compute it from the logits, without detach().")
+        return loss
 
 
 def count_items(kind: str, labels: Tensor) -> Tensor:

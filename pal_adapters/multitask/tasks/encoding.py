@@ -16,7 +16,7 @@ from pal_adapters.multitask.metrics.custom import primary_name
 from pal_adapters.multitask.model.heads import IGNORED
 
 from .checks import check_columns
-from .inputs import INPUTS, encode_segments, first_tokens, segments_of
+from .inputs import INPUTS, encode_segments, expanded, first_tokens, segments_of
 from .labels import check_labels, has_flags, has_labels, numbered
 from .rows import as_dataset, plain_rows
 from .scoring import score_predictions
@@ -61,7 +61,7 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         dataset = plain_rows(as_dataset(rows, where))
         self.task = task
         self.max_length = max_length
-        self.rows = plain_rows(dataset if task.expand is None else task.expand(dataset))
+        self.rows = plain_rows(expanded(task, dataset, where))
         self.has_labels = needs_labels or has_labels(task, self.rows)
         check_columns(task, self.rows, where, labels=self.has_labels)
         require_int("max_length", max_length, minimum=1)
@@ -105,6 +105,8 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         self.labels = self._label_array(labels, flags=bool(flags))
         if task.kind == "language_modeling" and not (self.lengths() > 1).any():
             raise TaskDataError(f"{where}: every text has one token, which leaves nothing to predict")
+        if task.kind == "token_tagging" and self.has_labels and all((tags == IGNORED).all() for tags in self._tags):
+            raise TaskDataError(f"{where}: every label is {IGNORED}, which leaves nothing to learn or to score")
         self._warn_of_words(max_length)
 
     def _encode_texts(self, chunk: Any, tokenizer: Any, max_length: int, start: int, labels: list[Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import datasets
 import numpy as np
 
 from .types import Segments, TaskDataError, TaskFields
@@ -28,12 +29,40 @@ def segments_of(task: TaskFields, rows: Sequence[Mapping[str, Any]], where: str,
     segments: list[Segments] = []
     for number, row in enumerate(rows):
         try:
-            segments += task.segments(row)
-        except TaskDataError as error:
-            raise TaskDataError(f"{where}, row {first + number + 1}: {error}") from error
-    if len(segments) != len(rows) * task.num_choices:
-        raise TaskDataError(f"{where}: {len(segments)} encoder inputs for {len(rows)} rows")
+            found = list(task.segments(row))
+        except Exception as error:  # a custom `render` may raise anything; the user needs to know for which example
+            reason = error if isinstance(error, TaskDataError) else f"render raises {type(error).__name__}: {error}"
+            raise TaskDataError(f"{where}, row {first + number + 1}: {reason}") from error
+        problem = _problem(found, task.num_choices, paired=segments[0][1] is not None if segments else None)
+        if problem:
+            raise TaskDataError(f"{where}, row {first + number + 1}: render {problem}")
+        segments += found
     return segments
+
+
+def _problem(found: Sequence[Any], count: int, *, paired: bool | None) -> str:
+    """What is wrong with the encoder inputs of an example; empty if they are right."""
+    for one in found:
+        if not isinstance(one, (tuple, list)) or len(one) != 2 or not isinstance(one[0], str):
+            return f"returns {one!r:.40}, which is neither a pair of texts nor (text, None)"
+        if not isinstance(one[1], (str, type(None))):
+            return f"returns {one!r:.40}, which is neither a pair of texts nor (text, None)"
+        if paired is not None and paired is not (one[1] is not None):
+            return "returns a pair of texts for some inputs and a single text for others"
+        paired = one[1] is not None
+    return "" if len(found) == count else f"returns {len(found)} encoder inputs instead of {count}"
+
+
+def expanded(task: TaskFields, rows: datasets.Dataset, where: str) -> datasets.Dataset:
+    """The examples to encode, see `Task.expand`.
+
+    Raises:
+        TaskDataError: If `expand` returns anything but a `datasets.Dataset`.
+    """
+    found = rows if task.expand is None else task.expand(rows)
+    if not isinstance(found, datasets.Dataset):
+        raise TaskDataError(f"{where}: expand returns a {type(found).__name__}, not a datasets.Dataset")
+    return found
 
 
 def encode_segments(tokenizer: Any, segments: Sequence[Segments], max_length: int) -> Any:

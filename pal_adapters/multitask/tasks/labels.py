@@ -21,17 +21,25 @@ def numbered(task: TaskFields, rows: datasets.Dataset, where: str) -> list[Any]:
     """The labels of a split, with class names replaced by class numbers.
 
     A column of `datasets.ClassLabel` is matched to the task by name, since a split may lack a class. If it shares no
-    name with the task, its names are taken for other names of the same classes.
+    name with the task, its names are taken for other names of the same classes. The names of a task with more classes
+    than names are those of its training split.
 
     Raises:
-        TaskDataError: For a name that is not one of the task's.
+        TaskDataError: For a name that is not one of the task's, and for a column of other names and another number.
     """
     labels: list[Any] = rows[task.label_column][:]
-    if task.kind not in NAMED_KINDS or not task.label_names:
+    names = task.label_names or class_names(task.dataset.get(task.train_split), task.label_column)
+    if task.kind not in NAMED_KINDS or not names:
         return labels
-    numbers = {name: number for number, name in enumerate(task.label_names)}
+    numbers = {name: number for number, name in enumerate(names)}
     there = class_names(rows, task.label_column)
-    moved = not set(there).isdisjoint(numbers) and there != task.label_names[: len(there)]
+    known = not set(there).isdisjoint(numbers)
+    moved = known and there != names[: len(there)]
+    if there and not known and len(there) != len(names) and task.kind != "multi_label":
+        raise TaskDataError(
+            f"{where}: column {task.label_column!r} has the classes {', '.join(map(repr, there)):.100}, none of which "
+            f"is one of label_names: {', '.join(map(repr, numbers)):.100}"
+        )
 
     def number_of(label: Any, row: int) -> Any:
         if isinstance(label, list):

@@ -8,6 +8,9 @@ from typing import Any
 import datasets
 import numpy as np
 
+from pal_adapters.checks import number, require_int
+from pal_adapters.errors import ConfigError
+
 from .types import TaskDataError
 
 
@@ -33,11 +36,18 @@ def train_dev_split(
         The examples to train on and those to choose with, both in the order of `dataset`.
 
     Raises:
-        ValueError: If `fraction` is not between 0 and 1.
-        TaskDataError: If there are too few examples to have some in both parts.
+        ConfigError: If `dataset` is no `datasets.Dataset`, or `fraction` is not between 0 and 1.
+        TaskDataError: If there are too few examples to have some in both parts, a column is missing, or it holds what
+            examples cannot be told apart by.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction must lie between 0 and 1 (both excluded), got {fraction}")
+    if not isinstance(dataset, datasets.Dataset):
+        raise ConfigError(f"dataset is of type {type(dataset).__name__}: pass a datasets.Dataset.")
+    number(0, 1, above=True, below=True)("fraction", fraction)
+    require_int("seed", seed, minimum=0)
+    if isinstance(split_columns, str):
+        split_columns = (split_columns,)
+    for column in split_columns or ([] if label_column is None else [label_column]):
+        _check_column(dataset, column)
     rng = np.random.default_rng(seed)
     count = len(dataset)
     held_out: list[int] = []
@@ -62,3 +72,13 @@ def train_dev_split(
         raise TaskDataError(f"a training set of {count} examples cannot be cut in two with fraction {fraction}")
     chosen = set(held_out)
     return dataset.select([i for i in range(count) if i not in chosen]), dataset.select(sorted(chosen))
+
+
+def _check_column(dataset: datasets.Dataset, column: str) -> None:
+    if column not in dataset.column_names:
+        raise TaskDataError(f"no column {column!r}; found: {', '.join(dataset.column_names)}")
+    if not isinstance(dataset.features[column], (datasets.Value, datasets.ClassLabel)):
+        raise TaskDataError(f"column {column!r} holds lists or dicts: use label_column=None, or a column of values")
+    missing = next((row for row, value in enumerate(dataset[column][:], start=1) if value is None), 0)
+    if missing:
+        raise TaskDataError(f"row {missing}: column {column!r} holds None")

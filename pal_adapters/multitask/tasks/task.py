@@ -18,6 +18,7 @@ from pal_adapters.multitask.model.heads import KINDS, HeadConfig, Kind, Loss, Po
 from pal_adapters.multitask.model.names import require_task_name
 from pal_adapters.multitask.model.task_description import COLUMNS, CUSTOM, TaskDescription, output_names
 
+from .arguments import as_tuple, check_arguments
 from .benchmark import read_benchmark
 from .checks import check_split
 from .folder import read_folder
@@ -118,13 +119,12 @@ class Task:
         for name in _TUPLES:
             value = getattr(self, name)
             single = isinstance(value, str) or callable(value) or hasattr(value, "compute")
-            setattr(self, name, (value,) if single else tuple(value))
+            setattr(self, name, as_tuple(f"task {self.name!r}: {name}", (value,) if single else value))
         if not self.text_columns:
             if self.kind not in _TEXT_COLUMNS:
                 raise ConfigError(f"task {self.name!r}: text_columns is empty: name the columns of the text.")
             self.text_columns = _TEXT_COLUMNS[self.kind]
-        if self.label_range is not None and self.kind != "regression":
-            raise ConfigError(f"task {self.name!r}: label_range has no effect for kind={self.kind!r}: leave it out.")
+        check_arguments(self)
         self.dataset = self._splits()
         if self.label_column == "label" and self.kind in _LABEL_COLUMNS:
             usual = _LABEL_COLUMNS[self.kind]

@@ -36,6 +36,7 @@ class TaskFields(Protocol):
     train_split: str
     group_columns: tuple[str, ...]
     render: Callable[[Row], list[Segments]] | None
+    expand: Callable[[datasets.Dataset], datasets.Dataset] | None
     benchmark: str
 
     def segments(self, row: Row) -> list[Segments]:

@@ -92,8 +92,9 @@ def evaluation_sets(
     for name, task in tasks.items():
         splits = task.validation()
         if needed and not splits:
+            wanted = " or ".join(map(repr, task.validation_splits)) or "in validation_splits"
             raise ConfigError(
-                f"task {name!r} has no split {task.validation_splits[0]!r} to evaluate on: give it one, or pass "
+                f"task {name!r} has no split {wanted} to evaluate on: give it one, or pass "
                 "eval_dataset={...} with the tasks to evaluate, or eval_strategy='no'."
             )
         for key, rows in splits.items():

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
+from pal_adapters.errors import ConfigError
 from pal_adapters.multitask import Task, TaskDataError, train_dev_split
 
 RTE = [
@@ -291,5 +292,5 @@ def test_split_of_too_few_rows(labels: list[Any]) -> None:
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 2])
 def test_split_refuses_a_fraction_that_is_none(fraction: float) -> None:
-    with pytest.raises(ValueError, match="fraction must lie between 0 and 1"):
+    with pytest.raises(ConfigError, match=r"fraction=.* is not allowed: use a positive number above 0, below 1"):
         train_dev_split(dataset([0, 1] * 10), fraction)
