@@ -101,7 +101,7 @@ class Structure:
         sites: where the sites are in such a block.
         inner: paths below the children that must exist too.
         classes: names of the block classes, where other classes have equal children and compute something else.
-        flags: attributes of the block and their values, where one class computes two things.
+        flags: attributes of the block and their values or the class of a child, where one class computes two things.
         scales: parameters and numbers of the block that `sites` accounts for.
     """
 

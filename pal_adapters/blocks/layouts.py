@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -30,5 +31,7 @@ def from_tokens(value: Tensor, like: Tensor, layout: str) -> Tensor:
     if layout == "tokens_first":
         return value.transpose(0, 1)
     if layout == "channels_first":
-        return value.transpose(1, 2).contiguous().view(like.shape)
+        value = value.transpose(1, 2).reshape(like.shape)
+        # Convolutions and norms may sum in another order for other strides.
+        return torch.empty_like(like, dtype=value.dtype).copy_(value)
     return value.reshape(like.shape) if layout == "grid" else value

@@ -95,8 +95,8 @@ def cache_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
 def packed_lengths(
     x: Tensor, positions: dict[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
-    """The cumulative lengths of packed sequences whose hidden states come as `[n, d]`, None for `[b, n, d]`."""
-    lengths = argument(_PACKED, positions, args, kwargs) if x.dim() == 2 else None
+    """The cumulative lengths of packed sequences whose hidden states come as `[n, d]` or `[1, n, d]`, else None."""
+    lengths = argument(_PACKED, positions, args, kwargs) if x.dim() == 2 or x.shape[0] == 1 else None
     return lengths if isinstance(lengths, Tensor) else None
 
 

@@ -92,7 +92,8 @@ def _fits(block: nn.Module, structure: Structure, bases: list[str], children: se
         return False
     if structure.classes and not set(structure.classes) & set(bases):
         return False
-    if any(getattr(block, name, None) != value for name, value in structure.flags.items()):
+    own = {name: getattr(block, name, None) for name in structure.flags}
+    if any(own[name] != value and type(own[name]) is not value for name, value in structure.flags.items()):
         return False
     if _unexplained(block, structure):
         return False
@@ -195,11 +196,13 @@ def _width(block: nn.Module, sites: BlockSites) -> int:
         if shape is not None and len(shape) == 1:
             return int(shape[0])
     ffn = resolve(block, sites.ffn)
-    linear = next((m for m in (ffn.modules() if ffn is not None else ()) if isinstance(m, nn.Linear)), None)
-    if linear is not None:
-        return linear.in_features
+    for module in ffn.modules() if ffn is not None else ():
+        if isinstance(module, nn.Linear):
+            return module.in_features
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
     raise SiteError(
-        f"the width of {type(block).__name__} could not be read from its norms or the linear layers of {sites.ffn!r}."
+        f"the width of {type(block).__name__} could not be read from its norms or the layers of {sites.ffn!r}."
     )
 
 

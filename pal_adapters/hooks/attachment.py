@@ -59,7 +59,7 @@ class BlockCall:
         is_causal: the argument of that name, if the call has one.
         cache: the generation cache.
         position: the positions of the tokens, if the host passes them.
-        packed: `cu_seqlens`, if the tokens of several sequences are packed into one `[n, d]`.
+        packed: `cu_seqlens`, if the tokens of several sequences are packed into one `[n, d]` or `[1, n, d]`.
         kept: the mask of a block without attention, including the tokens of earlier calls with the cache.
     """
 
@@ -249,10 +249,11 @@ class Attachment:
         held = self._held.value if "_on_input_norm" in self._hooked else None
         call = self._held.value = BlockCall(raw=None if held is None else held.raw)
         x = signatures.hidden_states(positions, args, kwargs)
-        call.packed = signatures.packed_lengths(x, positions, args, kwargs)
+        packed = self.block.sites.layout == "packed"
+        call.packed = signatures.packed_lengths(x, positions, args, kwargs) if packed or x.dim() == 2 else None
         if self._keeps_x:
             call.given = x
-            call.x = self._tokens(x) if call.packed is None else x[None]
+            call.x = self._tokens(x) if call.packed is None else x.view(1, *x.shape[-2:])
         if "mask" not in self._needs or call.packed is not None:
             return
         signatures.check_masks(positions, args, kwargs)
@@ -290,7 +291,7 @@ class Attachment:
         raw = x if call.raw is None or x is None else call.raw.view(x.shape)
         if x is not None and self._outside and self.block.sites.input_norm and "x" in self._needs:
             x = self._tokens(self._module(self.block.sites.input_norm)(call.given))
-            x = x if call.packed is None else x[None]
+            x = x if call.packed is None else x.view(1, *x.shape[-2:])
         h = call.h
         if h is not None and x is not None and h.dim() == 2 and x.dim() == 3:  # OPT's feed-forward
             h = h.view(*x.shape[:2], h.shape[-1])

@@ -9,8 +9,9 @@ a convolution (`extend`) and states (`carry`) are kept without a window wherever
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +59,11 @@ class _Slot:
         """
         layer: Any = self
         if layer.is_initialized:
-            layer.keys = layer.keys.index_select(0, beam_idx.to(layer.keys.device))
-            layer.values = layer.values.index_select(0, beam_idx.to(layer.values.device))
+            held = {
+                name: value for name, value in vars(self).items() if isinstance(value, Tensor) and value.dim() == 4
+            }
+            for name, value in held.items():
+                setattr(self, name, value.index_select(0, beam_idx.to(value.device)))
 
     def reset(self) -> None:
         self.tokens, self.started = 0, False
@@ -87,14 +91,44 @@ class _StaticSliding(_Slot, StaticSlidingWindowLayer):
     """Holds the tokens of a sliding window, in preallocated memory."""
 
 
+@runtime_checkable
+class _KeepsPrompt(Protocol):
+    """A sliding layer that keeps the whole prompt and slides over what is generated (Unlimited-OCR)."""
+
+    prefill_length: int | None
+
+    def set_prefill_length(self, prefill_length: int) -> None: ...
+
+
+@functools.cache
+def _slot_of(kind: type[DynamicSlidingWindowLayer]) -> type:
+    """A model's own kind of sliding layer, as a slot."""
+    # transformers 5 makes the layers of new caches of the last class that names a layer type.
+    return type(f"Slot{kind.__name__}", (_Slot, kind), {"_layer_type": None})
+
+
 def _layer_like(host: Any) -> Any:
-    if isinstance(host, DynamicSlidingWindowLayer):
+    if not isinstance(host, DynamicSlidingWindowLayer):
+        return _layer_of_all(host)
+    if type(host) is DynamicSlidingWindowLayer:
         return _Sliding(sliding_window=host.sliding_window)
-    return _layer_of_all(host)
+    layer = _slot_of(type(host))(sliding_window=host.sliding_window)
+    if isinstance(layer, _KeepsPrompt) and isinstance(host, _KeepsPrompt) and host.prefill_length is not None:
+        layer.set_prefill_length(host.prefill_length)
+    return layer
 
 
 def _layer_of_all(host: Any) -> Any:
-    """A layer without a window, unless the host's is static: then only the window's length is known."""
+    """A layer without a window, unless the host's is static: then only the window's length is known.
+
+    Raises:
+        UnsupportedError: for a static layer of a model's own kind.
+    """
+    if isinstance(host, StaticLayer) and isinstance(host, _KeepsPrompt):
+        raise UnsupportedError(
+            f"a {type(host).__name__} is not supported by modules that attend: generate with a cache that grows "
+            "(cache_implementation='dynamic')."
+        )
     if isinstance(host, StaticSlidingWindowLayer):
         return _StaticSliding(max_cache_len=host.max_cache_len, sliding_window=host.max_cache_len)
     return _Static(max_cache_len=host.max_cache_len) if isinstance(host, StaticLayer) else _Growing()

@@ -6,6 +6,7 @@ sequences. The mask of a self-attention reveals both, so nothing has to be kept 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -32,25 +33,34 @@ class CountedPositions:
 
     def __init__(self, model: nn.Module, block: Block) -> None:
         self._call = CallValue()
-        self._handle: Any = None
+        self._handles: list[Any] = []
         path = block.name
         while path:
             path = path.rpartition(".")[0]
             owner = model.get_submodule(path)
-            self._arguments = signatures.positions_of(owner)
-            if {"attention_mask", "position_ids"} <= self._arguments.keys():
-                self._handle = owner.register_forward_pre_hook(self._on_call, with_kwargs=True)
-                return
+            arguments = signatures.positions_of(owner)
+            if {"attention_mask", "position_ids"} <= arguments.keys():
+                on_call = functools.partial(self._on_call, arguments=arguments)
+                self._handles.append(owner.register_forward_pre_hook(on_call, with_kwargs=True))
+                self._handles.append(owner.register_forward_hook(self._forget, always_call=True))
 
     def remove(self) -> None:
-        """Remove the hook."""
-        if self._handle is not None:
-            self._handle.remove()
+        """Remove the hooks."""
+        while self._handles:
+            self._handles.pop().remove()
 
-    def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._call.value = tuple(
-            signatures.argument((name,), self._arguments, args, kwargs) for name in ("attention_mask", "position_ids")
+    def _on_call(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, arguments: dict[str, int]
+    ) -> None:
+        mask, ids = (
+            signatures.argument((name,), arguments, args, kwargs) for name in ("attention_mask", "position_ids")
         )
+        # A model of several parts may pass on a mapping of masks in the place of its caller's mask.
+        if self._call.value is None or mask is None or isinstance(mask, Tensor):
+            self._call.value = mask, ids
+
+    def _forget(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._call.value = None
 
     def of_call(self, ids: Tensor | None, queries: int, total: int) -> Tensor | None:
         """`[b, q]`, or None if they cannot be known.
@@ -60,7 +70,7 @@ class CountedPositions:
             queries: how many tokens the call has.
             total: how many there were so far, with them.
         """
-        if self._handle is None:
+        if not self._handles:
             return None
         mask, given = self._call.value or (None, None)
         if mask is None:

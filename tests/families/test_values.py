@@ -83,3 +83,24 @@ def test_packed_images() -> None:
         expected, actual = plain(**inputs)[0], adapted(**inputs)[0]
     assert zoo.difference(expected, before) > 1e-2
     assert zoo.difference(actual, expected) < 2e-5
+
+
+@pytest.mark.skipif(not zoo.V5, reason="transformers 5")
+def test_packed_images_in_one_row() -> None:
+    """The same for hidden states of `[1, n, d]`."""
+    cls = transformers.HunYuanVLVisionTransformer
+    config = cls.config_class(
+        hidden_size=24, intermediate_size=36, num_hidden_layers=2, attention_heads=2, patch_size=2, out_hidden_size=20
+    )
+    torch.manual_seed(1)
+    plain = cls(config).eval()
+    zoo.randomise(plain)
+    inputs = {"pixel_values": torch.randn(24, 12), "grid_thw": torch.tensor([[1, 4, 4], [1, 2, 4]])}
+    before = plain(**inputs).last_hidden_state
+    adapted = _adapted(plain)
+    image = torch.tensor([0] * 16 + [1] * 8)
+    _by_hand(plain, adapted, "layers", ("self_attn",), (image[:, None] == image)[None, None])
+    with torch.no_grad():
+        expected, actual = plain(**inputs).last_hidden_state, adapted(**inputs).last_hidden_state
+    assert zoo.difference(expected, before) > 1e-2
+    assert zoo.difference(actual, expected) < 2e-5

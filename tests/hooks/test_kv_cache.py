@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, MistralConfig, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, MistralConfig, StaticCache, cache_utils
 
 from pal_adapters import UnsupportedError
 from pal_adapters.hooks.kv_cache import TaskCache, task_cache
@@ -391,3 +391,34 @@ def test_a_copy_goes_on_by_itself() -> None:
     feed.step(draw(2))
     assert other.cache.get_seq_length() == 4
     assert other.cache.layers[-1].get_seq_length() == 4
+
+
+@pytest.mark.skipif(not zoo.V5, reason="transformers 5")
+def test_a_cache_that_keeps_the_prompt_and_slides_over_the_rest() -> None:
+    from transformers.models.unlimited_ocr import modeling_unlimited_ocr as unlimited  # of transformers 5 alone
+
+    cache = DynamicCache()
+    kind = unlimited.UnlimitedOcrDynamicReferenceSlidingWindowLayer
+    cache.layers = [kind(sliding_window=3) for _ in range(DEPTH)]
+    feed = Feed(cache)
+    for length in (5, 1, 1, 1, 1, 2):
+        host, ours = feed.step(draw(length))
+        assert torch.equal(host, ours)
+    assert host.shape[2] == 5 + 2 + 2
+    order = torch.tensor([2, 0, 0])
+    cache.reorder_cache(order)
+    host, ours = feed.step(draw(1))
+    assert torch.equal(host, ours)
+    # The kind of layer that transformers makes for new caches is still the model's own.
+    assert cache_utils.DYNAMIC_LAYER_TYPE_MAPPING["reference_sliding_attention"] is kind
+
+
+@pytest.mark.skipif(not zoo.V5, reason="transformers 5")
+def test_a_static_cache_that_keeps_the_prompt_is_rejected() -> None:
+    from transformers.models.unlimited_ocr import modeling_unlimited_ocr as unlimited  # of transformers 5 alone
+
+    cache = DynamicCache()
+    kind = unlimited.UnlimitedOcrStaticReferenceSlidingWindowLayer
+    cache.layers = [kind(max_cache_len=16, sliding_window=3) for _ in range(DEPTH)]
+    with pytest.raises(UnsupportedError, match="generate with a cache that grows"):
+        Feed(cache).step(draw(5))

@@ -113,6 +113,29 @@ def test_images_with_channels_first() -> None:
     assert (actual - expected).abs().max() < 2e-5
 
 
+def test_residual_blocks_with_an_activation_behind_the_sum() -> None:
+    """The term is added in front of the activation, in blocks that keep the size of their input."""
+    plain = _model("ResNetModel", embedding_size=8, hidden_sizes=[8, 12], depths=[2, 2], layer_type="basic")
+    adapted = _adapted(plain, LowRankPeftConfig(hidden_size=5))
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    reached = 0
+    for stage, sources in zip(plain.encoder.stages, adapted.get_base_model().encoder.stages, strict=True):
+        for block, source in zip(stage.layers, sources.layers, strict=True):
+            if not isinstance(block.shortcut, nn.Identity):
+                continue
+            caught, weights = _caught(block.layer), zoo.weights_of(source, "low_rank")
+            block.layer.register_forward_hook(
+                lambda m, a, out, c=caught, w=weights: out + low_rank(c[-1].movedim(1, -1), w).movedim(-1, 1)
+            )
+            reached += 1
+    assert reached == 3
+    with torch.no_grad():
+        expected, actual = plain(pixels).last_hidden_state, adapted(pixels).last_hidden_state
+        with adapted.disable_adapter():
+            assert (adapted(pixels).last_hidden_state - expected).abs().max() > 1e-2
+    assert (actual - expected).abs().max() < 2e-5
+
+
 @pytest.mark.parametrize("config", [LowRankPeftConfig, HoulsbyPeftConfig])
 @pytest.mark.parametrize("kind", ["tokens", "channels", "images"])
 def test_a_mixed_batch_equals_one_call_per_adapter(config: Any, kind: str) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pal_adapters.blocks import signatures
 from pal_adapters.blocks.sites import find_blocks
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.masks import CallMask
@@ -98,7 +99,10 @@ def test_given_positions_do_not_count_padding(given: list[int] | None, expected:
     counted = CountedPositions(model, find_blocks(model)[0])
     ids = None if given is None else torch.tensor([given])
     mask = torch.tensor([[0, 0, 1, 1]])
-    counted._on_call(model, (), {"attention_mask": mask, "position_ids": ids})
+    call = {"attention_mask": mask, "position_ids": ids}
+    counted._on_call(model, (), call, arguments=signatures.positions_of(model))
+    # Inside, a model of several parts passes on a mapping of masks.
+    counted._on_call(model, (), {"attention_mask": {}}, arguments=signatures.positions_of(model))
     found = counted.of_call(torch.tensor([[2, 3]]) if ids is None else ids, 2, 4)
     assert found is not None
     assert found.tolist() == [expected]

@@ -34,6 +34,13 @@ ENCODERS: tuple[Structure, ...] = (
         inner="attention.output.LayerNorm output.LayerNorm",
     ),
     Structure(
+        "ibert, not quantized",
+        "attention intermediate output pre_intermediate_act pre_output_act",
+        BlockSites("post", "attention", "attention.output.dropout", "intermediate", "output.dropout", output="output"),
+        inner="attention.output.LayerNorm output.LayerNorm",
+        flags={"quant_mode": False},
+    ),
+    Structure(
         "mpnet",
         "attention intermediate output",
         BlockSites("post", "attention", "attention.dropout", "intermediate", "output.dropout", output="output"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from ..block_sites import BlockSites, Structure
 from .shapes import pre
 
@@ -63,6 +65,9 @@ VISION: tuple[Structure, ...] = (
         classes=tuple(f"{name}VisionBlock" for name in _PACKED)
         + tuple(f"{name}VisionEncoderLayer" for name in ("Kimi_K25", "MuseGlimmer", "MuseSpark")),
     ),
+    Structure("hunyuan-vl, hy-v4-vl: the patches of all images behind each other",
+              "layer_norm1 self_attn layer_norm2 mlp", pre("self_attn", "mlp", "layer_norm1", layout="packed"),
+              classes=("HunYuanVLVisionBlock", "HYV4VLVisionBlock")),
     Structure("pixtral: the patches of all images behind each other", "attention_norm feed_forward attention ffn_norm",
               pre("attention", "feed_forward", "attention_norm", layout="packed")),
     Structure("aimv2", "attention ffn rms_norm1 rms_norm2", pre("attention", "ffn", "rms_norm1")),
@@ -93,6 +98,41 @@ VISION: tuple[Structure, ...] = (
         "depthwise_conv layer_norm pointwise_conv1 activation_fn pointwise_conv2 drop_path",
         pre("depthwise_conv", "depthwise_conv", "", ffn_output="drop_path", mixing="other", layout="channels_first"),
         scales=("gamma",),
+    ),
+    Structure(
+        "swiftformer: a convolution in the place of attention",
+        "depth_wise_conv norm point_wise_conv1 act point_wise_conv2 drop_path",
+        pre("depth_wise_conv", "depth_wise_conv", "", ffn_output="drop_path", mixing="other", layout="channels_first"),
+        scales=("layer_scale",),
+    ),
+    Structure(
+        "mobilenet-v2, blocks with a residual",
+        "expand_1x1 conv_3x3 reduce_1x1",
+        pre("expand_1x1", "expand_1x1", "", attention_output="reduce_1x1", ffn_output="reduce_1x1", mixing="other",
+            layout="channels_first"),
+        flags={"use_residual": True},
+    ),
+    Structure(
+        "resnet, regnet, blocks that keep the size: an activation in the place of the last norm",
+        "layer shortcut activation",
+        BlockSites("post", "layer", "layer.-1", "layer", "layer.-1", output="activation", mixing="other",
+                   layout="channels_first"),
+        classes=("ResNetBasicLayer", "ResNetBottleNeckLayer", "RegNetXLayer", "RegNetYLayer"),
+        flags={"shortcut": nn.Identity},
+    ),
+    Structure(
+        "bit, blocks that keep the size",
+        "norm1 conv1 norm2 conv2 norm3 conv3 drop_path",
+        pre("conv1", "conv1", "norm1", attention_output="conv3", ffn_output="conv3", residual="", mixing="other",
+            layout="channels_first"),
+        classes=("BitPreActivationBottleneckLayer",),
+    ),
+    Structure(
+        "levit: attention and feed-forward parts are blocks of their own",
+        "module",
+        pre("module", "module", "", residual="", mixing="other"),
+        classes=("LevitResidualLayer",),
+        scales=("drop_rate",),
     ),
     Structure(
         "poolformer: an average over neighbours in the place of attention",

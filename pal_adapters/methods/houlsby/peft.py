@@ -11,8 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from pal_adapters.blocks import signatures
 from pal_adapters.blocks.sites import Block, find_blocks, iter_blocks, resolve
-from pal_adapters.errors import ConfigError, SiteError
+from pal_adapters.errors import ConfigError, SiteError, UnsupportedError
 from pal_adapters.hosts.peft.config import TaskPeftConfig, choose_blocks, names_blocks
 from pal_adapters.hosts.peft.registration import register
 from pal_adapters.hosts.peft.tuner import EXCLUDED, TaskTuner, matching_modules
@@ -96,6 +97,12 @@ class HoulsbyModel(TaskTuner):
             chosen = [b for b in blocks if any(name.startswith(f"{b.name}.") for name in targets)]
         if peft_config.train_layernorm:
             for name in self._norms(peft_config, blocks, chosen):
+                norm = self.model.get_submodule(name)
+                if "scaling_factor" in signatures.positions_of(norm):
+                    raise UnsupportedError(
+                        f"{name} is an {type(norm).__name__}, which returns a scaling factor too and cannot be "
+                        "trained: pass train_layernorm=False."
+                    )
                 layouts = (block.sites.layout for block in blocks if name.startswith(f"{block.name}."))
                 targets.setdefault(name, _Target(None, self.model, next(layouts, "tokens")))
         self._targets = targets
