@@ -15,6 +15,7 @@ from transformers import BertConfig, BertModel
 import pal_adapters
 from pal_adapters.errors import ConfigError, UnsupportedError
 from pal_adapters.multitask import HeadConfig, TaskHeads
+from pal_adapters.multitask.predict.adding import remove_saved_task, whole_change
 
 from .interrupts import stopped
 
@@ -55,6 +56,7 @@ def picture(model: nn.Module) -> dict[str, Any]:
         "hooks": [[list(m._forward_hooks), list(m._forward_pre_hooks)] for m in model.modules()],
         "tensors": [(name, id(p), p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)],
         "active": repr(backbone.active_adapters) if hasattr(backbone, "adapters_config") else None,
+        "tasks": repr((getattr(model, "routes", None), getattr(model, "described", None))),
         "values": {name: value.clone() for name, value in model.state_dict().items()},
     }
 
@@ -83,6 +85,20 @@ def test_reading_onto_a_backbone(host: str, tmp_path: Path) -> None:
 @hosts
 def test_choosing_what_trains(host: str) -> None:
     check(lambda: heads(host), lambda model: model.prepare_training(["rte"], base=True))
+
+
+@hosts
+def test_removing_a_task(host: str) -> None:
+    check(lambda: heads(host), lambda model: model.remove("rte"))
+
+
+@hosts
+def test_removing_a_task_with_its_adapter(host: str) -> None:
+    def remove(model: TaskHeads) -> None:
+        with whole_change(model):
+            remove_saved_task(model, "rte")
+
+    check(lambda: heads(host), remove)
 
 
 @hosts

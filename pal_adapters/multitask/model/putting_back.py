@@ -24,3 +24,16 @@ def put_back(backbone: Any) -> Iterator[None]:
             if type(module) is not kind:
                 module.__class__ = kind
         raise
+
+
+@contextmanager
+def items_kept(*changed: dict[str, Any]) -> Iterator[None]:
+    """If the body raises, dicts have the items that they had before, in their order."""
+    before = [dict(one) for one in changed]
+    try:
+        yield
+    except BaseException:
+        for one, items in zip(changed, before, strict=True):
+            one.clear()
+            one.update(items)
+        raise

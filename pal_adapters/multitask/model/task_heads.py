@@ -25,7 +25,7 @@ from .loading import load, restore
 from .loss import batch_penalty, labels_by_task, summed_losses, weighted_loss
 from .output import TaskHeadsOutput
 from .parts import reshard
-from .putting_back import put_back
+from .putting_back import items_kept, put_back
 from .readout import require_task, task_logits, tasks_of_inputs
 from .routes import Route, adapter_host
 from .routing import run_batch
@@ -154,10 +154,11 @@ class TaskHeads(nn.Module):
     def remove(self, task: str) -> None:
         """Removes a task, and its head unless another task uses it. Later tasks move up by one in `task_ids`."""
         self._route(task)
-        head = self.routes.pop(task).head
-        self.described.pop(task, None)
-        if all(route.head != head for route in self.routes.values()):
-            del self.heads[head]
+        with items_kept(self.routes, self.described), all_or_nothing(self):
+            head = self.routes.pop(task).head
+            self.described.pop(task, None)
+            if all(route.head != head for route in self.routes.values()):
+                del self.heads[head]
 
     def head(self, task: str) -> Head:
         """The head of a task."""
@@ -254,7 +255,7 @@ class TaskHeads(nn.Module):
                 self.heads[route.head].requires_grad_(True)
             if base:
                 train_base(self.backbone, self.base_tensors(), map(self.head, tasks))
-        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+            return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     def base_tensors(self) -> dict[str, Tensor]:
         """Weights and persistent buffers of the base model, under the names they have without adapters."""

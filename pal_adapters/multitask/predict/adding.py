@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pal_adapters.errors import ConfigError, StorageError, UnsupportedError
+from pal_adapters.hosts.unchanged import all_or_nothing
 from pal_adapters.multitask.model.adapter_files import add_adapters, check_adapter_files
 from pal_adapters.multitask.model.base import source_of
 from pal_adapters.multitask.model.contents import HEADS, POOLER
@@ -17,7 +20,7 @@ from pal_adapters.multitask.model.description import Description, read_descripti
 from pal_adapters.multitask.model.files import check_fit, copy_into, read_tensors, tensor_files
 from pal_adapters.multitask.model.heads import Head
 from pal_adapters.multitask.model.names import require_task_name
-from pal_adapters.multitask.model.putting_back import put_back
+from pal_adapters.multitask.model.putting_back import items_kept, put_back
 from pal_adapters.multitask.model.routes import (
     Route,
     adapter_from_json,
@@ -150,6 +153,13 @@ def _dtype(model: TaskHeads) -> torch.dtype:
     """The type of the heads' weights or, without any, of the base model's."""
     found = (tensor.dtype for tensor in (*model.heads.parameters(), *model.backbone.parameters()))
     return next((dtype for dtype in found if dtype.is_floating_point), torch.float32)
+
+
+@contextmanager
+def whole_change(model: TaskHeads) -> Iterator[None]:
+    """If the body raises, the tasks of a model, its heads and its adapters are as they were before."""
+    with items_kept(model.routes, model.described), put_back(model.backbone), all_or_nothing(model):
+        yield
 
 
 def add_saved_task(model: TaskHeads, saved: SavedTask) -> None:

@@ -21,7 +21,7 @@ from pal_adapters.multitask.model.task_heads import TaskHeads
 from pal_adapters.multitask.model.visiting import visiting
 from pal_adapters.multitask.tasks.task import Task
 
-from .adding import add_saved_task, read_saved_task, remove_saved_task
+from .adding import add_saved_task, read_saved_task, remove_saved_task, whole_change
 from .decoding import decode
 from .encoding import Piece, encode_requests
 from .engines import Engine, TaskHeadsEngine
@@ -172,12 +172,10 @@ class Predictor:
             with self._tokenizing:
                 saved = read_saved_task(model, self._tokenizer, name, Path(folder))
             with self._gate.change(), self._tokenizing:
-                add_saved_task(model, saved)
-                try:
-                    self._served = grown(self._served, saved.description, self._engine, self._tokenizer)
-                except BaseException:
-                    remove_saved_task(model, name)
-                    raise
+                with whole_change(model):
+                    add_saved_task(model, saved)
+                    served = grown(self._served, saved.description, self._engine, self._tokenizer)
+                self._served = served
 
     def remove_task(self, name: str) -> None:
         """Removes a task with its head and, unless another task uses it, its adapter.
@@ -191,8 +189,10 @@ class Predictor:
         with self._changing:
             require_task(name, tuple(self._served.tasks))
             with self._gate.change(), self._tokenizing:
-                remove_saved_task(model, name)
-                self._served = shrunk(self._served, name, self._engine, self._tokenizer)
+                with whole_change(model):
+                    remove_saved_task(model, name)
+                    served = shrunk(self._served, name, self._engine, self._tokenizer)
+                self._served = served
 
     def _task_heads(self) -> TaskHeads:
         if not isinstance(self._engine, TaskHeadsEngine):

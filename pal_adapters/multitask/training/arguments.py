@@ -91,7 +91,9 @@ class MultiTaskTrainingArguments(TrainingArguments):
         require_one_of("schedule", self.schedule, SCHEDULES)
         for name in ("mixed_batches", "group_by_length", "adam_bias_correction"):
             require_bool(name, getattr(self, name))
-        require_int("max_length", self.max_length, minimum=1)
+        for name in ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size",
+                     "gradient_accumulation_steps"):  # fmt: skip
+            require_int(name, getattr(self, name), minimum=1)
         if self.steps_per_epoch is not None:
             require_int("steps_per_epoch", self.steps_per_epoch, minimum=1)
         for name in ("attention_learning_rate", "max_tensor_grad_norm"):

@@ -64,6 +64,12 @@ def check_run(
     _check_optimizers(args, given)
 
 
+def check_ignore_keys(keys: Any, argument: str = "ignore_keys") -> None:
+    """Raise `ConfigError` for keys of outputs to ignore: evaluation reads the logits of a task alone."""
+    if keys is not None:
+        raise ConfigError(f"{argument} has no effect here, where only the logits of a task are read: leave it out.")
+
+
 def chosen_sampling(
     model: TaskHeads,
     args: MultiTaskTrainingArguments,

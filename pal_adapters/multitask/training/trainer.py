@@ -37,7 +37,7 @@ from .evaluation import Aggregate, collected, example_outputs, speed, summarised
 from .loaders import drawn, evaluation_loader, item_counts, new_probabilities, train_loader, train_sampler
 from .model_card import write_model_card
 from .optim import give_attention_its_rate, pals_schedule, uncorrected
-from .run_checks import Recipe, check_finite, check_run, chosen_sampling
+from .run_checks import Recipe, check_finite, check_ignore_keys, check_run, chosen_sampling
 from .selection import CandidateSelection
 from .splits import Rows, check_score_names, encoded, evaluation_sets, sets_to_evaluate, training_sets
 from .task_losses import TaskLosses
@@ -166,6 +166,7 @@ class MultiTaskTrainer(Trainer):
         """Trains, with a warning for adapters that are frozen. `True` resumes from the last complete checkpoint."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoint_to_resume(cast("str", self.args.output_dir))
+        check_ignore_keys(kwargs.get("ignore_keys_for_eval"), "ignore_keys_for_eval")
         warn_of_resting_adapters(self._task_heads(), self.tasks)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -270,9 +271,10 @@ class MultiTaskTrainer(Trainer):
 
         Args:
             eval_dataset: Examples to evaluate on by task, or the name of an evaluation set.
-            ignore_keys: Unused.
+            ignore_keys: Not supported: leave it out.
             metric_key_prefix: Prefix of the names of the scores.
         """
+        check_ignore_keys(ignore_keys)
         own = cast("Mapping[str, EncodedTask]", self.eval_dataset)
         sets = sets_to_evaluate(self.tasks, own, eval_dataset, self._encode)
         start = time.time()
@@ -309,9 +311,10 @@ class MultiTaskTrainer(Trainer):
 
         Args:
             test_dataset: Examples to predict by task, or an `EncodedTask`.
-            ignore_keys: Unused.
+            ignore_keys: Not supported: leave it out.
             metric_key_prefix: Prefix of the names of the scores.
         """
+        check_ignore_keys(ignore_keys)
         if isinstance(test_dataset, EncodedTask):
             start = time.time()
             logits, labels, loss, found = self._run(test_dataset, metric_key_prefix)

@@ -69,6 +69,9 @@ def test_what_would_be_ignored_is_rejected(tmp_path: Path, name: str) -> None:
         ({"max_tensor_grad_norm": -1.0}, "max_tensor_grad_norm=-1.0 is not allowed"),
         ({"attention_learning_rate": float("nan")}, "attention_learning_rate=nan is not allowed"),
         ({"max_length": 0}, "max_length=0 is not allowed"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 is not allowed"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size=0 is not allowed"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 is not allowed"),
         ({"steps_per_epoch": 0}, "steps_per_epoch=0 is not allowed"),
         ({"mixed_batches": "yes"}, "mixed_batches='yes' is not allowed"),
     ],
@@ -158,3 +161,14 @@ def test_data_for_one_task_say_what_to_write(tiny_encoder: str, tmp_path: Path) 
             ConfigError, match=rf"{name} is of type Dataset, .* pass a dict, such as {name}={{'rte': rows}}"
         ):
             make_trainer(tiny_encoder, tmp_path, names=("rte",), **{name: rows})
+
+
+def test_keys_to_ignore_are_rejected(tiny_encoder: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_encoder, tmp_path, names=("rte",))
+    for call, argument in (
+        (lambda: trainer.evaluate(ignore_keys=["logits"]), "ignore_keys"),
+        (lambda: trainer.predict(trainer.eval_dataset["rte"], ["logits"]), "ignore_keys"),
+        (lambda: trainer.train(ignore_keys_for_eval=["logits"]), "ignore_keys_for_eval"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{argument} has no effect here"):
+            call()
