@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pal_adapters.blocks.walk import named_modules
+
 _LEAVES = (Tensor, nn.Module, type, FunctionType, MethodType, ModuleType, str, bytes, int, float, type(None))
 
 
@@ -29,46 +31,49 @@ class _Snapshot:
         self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._requires_grad: list[tuple[Tensor, bool]] = []
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
-        for module in model.modules() if modules is None else modules:
-            self._take_attributes(module)
-            for value in module.__dict__.values():
-                self._take_container(value, deep=False)
-        for tensor in [*model.parameters(), *model.buffers()]:
-            self._requires_grad.append((tensor, tensor.requires_grad))
+        inside = named_modules(model).values()
+        self._take_modules(inside if modules is None else modules)
+        for module in inside:
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    self._requires_grad.append((tensor, tensor.requires_grad))
         for thing in beside:
             self._take(thing)
+
+    def _take_modules(self, modules: Iterable[nn.Module]) -> None:
+        """Save the attributes of modules, and the containers in them with all containers inside.
+
+        In one loop: a model has some ten modules for each adapter and block, with some fifteen containers each.
+        """
+        for module in modules:
+            attributes = vars(module)
+            self._attributes.append((attributes, attributes.copy()))
+            found = list(attributes.values())
+            for value in found:  # grows by what containers hold
+                if isinstance(value, (dict, list, set)) and not isinstance(value, nn.Module):
+                    if id(value) not in self._seen:
+                        self._seen.add(id(value))
+                        self._containers.append((value, value.copy() if value else ()))
+                        found.extend(value.values() if isinstance(value, dict) else value)
 
     def _take(self, thing: Any) -> None:
         """Save an object and everything it refers to, down to modules and tensors."""
         if isinstance(thing, _LEAVES) or id(thing) in self._seen:
             return
-        if self._take_container(thing, deep=True):
+        if isinstance(thing, (dict, list, set)):
+            self._seen.add(id(thing))
+            self._containers.append((thing, thing.copy()))
+            for item in list(thing.values()) if isinstance(thing, dict) else thing:
+                self._take(item)
             return
         self._seen.add(id(thing))
         if isinstance(thing, tuple):
             for item in thing:
                 self._take(item)
         if isinstance(getattr(thing, "__dict__", None), dict):
-            self._take_attributes(thing)
+            self._attributes.append((vars(thing), dict(vars(thing))))
             for value in list(vars(thing).values()):
                 self._take(value)
-
-    def _take_attributes(self, thing: Any) -> None:
-        self._attributes.append((vars(thing), dict(vars(thing))))
-
-    def _take_container(self, thing: Any, *, deep: bool) -> bool:
-        """Save the contents of a mapping, list or set; `deep` also saves the objects inside."""
-        if isinstance(thing, nn.Module) or not isinstance(thing, (dict, list, set)):
-            return False
-        if id(thing) not in self._seen:
-            self._seen.add(id(thing))
-            self._containers.append((thing, thing.copy()))
-            for item in thing.values() if isinstance(thing, dict) else thing:
-                if deep:
-                    self._take(item)
-                else:
-                    self._take_container(item, deep=False)
-        return True
 
     def keep(self, tensor: Tensor) -> None:
         if id(tensor) not in self._values:
