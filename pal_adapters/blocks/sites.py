@@ -19,6 +19,7 @@ from .block_sites import BlockSites as BlockSites
 from .block_sites import Structure
 from .origin import class_keys
 from .structures import REFUSED, REPEATED, STRUCTURES
+from .walk import named_modules
 
 _REGISTERED: dict[str, BlockSites] = {}
 _ADDED: set[type] = set()
@@ -207,7 +208,7 @@ def _width(block: nn.Module, sites: BlockSites) -> int:
 
 
 def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList | nn.Sequential]]:
-    for name, module in model.named_modules():
+    for name, module in named_modules(model, units=False).items():
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 0:
             yield name, module
 

@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from .sites import Block, iter_blocks
+from .walk import named_modules
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def survey(model: nn.Module, named: Mapping[str, str] | None = None) -> list[Sta
     found = {block.name: block for block in iter_blocks(model, named)}
     stages = {above for name in found for above in _above(name)}
     taken = set(found)
-    for name, module in model.named_modules():
+    for name, module in named_modules(model, units=False).items():
         block = found.get(name)
         if block is None:
             if name in stages or not name.rpartition(".")[2].isdigit() or not taken.isdisjoint(_above(name)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pal_adapters.blocks.sites import Block, parse_sites
+from pal_adapters.blocks.walk import named_modules, parameters
 from pal_adapters.checks import check_fields, shown
 from pal_adapters.errors import ConfigError, SiteError
 from pal_adapters.nn.unit import TaskUnit
@@ -127,24 +128,23 @@ def filled(config: Any, values: Mapping[str, Any]) -> Any:
 REGISTERED: dict[str, dict[str, type[Options]]] = {"adapters": {}, "peft": {}}
 
 
-def parameters_of(model: nn.Module, blocks: list[Block], task_parameters: Iterable[nn.Parameter]) -> int:
+def parameters_of(model: nn.Module, blocks: list[Block], task_parameters: Collection[int]) -> int:
     """The number of parameters of the embeddings and the blocks, without head and pooler.
 
     Args:
         model: the model.
         blocks: its blocks.
-        task_parameters: parameters of task modules, which are not counted.
+        task_parameters: IDs of parameters of task modules, which are not counted.
     """
-    seen: set[int] = {id(p) for p in task_parameters}
-    total = 0
+    counted: dict[int, int] = {}
     modules: list[nn.Module] = [block.module for block in blocks]
-    modules += [m for n, m in model.named_modules() if n.endswith("embeddings") or isinstance(m, nn.Embedding)]
+    named = named_modules(model, units=False).items()
+    modules += [m for n, m in named if n.endswith("embeddings") or isinstance(m, nn.Embedding)]
     for module in modules:
-        for parameter in module.parameters():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                total += parameter.numel()
-    return total
+        for parameter in parameters(module, units=False):
+            if id(parameter) not in task_parameters:
+                counted[id(parameter)] = parameter.numel()
+    return sum(counted.values())
 
 
 def generator_for(seed: int | None, block: Block) -> torch.Generator | None:

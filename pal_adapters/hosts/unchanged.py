@@ -50,11 +50,12 @@ class _Snapshot:
             self._attributes.append((attributes, attributes.copy()))
             found = list(attributes.values())
             for value in found:  # grows by what containers hold
-                if isinstance(value, (dict, list, set)) and not isinstance(value, nn.Module):
-                    if id(value) not in self._seen:
-                        self._seen.add(id(value))
-                        self._containers.append((value, value.copy() if value else ()))
-                        found.extend(value.values() if isinstance(value, dict) else value)
+                if not isinstance(value, (dict, list, set)) or isinstance(value, nn.Module):
+                    continue
+                if id(value) not in self._seen:
+                    self._seen.add(id(value))
+                    self._containers.append((value, value.copy() if value else ()))
+                    found.extend(value.values() if isinstance(value, dict) else value)
 
     def _take(self, thing: Any) -> None:
         """Save an object and everything it refers to, down to modules and tensors."""
@@ -64,7 +65,8 @@ class _Snapshot:
             self._seen.add(id(thing))
             self._containers.append((thing, thing.copy()))
             for item in list(thing.values()) if isinstance(thing, dict) else thing:
-                self._take(item)
+                if not isinstance(item, _LEAVES):
+                    self._take(item)
             return
         self._seen.add(id(thing))
         if isinstance(thing, tuple):

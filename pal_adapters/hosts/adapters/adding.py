@@ -182,7 +182,7 @@ def _plan(model: ModelAdaptersMixin, whole: AdapterConfig | None) -> Plan:
     _check_leave_out(given, sorted({i for i, _ in layers}))
     for config in given:
         config.method.reachable(blocks)
-    parameters = parameters_of(base, blocks, task_parameters(base))
+    parameters = parameters_of(base, blocks, set(map(id, task_parameters(base))))
     configs = [filled(c, c.method.prepare(c, blocks, parameters)) for c in (c.resolved() for c in given)]
     shares = _shares(whole, configs, blocks)
     kept = {id(c): _with_chosen(c, complete) for c, complete in zip(given, configs, strict=True)}

@@ -11,6 +11,7 @@ from adapters.loading import AdapterFusionLoader, AdapterLoader, PredictionHeadL
 from adapters.model_mixin import ModelAdaptersMixin
 from torch import Tensor, nn
 
+from pal_adapters.blocks.walk import named_modules
 from pal_adapters.errors import PalAdaptersError, StorageError
 from pal_adapters.hosts.tensors import fault_of
 from pal_adapters.hosts.unchanged import keep_values
@@ -80,7 +81,7 @@ def filter_func(original: Any) -> Any:
             return keep(key) or key.startswith(table) or key in base
 
         skipped = set.intersection(*(set(config.leave_out) for config in configs))
-        names = {id(module): name for name, module in model.base_model.named_modules()}
+        names = {id(module): name for name, module in named_modules(model.base_model, units=False).items()}
         blocks = tuple(f"{names[id(layer)]}." for index, layer in model.iter_layers() if index in skipped)
         inner = {name for name, child in model.base_model.named_children() if _is_trunk(model, child)}
 
@@ -204,9 +205,9 @@ def load_weights_from_state_dict(original: Any) -> Any:
         )
         given: Mapping[str, Any] = self.rename_state_dict(state_dict, *renames)
         named = _file_names(self.model, given, in_base_model, start_prefix)
-        if isinstance(filter_func, OwnTensors):
-            _check(self.model, given, named, filter_func)
         tensors = self.model.state_dict(keep_vars=True)
+        if isinstance(filter_func, OwnTensors):
+            _check(self.model, tensors, given, named, filter_func)
         keep_values(tensor for name, tensor in tensors.items() if named(name) in given)
         return original(self, state_dict, filter_func, rename_func, loading_info, in_base_model, start_prefix)
 
@@ -227,9 +228,14 @@ def _file_names(
     return lambda name: start_prefix + name
 
 
-def _check(model: Any, given: Mapping[str, Any], named: Callable[[str], str | None], own: OwnTensors) -> None:
+def _check(
+    model: Any,
+    tensors: Mapping[str, Tensor],
+    given: Mapping[str, Any],
+    named: Callable[[str], str | None],
+    own: OwnTensors,
+) -> None:
     """Raise `StorageError` unless a file has exactly the tensors of an adapter, in a form that fits the model."""
-    tensors = model.state_dict(keep_vars=True)
     wanted = {named(name): tensor for name, tensor in tensors.items() if own(name)}
     prefix = f"{model.base_model_prefix}."
 

@@ -17,6 +17,7 @@ from adapters.methods.bottleneck import BottleneckLayer
 from torch import Tensor, nn
 
 from pal_adapters.blocks.sites import Block, mark_added, resolve
+from pal_adapters.blocks.walk import named_modules, parameters
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.attachment import Attachment
 from pal_adapters.hooks.call import exporting
@@ -120,8 +121,9 @@ class TaskLayer(ValueComposition, nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        units = [unit for name in self.pal_adapters for unit in self.units(name)]
-        if self.network is not None and not any(unit.is_network for unit in units):
+        if self.network is None:
+            return
+        if not any(unit.is_network for name in self.pal_adapters for unit in self.units(name)):
             self.network.remove()
             self.network = None
 
@@ -373,16 +375,15 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if id(p) not in task}
 
 
-def task_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+def task_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Every parameter that an adapter of any method, the host's or this package's, added to a base model."""
-    for module in model.modules():
+    containers = [getattr(model, name, None) for name in ("shared_parameters", "invertible_adapters", "prefix_tuning")]
+    for module in named_modules(model, units=False).values():
         if isinstance(module, AdapterLayerBase):
-            containers = [module.adapter_modules, getattr(module, "adapter_fusion_layer", None)]
-            containers.append(getattr(module, "shared_parameters", None))
-            for container in containers:
-                if isinstance(container, nn.Module):
-                    yield from container.parameters()
-    for name in ("shared_parameters", "invertible_adapters", "prefix_tuning"):
-        container = getattr(model, name, None)
+            containers.append(module.adapter_modules)
+            containers += [getattr(module, name, None) for name in ("adapter_fusion_layer", "shared_parameters")]
+    found: list[nn.Parameter] = []
+    for container in containers:
         if isinstance(container, nn.Module):
-            yield from container.parameters()
+            found += parameters(container)
+    return found

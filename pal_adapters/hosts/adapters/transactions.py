@@ -8,6 +8,7 @@ from typing import Any
 
 from adapters.model_mixin import ModelAdaptersMixin
 
+from pal_adapters.blocks.walk import named_modules
 from pal_adapters.hosts.unchanged import all_or_nothing
 
 from .layer import TaskLayer
@@ -16,7 +17,7 @@ from .layer import TaskLayer
 @contextmanager
 def changing(model: ModelAdaptersMixin) -> Iterator[None]:
     """A change of a model of `adapters`: if it raises, the model is put back to what it was."""
-    layers = [module for module in model.modules() if isinstance(module, TaskLayer)]
+    layers = [module for module in named_modules(model, units=False).values() if isinstance(module, TaskLayer)]
     owners = [owner for layer in layers for owner in (layer.attachment, layer.network)]
     with all_or_nothing(model, model.adapters_config, model.config, *owners):
         yield

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from pal_adapters.blocks.walk import named_modules
 from pal_adapters.hosts.unchanged import all_or_nothing
 
 from .layer import TunerLayer, tuner_layers
@@ -29,5 +30,5 @@ def changing(model: nn.Module, *beside: Any) -> AbstractContextManager[None]:
 def switching(model: PeftModel) -> AbstractContextManager[None]:
     """`all_or_nothing` for a change of the active adapter, which touches only what PEFT has put on the model."""
     wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    touched = [module for module in model.modules() if isinstance(module, wrappers)]
+    touched = [module for module in named_modules(model, units=False).values() if isinstance(module, wrappers)]
     return all_or_nothing(model, modules=[model, model.base_model, *touched])

@@ -15,6 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from pal_adapters.blocks.walk import named_modules, parameters
 from pal_adapters.errors import StorageError, UnsupportedError
 
 from .config import TaskPeftConfig
@@ -26,13 +27,15 @@ _PREFIX = "base_model.model."
 def task_parameter_ids(model: nn.Module) -> set[int]:
     """IDs of the parameters that PEFT has added, including its copies of saved modules."""
     ids: set[int] = set()
-    for module in model.modules():
+    for module in named_modules(model, units=False).values():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            ids |= {id(p) for p in module.parameters()}
+            ids.update(map(id, parameters(module)))
         elif isinstance(module, BaseTunerLayer):
             names = (*module.adapter_layer_names, *module.other_param_names)
-            containers = (getattr(module, name, None) for name in names)
-            ids |= {id(p) for c in containers if isinstance(c, nn.Module) for p in c.parameters()}
+            containers = [getattr(module, name, None) for name in names]
+            for container in containers:
+                if isinstance(container, nn.Module):
+                    ids.update(map(id, parameters(container)))
     return ids
 
 
@@ -68,7 +71,16 @@ def name_alone(model: nn.Module, name: str, adapter_name: str) -> str:
 
 def is_joint(config: Any) -> bool:
     """Whether an adapter trains the model's own pretrained weights, rather than copies of them."""
-    return isinstance(config, TaskPeftConfig) and config.train_base and not config.method.copies_base
+    return bool(joint_names({"": config}))
+
+
+def joint_names(configs: Mapping[str, Any]) -> list[str]:
+    """The adapters that train the model's own pretrained weights."""
+    return [
+        name
+        for name, config in configs.items()
+        if isinstance(config, TaskPeftConfig) and config.train_base and not config.method.copies_base
+    ]
 
 
 def mark_base(model: nn.Module, active: Iterable[str], configs: Mapping[str, Any] | None = None) -> None:
@@ -83,9 +95,10 @@ def mark_base(model: nn.Module, active: Iterable[str], configs: Mapping[str, Any
     """
     if configs is None:
         configs = getattr(model, "peft_config", {})
-    if not any(is_joint(config) for config in configs.values()):
+    joint = joint_names(configs)
+    if not joint:
         return
-    trainable = any(is_joint(configs.get(name)) for name in active)
+    trainable = not set(joint).isdisjoint(active)
     added = task_parameter_ids(model)
     for parameter in model.parameters():
         if id(parameter) not in added:
@@ -105,7 +118,7 @@ def check_trainable(model: nn.Module) -> None:
 
 def check_restorable(configs: Mapping[str, Any]) -> None:
     """Raise `UnsupportedError` if a model without its adapters would not be the pretrained one."""
-    joint = [name for name, config in configs.items() if is_joint(config)]
+    joint = joint_names(configs)
     if joint:
         raise UnsupportedError(
             f"the adapters cannot be disabled: {joint[0]!r} trains the pretrained weights in place (train_base=True), "
@@ -220,7 +233,7 @@ def match_base(
     configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     others = [name for name in configs if name != adapter_name]
     if not is_joint(config):
-        joint = [name for name in others if is_joint(configs[name])]
+        joint = [name for name in joint_names(configs) if name != adapter_name]
         if joint and config.inference_mode:
             warnings.warn(
                 f"Adapter {adapter_name!r} comes without pretrained weights, and those of the model belong to "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from pal_adapters.blocks.sites import Block, mark_added
+from pal_adapters.blocks.walk import named_modules
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.attachment import Attachment
 from pal_adapters.hooks.call import CallValue
@@ -75,7 +77,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     def _mark_base(self, *, trainable: bool) -> None:
         # transformers' `set_adapter` only calls layers, so the first layer applies `train_base` for all of them.
-        first = next((layer for _, layer in tuner_layers(self._model[0]) if isinstance(layer, TunerLayer)), None)
+        first = next((layer for layer in self._model[0].modules() if isinstance(layer, TunerLayer)), None)
         if first is self:
             mark_base(self._model[0], self.active_adapters if trainable else [])
 
@@ -88,7 +90,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
         # The weights of a quantised module are packed; the norms next to it have the dtype it computes in.
-        for module in [base_layer, *self._near[0].modules()]:
+        for module in itertools.chain([base_layer], self._near[0].modules()):
             weight = getattr(module, "weight", None)
             if not isinstance(weight, Tensor) or not weight.is_floating_point():
                 continue
@@ -250,6 +252,6 @@ def remove_adapter_name(key: str, prefix: str, adapter_name: str) -> str:
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All PEFT layers of a model with their names."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model, units=False).items():
         if isinstance(module, nn.Module) and isinstance(module, BaseTunerLayer):
             yield name, module

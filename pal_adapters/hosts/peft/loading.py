@@ -17,6 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from pal_adapters.blocks.walk import named_modules
 from pal_adapters.errors import StorageError
 from pal_adapters.hosts.tensors import fault_of
 
@@ -28,7 +29,7 @@ _PREFIX = "base_model.model."
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """The tensors of one adapter by their names on the model, including copies of `modules_to_save`."""
     tensors: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model, units=False).items():
         if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             continue
         for container in module.adapter_layer_names:
@@ -56,7 +57,8 @@ def check_tensors(
     Raises:
         StorageError: if a tensor is missing or unexpected, has another shape or kind, or is not finite.
     """
-    wrapped = any(name.startswith(_PREFIX) for name, _ in model.named_parameters())
+    tuner = model._modules.get("base_model")
+    wrapped = tuner is not None and "model" in tuner._modules
     given = {name if wrapped else name.removeprefix(_PREFIX): tensor for name, tensor in given.items()}
     expected = adapter_tensors(model, adapter_name)
     missing = [name for name in expected if name not in given]
@@ -234,7 +236,10 @@ def embeddings_of(model: nn.Module) -> dict[str, Tensor]:
             continue
         if module is not None:
             ids = {id(parameter) for parameter in module.parameters()}
-            found |= {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) in ids}
+            for name, inside in named_modules(model, units=False, once=False).items():
+                for key, parameter in inside._parameters.items():
+                    if parameter is not None and id(parameter) in ids:
+                        found[f"{name}.{key}".removeprefix(".")] = parameter
     return found
 
 

@@ -37,6 +37,7 @@ from .joint import (
     check_trainable,
     check_transformers_loading,
     is_joint,
+    joint_names,
     mark_base,
     match_base,
     name_alone,
@@ -148,8 +149,7 @@ class TaskTuner(BaseTuner):
                 stacklevel=2,
             )
         ids = task_parameter_ids(self.model)
-        added = [p for p in self.model.parameters() if id(p) in ids]
-        values = self.method.prepare(peft_config, chosen, parameters_of(self.model, blocks, added))
+        values = self.method.prepare(peft_config, chosen, parameters_of(self.model, blocks, ids))
         for name, value in values.items():
             setattr(peft_config, name, value)
         self._chosen: dict[str, Block] = {block.name: block for block in chosen}
@@ -287,7 +287,7 @@ class TaskTuner(BaseTuner):
             left = [min(self.peft_config)]
         if left and any(layer.active_adapters != left for layer in layers):
             self.set_adapter(left[0] if len(left) == 1 else left)
-        if joint and not any(map(is_joint, self.peft_config.values())):
+        if joint and not joint_names(self.peft_config):
             added = task_parameter_ids(self.model)
             for parameter in self.model.parameters():
                 if id(parameter) not in added:

@@ -177,7 +177,7 @@ def test_an_adapter_is_not_loaded_without_its_damaged_head(
     before = state(other)
     with torch.no_grad():
         expected = other(**batch).logits
-    with pytest.raises(StorageError, match=f"the weights in {tmp_path} do not fit this BertAdapterModel"):
+    with pytest.raises(StorageError, match=f"the weights in {tmp_path} cannot be loaded: heads.t.1.weight has shape"):
         other.load_adapter(str(tmp_path))
     assert not changes(before, state(other))
     with torch.no_grad():
