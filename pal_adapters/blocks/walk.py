@@ -26,8 +26,7 @@ def named_modules(model: nn.Module, *, units: bool = True, once: bool = True) ->
         seen.add(id(module))
         found[name] = module
         prefix = f"{name}." if name else ""
-        for key in reversed(module._modules):
-            child = module._modules[key]
+        for key, child in reversed([*module._modules.items()]):  # copied: another thread may add an adapter
             if child is not None and not isinstance(child, skipped):
                 pending.append((prefix + key, child))
     return found
@@ -37,7 +36,7 @@ def parameters(model: nn.Module, *, units: bool = True) -> list[nn.Parameter]:
     """`list(model.parameters())`, in the same order; `units` as in `named_modules`."""
     found: dict[int, nn.Parameter] = {}
     for module in named_modules(model, units=units).values():
-        for parameter in module._parameters.values():
+        for parameter in [*module._parameters.values()]:
             if parameter is not None:
                 found.setdefault(id(parameter), parameter)
     return list(found.values())
