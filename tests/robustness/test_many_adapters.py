@@ -5,6 +5,7 @@ The hosts themselves visit every adapter in each of these calls, which is not co
 
 from __future__ import annotations
 
+import gc
 import pathlib
 import sys
 from collections.abc import Callable
@@ -43,18 +44,21 @@ def calls(run: Callable[[], Any]) -> int:
         count += frame is not None and frame.f_code.co_filename.startswith(HERE)
 
     before = sys.getprofile()
+    gc.disable()  # or finalizers of earlier models would count
     sys.setprofile(profile)
     try:
         run()
     finally:
         sys.setprofile(before)
+        gc.enable()
     return count
 
 
 def check(make: Callable[[int], Any], *runs: Callable[[Any], Any]) -> None:
+    """15 more adapters must not cost a single call each."""
     few, many = ([calls(lambda run=run, model=model: run(model)) for run in runs] for model in (make(5), make(20)))  # type: ignore[misc]
     assert all(count > 0 for count in few)
-    assert many == few
+    assert all(more < count + 15 for more, count in zip(many, few, strict=True)), f"{few} calls became {many}"
 
 
 @pytest.mark.parametrize("method", METHODS)
