@@ -45,7 +45,7 @@ class Broken(AssertionError):
     """A method neither works on a family nor rejects it."""
 
 
-def _require(condition: bool, host: Host, method: str, fault: str) -> None:
+def _require(condition: bool, host: object, method: str, fault: str) -> None:
     if not condition:
         raise Broken(f"{method} on {host}: {fault}")
 
@@ -56,7 +56,7 @@ def _run(model: Any, inputs: dict[str, Tensor], tasks: list[str] | None) -> dict
         return zoo.outputs_of(model(**inputs, **more))
 
 
-def _alone(host: Host, inputs: dict[str, Tensor], row: int) -> tuple[dict[str, Tensor], Tensor]:
+def _alone(inputs: dict[str, Tensor], row: int) -> tuple[dict[str, Tensor], Tensor]:
     """One example of a batch without its padding, and the slots of its tokens."""
     one = {name: value[row : row + 1] for name, value in inputs.items()}
     kept = inputs["attention_mask"][row].bool()
@@ -65,8 +65,9 @@ def _alone(host: Host, inputs: dict[str, Tensor], row: int) -> tuple[dict[str, T
     return one, kept
 
 
-def _check_padding(host: Host, method: str, model: Any, plain: Any, inputs: Any, tasks: list[str] | None) -> None:
-    one, kept = _alone(host, inputs, 1)
+def check_padding(host: object, method: str, model: Any, plain: Any, inputs: Any, tasks: list[str] | None) -> None:
+    """Raise `Broken` if the second example of a batch is another without its padding."""
+    one, kept = _alone(inputs, 1)
     for name, value in _run(model, inputs, tasks).items():
         whole = value[1:2, kept] if value.dim() > 2 and value.shape[1] == len(kept) else value[1:2]
         alone = _run(model, one, None if tasks is None else tasks[1:2])[name]
@@ -114,7 +115,7 @@ def verdict(host: Host, method: str) -> str:
     changed = max(zoo.difference(after[name], value) for name, value in before.items())
     _require(changed > 1e-3, host, method, "a random adapter changes nothing")
     if "attention_mask" in inputs:
-        _check_padding(host, method, model, plain, inputs, tasks)
+        check_padding(host, method, model, plain, inputs, tasks)
     if host.decodes and plain.can_generate():
         _check_generation(host, method, model, plain, inputs, tasks)
     outputs = zoo.outputs_of(model(**inputs, **({} if tasks is None else {"task_ids": tasks})))
