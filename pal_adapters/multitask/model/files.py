@@ -185,17 +185,26 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        StorageError: If the file is missing, damaged, or holds something else.
+        StorageError: If the file is missing, damaged, holds something else, or gives a key of an object twice.
     """
     if not path.is_file():
         raise StorageError(f"{path} is not there.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_keys_once)
     except (OSError, ValueError, RecursionError) as error:
         raise StorageError(f"{path} is damaged ({cause_of(error)}): get or write it again.") from error
     if not isinstance(value, dict):
         raise StorageError(f"{path} is damaged: it holds a {type(value).__name__}, not an object.")
     return value
+
+
+def _keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key[:80]!r} is given twice")
+        found[key] = value
+    return found
 
 
 def replace_text(path: Path, text: str) -> None:

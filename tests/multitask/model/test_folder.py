@@ -231,3 +231,13 @@ def test_a_base_model_that_is_a_pickle(tiny_encoder: str, tmp_path: Path) -> Non
     with pytest.raises(StorageError, match=r"cannot be loaded .*pass backbone="):
         TaskHeads.from_pretrained(tmp_path / "saved")
     TaskHeads.from_pretrained(tmp_path / "saved", AutoModel.from_pretrained(base))
+
+
+@pytest.mark.parametrize("file", ["task_heads.json", "tasks.json"])
+def test_a_key_that_is_given_twice(tiny_encoder: str, tmp_path: Path, file: str) -> None:
+    heads(tiny_encoder, HOSTS[0]).save_pretrained(tmp_path)
+    text = (tmp_path / "task_heads.json").read_text()
+    key = next(iter(json.loads(text)))
+    (tmp_path / file).write_text(f'{{"{key}": 1, {text.strip()[1:]}')
+    with pytest.raises(StorageError, match=f"{file} is damaged .the key '{key}' is given twice"):
+        files.read_json(tmp_path / file)
