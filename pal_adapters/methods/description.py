@@ -112,9 +112,7 @@ def _methods(single: str, network: str, attending: str) -> dict[str, str]:
 def _network(blocks: list[Block], implementation: str | None, *, several: bool) -> str:
     """The verdict on a network in the blocks of one list."""
     if several:
-        return (
-            "rejected: the model has several stacks of blocks, and a network steers one: choose it by target_modules"
-        )
+        return "rejected: the model has several stacks of blocks; a network steers one, in PEFT that of target_modules"
     first = blocks[0]
     if len(blocks) != first.depth:
         return "rejected: a network steers all blocks of a stack, and the structure of some is not known"

@@ -103,7 +103,7 @@ def _check_model(options: CAMTLOptions, blocks: list[Block]) -> None:
     if any(block.stack != first.stack for block in blocks):
         raise UnsupportedError(
             "ca_mtl supports one stack of blocks, but this model has several (an encoder and a decoder, or vision and "
-            f"text): choose one with target_modules={blocks[0].name.rpartition('.')[0]!r}, for example."
+            f"text): choose one, in PEFT with target_modules={blocks[0].name.rpartition('.')[0]!r}, for example."
         )
     if len(blocks) != first.depth:
         raise ConfigError(
