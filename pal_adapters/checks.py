@@ -35,7 +35,7 @@ class Check:
 
 
 def shown(value: object) -> str:
-    """`repr(value)`, cut where it is long."""
+    """`repr(value)`, shortened if it is long."""
     try:
         text = repr(value)
     except Exception:  # a `repr` may raise anything; that of an integer with thousands of digits raises ValueError
@@ -96,7 +96,7 @@ def one_of(*allowed: object) -> Check:
 
 
 def string(*, empty: bool = True) -> Check:
-    """A string; `empty` says whether `""` is one."""
+    """A string; `empty` says whether `""` is allowed."""
     return Check("a string", lambda value: isinstance(value, str) and (empty or bool(value)))
 
 
@@ -150,7 +150,7 @@ def option(help: str, check: Check) -> dict[str, Any]:
 
 
 def check_of(config_class: type, name: str) -> Check | None:
-    """The check of a field; a subclass that changes a default alone keeps the one of its base."""
+    """The check of a field; a subclass that only changes a default keeps the check of its base class."""
     for cls in config_class.__mro__:
         field = cls.__dict__.get("__dataclass_fields__", {}).get(name)
         if field is not None and "check" in field.metadata:
@@ -161,7 +161,7 @@ def check_of(config_class: type, name: str) -> Check | None:
 def check_fields(config: Any) -> None:
     """Apply the checks of all fields of a dataclass.
 
-    Fields that a library's base class brings have theirs in the class attribute `inherited_checks`.
+    The checks of fields inherited from a library's class are in the class attribute `inherited_checks`.
 
     Raises:
         ConfigError: names the field, its value and what is allowed.
@@ -172,7 +172,7 @@ def check_fields(config: Any) -> None:
             check(field.name, getattr(config, field.name))
 
 
-# For values that are no dataclass fields
+# For values that are not dataclass fields
 
 
 def require_one_of(argument: str, value: object, allowed: Iterable[object]) -> None:
@@ -200,7 +200,7 @@ def require_multiple(argument: str, value: int, divisor: str, number: int) -> No
 
     Args:
         argument: the name of `value`.
-        value: what is to be divided.
+        value: the number to be divided.
         divisor: the name of `number`.
         number: the divisor.
     """

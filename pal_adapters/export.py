@@ -20,7 +20,7 @@ class _Named(nn.Module):
     Args:
         model: the model.
         names: its inputs in the graph.
-        fixed: further arguments of the model, which are no inputs of the graph.
+        fixed: further arguments of the model, which are not inputs of the graph.
     """
 
     def __init__(self, model: nn.Module, names: list[str], fixed: Mapping[str, Any]) -> None:
@@ -62,19 +62,19 @@ def export_program(model: nn.Module, inputs: Mapping[str, Tensor], **fixed: Any)
 
     Args:
         model: a model of `adapters` or of `transformers`, a `PeftModel`, or a `TaskHeads`.
-        inputs: example inputs by name, such as a tokenizer returns them. At least two examples of two tokens: a size
+        inputs: example inputs by name, as a tokenizer returns them, with at least two examples of two tokens: a size
             of 1 would become a constant.
         **fixed: further arguments of the model, which become constants of the graph, such as `task_ids="rte"` for one
             task of a `TaskHeads`, or `use_cache=False` for a decoder.
 
     Returns:
         The program. Its inputs have the names in `inputs`. Its output is a dictionary of tensors: the fields of the
-        model's output, and for a `TaskHeads` the logits of each task, `[b, ...]`, of which the entries of the
-        examples of that task count.
+        model's output, and for a `TaskHeads` the logits of each task, `[b, ...]`, of which only the entries of
+        that task's examples are meaningful.
 
     Raises:
         ConfigError: if `inputs` has no tensors or a size of 1.
-        UnsupportedError: for what a graph cannot express, with what to do instead.
+        UnsupportedError: for anything a graph cannot express; the message says what to do instead.
 
     Example:
         ```python
@@ -115,7 +115,7 @@ def export_onnx(
         What `torch.onnx.export` returns. The file's outputs have the names of the program's.
 
     Raises:
-        ConfigError: see `export_program`; for another ending of `path`; if a package is not installed.
+        ConfigError: see `export_program`; if `path` does not end in `.onnx`; if a package is not installed.
         UnsupportedError: see `export_program`.
     """
     if not os.fspath(path).endswith(".onnx"):

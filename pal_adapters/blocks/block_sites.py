@@ -33,7 +33,7 @@ class BlockSites:
         ffn_output: the module whose output is `o2`.
         output: the module whose output is `y`.
         residual: where a term is added to the sum `h1 + o2`. By default the output of `ffn_output`; a model that drops
-            out or scales behind that module needs another place, else the term would be dropped out or scaled too.
+            out or scales behind that module needs another place, or the term would be dropped out or scaled too.
         residual_at: whether `residual` names a module whose `"output"` or whose `"input"` is changed.
         input_norm: pre-LN: the norm in front of attention; `""` if attention reads the residual stream as it is.
         ffn_norm: pre-LN: the norm whose input is `h1`; `""` if the feed-forward part reads `h1` as it is. Only a
@@ -96,12 +96,12 @@ class Structure:
     """One row of the table.
 
     Attributes:
-        models: who looks like this.
+        models: the models with such blocks.
         children: names of all direct children; those in brackets may be missing.
         sites: where the sites are in such a block.
         inner: paths below the children that must exist too.
-        classes: names of the block classes, where other classes have equal children and compute something else.
-        flags: attributes of the block and their values or the class of a child, where one class computes two things.
+        classes: names of the block classes, if other classes have the same children and compute something else.
+        flags: attributes of the block with their value or a child's class, if one class computes two things.
         scales: parameters and numbers of the block that `sites` accounts for.
     """
 

@@ -68,7 +68,7 @@ def norm_form(norm: nn.Module, width: int) -> NormForm | None:
         try:
             with torch.no_grad():
                 output = type(norm).forward(probe, x)
-        except (TypeError, ValueError, RuntimeError, AttributeError):  # a module that is called in another way
+        except (TypeError, ValueError, RuntimeError, AttributeError):  # a module with another call signature
             return None
         if not isinstance(output, Tensor) or output.shape != x.shape or not set(values) <= {"weight", "bias"}:
             return None
@@ -94,7 +94,7 @@ def full_norms(block: Block) -> dict[str, nn.Module]:
     """The norms of a block over its whole width, by path.
 
     Raises:
-        SiteError: if it has none, or one that computes something else than `NormForm`.
+        SiteError: if it has none, or one that is not of the form of `NormForm`.
     """
     found: dict[str, nn.Module] = {}
     skipped: list[str] = []
@@ -137,7 +137,7 @@ def required_final_norm(model: nn.Module, block: Block, what: str) -> tuple[nn.M
     """`final_norm` for something that needs it, and what it computes.
 
     Raises:
-        SiteError: if there is none, or one that computes something else than `NormForm`.
+        SiteError: if there is none, or it is not of the form of `NormForm`.
     """
     norm = final_norm(model, block)
     if norm is None:

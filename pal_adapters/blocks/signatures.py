@@ -1,7 +1,7 @@
 """The arguments and results of a model's modules.
 
 Releases of transformers rename arguments, so what a call passes is recognised by what it is: a cache by its class, the
-hidden states by their place in front. Masks have names, and a name that is not known is an error.
+hidden states by coming first. Masks are recognised by name, and an unknown name is an error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OTHER_MASKS = frozenset(
      "audio_token_mask"}
 )  # fmt: skip
 _KNOWN_MASKS = _OTHER_MASKS.union(MASK, CAUSAL_MASK, WINDOW_MASK)
-# Packed sequences: several texts behind each other in one row.
+# Packed sequences: several texts one after another in one row.
 _PACKED = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens")
 # transformers 4.57 checkpoints the call of a block, hooks and all, 5 only the function that its class calls `forward`.
 CHECKPOINTS_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
@@ -41,13 +41,13 @@ _PLAIN = (Tensor, type(None), bool, int, float, str, tuple, list, Mapping)
 
 @runtime_checkable
 class _Updated(Protocol):
-    """What a cache of another kind has: paged caches are no `Cache`."""
+    """What other kinds of cache provide: paged caches are not a `Cache`."""
 
     def update(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def positions_of(module: nn.Module) -> dict[str, int]:
-    """Where a module's `forward` takes its arguments."""
+    """The positions of a module's `forward` arguments."""
     module = getattr(module, "base_layer", module)  # PEFT's wrappers take anything
     return {name: i for i, name in enumerate(list(inspect.signature(type(module).forward).parameters)[1:])}
 
@@ -74,7 +74,7 @@ def cache_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
     """The generation cache that a call passes, whatever its argument is called.
 
     Raises:
-        UnsupportedError: for a cache that is no `transformers.Cache`, and for packed sequences.
+        UnsupportedError: for a cache that is not a `transformers.Cache`, and for packed sequences.
     """
     for value in (*args, *kwargs.values()):
         if isinstance(value, Cache):
@@ -87,7 +87,7 @@ def cache_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
             )
     if any(kwargs.get(name) is not None for name in _PACKED):
         raise UnsupportedError(
-            "packed sequences are not supported by modules that attend: pass one text a row, with an attention_mask."
+            "packed sequences are not supported by modules that attend: pass one text per row, with an attention_mask."
         )
     return None
 
@@ -112,7 +112,7 @@ def check_masks(positions: dict[str, int], args: tuple[Any, ...], kwargs: dict[s
 
 
 def check_whole(name: str, mask: Any, length: int, kwargs: dict[str, Any], *, causal: bool) -> None:
-    """Raise where a call without a cache sees more tokens than it gets: it has a cache that was not recognised.
+    """Raise if a call without a cache sees more tokens than it gets: it has a cache that was not recognised.
 
     Args:
         name: of the block.
@@ -138,7 +138,7 @@ def check_whole(name: str, mask: Any, length: int, kwargs: dict[str, Any], *, ca
 
 
 def _reach(mask: Any, length: int) -> int:
-    """How many keys a mask is for, without an empty place that some models of transformers 4.57 leave at its end."""
+    """How many keys a mask covers, without the unused one that some models of transformers 4.57 leave at its end."""
     if not isinstance(mask, Tensor) or mask.dim() < 2:
         return length
     keys = mask.shape[-1]

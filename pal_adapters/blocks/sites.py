@@ -27,14 +27,14 @@ _KNOWN = frozenset[str]().union(*(structure.known for structure in STRUCTURES))
 
 
 def register_block(class_name: str, sites: BlockSites) -> None:
-    """Teach every method about a block class that is not found by itself.
+    """Teach every method about a block class that is not recognised automatically.
 
     Args:
         class_name: name of the block's class (or of a base class of it), such as `"MyTransformerLayer"`.
         sites: the modules inside it.
 
     Raises:
-        ConfigError: if the class is known already with other sites.
+        ConfigError: if the class is already registered with other sites.
 
     Example:
         ```python
@@ -82,7 +82,7 @@ def _children(block: nn.Module) -> set[str]:
 
 
 def _unexplained(block: nn.Module, structure: Structure) -> list[str]:
-    """What a block has of its own, beside its children, that could take part in its sums."""
+    """The tensors and numbers of a block itself, outside its children, that could take part in its sums."""
     own = [name for name, tensor in (*block._parameters.items(), *block._buffers.items()) if tensor is not None]
     own += [name for name, value in vars(block).items() if isinstance(value, float)]
     return [name for name in own if name not in structure.scales]
@@ -100,12 +100,12 @@ def _fits(block: nn.Module, structure: Structure, bases: list[str], children: se
         return False
     if any(resolve(block, path) is None for path in (*structure.inner.split(), *structure.sites.paths())):
         return False
-    # Its tokens come before its rows unless it is told otherwise.
+    # By default, its first dimension is the tokens, not the batch.
     return not isinstance(resolve(block, structure.sites.attention), nn.MultiheadAttention)
 
 
 def _find_sites(block: nn.Module, named: Mapping[str, str] | None = None) -> BlockSites | str | None:
-    """The sites of a module, or the reason why it is a block but refused, or None where it is no block."""
+    """The sites of a module, or why it is a block but refused, or None if it is not a block."""
     bases = class_keys(block)
     if named is not None:
         if named.get("block") not in bases:
@@ -127,7 +127,7 @@ def _find_sites(block: nn.Module, named: Mapping[str, str] | None = None) -> Blo
     for structure in STRUCTURES:
         if _fits(block, structure, bases, children):
             return next((REFUSED[name] for name in bases if name in REFUSED), structure.sites)
-    # Swin's rows fit none of ours, but saying so is better than "no known structure".
+    # Swin fits no row of the table, but its reason says more than "no known structure".
     return next((REFUSED[name] for name in bases if name in REFUSED), None)
 
 

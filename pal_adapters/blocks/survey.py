@@ -1,4 +1,4 @@
-"""Which parts of a model are reached: its stacks of blocks, found or not."""
+"""Which parts of a model are reached: its stacks of blocks, recognised or not."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def survey(model: nn.Module, named: Mapping[str, str] | None = None) -> list[Sta
 
 
 def missed(stacks: Iterable[Stack]) -> list[Stack]:
-    """The stacks whose structure is not known, and of a class that is known in part the blocks that are not."""
+    """The stacks whose structure is not known and, of a partly known class, the blocks that are not known."""
     return _without(stacks, {block.name for stack in stacks for block in stack.blocks})
 
 

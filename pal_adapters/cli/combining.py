@@ -1,4 +1,4 @@
-"""The two stages of `pal-adapters transfer` in each host, by calls of its public interface."""
+"""The two stages of `pal-adapters transfer` in each host, through its public interface."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def score(data: Data, logits: dict[str, np.ndarray]) -> dict[str, dict[str, floa
 def trivial(data: Data) -> dict[str, dict[str, float]]:
     """Metrics of predicting the most frequent training class, or the mean training label, for every example.
 
-    Tasks whose examples have several labels have no such prediction: then there are none.
+    Tasks whose examples have several labels have no such prediction, so for them there are none.
     """
     labels = data.train.labels
     if labels is None or data.task.kind not in _ONE_LABEL:

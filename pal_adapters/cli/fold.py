@@ -83,7 +83,7 @@ def _fold_in_adapters(
 def _fold_in_peft(
     model: TaskHeads, routes: Mapping[str, Route], combined: Sequence[str], options: dict[str, Any]
 ) -> TaskHeads:
-    """Folds the combination, which has to be the only adapter: folding makes another kind of model."""
+    """Folds the combination, which has to be the only adapter: folding produces another kind of model."""
     names = {route.adapter for route in routes.values()}
     if len(names) > 1 or None in names:
         raise UnsupportedError(

@@ -26,7 +26,7 @@ def option(help: str, default: Any = ..., **more: Any) -> Any:
     """A dataclass field that becomes an option.
 
     Args:
-        help: What it is.
+        help: Its help text.
         default: Its default; without one it is required, and `None` means optional.
         **more: `aliases`, and arguments of `ArgumentParser.add_argument`.
     """
@@ -53,7 +53,7 @@ def parse(
     Returns:
         The options, and the arguments without a name.
     """
-    of: Any = options  # the parser wants a type that it declares itself
+    of: Any = options  # the parser asks for a type of its own
     parser: Any = Parser(of, prog=command, description=(doc or "").split("\n\n")[0])
     for name, help in positional.items():
         parser.add_argument(name, help=help)
@@ -63,7 +63,7 @@ def parse(
 
 
 def fill_in(options: Any, **defaults: Any) -> None:
-    """Gives the options that were left at `None` their values."""
+    """Fills in the options that were left at `None`."""
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)

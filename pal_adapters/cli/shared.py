@@ -48,12 +48,12 @@ def _load_task(name: str, data_dir: str | None, **changes: Any) -> Task:
         return Task.named(name, data_dir, **changes)
     except TaskDataError:
         if Path(name).is_dir():
-            return Task.from_folder(name, **changes)  # which says what the folder lacks
+            return Task.from_folder(name, **changes)  # its error says what the folder lacks
         raise
 
 
 def described(task: Task, max_length: int, result: Mapping[str, Any]) -> TaskDescription:
-    """What a `Predictor` needs to know of a trained task, with its score on the first split that was scored."""
+    """What a `Predictor` needs to know about a trained task, with its score on the first split that was scored."""
     score = next(iter(result["metrics"].values()))[result["primary_metric"]]
     return task.describe(max_length=max_length, score=score if isfinite(score) else None)
 
@@ -91,7 +91,7 @@ def make_folder(option: str, folder: str) -> Path:
 def model_folder(folder: str) -> str:
     """The folder of a `TaskHeads`: the given one, or the part of it where `train` and `transfer` put it.
 
-    What is no folder may be a Hub repo ID.
+    Anything that is not a folder may be a Hub repo ID.
     """
     path = Path(folder)
     if not path.is_dir():

@@ -1,6 +1,6 @@
 """An HTTP service that answers requests for many tasks with one model, batching what arrives together.
 
-Everything here knows a predictor only through the protocol in `interface.py`; how a prediction is made belongs to
+Everything here knows predictors only through the protocols in `interface.py`; how a prediction is made belongs to
 `multitask`, and command-line options to `cli`. Needs the packages of the extra `serve`.
 """
 

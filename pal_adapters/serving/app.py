@@ -1,4 +1,4 @@
-"""The application: routes, status codes and the texts of errors."""
+"""The application: routes, status codes and error messages."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def create_app(
     async def predict_all(body: PredictionRequest | list[PredictionRequest]) -> Any:
         start = time.perf_counter()
         requests = [one.model_dump() for one in (body if isinstance(body, list) else [body])]
-        await run_in_threadpool(check_requests, requests, predictor, options)  # which tokenizes the texts
+        await run_in_threadpool(check_requests, requests, predictor, options)  # tokenizes the texts
         answers = await batcher.submit(requests)
         for request in requests:
             metrics.predictions.labels(request["task"]).inc()
@@ -121,7 +121,7 @@ def create_app(
         return HTMLResponse(text, headers=_PAGE_HEADERS)
 
     def administrator(authorization: str = Header("")) -> None:
-        """Lets only those in who send the administrator's token."""
+        """Admits only callers that send the administrator's token."""
         if admin_token is None or options.tasks_root is None:
             raise HTTPException(403, "the tasks of this service are fixed: it has no administrator's token or no root")
         expected = f"Bearer {admin_token}".encode()
@@ -182,7 +182,7 @@ def _report_problems(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a list, what is wrong in it
+        first = max(error.errors(), key=lambda one: len(one["loc"]))  # in a list, the request at fault
         if first["type"] == "json_invalid":
             return _problem(400, f"the body is not JSON: {first['ctx']['error']}")
         numbers = [part for part in first["loc"] if isinstance(part, int)]

@@ -18,7 +18,7 @@ Request = Mapping[str, Any]
 
 
 class QueueFullError(Exception):
-    """More requests wait than the queue allows."""
+    """More requests are waiting than the queue allows."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Number of requests that wait for their batch."""
+        """Number of requests waiting for their batch."""
         return len(self._waiting)
 
     async def start(self) -> None:
@@ -61,7 +61,7 @@ class Batcher:
         self._loop_task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
-        """Answers what waits, and stops."""
+        """Answers the waiting requests, then stops."""
         self._closing = True
         self._some.set()
         self._full.set()
@@ -72,7 +72,7 @@ class Batcher:
         """The predictions of these requests, in order.
 
         Raises:
-            QueueFullError: If too many requests wait already.
+            QueueFullError: If too many requests are waiting already.
         """
         if len(self._waiting) + len(requests) > self._max_queue:
             raise QueueFullError

@@ -24,8 +24,8 @@ _HEAD = """# Models
 
 Which methods work on which model families, in PEFT. Each cell comes from a tiny random model: *yes* means that a
 fresh adapter changes nothing, a random one does, every parameter gets a gradient, the base model stays as it is,
-padding does not change real tokens, and generation gives the same with a cache and without. A number is a rejection,
-explained below. A second table is about [adapters](adapters.md).
+padding does not change real tokens, and generation gives the same result with and without a cache. A number is a
+rejection, explained below. A second table is about [adapters](adapters.md).
 
 For another model, `pal_adapters.describe_sites(model)` prints which blocks are found and what each method would do.
 
@@ -55,7 +55,7 @@ def render(verdicts: dict[tuple[str, str], str], methods: Collection[str] = METH
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     notes = "\n".join(f"{i}. {reason.removeprefix('rejected: ')}" for i, reason in enumerate(reasons, 1))
     works = sum(v == "works" for v in verdicts.values())
-    total = f"{works} of {len(verdicts)} combinations work, the others are rejected when the adapter is added."
+    total = f"{works} of {len(verdicts)} combinations work; the others are rejected when the adapter is added."
     return f"{total}\n\n{table}\n\n### Rejections\n\n{notes}\n"
 
 

@@ -25,7 +25,7 @@ def save_adapters(backbone: Any, directory: Path) -> None:
     """Writes each adapter and fusion in the format of its host."""
     host = adapter_host(backbone)
     if host == "peft":
-        resized = has_resized_embeddings(backbone)  # then they have a file of their own here
+        resized = has_resized_embeddings(backbone)  # then they get a file of their own
         backbone.save_pretrained(str(directory), save_embedding_layers=False if resized else "auto")
     elif host == "adapters":
         backbone.save_all_adapters(str(directory), use_safetensors=True)
@@ -33,7 +33,7 @@ def save_adapters(backbone: Any, directory: Path) -> None:
 
 
 def check_adapter_files(description: Description, directory: Path) -> None:
-    """Raises `StorageError` unless each adapter and fusion has whole files, without links out of the folder."""
+    """Raises `StorageError` unless each adapter and fusion has complete files and no links out of the folder."""
     kinds = dict.fromkeys(description.adapters, description.host) | dict.fromkeys(description.fusions, "fusion")
     for name, kind in kinds.items():
         place = _adapter_place(directory, name, description.host)
@@ -48,13 +48,13 @@ def check_adapter_files(description: Description, directory: Path) -> None:
 
 
 def add_adapters(model: Any, description: Description, directory: Path, names: Mapping[str, str] | None = None) -> Any:
-    """The model with the adapters and fusions of the folder. Those that it already has are not loaded.
+    """The model with the folder's adapters and fusions, except that those it already has are not loaded.
 
     Args:
         model: The model.
         description: What the folder holds.
         directory: The folder.
-        names: New names of adapters, by the names that they have in the folder.
+        names: New names of adapters, keyed by their names in the folder.
     """
     renamed = {name: (names or {}).get(name, name) for name in description.adapters}
     present = adapter_names(model)

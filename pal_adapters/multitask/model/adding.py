@@ -39,7 +39,7 @@ def new_route(
             raise ConfigError(f"loss has no effect for the head {head!r}, which is there already: leave it out.")
     elif not isinstance(head, HeadConfig):
         raise ConfigError(f"head={head!r:.80} is not allowed: pass HeadConfig(...) or the name of a head.")
-    elif task in heads:  # of a task that was removed, but whose head another one uses
+    elif task in heads:  # left by a removed task because another task uses it
         raise ConfigError(f"a head {task!r} is there already: pass head={task!r} to use it.")
     if isinstance(adapter, str) and adapter == "auto":
         adapter = _own_adapter(adapter_names(backbone), task)
@@ -48,7 +48,7 @@ def new_route(
 
 
 def _own_adapter(names: tuple[str, ...], task: str) -> str | None:
-    """The adapter with the name of the task, or the only one; `None` without adapters."""
+    """The adapter named after the task, or the only adapter; `None` if there are none."""
     if len(names) > 1 and task not in names:
         raise ConfigError(
             f"task {task!r} has no adapter of its name among {', '.join(map(repr, names))}: pass adapter=, one of "

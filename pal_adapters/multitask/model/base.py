@@ -27,7 +27,7 @@ def base_tensors(backbone: nn.Module, names: list[str] | None = None) -> dict[st
 
     Args:
         backbone: The model, with or without adapters.
-        names: What `base_names` gives for it, where that is known already.
+        names: The result of `base_names`, if already known.
     """
     bare = bare_model(backbone)
     names = base_names(backbone) if names is None else names
@@ -42,7 +42,7 @@ def base_tensors(backbone: nn.Module, names: list[str] | None = None) -> dict[st
 
 
 def added_parameters(backbone: nn.Module, base: Iterable[Tensor]) -> dict[str, nn.Parameter]:
-    """Parameters of adapters, fusions and heads of the host, not the base model's; shared ones appear once."""
+    """Parameters of the host's adapters, fusions and heads, without the base model's; shared ones appear once."""
     known = {id(tensor) for tensor in base}
     return {name: parameter for name, parameter in backbone.named_parameters() if id(parameter) not in known}
 
@@ -50,7 +50,7 @@ def added_parameters(backbone: nn.Module, base: Iterable[Tensor]) -> dict[str, n
 def model_class(model: nn.Module) -> type[nn.Module]:
     """The class of transformers or adapters that a model is an instance of.
 
-    `adapters.init` replaces it by a derived class, and users may derive their own.
+    `adapters.init` replaces it with a subclass, and users may define subclasses of their own.
     """
     for candidate in type(model).__mro__:
         if library_of(candidate) in ("transformers", "adapters") and not candidate.__name__.endswith(
@@ -61,7 +61,7 @@ def model_class(model: nn.Module) -> type[nn.Module]:
 
 
 def library_of(model_class: type[nn.Module]) -> str:
-    """The top package that defines a class, where a saved model finds it again by its name."""
+    """The top-level package of a class, in which a saved model looks the class up by name."""
     return model_class.__module__.partition(".")[0]
 
 
@@ -79,10 +79,10 @@ def embedding_tensors(backbone: Any, base: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def has_resized_embeddings(backbone: Any) -> bool:
-    """Whether the vocabulary is not the size it has in the checkpoint that the base model was loaded from.
+    """Whether the vocabulary size differs from that of the checkpoint that the base model was loaded from.
 
-    False where that checkpoint cannot be read. The base model of such a backbone is passed in again when the folder is
-    loaded, so nothing of it is expected there.
+    False if that checkpoint cannot be read: the base model then has to be passed in again when the folder is loaded,
+    so the folder need not contain any of it.
     """
     source = source_of(backbone)
     if not source:
@@ -108,7 +108,7 @@ def is_saved_class(found: Any) -> bool:
 
 
 def check_backbone(backbone: Any) -> None:
-    """Raises `ConfigError` for what is not a model, `UnsupportedError` for one that `TaskHeads` cannot use."""
+    """Raises `ConfigError` if it is not a model, `UnsupportedError` if `TaskHeads` cannot use it."""
     if not isinstance(backbone, nn.Module):
         named = isinstance(backbone, (str, Path))
         fix = f"AutoModel.from_pretrained({str(backbone)!r})" if named else "a model"

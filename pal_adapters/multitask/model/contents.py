@@ -16,7 +16,7 @@ from .task_description import TaskDescription
 
 HEADS, POOLER, OUTPUT, EMBEDDINGS, ADDED = "heads", "pooler", "output_layer", "embeddings", "added"
 BASE_FOLDER = "base.model"
-"""No adapter can have this name, as no module can."""
+"""An adapter cannot have this name, because a module cannot."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Contents:
         base: The base model's own tensors, see `base_tensors`.
         base_trained: Whether the base model has been trained.
         output_trained: Whether the output layer of a language model has been trained.
-        described: What is known of the tasks.
+        described: The descriptions of the tasks.
     """
 
     backbone: Any
@@ -64,7 +64,7 @@ class Contents:
 
 
 def base_folder(directory: Path) -> Path:
-    """Where a trained base model is. Earlier releases called the folder `base`, as an adapter may be called."""
+    """The folder of a trained base model. Earlier releases called it `base`, a name that an adapter may have too."""
     place = directory / BASE_FOLDER
     return inside(directory, BASE_FOLDER if place.is_dir() else "base")
 

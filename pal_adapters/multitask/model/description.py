@@ -1,4 +1,4 @@
-"""`task_heads.json`, which says what a folder of `TaskHeads` holds. What it says is checked before it is used."""
+"""`task_heads.json`, which describes what a folder of `TaskHeads` holds. It is checked before it is used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .routes import Route, adapter_from_json, adapter_host, adapter_names, adapt
 
 DESCRIPTION_FILE = "task_heads.json"
 FORMATS = (1, 2)
-"""2 is written for folders that an earlier release would misread: with input embeddings of their own."""
+"""2 marks folders with input embeddings of their own, which earlier releases would misread."""
 HOSTS = ("none", "adapters", "peft")
 MAX_WEIGHT = 1e30
 
@@ -91,7 +91,7 @@ class Description:
             library = adapters
         try:
             found = getattr(library, self.base["class"], None)
-        except Exception as error:  # what importing a part of the library raises
+        except Exception as error:  # importing a part of the library may raise anything
             raise StorageError(
                 f"{self.path}: the base model class {self.base['class']} cannot be imported ({cause_of(error)})."
             ) from error
@@ -142,7 +142,8 @@ def read_description(directory: Path) -> Description:
     """Reads and checks the description of a folder.
 
     Raises:
-        StorageError: If it is missing, damaged, of an unknown format or host, or names what a folder cannot hold.
+        StorageError: If it is missing or damaged, has an unknown format or host, or names something a folder cannot
+            hold.
     """
     path = inside(directory, DESCRIPTION_FILE)
     if not path.is_file():

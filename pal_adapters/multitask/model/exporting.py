@@ -1,4 +1,4 @@
-"""The pass of a `TaskHeads` that `torch.export` traces: the tasks of the examples are an input of the graph."""
+"""The forward pass of a `TaskHeads` that `torch.export` traces, with the tasks of the examples as a graph input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .setups import active_in_peft, pass_under
 
 
 class Tasks(Protocol):
-    """What this file reads of a `TaskHeads`."""
+    """The part of a `TaskHeads` that this file uses."""
 
     backbone: Any
     routes: dict[str, Route]
@@ -29,17 +29,17 @@ class Tasks(Protocol):
 
 
 def logits_of_graph(model: Tasks, task_ids: Any, labels: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """The logits of each task for all `r` encoder inputs, `[r, ...]`; those of the examples of the task count.
+    """The logits of each task for all `r` encoder inputs, `[r, ...]`; only those of its own examples are meaningful.
 
     Args:
         model: The `TaskHeads`.
-        task_ids: The indices of the tasks, an integer tensor `[r]`, or the name of one task, which alone is exported.
+        task_ids: The indices of the tasks, an integer tensor `[r]`, or the name of the one task to export.
         labels: Not allowed.
         inputs: Arguments of the backbone.
 
     Raises:
-        UnknownAdapterError: For a name that is no task.
-        UnsupportedError: For what a graph cannot express.
+        UnknownAdapterError: If there is no task of that name.
+        UnsupportedError: For anything that a graph cannot express.
     """
     if labels is not None:
         raise UnsupportedError("labels cannot be exported: leave them out, a graph computes logits.")
@@ -52,8 +52,8 @@ def logits_of_graph(model: Tasks, task_ids: Any, labels: Any, inputs: dict[str, 
         return task_logits(backbone, {task_ids: model.head(task_ids)}, None, states, mask)
     if not isinstance(task_ids, Tensor) or task_ids.is_floating_point() or task_ids.dim() != 1:
         raise UnsupportedError(
-            "task_ids of a graph are an integer tensor of shape [batch] among the inputs, or the name of one task, "
-            'task_ids="rte", which alone is exported.'
+            "task_ids of a graph are an integer tensor of shape [batch] among the inputs, or the name of the one task "
+            'to export, task_ids="rte".'
         )
     heads = {task: model.head(task) for task in model.routes}
     for task, head in heads.items():

@@ -33,13 +33,13 @@ def cause_of(error: BaseException) -> str:
 def staged(directory: Path, last: str, stems: Iterable[str] = ()) -> Iterator[Path]:
     """A folder to write to, whose files replace those of `directory` once all of them are written.
 
-    If the body raises, `directory` is as it was. Files of `directory` that are not written again stay.
+    If the body raises, `directory` is left as it was. Files of `directory` that are not written again stay.
 
     Args:
         directory: The folder; it is created.
-        last: The file whose presence says that the folder is complete. It is removed first and moved last, so a
+        last: The file whose presence marks the folder as complete. It is removed first and moved last, so a
             process that is killed in between leaves a folder that is recognisably incomplete.
-        stems: What `write_tensors` may have written to `directory` before and is not to stay, as paths in it.
+        stems: Stems of what `write_tensors` may have left in `directory` earlier and must not stay, as paths in it.
     """
     created = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def write_tensors(tensors: Mapping[str, Tensor], directory: Path, stem: str) -> 
             again.append(name)  # tied weights are written once
         first.setdefault(id(tensor), name)
         value = tensor.detach()
-        # A view would be taken for tied to whatever else lies in its storage.
+        # A view would be mistaken for a weight tied to everything else in its storage.
         plain[name] = value.clone() if value.nbytes != value.untyped_storage().nbytes() else value
     save_torch_state_dict(
         plain,
@@ -139,7 +139,7 @@ def read_tensors(directory: Path, stem: str) -> dict[str, Tensor]:
 
 
 def read_tensor_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file of safetensors, checked."""
+    """The tensors of one safetensors file, checked."""
     if not path.is_file():
         raise StorageError(f"{path} is not there.")
     try:

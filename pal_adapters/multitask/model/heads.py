@@ -54,7 +54,7 @@ class HeadConfig:
         kind: One of the above.
         num_labels: `c`; not allowed for the last three kinds.
         num_choices: Encoder inputs per example of `multiple_choice`. They are next to each other in the batch.
-        pooling: Where a head gets one vector per example from: the mean over the tokens, the first token, the last
+        pooling: How a head gets one vector per example: the mean over the tokens, the first token, the last
             token that is not padding (for decoders), or the output of the base model's own pooler.
         dropout: Dropout probability before the linear layer.
         label_names: Names of the classes, for model cards and predictions.
@@ -195,7 +195,7 @@ def count_items(kind: str, labels: Tensor) -> Tensor:
 
 
 def pool(hidden: Tensor, mask: Tensor | None, pooling: str, pooled: Tensor | None = None) -> Tensor:
-    """One vector per row, `[r, d]`, from the last hidden states `[r, n, d]`.
+    """One vector per encoder input, `[r, d]`, from the last hidden states `[r, n, d]`.
 
     Args:
         hidden: Last hidden states.

@@ -16,7 +16,7 @@ def fetch(name: str | Path, *, revision: str | None, token: str | bool | None) -
 
     Raises:
         ConfigError: If `revision` or `token` is given for a local folder.
-        StorageError: If there is neither, or the repository cannot be read.
+        StorageError: If `name` is neither, or the repository cannot be read.
     """
     if Path(name).is_dir():
         for argument, value in (("revision", revision), ("token", token)):

@@ -51,7 +51,7 @@ def check_language_model(backbone: Any) -> None:
     """Warns if the loss of a language model would say little about the base model, see `HeadConfig`.
 
     Raises:
-        UnsupportedError: For a model that does more than its output layer to get from hidden states to logits.
+        UnsupportedError: For a model that applies more than its output layer between hidden states and logits.
     """
     config = backbone.config
     name, kind = type(backbone).__name__, getattr(config, "model_type", "")
@@ -83,7 +83,7 @@ def check_language_model(backbone: Any) -> None:
 
 
 def _has_flexible_heads(backbone: Any) -> bool:
-    heads = sys.modules.get("adapters.heads")  # whoever made such a model has imported it
+    heads = sys.modules.get("adapters.heads")  # always imported if there is such a model
     return heads is not None and isinstance(backbone, heads.ModelWithFlexibleHeadsAdaptersMixin)
 
 

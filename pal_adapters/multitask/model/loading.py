@@ -94,7 +94,7 @@ def _fill(
     *,
     own: bool,
 ) -> None:
-    """Makes the heads, and copies what the folder holds into them and into the base model."""
+    """Builds the heads and copies the folder's weights into them and into the base model."""
     backbone, base = contents.backbone, contents.base
     width = width_of(backbone)
     with torch.device("meta"):  # a damaged description may ask for more memory than there is

@@ -19,7 +19,7 @@ def labels_by_task(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor] | 
     """The labels of each task in the batch.
 
     Raises:
-        ConfigError: If they are not those of the tasks in the batch.
+        ConfigError: If they are not for the tasks in the batch.
     """
     if isinstance(labels, Tensor):
         if len(logits) > 1:
@@ -66,7 +66,7 @@ def weighted_loss(losses: Tensor, whole: Tensor, routes: Mapping[str, Route], ba
 def batch_penalty(
     backbone: Any, present: Mapping[str, Tensor], routes: Mapping[str, Route], own: Tensor, whole: Tensor
 ) -> Tensor:
-    """Penalties of the fusions in a batch; over the batches of a step, each counts once.
+    """Penalties of the fusions in a batch, scaled so that the batches of a step together add each of them once.
 
     Args:
         backbone: The model.

@@ -11,7 +11,7 @@ LONGEST = 100
 
 
 def name_fault(name: object) -> str | None:
-    """Why no folder, and no module, can have this name; `None` if one can."""
+    """Why neither a folder nor a module can have this name; `None` if both can."""
     if not isinstance(name, str) or not name or {"/", "\\", "."} & set(name):
         return "use a name without '.', '/' and '\\'"
     if not name.isprintable() or name != name.strip() or len(name.encode(errors="replace")) > LONGEST:

@@ -12,7 +12,7 @@ from pal_adapters.hosts.which import host_of
 
 @contextmanager
 def put_back(backbone: Any) -> Iterator[None]:
-    """If the body raises, the backbone is as it was before, and `adapters.init` on it is undone."""
+    """If the body raises, the backbone is put back as it was, and `adapters.init` on it is undone."""
     classes = [(module, type(module)) for module in backbone.modules()]
     beside = [getattr(backbone, "config", None), getattr(backbone, "generation_config", None)]
     beside += [backbone.adapters_config] if host_of(backbone) == "adapters" else []
@@ -28,7 +28,7 @@ def put_back(backbone: Any) -> Iterator[None]:
 
 @contextmanager
 def items_kept(*changed: dict[str, Any]) -> Iterator[None]:
-    """If the body raises, dicts have the items that they had before, in their order."""
+    """If the body raises, the dicts get their former items back, in their former order."""
     before = [dict(one) for one in changed]
     try:
         yield

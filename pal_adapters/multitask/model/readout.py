@@ -56,7 +56,7 @@ def require_task(task: str, tasks: Sequence[str]) -> None:
 def task_logits(
     backbone: Any, heads: Mapping[str, Head], names: Sequence[str] | None, states: Hidden, mask: Tensor | None
 ) -> dict[str, Tensor]:
-    """The logits of each task in a batch, of its examples in their order.
+    """The logits of each task in a batch, for its examples in order.
 
     Args:
         backbone: The model, whose output layer a language model uses.

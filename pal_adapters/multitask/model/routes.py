@@ -45,7 +45,7 @@ def adapter_host(backbone: Any) -> str | None:
 
 
 def bare_model(backbone: Any) -> nn.Module:
-    """The model of transformers that returns the hidden states, without a wrapper of the host and without a head."""
+    """The transformers model that returns the hidden states, without a host's wrapper and without a head."""
     if is_peft_model(backbone):
         backbone = backbone.get_base_model()
     return getattr(backbone, "base_model", backbone)
@@ -72,7 +72,7 @@ def adapter_tasks(backbone: Any, adapter: Any) -> list[str]:
 
 def is_fuse(adapter: Any) -> bool:
     """Whether the adapter of a task is an AdapterFusion of `adapters`."""
-    composition = sys.modules.get("adapters.composition")  # whoever made a Fuse has imported it
+    composition = sys.modules.get("adapters.composition")  # always imported if there is a Fuse
     return composition is not None and isinstance(adapter, composition.Fuse)
 
 
@@ -90,7 +90,7 @@ def adapters_in(adapter: Any) -> list[str]:
 
 
 def route_key(adapter: Any) -> str:
-    """A key that is equal for equal adapters of tasks. Two fusions of the same sources differ in their names alone."""
+    """A key that is equal for equal adapters of tasks. Two fusions of the same sources differ only in their names."""
     if adapter is None or isinstance(adapter, str):
         return str(adapter)
     name = f"{adapter.name}: " if is_fuse(adapter) else ""
@@ -103,8 +103,8 @@ def check_adapter(backbone: Any, adapter: Any, task: str) -> None:
     Raises:
         UnknownAdapterError: If an adapter or the fusion is not on the model, or does not serve the task.
         ConfigError: For a name that no folder can have.
-        UnsupportedError: For a composition other than a `Stack` or a `Fuse` of names: such a composition has weights
-            or sizes of its own, which neither tell two routes apart nor are saved with them.
+        UnsupportedError: For a composition other than a `Stack` or a `Fuse` of names: it has weights or sizes of its
+            own, which would neither distinguish two routes nor be saved with them.
     """
     if not is_fuse(adapter) or not all(isinstance(child, str) for child in adapter.children):
         _require_stacks(adapter)
@@ -166,7 +166,7 @@ def adapter_to_json(adapter: Any) -> Any:
 
 
 def adapter_from_json(stored: Any) -> Any:
-    """What `adapter_to_json` wrote, once `stored_names` has checked it."""
+    """The inverse of `adapter_to_json`, for what `stored_names` has checked."""
     if not isinstance(stored, dict):
         return stored
     from adapters.composition import Fuse, Stack  # only here: PEFT and plain models do without `adapters`
@@ -180,7 +180,7 @@ def stored_names(stored: Any, *, inside: bool = False) -> tuple[list[str], list[
     """Names of the adapters and of the fusions in what `adapter_to_json` wrote.
 
     Raises:
-        ValueError: If it did not write this.
+        ValueError: If it is not of that form.
     """
     if stored is None and not inside:
         return [], []

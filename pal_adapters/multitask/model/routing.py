@@ -1,4 +1,4 @@
-"""How the examples of a batch reach the adapters of their tasks, in each host. Uses public names of the hosts only."""
+"""How the examples of a batch reach the adapters of their tasks, in each host. Uses only public names of the hosts."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def run_batch(backbone: Any, inputs: dict[str, Any], adapters: Sequence[Any], ta
     * `adapters`: an `AdapterSetup` for one adapter, `MultiTask` with `task_ids` for several. Examples of a `Fuse` go
       in a batch of their own. What the host cannot mix takes one pass per adapter.
     * PEFT: `adapter_names` for methods of this package. Of PEFT's own methods, only LoRA takes it, and not in
-      training: for all others a batch must have one task.
+      training; otherwise a batch must have a single task.
     * One adapter that serves several tasks (CA-MTL), in either host: `task_ids`.
     * No host, or no adapter for a task: the base model alone.
 
-    The host is looked up in each call, as a model may get adapters at any time.
+    The host is looked up in each call, since a model may get adapters at any time.
 
     Args:
         backbone: The model.
@@ -93,9 +93,9 @@ def batch_group(backbone: Any, adapter: Any) -> Hashable:
 
 
 def cache_argument(backbone: Any, adapter: Any) -> str | None:
-    """The argument for a cache of keys and values that a pass continues from; `None` if it cannot.
+    """The name of the argument for a key/value cache to continue from; `None` if a pass cannot continue from one.
 
-    Not in `adapters` 1.3, whose attention ignores the cache of transformers 4.57, and not with virtual tokens, which
+    It cannot in `adapters` 1.3, whose attention ignores the cache of transformers 4.57, nor with virtual tokens, which
     PEFT would put in front of the text in each pass.
     """
     if adapter_host(backbone) == "adapters":
@@ -118,7 +118,7 @@ def run_active(backbone: Any, inputs: dict[str, Any], more: dict[str, Any], *, p
     # A model of `adapters` with heads would run one of them.
     model: Any = backbone if adapter_host(backbone) == "peft" else bare_model(backbone)
     if model is backbone and is_peft_model(backbone) and bare_model(backbone) is not backbone.get_base_model():
-        more = {**more, "output_hidden_states": True}  # around a model with a head, whose outputs lack them
+        more = {**more, "output_hidden_states": True}  # PEFT wraps a model with a head, which leaves them out
     with penalty_by_caller():  # it is added to the loss of the tasks, see `fusion_penalty`
         outputs = model(**inputs, **more, return_dict=True)
         hidden = getattr(outputs, "last_hidden_state", None)
@@ -174,7 +174,7 @@ def _reject_mixtures(known: dict[str, Any]) -> None:
     if "None" in known:
         raise UnsupportedError("a batch mixes examples with and without an adapter: give every task one, or none.")
     fused = [key for key, adapter in known.items() if is_fuse(adapter)]
-    if fused:  # the host splits no batch among fusions
+    if fused:  # the host cannot split a batch among fusions
         raise UnsupportedError(
             f"a batch mixes examples for {fused[0]} with examples for other adapters: use batches of one task "
             "(mixed_batches=False)."
@@ -196,8 +196,8 @@ def _norms_first(backbone: Any, adapter: Any) -> bool:
 def _runs_together(backbone: Any, adapters: Iterable[Any]) -> bool:
     """Whether adapters 1.3 computes each example of a batch with its own of these adapters.
 
-    It does for methods of this package. For its own methods it takes the place of an adapter in the block, or whether
-    there is one, from the first adapter, so all must be configured alike; and some methods run one adapter for all.
+    It does for methods of this package. For its own methods the first adapter decides where the block applies
+    adapters, if at all, so all must be configured alike; and some methods run one adapter for the whole batch.
     """
     names = list(dict.fromkeys(name for adapter in adapters for name in adapters_in(adapter)))
     parts = [_parts(backbone, name) for name in names]
@@ -230,7 +230,7 @@ def _run_peft(
                 return run_active(backbone, inputs, more)
     if ours:
         only_one = len(known) == len(present) == 1 and list(backbone.active_adapters) == names
-        # The only adapter is active for good. Naming it would cost time and say nothing.
+        # The only adapter is always active, so naming it would only cost time.
         return run_active(backbone, inputs, {} if only_one else _by_name(adapters))
     for name in names:
         config = adapter_config(backbone, name)
@@ -241,7 +241,7 @@ def _run_peft(
                 f"adapter {name!r} is a {type(config).__name__}; PEFT {which} on one adapter at a time: use batches "
                 "of one task (mixed_batches=False), or a method of pal_adapters."
             )
-    # PEFT puts hooks for these names on the model for the time of the call, so no other pass may run beside it.
+    # PEFT hooks these names into the model for the duration of the call, so no other pass may run meanwhile.
     with pass_under(backbone, partial(active_in_peft, backbone, names[0], key=object())):
         return run_active(backbone, inputs, _by_name(adapters))
 
@@ -296,7 +296,7 @@ def _rows(inputs: dict[str, Any], rows: Sequence[int], total: int) -> dict[str, 
 
 
 def _put_back(order: Sequence[int], found: Sequence[Hidden]) -> Hidden:
-    """Hidden states and pooled outputs of rows that were taken in this order, in the order of the batch."""
+    """Puts the hidden states and pooled outputs of rows taken in this order back into the order of the batch."""
     back = torch.tensor(order).argsort().to(found[0][0].device)
     hidden = torch.cat([states for states, _ in found]).index_select(0, back)
     pooled = [one for _, one in found if one is not None]

@@ -45,13 +45,13 @@ def save(contents: Contents, directory: Path, *, checkpoint: bool, tokenizer: An
     with _writing(directory), staged(directory, DESCRIPTION_FILE, stems) as stage:
         save_adapters(backbone, stage)
         if (directory / "README.md").exists():
-            (stage / "README.md").unlink(missing_ok=True)  # PEFT's card is of the adapters alone
+            (stage / "README.md").unlink(missing_ok=True)  # PEFT's card covers only the adapters
         write_tensors(contents.heads.state_dict(keep_vars=True), stage, HEADS)
         if trained:
             write_tensors(base, stage / BASE_FOLDER, "model")
             backbone.config.save_pretrained(stage / BASE_FOLDER)
         elif pooler := contents.pooler():
-            # Many checkpoints have no pooler: then this one was made at random and is nowhere else.
+            # Many checkpoints have no pooler: this one was then initialized at random and is stored nowhere else.
             write_tensors(pooler, stage, POOLER)
         if resized:
             write_tensors(embedding_tensors(backbone, base), stage, EMBEDDINGS)

@@ -1,12 +1,12 @@
-"""Which adapter a pass through the backbone uses, without a trace on the model wherever the host can do without.
+"""Selects the adapter of a pass through the backbone, leaving no trace on the model wherever the host allows it.
 
 * `adapters`: the host's own `AdapterSetup`, which is local to the thread.
 * PEFT, methods of this package: `adapter_names`, an argument of the call.
-* PEFT, everything else: the host keeps the active adapter in its layers. Passes with the same adapter run at the same
-  time; one with another adapter waits until they are through.
+* PEFT, everything else: the host keeps the active adapter in its layers. Passes with the same adapter run
+  concurrently; one with another adapter waits until they have finished.
 
 With activation checkpointing a block runs again in the backward pass, possibly in another thread and after passes of
-other tasks. It runs under the setup of its own pass then.
+other tasks. It then runs under the setup of its own pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Enter = Callable[[], AbstractContextManager[None]]
 
 
 class _Pass(CallValue):
-    """The setup of the pass that this thread is in. A block that is computed again enters it anew."""
+    """The setup of the pass that this thread is in. A recomputed block enters it again."""
 
     @contextmanager
     def bound(self, value: Enter | None) -> Iterator[None]:
@@ -38,7 +38,7 @@ _PASS = _Pass()
 
 @contextmanager
 def pass_under(backbone: nn.Module, enter: Enter) -> Iterator[None]:
-    """One pass through the backbone under a setup, which blocks that are computed again later enter anew."""
+    """One pass through the backbone under a setup, which blocks recomputed later enter again."""
     if backbone.training:
         bind_reruns(backbone.modules(), _PASS)
     with _PASS.bound(enter):
@@ -53,7 +53,7 @@ def adapter_setup(setup: Any) -> AbstractContextManager[Any]:
 
 
 class _Turns:
-    """Who may use a model whose host keeps the active adapter in its layers."""
+    """Decides which passes may use a model whose host keeps the active adapter in its layers."""
 
     def __init__(self) -> None:
         self.condition = threading.Condition()
@@ -68,14 +68,14 @@ _TURNS_LOCK = threading.Lock()
 
 @contextmanager
 def active_in_peft(backbone: Any, adapter: str | None, key: object = None) -> Iterator[None]:
-    """The adapter is active in PEFT's layers, or none is for `None`; it stays active until another one is needed.
+    """Inside, the adapter (or none, for `None`) is active in PEFT's layers; it stays so until another is needed.
 
     What trains does not change.
 
     Args:
         backbone: A `PeftModel`.
         adapter: Name of the adapter.
-        key: Passes with equal keys may run at the same time; by default those with the same adapter.
+        key: Passes with equal keys may run concurrently; by default those with the same adapter.
     """
     with _TURNS_LOCK:
         turns = _TURNS.setdefault(backbone, _Turns())
@@ -98,7 +98,7 @@ def active_in_peft(backbone: Any, adapter: str | None, key: object = None) -> It
 
 
 def activate_in_peft(backbone: Any, adapters: Sequence[str]) -> None:
-    """Makes adapters active as soon as no pass runs that needs another one. What trains does not change."""
+    """Makes adapters active as soon as no running pass needs another one. What trains does not change."""
     with _TURNS_LOCK:
         turns = _TURNS.setdefault(backbone, _Turns())
     with turns.condition:
@@ -123,7 +123,7 @@ def _switch(backbone: Any, adapter: str | None, turns: _Turns) -> None:
 
 @contextmanager
 def _what_trains(backbone: nn.Module) -> Iterator[None]:
-    """PEFT freezes the adapters that it deactivates and unfreezes the others; that is for the user to say."""
+    """Undoes PEFT's freezing of adapters it deactivates and unfreezing of others: what trains is the user's choice."""
     before = [(parameter, parameter.requires_grad) for parameter in backbone.parameters()]
     try:
         yield

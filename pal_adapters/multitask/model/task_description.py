@@ -1,4 +1,4 @@
-"""What is known of a task besides its weights: how its examples are encoded, and what its outputs are called."""
+"""What is known about a task besides its weights: how its examples are encoded and what its outputs are called."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .names import require_task_name
 
 COLUMNS, CUSTOM = "columns", "custom"
 LONGEST_INPUT = 1_000_000
-"""In tokens; longer than any model reads."""
+"""In tokens; more than any model reads."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class TaskDescription:
         text_columns: The columns that an example needs, see `Task`.
         label_names: Names of the classes, numbers or choices.
         max_length: Tokens of an input; longer ones are truncated or, for tagging and questions, cut into windows.
-        template: How the columns become text: `"columns"` as they are, the full name of a benchmark's task such as
-            `"super_glue/copa"` as it is there, or `"custom"` by a function that has to be passed again.
+        template: How the columns become text: `"columns"` for the columns as they are, the full name of a benchmark's
+            task such as `"super_glue/copa"`, or `"custom"` for a function that has to be passed again.
         unanswerable: Whether a question may have no answer.
         thresholds: For `multi_label`, the smallest probability of each label that is predicted; 0.5 by default.
         metric: Name of its first metric.
@@ -103,7 +103,7 @@ class TaskDescription:
 
 @runtime_checkable
 class Describable(Protocol):
-    """What can say how its examples are encoded, such as a `Task`."""
+    """Anything that can describe how its examples are encoded, such as a `Task`."""
 
     def describe(self, *, max_length: int) -> TaskDescription:
         """Its description."""
@@ -111,7 +111,7 @@ class Describable(Protocol):
 
 
 def default_length(tokenizer: Any) -> int:
-    """The longest input of a task whose description does not say it: that of the tokenizer, at most 512 tokens."""
+    """The maximum length for a task whose description gives none: the tokenizer's, but at most 512 tokens."""
     return min(tokenizer.model_max_length, 512)
 
 

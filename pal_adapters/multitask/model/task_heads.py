@@ -49,8 +49,8 @@ class TaskHeads(nn.Module):
     with `n_t` the number of examples of task `t` in the batch (tokens, for heads that read tokens) and `v_t` its
     weight, or, with `balance="row"`, its weight times `n_t`, which is the plain mean over examples. The first is the
     rule of CA-MTL. In training, the penalty on the coefficients of a fusion or combination that tasks of the batch use
-    is added once. If the batch is a part of a step, so is its penalty: in proportion to the step's examples for that
-    fusion.
+    is added once. If the batch is only part of a step, the penalty is scaled by its share of the step's examples for
+    that fusion.
 
     Calls from several threads do not affect each other: the adapter of a task belongs to the call. Only PEFT's own
     methods (LoRA, IA3 and the like) keep the active adapter in the model, so calls with different adapters wait for
@@ -111,7 +111,7 @@ class TaskHeads(nn.Module):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks in the order of their numbers in `task_ids`."""
+        """The tasks in the order of their indices in `task_ids`."""
         return tuple(self.routes)
 
     def add(
@@ -139,7 +139,7 @@ class TaskHeads(nn.Module):
             ConfigError: If no task can have that name, the task or a head of its name exists, or there is no head of
                 the given name.
             UnknownAdapterError: If the adapter or the fusion is not on the model, or is one network for other tasks.
-            UnsupportedError: For another composition.
+            UnsupportedError: For any other composition.
         """
         route = new_route(
             self.backbone, self.heads, self.routes, task, head, adapter=adapter, weight=weight, loss=loss
@@ -193,8 +193,8 @@ class TaskHeads(nn.Module):
         """Logits of a batch, and its loss if labels are passed.
 
         Args:
-            task_ids: The task of each of the `r` encoder inputs: a name, or its index in `tasks`. One name stands for
-                all. A list is faster than a tensor on an accelerator, which has to be waited for.
+            task_ids: The task of each of the `r` encoder inputs: a name, or its index in `tasks`. A single name is for
+                all. A list is faster than a tensor on an accelerator, which forces a synchronization.
             labels: By task, the labels of its examples in their order. For a batch of one task, the labels alone.
             num_items_in_batch: What to divide the summed loss of each task by, `[t]`; 0 for absent tasks. By default
                 the counts of this batch; `MultiTaskTrainer` passes those of the whole step.
@@ -229,8 +229,8 @@ class TaskHeads(nn.Module):
         """Makes the adapters and heads of tasks trainable and freezes everything else, except the base if asked for.
 
         For a task with a `Fuse`, the fusion trains and its sources stay frozen, unless another of the tasks has one of
-        them as its own adapter. Of one network for several tasks (CA-MTL) that other tasks use, too, only the vectors
-        of `tasks` train, so the others keep their outputs to the last bit; see `pal_adapters.train_tasks`.
+        them as its own adapter. In one network for several tasks (CA-MTL) that other tasks use as well, only the
+        vectors of `tasks` train, so the others keep their outputs to the last bit; see `pal_adapters.train_tasks`.
 
         Args:
             tasks: The tasks; by default all.
@@ -292,17 +292,17 @@ class TaskHeads(nn.Module):
 
         Adapters and fusions are in the format of their host, each in `directory/<name>`, so the host can load them
         alone. A trained base model is an ordinary checkpoint in `directory/base.model`, without a head; the output
-        layer of a language model is in a file beside it. Input embeddings that were resized are saved, too, with a
-        frozen base model.
+        layer of a language model is in a file beside it. Resized input embeddings are saved even if the base model is
+        frozen.
 
         All files are written first and then moved into place: after an error, the folder is as it was.
 
         Args:
             directory: The folder; it is created.
             processing_class: The tokenizer, so that a `Predictor` needs nothing but the folder.
-            tasks: The tasks, for the same purpose: a `Task` or a `TaskDescription` each, as `Task.describe` returns
-                it. By default those that were passed before or came with the folder that was loaded.
-            checkpoint: Whether `restore` can read it, too, for which the adapters are written once more.
+            tasks: The tasks, for the same purpose: for each, a `Task` or a `TaskDescription`, which `Task.describe`
+                returns. By default those that were passed before or came with the loaded folder.
+            checkpoint: Whether `restore` can read it as well, for which the adapters are written a second time.
 
         Raises:
             ConfigError: For a task that the model lacks, or that does not fit its head.
@@ -323,17 +323,17 @@ class TaskHeads(nn.Module):
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> Self:
-        """Reads what `save_pretrained` wrote, in evaluation mode. Custom losses have to be set again.
+        """Reads what `save_pretrained` wrote; the model is in evaluation mode. Custom losses have to be set again.
 
-        No code of the folder is run and no file outside it is read. A backbone that was passed in is left as it was
+        No code from the folder is run and no file outside it is read. A backbone that was passed in is left as it was
         if the folder is rejected.
 
         Args:
             directory: The folder, or a Hub repo ID, `"owner/name"`.
-            backbone: The base model, if it cannot be loaded from where it came from. It is changed. Adapters that it
+            backbone: The base model, if it cannot be loaded from its original source. It is modified. Adapters that it
                 already has are not loaded.
             revision: Branch, tag or commit of a repository.
-            token: Token for the Hub; by default the one of the login.
+            token: Token for the Hub; by default that of the login.
 
         Raises:
             StorageError: If there is neither a folder nor a repository of that name, or it is incomplete, damaged, or

@@ -79,7 +79,7 @@ class TaskModel(nn.Module):
         return next(p.dtype for p in self.model.backbone.parameters() if p.is_floating_point())
 
     def can_generate(self) -> bool:
-        """No: such a task has no language model."""
+        """False: such a task has no language model."""
         return False
 
     def forward(self, **inputs: Any) -> ModelOutput:

@@ -30,7 +30,7 @@ def described_tasks(
 
     Args:
         tasks: A `TaskDescription` or a `Task` each.
-        tokenizer: Its longest input is that of a `Task`, at most 512.
+        tokenizer: Sets the maximum length of each `Task`, at most 512.
         heads: The heads of the model by task.
 
     Raises:
@@ -53,7 +53,7 @@ def described_tasks(
 
 
 def check_name(name: str, heads: Collection[str], found: Collection[str]) -> None:
-    """Raises `ConfigError` for a task that is not among those of the model, or that was found before."""
+    """Raises `ConfigError` for a task that the model lacks, or that occurs twice."""
     if name not in heads:
         there = ", ".join(map(repr, heads)) or "none"
         raise ConfigError(f"tasks has {name!r}, which is not on the model: {there}.")
@@ -72,7 +72,7 @@ def tasks_json(backbone: Any, described: Mapping[str, TaskDescription]) -> dict[
 
 
 def package_versions(*more: str) -> dict[str, str]:
-    """The versions of the installed packages that a folder depends on, and of others."""
+    """The versions of the packages that a folder depends on, and of `more`, as far as they are installed."""
     return {name: found for name in (*_PACKAGES, *more) if (found := _version(name)) is not None}
 
 
@@ -84,7 +84,7 @@ def read_tasks(directory: Path, heads: Mapping[str, HeadConfig]) -> dict[str, Ta
         heads: The heads of its tasks.
 
     Raises:
-        StorageError: If the file is damaged, or is not about the tasks of the folder.
+        StorageError: If the file is damaged, or does not describe the tasks of the folder.
     """
     path = inside(directory, TASKS_FILE)
     if not path.is_file():

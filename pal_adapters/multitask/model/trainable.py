@@ -32,14 +32,14 @@ def check_base(backbone: Any, routes: Iterable[Route], *, base: bool) -> None:
 
 
 def shared_networks(backbone: Any, routes: Iterable[Route], others: Iterable[Route]) -> list[str]:
-    """The networks for several tasks that both kinds of routes use."""
+    """The networks for several tasks that both groups of routes use."""
     used = {route.adapter for route in others if isinstance(route.adapter, str)}
     here = dict.fromkeys(route.adapter for route in routes if isinstance(route.adapter, str))
     return [adapter for adapter in here if adapter in used and adapter_tasks(backbone, adapter)]
 
 
 def train_vectors(backbone: Any, tasks: Sequence[str], adapter: str) -> list[nn.Parameter]:
-    """Trains the vectors of some tasks of a network alone; what else trains stays as it is."""
+    """Makes only the vectors of some tasks of a network trainable; whatever else trains stays as it is."""
     trains = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     vectors = train_tasks(backbone, tasks, adapter)
     for parameter in trains:
@@ -50,7 +50,7 @@ def train_vectors(backbone: Any, tasks: Sequence[str], adapter: str) -> list[nn.
 def train_routes(model: nn.Module, backbone: Any, routes: Mapping[str, Route], others: Iterable[Route]) -> None:
     """Freezes the model, except the adapters of the routes.
 
-    Of a network for several tasks that `others` use, too, only the vectors of these tasks train.
+    In a network for several tasks that `others` use as well, only the vectors of the tasks in `routes` train.
 
     Args:
         model: The model with its heads.
@@ -68,7 +68,7 @@ def train_routes(model: nn.Module, backbone: Any, routes: Mapping[str, Route], o
 
 
 def train_adapters(model: nn.Module, backbone: Any, routes: Sequence[Route]) -> None:
-    """Makes the adapters of the routes trainable; of a route with a `Fuse`, the fusion instead of its sources."""
+    """Makes the adapters of the routes trainable; for a route with a `Fuse`, the fusion instead of its sources."""
     for name in {name for route in routes for name in adapters_in(route.adapter)}:
         if adapter_tasks(backbone, name):
             train_tasks(backbone, None, name)  # its vectors may have been trained alone before

@@ -1,4 +1,4 @@
-"""Calls that use a model as it is meant to be used for predictions, and leave it as they found it."""
+"""Calls that put a model in the right state for predictions, and leave it as they found it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .setups import activate_in_peft
 
 
 class _Visits:
-    """The calls that use a model at the moment, and what to put back after the last of them."""
+    """The calls that currently use a model, and what to restore after the last of them."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

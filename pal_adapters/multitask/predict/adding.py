@@ -46,7 +46,7 @@ class SavedTask:
     Args:
         description: Its description, with its new name.
         folder: The folder.
-        contents: What the folder says of the task's adapters.
+        contents: What the folder says about the task's adapters.
         names: The new name of each of its adapters.
         adapter: Its adapter, as it is stored.
         head: Its head.
@@ -157,13 +157,13 @@ def _dtype(model: TaskHeads) -> torch.dtype:
 
 @contextmanager
 def whole_change(model: TaskHeads) -> Iterator[None]:
-    """If the body raises, the tasks of a model, its heads and its adapters are as they were before."""
+    """If the body raises, the tasks of a model, its heads and its adapters are put back as they were."""
     with items_kept(model.routes, model.described), put_back(model.backbone), all_or_nothing(model):
         yield
 
 
 def add_saved_task(model: TaskHeads, saved: SavedTask) -> None:
-    """Adds a task to a model, all of it or nothing. What is active and what trains stay as they were."""
+    """Adds a task to a model, whole or not at all. What is active and what trains stay as they were."""
     backbone, name = model.backbone, saved.description.name
     known: dict[int, tuple[Tensor, bool]] = {id(p): (p, p.requires_grad) for p in backbone.parameters()}
     modes = {module: module.training for module in backbone.modules()}
@@ -189,7 +189,7 @@ def add_saved_task(model: TaskHeads, saved: SavedTask) -> None:
 def remove_saved_task(model: TaskHeads, name: str) -> None:
     """Removes a task with its head, its adapters and its fusion, unless another task uses them.
 
-    A `PeftModel` keeps its last adapter, which it cannot be without.
+    A `PeftModel` keeps its last adapter, since it cannot be without one.
     """
     adapter = model.routes[name].adapter
     model.remove(name)

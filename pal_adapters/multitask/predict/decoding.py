@@ -1,4 +1,4 @@
-"""The outputs of a model as results with names."""
+"""Turns the outputs of a model into named results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .requests import Request
 from .served import ServedTask
 
 Outputs = Sequence[np.ndarray]
-"""For each piece of a request its logits, `[c]` or `[n, c]`; for a language model see `running.token_scores`."""
+"""The logits of each piece of a request, `[c]` or `[n, c]`; for a language model see `running.token_scores`."""
 
 
 def decode(request: Request, pieces: Sequence[Piece], outputs: Outputs, served: ServedTask) -> Prediction:

@@ -40,7 +40,7 @@ class Piece:
 
     @property
     def length(self) -> int:
-        """Tokens of its longest encoder input."""
+        """Number of tokens of its longest encoder input."""
         return max(len(row["input_ids"]) for row in self.inputs)
 
 
@@ -54,7 +54,7 @@ class Words:
 
 
 def words_of(request: Request, column: str) -> Words:
-    """The words of a request: those given, which are joined by spaces, or those of its text."""
+    """The words of a request: those given, joined by spaces, or those of its text."""
     given = request.row[column if column in request.row else "text"]
     if isinstance(given, str):
         found = list(_WORD.finditer(given))
@@ -65,7 +65,7 @@ def words_of(request: Request, column: str) -> Words:
 
 
 def encode_requests(requests: Sequence[Request], served: ServedTask, tokenizer: Any) -> list[Piece]:
-    """The pieces of some requests of one task, those of a request next to each other.
+    """The pieces of some requests of one task, with those of each request next to each other.
 
     Raises:
         RequestError: For a request whose text cannot be encoded.
@@ -153,7 +153,7 @@ def _encode_continuation(request: Request, served: ServedTask, tokenizer: Any) -
 
 
 def new_tokens(request: Request, served: ServedTask) -> int:
-    """How many tokens to generate at most."""
+    """The largest number of tokens to generate."""
     return int(request.row.get("max_new_tokens", min(20, max(1, served.description.max_length // 2))))
 
 

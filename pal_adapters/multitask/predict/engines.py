@@ -40,11 +40,11 @@ class Engine(Protocol):
         ...
 
     def cache_argument(self, task: str) -> str | None:
-        """The argument for a cache of keys and values; `None` if a pass cannot continue from one."""
+        """The name of the argument for a key/value cache; `None` if a pass cannot continue from one."""
         ...
 
     def logits(self, tasks: Sequence[str], inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """For each task in a batch the logits of its examples in their order, see `HeadConfig`.
+        """The logits of each task in a batch, for its examples in order; see `HeadConfig`.
 
         Args:
             tasks: The task of each encoder input.
@@ -77,7 +77,7 @@ class TaskHeadsEngine:
         return batch_group(self.model.backbone, self.model.routes[task].adapter)
 
     def cache_argument(self, task: str) -> str | None:
-        """The argument for a cache of keys and values; `None` if a pass cannot continue from one."""
+        """The name of the argument for a key/value cache; `None` if a pass cannot continue from one."""
         return cache_argument(self.model.backbone, self.model.routes[task].adapter)
 
     def logits(self, tasks: Sequence[str], inputs: dict[str, Any]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Lets any number of calls run at a time, or one change."""
+"""Lets any number of calls run at once, or a single change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Gate:
-    """Calls run beside each other. A change waits for those that run; calls that come later wait for the change."""
+    """Calls run concurrently. A change waits for the running calls; later calls wait for the change."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
@@ -31,7 +31,7 @@ class Gate:
 
     @contextmanager
     def change(self) -> Iterator[None]:
-        """One change; they run one after the other."""
+        """One change; changes run one after the other."""
         entered = False
         with self._condition:
             self._changes += 1

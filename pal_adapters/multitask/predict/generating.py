@@ -23,7 +23,7 @@ def generate(
     limit: int,
     done: Callable[[int], Any],
 ) -> list[TextPrediction]:
-    """The most probable next token, again and again, up to the end-of-text token or the number of tokens asked for.
+    """Decodes greedily, up to the end-of-text token or the requested number of tokens.
 
     Prompts of the same length run together, so that no padding shifts positions.
 
@@ -32,7 +32,7 @@ def generate(
         served: Their task.
         engine: The model.
         tokenizer: Its tokenizer.
-        limit: Tokens of a batch.
+        limit: Largest number of tokens in a batch.
         done: Called with the number of pieces of each batch that was run.
     """
     groups: dict[tuple[int, int], list[int]] = {}

@@ -22,8 +22,8 @@ class HostEngine:
 
     Args:
         model: A `PeftModel`, or a model of `adapters`.
-        tasks: The tasks. Each uses the adapter of its name or, if there is only one, that one; in `adapters` likewise
-            the head, on a model with flexible heads.
+        tasks: The tasks. Each uses the adapter of its name or, if there is only one, that one; in `adapters`, the same
+            holds for the head on a model with flexible heads.
 
     Raises:
         ConfigError: For a task without an adapter, without a head, or with another number of labels than its head.
@@ -68,7 +68,7 @@ class HostEngine:
         return ("alone", task)
 
     def cache_argument(self, task: str) -> str | None:
-        """The argument for a cache of keys and values; `None` if a pass cannot continue from one."""
+        """The name of the argument for a key/value cache; `None` if a pass cannot continue from one."""
         return cache_argument(self.model, self._adapters[task])
 
     def logits(self, tasks: Sequence[str], inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ def _head_config(task: Task | TaskDescription) -> HeadConfig:
 
 
 def _pick(what: str, task: str, known: Sequence[str]) -> str:
-    """The adapter or head of a task: that of its name, or the only one."""
+    """The adapter or head of a task: the one of its name, or the only one."""
     if task in known or len(known) == 1:
         return task if task in known else known[0]
     there = ", ".join(map(repr, known)) or "none"

@@ -1,4 +1,4 @@
-"""What a `Predictor` is made of: read from a folder, or put together from a model and its tasks."""
+"""The parts of a `Predictor`: read from a folder, or put together from a model and its tasks."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def served_task(one: Task | TaskDescription, engine: Engine, tokenizer: Any) -> 
 
 
 def grown(served: ServedTasks, more: TaskDescription, engine: Engine, tokenizer: Any) -> ServedTasks:
-    """The tasks with one more."""
+    """The tasks plus one more."""
     tasks = {**served.tasks, more.name: served_task(more, engine, tokenizer)}
     return ServedTasks(_regrouped(tasks, engine), tokenizer)
 
@@ -86,7 +86,7 @@ def shrunk(served: ServedTasks, name: str, engine: Engine, tokenizer: Any) -> Se
 
 
 def _regrouped(tasks: Mapping[str, ServedTask], engine: Engine) -> dict[str, ServedTask]:
-    """Which tasks share a batch may depend on all adapters of a model."""
+    """The tasks, regrouped: which of them may share a batch can depend on all adapters of a model."""
     return {name: replace(one, group=engine.group(name)) for name, one in tasks.items()}
 
 

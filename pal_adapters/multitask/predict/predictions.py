@@ -28,7 +28,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelPrediction(Prediction):
-    """One label, of `single_label`. The array has the probabilities of all labels `[c]`.
+    """One label, for `single_label`. The array has the probabilities of all labels `[c]`.
 
     Args:
         label: The most probable label.
@@ -43,7 +43,7 @@ class LabelPrediction(Prediction):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsPrediction(Prediction):
-    """Several labels or none, of `multi_label`. The array has the probabilities of all labels `[c]`.
+    """Several labels or none, for `multi_label`. The array has the probabilities of all labels `[c]`.
 
     Args:
         labels: The labels whose probability reaches their threshold, the most probable first.
@@ -56,7 +56,7 @@ class LabelsPrediction(Prediction):
 
 @dataclass(frozen=True, kw_only=True)
 class NumberPrediction(Prediction):
-    """A number, of `regression`. The array has all numbers `[c]`.
+    """A number, for `regression`. The array has all numbers `[c]`.
 
     Args:
         value: The number, or the first of several.
@@ -69,11 +69,11 @@ class NumberPrediction(Prediction):
 
 @dataclass(frozen=True)
 class Entity:
-    """A part of a text with a label.
+    """A labeled part of a text.
 
     Args:
-        label: Its label, such as `PER`; `B-` and `I-` are left out.
-        text: The part.
+        label: Its label, such as `PER`, without `B-` or `I-`.
+        text: The part itself.
         start: Its first character in the text.
         end: The character after its last one.
         score: Mean probability of the labels of its words.
@@ -88,12 +88,12 @@ class Entity:
 
 @dataclass(frozen=True, kw_only=True)
 class EntitiesPrediction(Prediction):
-    """Labels of words, of `token_tagging`. The array has the probabilities of all labels for each word `[words, c]`.
+    """Labels of words, for `token_tagging`. The array has the probabilities of all labels for each word `[words, c]`.
 
     Args:
         text: The text that offsets refer to: the one given, or the given words joined by spaces.
         words: Its words.
-        labels: The label of each word, such as `B-PER`; `O` for a word of which the tokenizer makes no token.
+        labels: The label of each word, such as `B-PER`; `O` for a word that the tokenizer drops.
         entities: With labels of the form `B-PER`, `I-PER`, the entities; otherwise each word whose label is not `O`.
     """
 
@@ -105,7 +105,7 @@ class EntitiesPrediction(Prediction):
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerPrediction(Prediction):
-    """The answer to a question in its context, or none, of `span_qa`. The array has the logits of the answer's first
+    """The answer to a question in its context, or none, for `span_qa`. The array has the logits of the answer's first
     and last token over the tokens of its window `[n, 2]`; without an answer, over those of the first window.
 
     Args:
@@ -123,11 +123,11 @@ class AnswerPrediction(Prediction):
 
 @dataclass(frozen=True, kw_only=True)
 class ChoicePrediction(Prediction):
-    """One of the choices, of `multiple_choice`. The array has the probabilities of all choices `[choices]`.
+    """One of the choices, for `multiple_choice`. The array has the probabilities of all choices `[choices]`.
 
     Args:
         choice: Name of the choice, by default that of its column.
-        text: The text of the choice, if it stands in a column of that name.
+        text: The text of the choice, if it is in a column of that name.
         score: Its probability.
         scores: The probability of each choice; they sum to 1.
     """
@@ -140,7 +140,7 @@ class ChoicePrediction(Prediction):
 
 @dataclass(frozen=True, kw_only=True)
 class TextPrediction(Prediction):
-    """The continuation of a text, of `language_modeling`: the one generated, or the score of the one given. The array
+    """The continuation of a text, for `language_modeling`: the one generated, or the score of the one given. The array
     has the log-probability of each of its tokens `[n]`.
 
     Args:

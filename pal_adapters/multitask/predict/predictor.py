@@ -35,7 +35,7 @@ from .running import run_pieces
 from .served import ServedTasks
 
 _MANY = 500
-"""From so many requests on, a progress bar is shown unless `progress` says otherwise."""
+"""The number of requests from which a progress bar is shown unless `progress` says otherwise."""
 
 
 class Predictor:
@@ -69,8 +69,8 @@ class Predictor:
         tasks: A `TaskDescription` or a `Task` for each task of the model that requests may ask for. A `Task` is
             described with the tokenizer's `model_max_length`, at most 512. By default the tasks that were saved with
             the model.
-        max_tokens_per_batch: Tokens of a batch, with padding: less needs less memory. A request that alone has more is
-            a batch of its own.
+        max_tokens_per_batch: Largest number of tokens in a batch, with padding: a smaller one needs less memory. A
+            longer request is a batch of its own.
 
     Raises:
         ConfigError: For a task that the model lacks, or that does not fit its head.
@@ -130,7 +130,7 @@ class Predictor:
             dtype: Type of its weights, such as `torch.bfloat16` or `"bfloat16"`; by default float32.
             max_tokens_per_batch: See `Predictor`.
             revision: Branch, tag or commit of a repository.
-            token: Token for the Hub; by default the one of the login.
+            token: Token for the Hub; by default that of the login.
 
         Raises:
             StorageError: If the folder is incomplete, damaged or does not fit the model.
@@ -154,9 +154,9 @@ class Predictor:
         return MappingProxyType(self._served.descriptions)
 
     def add_task(self, name: str, folder: str | Path) -> None:
-        """Adds a task that was saved on the same base model, with its adapter and head. All of it or nothing.
+        """Adds a task that was saved on the same base model, with its adapter and head, or nothing.
 
-        Calls that run finish first; calls that come meanwhile wait.
+        Running calls finish first; calls made meanwhile wait.
 
         Args:
             name: The name of the task: one of the folder's tasks or, if the folder has only one, any name.
@@ -180,7 +180,7 @@ class Predictor:
     def remove_task(self, name: str) -> None:
         """Removes a task with its head and, unless another task uses it, its adapter.
 
-        Calls that run finish first; calls that come meanwhile wait.
+        Running calls finish first; calls made meanwhile wait.
 
         Raises:
             UnknownAdapterError: If there is no task of that name.
@@ -196,7 +196,7 @@ class Predictor:
 
     def _task_heads(self) -> TaskHeads:
         if not isinstance(self._engine, TaskHeadsEngine):
-            raise UnsupportedError("the tasks of a host's own model are fixed: make the predictor of TaskHeads.")
+            raise UnsupportedError("the tasks of a host's own model are fixed: build the predictor from TaskHeads.")
         return self._engine.model
 
     def check(self, request: Mapping[str, Any]) -> None:
@@ -234,14 +234,14 @@ class Predictor:
         """Answers one request or many.
 
         Args:
-            requests: A list of requests. Or one request, or the text of one whose task has only one column.
-            task: The task of texts, and of requests without `"task"`. Several tasks are asked about one text.
+            requests: A list of requests, one request, or just its text if the task has only one column.
+            task: The task of texts and of requests without `"task"`; for one text or request, also a list of tasks.
             arrays: Whether predictions carry the numbers that they were read from, in `array`.
             progress: Whether to show a progress bar; by default for 500 requests and more.
 
         Returns:
-            The predictions in the order of the requests or, for several tasks, of the tasks; of one request for one
-            task the prediction itself.
+            The predictions in the order of the requests or, for several tasks, of the tasks; for one request and one
+            task, the prediction itself.
 
         Raises:
             RequestError: For the first request that cannot be answered, before any request runs.
@@ -259,7 +259,7 @@ class Predictor:
         return found[0] if single else found
 
     def _encoded(self, asked: Sequence[Any], served: ServedTasks) -> tuple[list[Request], list[list[Piece]]]:
-        """The requests, checked, and their pieces; the first wrong one raises an error."""
+        """The checked requests and their pieces; the first invalid one raises an error."""
         requests = [check_request(given, index, served.descriptions) for index, given in enumerate(asked)]
         by_task: dict[str, list[Request]] = {}
         for request in requests:

@@ -37,7 +37,7 @@ class RequestError(ConfigError):
 
 @dataclass(frozen=True)
 class Request:
-    """A request that was checked.
+    """A checked request.
 
     Args:
         index: Its number among the requests.
@@ -66,7 +66,7 @@ def as_requests(given: Any, task: Any) -> list[Any]:
         tasks = [task]
     elif isinstance(task, Sequence) and all(isinstance(name, str) for name in task):
         if several:
-            raise RequestError("several tasks are for one text: pass a text, or give each request its task.")
+            raise RequestError("several tasks need a single text: pass a text, or give each request its task.")
         tasks = list(task)
     else:
         raise RequestError(f"task={task!r:.60} is not allowed: use the name of a task, or a list of names.")
@@ -82,10 +82,10 @@ def _with_task(item: Any, task: str | None) -> Any:
 
 
 def check_request(given: Any, index: int, tasks: Mapping[str, TaskDescription]) -> Request:
-    """A request with all that its task needs and nothing else.
+    """The checked request: everything its task needs and nothing else.
 
     Raises:
-        RequestError: If it is not.
+        RequestError: If something is missing, unknown or of the wrong type.
     """
     if not isinstance(given, Mapping):
         raise RequestError(
@@ -109,7 +109,7 @@ def check_request(given: Any, index: int, tasks: Mapping[str, TaskDescription]) 
 
 
 def _named(row: dict[str, Any], task: TaskDescription, index: int) -> Mapping[str, Any]:
-    """A request whose text was passed without the name of its column, which is clear if the task has only one."""
+    """A request whose text was passed without a column name, which is unambiguous if the task has only one column."""
     if set(row) != {""}:
         return row
     if task.kind == "token_tagging":
@@ -136,7 +136,7 @@ def _check_columns(request: Request, task: TaskDescription) -> None:
     if task.kind == "token_tagging" or task.template == CUSTOM:
         return
     for column in task.text_columns:
-        # The only columns of built-in templates that are no texts are numbers of words.
+        # In built-in templates, the only columns that are not texts are indices of words.
         kind, noun = (
             (int, "an integer") if task.template != "columns" and column.endswith("_index") else (str, "a text")
         )

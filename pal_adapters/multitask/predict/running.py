@@ -23,7 +23,7 @@ def run_pieces(
         pieces: The pieces.
         tasks: Their tasks.
         engine: The model.
-        limit: Tokens of a batch, with padding.
+        limit: Largest number of tokens in a batch, with padding.
         done: Called with the number of pieces of each batch that was run.
     """
     outputs: list[np.ndarray | None] = [None] * len(pieces)
@@ -36,9 +36,9 @@ def run_pieces(
 
 
 def batches(pieces: Sequence[Piece], tasks: ServedTasks, limit: int) -> Iterator[list[int]]:
-    """Numbers of the pieces of each batch, the longest first: those that may be mixed, up to `limit` tokens.
+    """The indices of the pieces of each batch, longest first: only those that may be mixed, up to `limit` tokens.
 
-    A piece that alone has more tokens than that is a batch of its own.
+    A longer piece is a batch of its own.
     """
     groups: dict[Any, list[int]] = {}
     for number, piece in enumerate(pieces):
@@ -85,7 +85,7 @@ def _run_batch(batch: Sequence[Piece], tasks: ServedTasks, engine: Engine) -> li
 
 
 def token_scores(logits: Tensor, piece: Piece) -> Tensor:
-    """For each token of a continuation its log-probability and whether it is the most probable one, `[m, 2]`.
+    """The log-probability of each token of a continuation, and whether it is the most probable one, `[m, 2]`.
 
     Args:
         logits: Logits of all tokens `[n, v]`.
@@ -94,6 +94,6 @@ def token_scores(logits: Tensor, piece: Piece) -> Tensor:
     assert piece.places is not None
     first = int(piece.places[0])
     wanted = torch.as_tensor(piece.inputs[0]["input_ids"][first:], device=logits.device)
-    scored = logits[first - 1 : -1].float()  # the token before predicts
+    scored = logits[first - 1 : -1].float()  # each token is predicted by the one before
     found = scored.log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
     return torch.stack([found, (scored.argmax(-1) == wanted).float()], dim=-1)

@@ -1,4 +1,4 @@
-"""The tasks that a `Predictor` answers, at one moment. Calls that run keep theirs when tasks are added or removed."""
+"""A snapshot of the tasks of a `Predictor`. Running calls keep theirs when tasks are added or removed."""
 
 from __future__ import annotations
 
