@@ -1,6 +1,6 @@
 """Multi-task training of one model: tasks and their data, heads, sampling, a `Trainer` and the recipes of the papers.
 
-Needs the packages of the extra `train`.
+Requires the `train` extra.
 """
 
 from pal_adapters.errors import StorageError

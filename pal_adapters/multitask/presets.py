@@ -1,4 +1,4 @@
-"""The recipes of the papers by name: the adapters, what trains, how tasks are sampled, the optimizer settings."""
+"""The papers' recipes by name: adapters, trainable parameters, task sampling and optimizer settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RecipeWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Preset:
-    """A recipe.
+    """A training recipe from a paper.
 
     Args:
         name: Its name.
@@ -39,11 +39,11 @@ class Preset:
         base: Whether the base model is `"trained"` with the adapters or `"frozen"`.
         adapters: `"task"` for one adapter per task, `"shared"` for one network for all tasks, `"combination"` for a
             combination of existing sources per task, or `"none"`.
-        config: By host, the name of the adapter's config in `pal_adapters` and its arguments.
+        config: For each host, the name of the adapter's config class in `pal_adapters` and its arguments.
         arguments: Training arguments.
         pooling: Pooling of the heads, see `HeadConfig`; `"pooler"` means `"first"` for a base model without a pooler.
         steps_per_task: Steps per epoch for each task; 0 for one pass over the data.
-        needs: Arguments on which the results of the recipe depend.
+        needs: Training arguments that the results of the recipe depend on, with their values.
     """
 
     name: str
@@ -66,27 +66,27 @@ class Preset:
         sources: Sequence[str] | Mapping[str, str] | None = None,
         **changes: Any,
     ) -> TaskHeads:
-        """Builds the recipe's model: adapters and heads on a base model, with the parameters to train set trainable.
+        """Builds the recipe's model: a base model with adapters and heads, and only the recipe's parameters trainable.
 
         Args:
-            base: A model of `transformers`, changed in place. For a recipe that combines sources, it may have them.
+            base: A `transformers` model, changed in place. For a recipe that combines sources, it may hold them.
             tasks: The tasks.
-            host: `"adapters"` or `"peft"`, for recipes with adapters; by default the first that is installed.
+            host: `"adapters"` or `"peft"`, for recipes with adapters; by default the first installed one.
             pooling: Replaces the recipe's `pooling`; see `HeadConfig`.
                 A task with its own `pooling` or `head` keeps it.
             sources: The sources that a recipe combines: folders of saved adapters by name or, in `adapters`, names of
                 adapters on the base model.
-            **changes: Changed arguments of the adapter's config.
+            **changes: Arguments of the adapter's config to override.
 
         Raises:
-            ConfigError: For arguments that contradict each other.
+            ConfigError: For conflicting arguments.
         """
         named = check_tasks(tasks)
         if pooling is not None:
             require_one_of("pooling", pooling, POOLINGS)
         combines = self.adapters == "combination"
         if host_of(base) is not None and not combines:
-            raise ConfigError(f"base has adapters already: pass a plain model to the preset {self.name!r}.")
+            raise ConfigError(f"base already has adapters: pass a plain model to the preset {self.name!r}.")
         if combines is not bool(sources):
             raise ConfigError(
                 f"sources={sources!r} is not allowed for the preset {self.name!r}, which "
@@ -148,15 +148,15 @@ class Preset:
         if host == "peft":
             if not isinstance(sources, Mapping) or there is not None:
                 raise ConfigError(
-                    f"sources={sources!r} on a {type(base).__name__} is not allowed: PEFT has one kind of adapter on "
-                    "a model, so pass a plain base model and the folders of the sources, {name: folder}."
+                    f"sources={sources!r} on a {type(base).__name__} is not allowed: PEFT allows one kind of adapter "
+                    "on a model, so pass a plain base model and the folders of the sources, {name: folder}."
                 )
             for task in tasks:
                 given = {**options, **changes, "adapters": sources, "task_type": "FEATURE_EXTRACTION"}
                 base = add_adapter(base, f"to_{task}", config(**given))
                 routes[task] = f"to_{task}"
             return base, routes
-        import adapters  # only here: PEFT does without it
+        import adapters  # only here: not needed with PEFT
         from adapters.composition import Fuse
 
         if there is None:
@@ -172,9 +172,9 @@ class Preset:
         """The training arguments of the recipe.
 
         Args:
-            output_dir: Folder of the checkpoints.
+            output_dir: Folder for the checkpoints.
             num_tasks: Number of tasks, on which the length of an epoch may depend.
-            **changes: Changed arguments. Changing one that the results depend on gives a `RecipeWarning`.
+            **changes: Arguments to override. Overriding one that the results depend on gives a `RecipeWarning`.
         """
         arguments = {**self.arguments}
         if self.steps_per_task:
@@ -209,7 +209,7 @@ class Preset:
         trains = any(tensor.requires_grad for tensor in base)
         if trains is not (self.base == "trained"):
             warnings.warn(
-                f"the base is {'trained' if trains else 'frozen'} with the preset {self.name!r}, which has it "
+                f"the base is {'trained' if trains else 'frozen'} with the preset {self.name!r}, in which it is "
                 f"{self.base} ({self.source}).",
                 RecipeWarning,
                 stacklevel=2,
@@ -225,7 +225,7 @@ class Preset:
 
 
 def _config_maker(name: str) -> Callable[..., Any]:
-    """A config class, or a preset of it (`Class:preset`): of `pal_adapters` or, with a dot in its name, of a host."""
+    """A config class, or a preset of one (`Class:preset`), from `pal_adapters` or, if its name is dotted, a host."""
     name, _, preset = name.partition(":")
     module, _, attribute = name.rpartition(".")
     found = getattr(importlib.import_module(module or "pal_adapters"), attribute)
@@ -328,10 +328,10 @@ PRESETS: dict[str, Preset] = {
 
 
 def get_preset(name: str) -> Preset:
-    """The recipe with a name.
+    """The recipe of that name.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no such recipe.
     """
     require_one_of("preset", name, tuple(PRESETS))
     return PRESETS[name]

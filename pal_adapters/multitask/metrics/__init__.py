@@ -1,4 +1,4 @@
 """How predictions are scored: plain functions of predictions and labels, and custom metrics.
 
-Nothing here knows tasks, tokenizers or models.
+Nothing here knows about tasks, tokenizers or models.
 """

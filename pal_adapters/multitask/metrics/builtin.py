@@ -115,7 +115,7 @@ def _correlation(name: str, predicted: np.ndarray, true: np.ndarray) -> float:
 
 
 def score_label_sets(names: Sequence[str], predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """Metrics of label sets, each `[b, c]` of 0 and 1."""
+    """Metrics of label sets, each `[b, c]` of zeros and ones."""
     scores = {
         "f1_micro": f1_score(true, predicted, average="micro", zero_division=0.0),
         "f1_macro": f1_score(true, predicted, average="macro", zero_division=0.0),
@@ -151,7 +151,7 @@ def score_tags(
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     """Entities of a tag sequence such as `B-PER I-PER O`: type, first word, index after the last word.
 
-    An `I-` that does not continue an entity begins one, as in the usual evaluation script.
+    An `I-` that does not continue an entity begins one, as in `conlleval`.
     """
     found: list[tuple[str, int, int]] = []
     for number, tag in enumerate(tags):
@@ -164,7 +164,7 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 
 
 def score_answers(names: Sequence[str], predicted: Sequence[str], true: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Metrics of answers: the best over all right answers of a question, ignoring articles and punctuation."""
+    """Metrics of answers: the best over all correct answers to a question, ignoring articles and punctuation."""
     pairs = list(zip(predicted, true, strict=True))
     scores = {
         "exact_match": [max(float(plain(text) == plain(right)) for right in rights or [""]) for text, rights in pairs],
@@ -174,13 +174,13 @@ def score_answers(names: Sequence[str], predicted: Sequence[str], true: Sequence
 
 
 def plain(text: str) -> str:
-    """A text in lower case, without punctuation, articles and double spaces."""
+    """A text in lower case, without punctuation, articles or double spaces."""
     text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def overlap(text: str, right: str) -> float:
-    """F1 of the words of two texts."""
+    """Word F1 of two texts."""
     words, wanted = plain(text).split(), plain(right).split()
     if not words or not wanted:
         return float(words == wanted)

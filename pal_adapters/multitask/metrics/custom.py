@@ -1,4 +1,4 @@
-"""Custom metrics: functions, and metrics of `evaluate`, which receive their input in the form they ask for."""
+"""Custom metrics: functions, and metrics of `evaluate`, each given its input in the form it asks for."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def metric_name(metric: str | Metric) -> str:
 
 
 def flat_metrics(metrics: Sequence[str | Metric]) -> tuple[str | Metric, ...]:
-    """The metrics, with those of `evaluate.combine` taken apart."""
+    """The metrics, with those of `evaluate.combine` unpacked."""
     found: list[str | Metric] = []
     for metric in metrics:
         found += metric.evaluation_modules if isinstance(metric, evaluate.CombinedEvaluations) else [metric]
@@ -64,7 +64,7 @@ def custom_metric_problem(metric: Metric, kind: str, num_labels: int | None, lab
     if isinstance(wanted, Mapping):
         return "" if kind == "span_qa" and "prediction_text" in wanted else f"asks for {sorted(wanted)}"
     if kind == "span_qa":
-        return "asks for one right answer, but a question may have several: use 'exact_match', or squad of evaluate"
+        return "asks for one correct answer, but a question may have several: use 'exact_match', or squad of evaluate"
     lists = kind == "multi_label" or (kind == "regression" and (num_labels or 1) > 1)
     if kind != "token_tagging" and all(_is_list(form["predictions"]) is not lists for form in forms):
         how = " (accuracy and f1 do with config_name='multilabel')" if kind == "multi_label" else ""
@@ -85,13 +85,13 @@ def score_custom(
     Args:
         metric: The metric.
         predicted: The predictions, see `EncodedTask.predictions`.
-        true: The labels in the same form; for questions the texts of all right answers.
+        true: The labels in the same form; for questions, the texts of all correct answers.
         kind: Kind of the task.
         label_names: Names of its classes.
-        answers: For questions the labels themselves, a dict each.
+        answers: For questions, the labels themselves, a dict each.
 
     Raises:
-        ConfigError: If a metric of `evaluate` cannot be computed, or a metric returns something else than numbers.
+        ConfigError: If a metric of `evaluate` cannot be computed, or a metric returns anything but numbers.
     """
     if not isinstance(metric, evaluate.EvaluationModule):
         return _plain(metric, metric(predicted, true))
@@ -114,7 +114,7 @@ def score_custom(
 
 
 def _questions(name: str, wanted: Mapping[str, Any], predicted: Sequence[str], answers: Sequence[Any]) -> Any:
-    """Predicted and right answers in the form of `squad` and `squad_v2` of `evaluate`; "" means no answer."""
+    """Predicted and correct answers in the form of `squad` and `squad_v2` of `evaluate`; "" means no answer."""
     more = {"no_answer_probability": 0.0} if "no_answer_probability" in wanted else {}
     texts = [{"id": str(row), "prediction_text": text, **more} for row, text in enumerate(predicted)]
     right = []
@@ -128,9 +128,9 @@ def _questions(name: str, wanted: Mapping[str, Any], predicted: Sequence[str], a
 
 
 def primary_name(metric: str | Metric, found: Mapping[str, float]) -> str:
-    """If a metric returns several scores, the one that selects the best checkpoint.
+    """The score that selects the best checkpoint, of those that a metric returned.
 
-    That is the one named after the metric, else `overall_f1` (of seqeval), else the first.
+    It is the one named after the metric, else `overall_f1` (of seqeval), else the first.
     """
     return next((name for name in (metric_name(metric), "overall_f1") if name in found), next(iter(found)))
 

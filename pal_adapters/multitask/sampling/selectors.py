@@ -25,7 +25,7 @@ class Candidates:
 
     Args:
         tasks: Names of all tasks.
-        task_ids: The task number of each of the `b` examples `[b]`.
+        task_ids: The task ID of each of the `b` examples `[b]`.
         logits: For each task in the batch the logits of its examples, in their order; see `HeadConfig`.
         rows: For each task the indices of its examples among the `b`.
         num_select: How many to choose.
@@ -69,7 +69,7 @@ class UncertaintySelector:
         require_one_of("mode", self.mode, ("train", "eval"))
 
     def check(self, tasks: Iterable[Task]) -> None:
-        """Raise `ConfigError` for a task whose examples have neither a class nor a number, and so no entropy."""
+        """Raise `ConfigError` for a task whose examples cannot be scored: neither classification nor regression."""
         for task in tasks:
             if task.kind not in _KINDS:
                 raise ConfigError(

@@ -113,7 +113,7 @@ class Temperature:
 
 
 def round_robin(sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
-    """One task after the other, deterministically, continuing where the previous epoch ended.
+    """One task after another, deterministically, continuing where the previous epoch ended.
 
     The option of this name in the released code of PALs never leaves the first task.
     """
@@ -172,7 +172,7 @@ def probabilities(strategy: Strategy, sizes: Sequence[int], epoch: int, epochs: 
     name = getattr(strategy, "__name__", type(strategy).__name__)
     if weights.shape != (len(sizes),):
         raise ConfigError(
-            f"strategy {name} returned weights of shape {weights.shape} for {len(sizes)} tasks: return one each."
+            f"strategy {name} returned weights of shape {weights.shape} for {len(sizes)} tasks: return one per task."
         )
     if not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum() > 0:
         raise ConfigError(
@@ -190,10 +190,10 @@ class MultiTaskBatchSampler(Sampler[list[int]]):
 
     Examples are numbered consecutively: task 0 has the numbers `0 .. N_0 - 1`, task 1 the next `N_1`, and so on. The
     examples of a task are drawn in random order, reshuffled once every example has been used, also across epochs: even
-    a rarely drawn task gets through all of its examples in the end. Every batch is full, so a task with fewer examples
+    a rarely drawn task eventually gets through all of its examples. Every batch is full, so a task with fewer examples
     than a batch repeats some of them in it.
 
-    In a distributed run give each process the same arguments, let `accelerate` distribute the batches in turn, and
+    In a distributed run, give each process the same arguments, let `accelerate` distribute the batches in turn, and
     multiply `group_size` by the number of processes: then all processes train the same task in a step.
 
     Args:

@@ -17,7 +17,7 @@ Score = Literal["code", "paper"]
 Regression = Mapping[str, "str | float"]
 
 DEFAULT_PROXIES = {"stsb": "mrpc"}
-"""A regression task has no entropy: it takes the scores of this task, if both are present."""
+"""The task whose scores a regression task takes, as it has no entropy, if both are present."""
 
 _EPS = 1e-5
 
@@ -84,15 +84,15 @@ def uncertainty(
     $$u_i = \frac{H_i}{\ln C_t + 10^{-5}}, \qquad U_i = u_i \frac{\bar u_t}{\max_s \bar u_s}$$
 
     with the entropy `H_i` of the softmax and the mean `u_t` over the task's candidates. `score="paper"` is
-    `H_i / (H' max_s mean(H_s))`, with `H'` the entropy of the uniform distribution. The mean of
-    the candidate's own task, which makes the code favour uncertain tasks, is absent from it.
+    `H_i / (H' max_s mean(H_s))`, with `H'` the entropy of the uniform distribution. It lacks the mean of the
+    candidate's own task, which makes the code favour uncertain tasks.
 
     Source: Pilault et al., ICLR 2021, and the released code.
 
     Args:
         logits: `[n_t, C_t]` of the candidates of each task; one column is a regression.
-        score: Which of the two.
-        regression: For a regression task a number, or another task whose scores its examples take one by one, as far
+        score: Which of the two formulas.
+        regression: For a regression task a number, or another task whose scores its examples take one by one, as long
             as both have candidates. By default STS-B takes those of MRPC if both are present. Examples without a rule
             score 0 and are practically never chosen.
 
@@ -104,7 +104,7 @@ def uncertainty(
         raise ConfigError("logits={} is not allowed: pass the logits of at least one task.")
     for task, values in logits.items():
         if values.dim() != 2 or values.shape[1] < 1:
-            raise ConfigError(f"logits of {task!r} have shape {list(values.shape)}: [candidates, classes] is needed.")
+            raise ConfigError(f"logits of {task!r} have shape {list(values.shape)}: pass [candidates, classes].")
     rule = _regression_rule(logits, regression)
     entropies, normalised = {}, {}
     for task, values in logits.items():

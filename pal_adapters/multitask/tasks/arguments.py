@@ -1,4 +1,4 @@
-"""Whether the arguments of a `Task` have the right types, and act for its kind."""
+"""Checks that the arguments of a `Task` have the right types and take effect for its kind."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .types import TaskFields
 _COLUMNS = ("text_columns", "group_columns", "split_columns", "validation_splits")
 _FUNCTIONS = ("loss", "render", "expand")
 _TEXTS = {"token_tagging": 1, "language_modeling": 1}
-"""Text columns that a kind reads; others read a text or a pair, and `multiple_choice` any number."""
+"""Number of text columns that a kind reads; others read a text or a pair, and `multiple_choice` any number."""
 
 
 def as_tuple(argument: str, value: Any) -> tuple[Any, ...]:
     """The items of a list.
 
     Raises:
-        ConfigError: If it is none.
+        ConfigError: If it is not a list.
     """
     if not isinstance(value, Iterable):
         raise ConfigError(f"{argument}={value!r:.80} is not allowed: use a list.")
@@ -28,7 +28,7 @@ def as_tuple(argument: str, value: Any) -> tuple[Any, ...]:
 
 
 def check_arguments(task: TaskFields) -> None:
-    """Raise `ConfigError` for the first argument of a wrong type, or without effect for the kind of the task."""
+    """Raise `ConfigError` for the first argument with a wrong type, or with no effect for the kind of the task."""
     for name in _COLUMNS:
         value = getattr(task, name)
         if not all(isinstance(one, str) for one in value):

@@ -45,7 +45,7 @@ def read_benchmark(name: str, data_dir: str | Path | None) -> tuple[str, dict[st
 
 
 def _wanted(full: str, there: Mapping[str, Any], place: str) -> list[str]:
-    """The splits to read: for training and the first validation split, and other validation splits that exist."""
+    """The splits to read: training, the first validation split, and any other validation splits there are."""
     needed, *others = TASKS[full].get("validation_splits", ("validation",))
     for split in ("train", needed):
         if split not in there:

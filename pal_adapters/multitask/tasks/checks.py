@@ -1,4 +1,4 @@
-"""Whether the examples of a split have the columns and texts that their task reads."""
+"""Checks that the examples of a split have the columns and texts that their task reads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .types import TaskDataError, TaskFields
 
 
 def check_columns(task: TaskFields, rows: datasets.Dataset, where: str, *, labels: bool) -> None:
-    """Raise `TaskDataError` for a split without examples, without a column, or with something else than texts.
+    """Raise `TaskDataError` if a split has no examples, lacks a column, or holds anything but texts.
 
     Args:
         task: The task.

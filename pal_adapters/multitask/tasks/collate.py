@@ -1,4 +1,4 @@
-"""Pads examples of any tasks into one batch, and selects examples of a batch."""
+"""Pads examples of any tasks into one batch, and takes examples out of a batch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ Batch = dict[str, Any]
 
 
 class MultiTaskCollator:
-    """Makes one batch of the examples of many tasks, as `EncodedTask` returns them.
+    """Collates examples of many tasks, as `EncodedTask` returns them, into one batch.
 
-    Inputs are padded to the longest of the batch, `[r, n]`. `task_ids` is a list with the task number of each of the
-    `r` encoder inputs. `labels` has one tensor for each task of the batch, of the task's own type, so the floats of a
-    regression stay floats beside class numbers; examples to predict may have none. The choices of an example are next
-    to each other.
+    Inputs are padded to the longest in the batch, `[r, n]`. `task_ids` is a list with the task ID of each of the `r`
+    encoder inputs. `labels` has one tensor for each task in the batch, with its own dtype, so regression labels stay
+    floats beside class numbers; examples to predict may have none. The choices of an example are adjacent.
 
     Args:
         tokenizer: Defines the padding token and side.
-        heads: The head of each task, in the order of the task numbers.
+        heads: The head of each task, in the order of the task IDs.
         pad_to_multiple_of: Lengths are rounded up to a multiple of this.
     """
 
@@ -91,7 +90,7 @@ class MultiTaskCollator:
         return found
 
     def take(self, batch: Batch, rows: Sequence[int]) -> Batch:
-        """A batch of some examples of a batch, in the order given."""
+        """A batch of the given examples of a batch, in the given order."""
         examples = self.examples(batch)
         inputs = [number for row in rows for number in examples[row][1]]
         at = torch.tensor(inputs)

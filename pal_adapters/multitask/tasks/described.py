@@ -1,4 +1,4 @@
-"""A `Task` again from its description, which a saved folder keeps; see `Task.describe`."""
+"""Recreates a `Task` from its description, which a saved folder keeps; see `Task.describe`."""
 
 from __future__ import annotations
 

@@ -30,20 +30,20 @@ _CHUNK = 1000
 class EncodedTask(torch.utils.data.Dataset[Any]):
     """Tokens and labels of the examples of a task, without padding. Each item is one example of a batch.
 
-    A question with a long context makes several items, one for each window of the context. The words of a tagging task
+    A question with a long context yields several items, one for each window of the context. Words of a tagging task
     beyond `max_length` are not seen by the model: a warning says how many, and they count as wrong in the scores.
 
     Args:
         task: The task.
         rows: A split of its data, see `Task`.
         tokenizer: A fast tokenizer.
-        max_length: Tokens to truncate a text to; of a pair, the longer text is truncated first.
+        max_length: Maximum number of tokens of an input; in a pair, the longer text is truncated first.
         where: What error messages call the examples.
-        needs_labels: Whether every example must have a label. Examples to predict may lack them: no label column, or
-            only -1 or nothing in it, as in the test sets of GLUE.
+        needs_labels: Whether every example must have a label. Examples to predict may lack labels: no label column,
+            or only -1 or nothing in it, as in the test sets of GLUE.
 
     Raises:
-        ConfigError: If `rows` is none of the types that `Task` accepts, or `max_length` leaves no room for text.
+        ConfigError: If `rows` is not of a type that `Task` accepts, or `max_length` leaves no room for text.
         TaskDataError: If there are no examples, a column is missing, or a label does not fit the task.
     """
 
@@ -121,7 +121,7 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         encoded = tokenizer(words, truncation=True, max_length=max_length, is_split_into_words=True)
         for number, row in enumerate(words):
             numbers = encoded.word_ids(number)
-            places = first_tokens(numbers, len(row))  # the first piece of a word has its label
+            places = first_tokens(numbers, len(row))  # the first piece of a word carries its label
             self._words.append(places)
             if not self.has_labels:
                 continue
@@ -196,7 +196,7 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         return np.diff(self.offsets).reshape(len(self), -1).max(axis=1)
 
     def predictions(self, logits: np.ndarray) -> Any:
-        """What the logits of all examples say: classes, a 0 or 1 for each class, numbers, tags, or answers.
+        """The logits of all examples as classes, a 0 or 1 for each class, numbers, tags, or answers.
 
         Tags are lists with one tag for every word; -100 for a word that the model did not see.
 
@@ -248,7 +248,7 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         return list(score_predictions(self.task, self.rows, predicted, true, None))
 
     def _true(self) -> Any:
-        """The labels in the form of the predictions; of questions all right answers."""
+        """The labels in the form of the predictions; for questions, all correct answers."""
         kind = self.task.kind
         if kind == "token_tagging":
             return self._given
@@ -258,7 +258,7 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         return self.labels.astype(np.float64 if kind == "regression" else np.int64)
 
     def primary(self, found: dict[str, float]) -> float:
-        """The score that selects the best checkpoint, of what `score` returned; negated if lower is better."""
+        """The score that selects the best checkpoint, of those that `score` returned; negated if lower is better."""
         name = primary_name(self.task.metrics[0], found)
         return -found[name] if lower_is_better(name) else found[name]
 

@@ -24,7 +24,7 @@ def read_folder(folder: Path, allowed: Iterable[str]) -> tuple[dict[str, Any], d
     """
     path = folder / "task.yaml"
     if not path.is_file():
-        raise TaskDataError(f"{path} does not exist: the folder of a task has this file, with the fields of Task")
+        raise TaskDataError(f"{path} does not exist: the folder of a task needs this file, with the fields of Task")
     try:
         text = path.read_text(encoding="utf-8")
         given = yaml.safe_load(text)

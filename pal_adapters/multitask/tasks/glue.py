@@ -1,6 +1,6 @@
 """The GLUE and SuperGLUE tasks as fields of `Task`: columns, labels, metrics, and how an example becomes text.
 
-Most tasks are a sentence or a pair of sentences and are encoded as they stand. The others are turned into pairs:
+Most tasks are a sentence or a pair of sentences and are encoded as they are. The others are turned into pairs:
 
 * copa: the premise and its question ("What was the cause of this?") against each of the two choices. The model gives
   each pair one score and is trained on the softmax over the two scores: choices are compared with each other, so
@@ -40,7 +40,7 @@ def _wic(row: Row) -> list[Segments]:
 
 
 def _wsc(row: Row) -> list[Segments]:
-    # The pronoun is found by its word number, because the same pronoun often stands more than once in the text.
+    # The pronoun is found by its word number, because the same pronoun often occurs more than once in the text.
     words = row["text"].split()
     start, length = row["span2_index"], max(1, len(row["span2_text"].split()))
     if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start <= len(words) - length:
@@ -116,7 +116,7 @@ def task_names() -> tuple[str, ...]:
 
 
 def find_tasks(name: str) -> list[str]:
-    """Full names of the tasks that a name may mean: more than one only for a short name that both benchmarks have.
+    """Full names of the tasks that a name may refer to: two only for a short name that both benchmarks have.
 
     Case, hyphens and underscores are ignored: `STS-B`, `sts_b` and `stsb` are the same task. A benchmark may come
     first: `super_glue/rte`.

@@ -15,7 +15,7 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def segments_of(task: TaskFields, rows: Sequence[Mapping[str, Any]], where: str, first: int = 0) -> list[Segments]:
-    """The encoder inputs of some examples as text, those of an example next to each other.
+    """The encoder inputs of some examples as text; those of an example are adjacent.
 
     Args:
         task: Their task.
@@ -24,7 +24,7 @@ def segments_of(task: TaskFields, rows: Sequence[Mapping[str, Any]], where: str,
         first: Index of the first of them among all examples.
 
     Raises:
-        TaskDataError: For an example that cannot be made text.
+        TaskDataError: For an example that cannot be turned into text.
     """
     segments: list[Segments] = []
     for number, row in enumerate(rows):
@@ -66,7 +66,7 @@ def expanded(task: TaskFields, rows: datasets.Dataset, where: str) -> datasets.D
 
 
 def encode_segments(tokenizer: Any, segments: Sequence[Segments], max_length: int) -> Any:
-    """The tokens of some encoder inputs; of a pair, the longer text is truncated first."""
+    """The tokens of some encoder inputs; in a pair, the longer text is truncated first."""
     first = [a for a, _ in segments]
     texts = (first, [b for _, b in segments]) if segments[0][1] is not None else (first,)
     return tokenizer(*texts, truncation=True, max_length=max_length)

@@ -12,7 +12,7 @@ from .rows import class_names, plain_rows
 from .types import TaskDataError, TaskFields
 
 _CHUNK = 1000
-_LARGEST = 3.4028234663852886e38  # of float32
+_LARGEST = 3.4028234663852886e38  # float32
 NAMED_KINDS = ("single_label", "multi_label", "token_tagging")
 """Kinds whose labels may be given as class names."""
 
@@ -21,11 +21,12 @@ def numbered(task: TaskFields, rows: datasets.Dataset, where: str) -> list[Any]:
     """The labels of a split, with class names replaced by class numbers.
 
     A column of `datasets.ClassLabel` is matched to the task by name, since a split may lack a class. If it shares no
-    name with the task, its names are taken for other names of the same classes. The names of a task with more classes
-    than names are those of its training split.
+    name with the task, its names are assumed to be other names for the same classes. A task without `label_names`
+    uses the class names of its training split.
 
     Raises:
-        TaskDataError: For a name that is not one of the task's, and for a column of other names and another number.
+        TaskDataError: For a name that the task does not have, and for a column that shares no name with the task and
+            has a different number of classes.
     """
     labels: list[Any] = rows[task.label_column][:]
     names = task.label_names or class_names(task.dataset.get(task.train_split), task.label_column)
@@ -72,7 +73,7 @@ def _absent(label: Any) -> bool:
 
 
 def has_unanswerable(task: TaskFields) -> bool:
-    """Whether any training question of a task is unanswerable; also true without training examples to tell by."""
+    """Whether any training question of a task is unanswerable; also true without training examples to tell from."""
     rows = task.dataset.get(task.train_split)
     if rows is None or task.label_column not in rows.column_names:
         return True
@@ -83,7 +84,7 @@ def has_flags(task: TaskFields, rows: datasets.Dataset | None = None) -> bool | 
     """Whether label sets are given as a 0 or 1 for each class rather than as a list of class numbers.
 
     They are if every label can be read that way, in all splits of the task or, if given, in `rows`. `None` if there
-    is no label to tell by.
+    is no label to tell from.
     """
     found = None
     for split in map(plain_rows, task.dataset.values()) if rows is None else (rows,):
@@ -166,7 +167,7 @@ def _problem(task: TaskFields, label: Any, flags: bool) -> str:
         if not all(isinstance(label[name], (list, tuple)) for name in ("text", "answer_start")):
             return "is not a dict with a list of texts and a list of starts"
         if len(label["text"]) != len(label["answer_start"]):
-            return "has not as many texts as starts"
+            return "has different numbers of texts and starts"
     return ""
 
 

@@ -45,7 +45,7 @@ def read_file(path: Path) -> datasets.Dataset:
         TaskDataError: If the file cannot be read.
     """
     kind = _FORMATS[Path(path.name.removesuffix(".gz")).suffix]
-    # With a cache of its own, read into memory and dropped, a changed file is never taken for an older one.
+    # The cache is temporary, so that a changed file is never mistaken for an older one.
     with tempfile.TemporaryDirectory(prefix="pal_adapters_data_") as cache, quiet():
         try:
             if kind in (
@@ -57,11 +57,11 @@ def read_file(path: Path) -> datasets.Dataset:
                 read = datasets.load_dataset(
                     kind, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
                 )
-        except Exception as error:  # pyarrow, pandas, gzip and `datasets` raise errors without a common base
+        except Exception as error:  # pyarrow, pandas, gzip and `datasets` have no common base class for errors
             cause = _cause(error)
             if cause == "StopIteration" or "no data" in cause:
                 raise TaskDataError(f"{path}: no rows") from error
-            hint = "; each row has to be an object with columns" if kind == "json" else ""
+            hint = "; each row must be an object with columns" if kind == "json" else ""
             raise TaskDataError(f"{path}: cannot be read ({cause}){hint}") from error
     if len(read) == 0:
         raise TaskDataError(f"{path}: no rows")
@@ -69,7 +69,7 @@ def read_file(path: Path) -> datasets.Dataset:
 
 
 def read_hub(benchmark: str, name: str) -> Mapping[str, datasets.Dataset]:
-    """The splits of a task of a benchmark, from the Hub.
+    """The splits of a benchmark task, from the Hub.
 
     Raises:
         TaskDataError: If the Hub cannot be reached or does not have them.
@@ -77,7 +77,7 @@ def read_hub(benchmark: str, name: str) -> Mapping[str, datasets.Dataset]:
     try:
         with quiet():
             return datasets.load_dataset(HUB[benchmark], name)
-    except Exception as error:  # the network, the Hub and `datasets` raise errors without a common base
+    except Exception as error:  # the network, the Hub and `datasets` have no common base class for errors
         raise TaskDataError(
             f"task {name!r}: cannot load {HUB[benchmark]} ({name}) from the Hub ({_first_line(error)}); "
             "set data_dir to read local files"
@@ -98,7 +98,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Turns the progress bars of `datasets` off inside the block, and back to what they were afterwards."""
+    """Turns off the progress bars of `datasets` inside the block, and restores them afterwards."""
     were_on = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

@@ -22,7 +22,7 @@ def render(row: Row) -> list[Segments]:
 
 
 def expand(rows: datasets.Dataset) -> datasets.Dataset:
-    """One example for each entity of a query, labelled with whether the entity is an answer."""
+    """One example for each entity of a query, labelled by whether the entity is an answer."""
     for column in _COLUMNS:
         if column not in rows.column_names:
             raise TaskDataError(f"task 'record': no column {column!r}; found: {', '.join(rows.column_names)}")
@@ -40,7 +40,7 @@ def expand(rows: datasets.Dataset) -> datasets.Dataset:
 
 
 def _score(rows: datasets.Dataset, logits: np.ndarray) -> dict[str, float]:
-    """F1 of the words and exact match: the highest-scoring entity of each query against the best of its answers."""
+    """Word F1 and exact match of the highest-scoring entity of each query, against the best of its answers."""
     certain = logits[:, 1] - logits[:, 0]
     members = defaultdict(list)
     for number, key in enumerate(zip(rows["passage"][:], rows["query"][:], strict=True)):

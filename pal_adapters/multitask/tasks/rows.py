@@ -27,7 +27,7 @@ def as_dataset(rows: Any, where: str) -> datasets.Dataset:
         return rows
     if isinstance(rows, datasets.IterableDataset):
         raise ConfigError(
-            f"{where} is an IterableDataset, whose examples cannot be drawn in any order: load it without "
+            f"{where} is an IterableDataset, whose examples cannot be read in random order: load it without "
             "streaming=True, or pass datasets.Dataset.from_list(list(rows))."
         )
     try:
@@ -40,13 +40,13 @@ def as_dataset(rows: Any, where: str) -> datasets.Dataset:
     except (ValueError, TypeError, OverflowError) as error:  # pyarrow's own errors are ValueErrors or TypeErrors
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{where} cannot be made a datasets.Dataset ({reason:.200}): give each column one type."
+            f"{where} cannot be converted to a datasets.Dataset ({reason:.200}): give each column one type."
         ) from error
     raise ConfigError(f"{where} is of type {type(rows).__name__}: pass {ALLOWED}.")
 
 
 def plain_rows(rows: datasets.Dataset) -> datasets.Dataset:
-    """The examples as Python numbers and lists, whatever `set_format` made of them; transforms stay."""
+    """The examples as Python numbers and lists, whatever `set_format` made of them; transforms are kept."""
     return rows if rows.format["type"] in (None, "custom") else rows.with_format(None)
 
 

@@ -18,13 +18,13 @@ from .task import Task
 def score_predictions(
     task: Task, rows: datasets.Dataset, predicted: Any, true: Any, logits: np.ndarray | None
 ) -> dict[str, float]:
-    """All metrics of a task, the scores of the first metric first.
+    """All scores of a task, those of its first metric first.
 
     Args:
         task: The task.
         rows: The examples.
         predicted: Their predictions, see `EncodedTask.predictions`.
-        true: Their labels in the same form; for questions the texts of all right answers.
+        true: Their labels in the same form; for questions, the texts of all correct answers.
         logits: Their logits; `None` if only the names of the scores matter.
 
     Raises:

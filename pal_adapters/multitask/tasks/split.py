@@ -1,4 +1,4 @@
-"""Cuts a training set in two: one part to train on, one to choose the best checkpoint with."""
+"""Splits a training set in two: one part to train on, one to select the best checkpoint with."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def train_dev_split(
     label_column: str | None = "label",
     split_columns: Sequence[str] = (),
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Cuts a training set in two: one part to train on, one to choose the best checkpoint with.
+    """Splits a training set in two: one part to train on, one to select the best checkpoint with.
 
     Args:
         dataset: The training examples.
         fraction: Share of the examples in the second part.
         seed: Seed of the draw. The same seed gives the same parts.
-        label_column: Column to stratify by. Each class gives the same share of its examples to the second part, and at
-            least one if it has two. A column of floats (a regression) is not stratified, nor is `None`.
+        label_column: Column to stratify by. The second part gets the same share of the examples of each class, and at
+            least one if it has two or more. A column of floats (a regression) is not stratified, nor is `None`.
         split_columns: If given, examples that agree in all these columns stay together, and labels are ignored.
 
     Returns:
-        The examples to train on and those to choose with, both in the order of `dataset`.
+        The examples to train on and those to select with, both in the order of `dataset`.
 
     Raises:
-        ConfigError: If `dataset` is no `datasets.Dataset`, or `fraction` is not between 0 and 1.
-        TaskDataError: If there are too few examples to have some in both parts, a column is missing, or it holds what
-            examples cannot be told apart by.
+        ConfigError: If `dataset` is not a `datasets.Dataset`, or `fraction` is not between 0 and 1.
+        TaskDataError: If there are too few examples to have some in both parts, or a column is missing or holds lists,
+            dicts or `None`.
     """
     if not isinstance(dataset, datasets.Dataset):
         raise ConfigError(f"dataset is of type {type(dataset).__name__}: pass a datasets.Dataset.")
@@ -69,7 +69,7 @@ def train_dev_split(
             size = round(len(rows) * fraction)
             held_out += rows[: max(size, 1) if len(rows) > 1 else 0].tolist()
     if not 0 < len(held_out) < count:
-        raise TaskDataError(f"a training set of {count} examples cannot be cut in two with fraction {fraction}")
+        raise TaskDataError(f"a training set of {count} examples cannot be split in two with fraction {fraction}")
     chosen = set(held_out)
     return dataset.select([i for i in range(count) if i not in chosen]), dataset.select(sorted(chosen))
 

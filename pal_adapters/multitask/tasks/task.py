@@ -72,12 +72,12 @@ class Task:
         label_range: Smallest and largest label of a regression.
         train_split: Name of the split to train on.
         validation_splits: Names of the splits to evaluate on. The first one selects the best checkpoint.
-        group_columns: Columns that tell which examples belong to one question, for `exact_match` of single labels.
-        split_columns: Columns whose equal values must stay together when the training set is cut in two.
-        render: Turns an example into its encoder inputs, where the columns as they are will not do.
-        num_choices: Encoder inputs that `render` makes of an example of `multiple_choice`; without `render` it follows
-            from `text_columns`.
-        expand: Turns a split into the examples to encode, where one example makes several.
+        group_columns: Columns that identify the examples of one question, for `exact_match` of single labels.
+        split_columns: Columns whose equal values must stay together when the training set is split.
+        render: Turns an example into its encoder inputs, where its columns alone are not enough.
+        num_choices: Number of encoder inputs that `render` returns for an example of `multiple_choice`; without
+            `render` it follows from `text_columns`.
+        expand: Turns a split into the examples to encode, where one example yields several.
         benchmark: Collection that the task belongs to, if any, such as `"glue"`.
 
     Raises:
@@ -251,12 +251,12 @@ class Task:
 
     @classmethod
     def from_spec(cls, spec: Task, dataset: Splits, **changes: Any) -> Task:
-        """A task without data, such as `load_toy_task` returns, with its data and with some fields changed."""
+        """The task `spec`, such as one from `load_toy_task`, with data and with some fields changed."""
         return replace(spec, dataset=dataset, **changes)
 
     @classmethod
     def named(cls, name: str, data_dir: str | Path | None = None, **changes: Any) -> Task:
-        """A task of GLUE or SuperGLUE with its data, every example of which is checked.
+        """A GLUE or SuperGLUE task with its data; every example is checked.
 
         Args:
             name: Name of the task, such as `"rte"`, `"STS-B"` or `"super_glue/rte"`.
@@ -268,7 +268,7 @@ class Task:
 
         Raises:
             TaskDataError: For an unknown task, a missing or unreadable file, a missing column, a split without
-                examples, and labels that the task does not have. One line, which says where.
+                examples, and labels that the task does not have. The message is one line and says where.
         """
         full, splits, places = read_benchmark(name, data_dir)
         task = get_task(full).with_data(splits)
@@ -297,7 +297,7 @@ class Task:
 
 
 def get_task(name: str) -> Task:
-    """The GLUE or SuperGLUE task of that name, without data; `rte` alone is the one of GLUE.
+    """The GLUE or SuperGLUE task of that name, without data; plain `rte` is the GLUE task.
 
     Raises:
         TaskDataError: If there is no task of that name.
@@ -311,7 +311,7 @@ def check_tasks(tasks: Iterable[Task]) -> dict[str, Task]:
     """The tasks by name.
 
     Raises:
-        ConfigError: If there is none, two have the same name, or one is no `Task`.
+        ConfigError: If there are none, two have the same name, or one is not a `Task`.
     """
     if isinstance(tasks, (Task, str)):
         raise ConfigError(f"tasks is a {type(tasks).__name__}: pass a list of Task objects.")

@@ -56,7 +56,7 @@ class TaskMetric(evaluate.Metric):
         super().__init__(config_name=self.task.name, **kwargs)
 
     def _build_data_dir(self) -> str:
-        # `evaluate` makes a folder in the user's cache even for a metric that lives in memory.
+        # `evaluate` creates a folder in the user's cache even for a metric that lives in memory.
         return "" if self.keep_in_memory else super()._build_data_dir()
 
     def _info(self) -> evaluate.MetricInfo:

@@ -115,7 +115,7 @@ def load_toy_task(
     The same arguments give the same examples. No example occurs twice, within a split or across both.
 
     Raises:
-        TaskDataError: If there is no such task, or the templates do not give that many examples.
+        TaskDataError: If there is no such task, or the templates cannot produce that many examples.
 
     Examples:
         >>> task, data = load_toy_task("similarity", train_size=8, test_size=4)
@@ -139,7 +139,7 @@ def _make(task: Task, words: Lexicon, size: int, rng: np.random.Generator) -> da
     in_vain = 0
     while len(rows) < size:
         if in_vain == 2000:
-            raise TaskDataError(f"toy task {task.name!r}: the templates do not give {size} different examples")
+            raise TaskDataError(f"toy task {task.name!r}: the templates cannot produce {size} different examples")
         # Labels alternate, so the classes are equally frequent.
         texts, label = write(words, rng, len(rows))
         row = tuple(text[0].upper() + text[1:] for text in texts)

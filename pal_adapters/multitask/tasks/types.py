@@ -1,4 +1,4 @@
-"""Types shared by the files about tasks, and the error they raise."""
+"""Types shared within this folder, and the error that it raises."""
 
 from __future__ import annotations
 

@@ -14,12 +14,12 @@ _LONGEST_ANSWER = 30
 _OVERLAP = 128
 
 Window = tuple[int, np.ndarray]
-"""The example that a window is of, and for each token its characters in the context `[n, 2]`, -1 outside it."""
+"""The index of a window's example, and the characters of each token in the context `[n, 2]`, -1 outside it."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """An answer: where it stands in its context, and how it was scored.
+    """An answer: its position in the context, and its scores.
 
     Args:
         start: Its first character.
@@ -44,13 +44,13 @@ def window_overlap(max_length: int) -> int:
 def encode_questions(
     tokenizer: Any, questions: Sequence[str], contexts: Sequence[str], max_length: int, where: str, first: int
 ) -> tuple[Any, list[Window]]:
-    """The encoded windows of some questions, and what each window shows.
+    """The encoded windows of some questions, and the part of the context that each shows.
 
     Args:
         tokenizer: A fast tokenizer.
         questions: The questions.
         contexts: Their contexts.
-        max_length: Tokens of a window.
+        max_length: Maximum number of tokens of a window.
         where: What error messages call the examples.
         first: Index of the first of them among all examples.
 
@@ -105,7 +105,7 @@ def _question_problem(tokenizer: Any, tokens: int, context: str, max_length: int
 
 
 def answer_span(places: np.ndarray, answer: Mapping[str, Any]) -> tuple[int, int]:
-    """First and last token of the first answer, or twice the first token of the window if it lacks the answer."""
+    """First and last token of the first answer, or `(0, 0)`, the window's first token, if it lacks the answer."""
     if not any(answer["text"][:1]):
         return 0, 0
     start = answer["answer_start"][0]

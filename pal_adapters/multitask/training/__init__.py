@@ -1,4 +1,4 @@
-"""The `Trainer` for many tasks, and its parts: arguments, data loaders, evaluation, logs, optimisers, checkpoints.
+"""The `Trainer` for many tasks, and its parts: arguments, data loaders, evaluation, logs, optimizers, checkpoints.
 
-Everything that runs a training loop lives here; tasks, models and samplers know nothing of it.
+Everything that runs a training loop lives here; tasks, models and samplers know nothing about it.
 """

@@ -20,13 +20,13 @@ _ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 @dataclass
 class MultiTaskTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with what multi-task training needs.
+    """`transformers.TrainingArguments`, extended for multi-task training.
 
-    All other arguments do what they do there or are rejected, see `training/host_arguments.py`.
+    All other arguments behave as they do there or are rejected; see `training/host_arguments.py`.
 
-    With `load_best_model_at_end=True` the best checkpoint is selected by `metric_for_best_model="average"` by default:
-    the `eval_aggregate` over the primary scores of all tasks. Unless `greater_is_better` is given, lower values are
-    better for metrics whose name ends in perplexity, mse, rmse, mae or loss.
+    By default, `load_best_model_at_end=True` selects the best checkpoint by `metric_for_best_model="average"`, the
+    `eval_aggregate` of the primary scores of all tasks. Unless `greater_is_better` is given, lower is better for
+    metrics whose names end in perplexity, mse, rmse, mae, mape, smape, mase, wer, cer or loss.
     """
 
     sampling: str = field(
@@ -34,35 +34,35 @@ class MultiTaskTrainingArguments(TrainingArguments):
         metadata={"help": "How tasks are drawn: uniform, proportional, sqrt, temperature, annealed, round_robin, "
                   "uncertainty."},
     )  # fmt: skip
-    sampling_temperature: float | None = field(default=None, metadata={"help": "Temperature of that strategy."})
-    mixed_batches: bool = field(default=False, metadata={"help": "Whether each example of a batch draws its task."})
+    sampling_temperature: float | None = field(default=None, metadata={"help": "Temperature of sampling=temperature."})
+    mixed_batches: bool = field(default=False, metadata={"help": "Whether each example in a batch draws its task."})
     group_by_length: bool = field(
         default=False,
-        metadata={"help": "Whether batches are made of examples of similar length; not for mixed batches."},
+        metadata={"help": "Whether batches group examples of similar length; not with mixed batches."},
     )
     steps_per_epoch: int | None = field(
-        default=None, metadata={"help": "Optimizer steps in an epoch; by default enough for all examples."}
+        default=None, metadata={"help": "Optimizer steps per epoch; by default enough for all examples."}
     )
-    max_length: int = field(default=128, metadata={"help": "Tokens to truncate a text to."})
+    max_length: int = field(default=128, metadata={"help": "Maximum number of tokens of an input."})
     eval_aggregate: str = field(
         default="mean",
         metadata={"help": "How eval_average aggregates the primary scores: mean, sum, min, max, median."},
     )
     attention_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Learning rate of queries, keys and values in task modules (PALs offer 3e-4 for them)."},
+        metadata={"help": "Learning rate of queries, keys and values in task modules (the PALs code offers 3e-4)."},
     )
     adam_bias_correction: bool = field(
         default=True,
-        metadata={"help": "Whether AdamW corrects the bias of its moments; PALs do not."},
+        metadata={"help": "Whether AdamW applies bias correction; the PALs code does not."},
     )
     max_tensor_grad_norm: float | None = field(
         default=None,
-        metadata={"help": "Clips the gradient of each tensor to this norm, as in PALs, instead of max_grad_norm."},
+        metadata={"help": "Clips each tensor's gradient to this norm, as in the PALs code, instead of max_grad_norm."},
     )
     schedule: str = field(
         default="own",
-        metadata={"help": "own: lr_scheduler_type; pals: warm-up, then 1 - step / steps, as in the code of PALs."},
+        metadata={"help": "own: lr_scheduler_type; pals: warm-up, then 1 - step / steps, as in the PALs code."},
     )
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class MultiTaskTrainingArguments(TrainingArguments):
             self.max_grad_norm = 0.0
             if self.fp16:
                 raise ConfigError(
-                    "max_tensor_grad_norm is not possible with fp16, whose gradients are scaled: use bf16."
+                    "max_tensor_grad_norm is not supported with fp16, whose gradients are scaled: use bf16."
                 )
 
     def _check_own(self) -> None:

@@ -1,4 +1,4 @@
-"""The callbacks of `MultiTaskTrainer`: epochs of the sampler, logs at checkpoints, gradient clipping, progress bar."""
+"""The callbacks of `MultiTaskTrainer`: sampler epochs, logging at checkpoints, gradient clipping, progress bar."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pal_adapters.multitask.sampling.strategies import MultiTaskBatchSampler
 
 
 class Steps(TrainerCallback):
-    """Keeps the sampler at the epoch of the run, logs at every checkpoint, and clips each tensor's gradient.
+    """Keeps the sampler in step with the epochs of the run, logs at checkpoints, and clips each tensor's gradient.
 
     Args:
         sampler: Returns the sampler of the run.
@@ -28,7 +28,7 @@ class Steps(TrainerCallback):
         sampler.set_epoch(state.global_step // sampler.steps_per_epoch)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        # Checkpoints do not hold the running sums of the loss, so these must be logged there.
+        # Checkpoints do not store the running loss sums, so they must be logged at every checkpoint.
         if args.save_strategy == "steps" and state.save_steps and state.global_step % state.save_steps == 0:
             control.should_log = True
         return control

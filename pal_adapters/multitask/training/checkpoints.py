@@ -1,10 +1,10 @@
-"""Checkpoints are those of `TaskHeads`: complete or not there at all, restored in place and uploaded as they are.
+"""Checkpoints have the format of `TaskHeads`: complete or absent, restored in place and uploaded as they are.
 
-For that, `MultiTaskTrainer` touches what is not public in `transformers.Trainer`, 4.57 and 5:
+For that, `MultiTaskTrainer` relies on internals of `transformers.Trainer`, 4.57 and 5:
 
 | upstream symbol                         | what and why                                                             |
 |-----------------------------------------|--------------------------------------------------------------------------|
-| `Trainer._save`                         | overridden: the folder is that of `TaskHeads`                            |
+| `Trainer._save`                         | overridden: the folder has the format of `TaskHeads`                     |
 | `Trainer._save_checkpoint`              | extended: an incomplete checkpoint is removed                            |
 | `Trainer._save_optimizer_and_scheduler` | overridden for FSDP                                                      |
 | `Trainer._load_optimizer_and_scheduler` | overridden for FSDP                                                      |
@@ -14,7 +14,7 @@ For that, `MultiTaskTrainer` touches what is not public in `transformers.Trainer
 |                                         | names it knows, and these have other names                               |
 | `Trainer.push_in_progress`              | read: no file may change while the host uploads                          |
 
-`test_upstream_of_checkpoints` in `tests/multitask/training/test_trainer_features.py` fails when one of them moves.
+`test_upstream_of_checkpoints` in `tests/multitask/training/test_trainer_features.py` fails if one of them changes.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ class _UploadError(PalAdaptersError):
 
 @contextmanager
 def complete_or_absent(directory: Path, writes: bool) -> Iterator[None]:
-    """Within it a checkpoint is written; if that fails, the folder is as before.
+    """A context in which a checkpoint is written; if that fails, the folder is left as it was before.
 
     Args:
-        directory: The folder of the checkpoint. If it exists, from another run, it is replaced.
+        directory: The folder of the checkpoint. If another run left one there, it is replaced.
         writes: Whether this process writes; in a distributed run only one does.
 
     Raises:
         StorageError: If a file cannot be written.
     """
     last = last_checkpoint(directory.parent)
-    earlier = directory.with_name(f".{directory.name}.earlier")  # of another run in the same folder
+    earlier = directory.with_name(f".{directory.name}.earlier")  # left by another run in the same folder
     if writes and directory.is_dir():
         shutil.rmtree(earlier, ignore_errors=True)
         os.replace(directory, earlier)
@@ -56,7 +56,7 @@ def complete_or_absent(directory: Path, writes: bool) -> Iterator[None]:
         yield
     except _UploadError:  # the checkpoint is complete
         raise
-    except BaseException as error:  # writers of files raise errors without a common base; also Ctrl-C
+    except BaseException as error:  # file writers raise errors without a common base class; Ctrl-C counts too
         if writes:
             shutil.rmtree(directory, ignore_errors=True)
             if earlier.is_dir():
@@ -74,10 +74,10 @@ def complete_or_absent(directory: Path, writes: bool) -> Iterator[None]:
 
 @contextmanager
 def uploading(checkpoint: str) -> Iterator[None]:
-    """Within it a complete checkpoint is uploaded, whose failure says that the checkpoint itself is complete."""
+    """A context in which a complete checkpoint is uploaded; its error says that the checkpoint itself is complete."""
     try:
         yield
-    except Exception as error:  # of the network, the Hub or the disk
+    except Exception as error:  # from the network, the Hub or the disk
         raise _UploadError(
             f"{checkpoint} cannot be uploaded ({cause_of(error)}). It is complete: resume from it."
         ) from error

@@ -1,4 +1,4 @@
-"""The tasks of a run as their folder describes them, with the scores of the weights that are saved."""
+"""Describes the tasks of a run for the saved folder, with the scores of the saved weights."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def described_run(
     Args:
         training: The training examples of all tasks.
         evaluated: The evaluation sets by name.
-        scored: What `evaluate` returned for the weights at hand, if they were evaluated.
+        scored: What `evaluate` returned for the current weights, if they were evaluated.
     """
     best: dict[str, float] = {}
     for key, found in scores_by_set(evaluated or {}, scored or {}).items():
         task = (evaluated or {})[key].task
-        best.setdefault(task.name, found[primary_name(task.metrics[0], found)])  # of several splits the first
+        best.setdefault(task.name, found[primary_name(task.metrics[0], found)])  # the first of several splits
     return [rows.task.describe(max_length=rows.max_length, score=best.get(rows.task.name)) for rows in training.tasks]
 
 
@@ -36,7 +36,7 @@ def scores_by_set(evaluated: Mapping[str, EncodedTask], scored: Mapping[str, Any
         keys = [key for key in evaluated if entry.startswith(f"eval_{key}_")]
         if not keys or entry.removeprefix("eval_") in _SPEED:
             continue
-        key = max(keys, key=len)  # one task's name may be the beginning of another's
+        key = max(keys, key=len)  # one task's name may be a prefix of another's
         metric = entry.removeprefix(f"eval_{key}_")
         if metric != "loss":
             found.setdefault(key, {})[metric] = float(value)
@@ -44,7 +44,7 @@ def scores_by_set(evaluated: Mapping[str, EncodedTask], scored: Mapping[str, Any
 
 
 def logged_at(history: list[dict[str, Any]], step: int | None) -> dict[str, Any] | None:
-    """The last evaluation of all tasks that was logged at a step, if there is one."""
+    """The last evaluation of all tasks logged at a step, if any."""
     for entry in reversed(history):
         if "eval_average" in entry and entry.get("step") == step:
             return entry

@@ -1,4 +1,4 @@
-"""Runs on several processes: which of them are possible, and optimizer states that are split over processes."""
+"""Distributed runs: which setups are supported, and optimizer states that are sharded over processes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_processes(args: MultiTaskTrainingArguments, model: TaskHeads, *, mixed
         )
     if mixed and args.world_size > 1 and (fsdp or deepspeed is not None):
         raise ConfigError(
-            f"mixed batches are not possible with {'FSDP' if fsdp else 'DeepSpeed'}, where all processes need the "
+            f"mixed batches are not supported with {'FSDP' if fsdp else 'DeepSpeed'}, where all processes need the "
             "gradients of the same parameters in a step: use batches of one task, or DDP (torchrun)."
         )
 
@@ -73,7 +73,7 @@ def _check_fsdp(args: MultiTaskTrainingArguments, model: TaskHeads) -> None:
 
 
 def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of an optimizer with whole tensors. torch's own function rejects parameters without a gradient yet."""
+    """The optimizer state, unsharded. torch's own function rejects parameters that have had no gradient yet."""
     state = optimizer.state_dict()
     whole = {
         number: {name: gather(value).cpu() if isinstance(value, Tensor) else value for name, value in values.items()}

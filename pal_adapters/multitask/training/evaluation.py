@@ -1,4 +1,4 @@
-"""The evaluation of many tasks: exact losses, and the aggregate of their scores."""
+"""Evaluation on many tasks: exact losses, and the aggregate of the scores."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pal_adapters.multitask.model.heads import Head
 from pal_adapters.multitask.tasks.encoding import EncodedTask
 
 Aggregate = Callable[[Mapping[str, float]], float]
-"""One number from the primary scores of the tasks; scores of metrics where lower is better are negated."""
+"""Reduces the primary scores of the tasks to one number; scores of metrics where lower is better are negated."""
 
 Outputs = tuple[np.ndarray | None, np.ndarray | None, float | None]
 """Logits, labels and mean loss of all examples; `None` where there are none."""
 
 
 def example_losses(head: Head, logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss of each example as a sum, and how many items it is over: `[b, 2]`.
+    """The loss of each example, summed over its items, and the number of items: `[b, 2]`.
 
-    A batch mean would weigh examples by the batch they happen to be in, and processes repeat examples to fill their
-    last batch: from these rows the mean over all items is exact.
+    Averaging batch means would weight examples by the batch they happen to be in, and processes repeat examples to
+    fill their last batch. From these sums, the mean over all items is exact.
     """
     parts = zip(logits.split(1), labels.split(1), strict=True)
     found = torch.stack([torch.stack(head.loss(*part)) for part in parts])
@@ -33,9 +33,9 @@ def example_losses(head: Head, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def needs_all(head: Head) -> bool:
-    """Whether the loss is over all examples at once: a custom loss may weigh them, such as by class.
+    """Whether the loss must be computed over all examples at once: a custom loss may weight them, such as by class.
 
-    The logits of a language model are too large to keep: its custom loss is the mean over the examples' own.
+    The logits of a language model are too large to keep, so its custom loss is averaged over the examples.
     """
     return head.own_loss is not None and head.config.kind != "language_modeling"
 
@@ -67,7 +67,7 @@ def collected(rows: EncodedTask, order: np.ndarray, output: Any, head: Head, dev
 @torch.no_grad()
 def _loss_of_all(rows: EncodedTask, logits: Any, labels: Any, head: Head, device: torch.device) -> tuple[float, float]:
     scored = torch.from_numpy(logits).to(device)
-    if rows.task.kind == "span_qa":  # the padding between batches is as impossible as the padding within them
+    if rows.task.kind == "span_qa":  # mask the padding between batches like the padding within them
         padding = torch.arange(logits.shape[1]) >= torch.from_numpy(rows.lengths())[:, None]
         scored = scored.masked_fill(padding.unsqueeze(-1).to(device), torch.finfo(scored.dtype).min)
     total, count = head.loss(scored, torch.from_numpy(labels).to(device))
@@ -75,16 +75,16 @@ def _loss_of_all(rows: EncodedTask, logits: Any, labels: Any, head: Head, device
 
 
 def example_outputs(head: Head, logits: Tensor, labels: Tensor | None, padding: Tensor | None) -> tuple[Any, Any]:
-    """What the evaluation loop collects of a batch, and its labels.
+    """What the evaluation loop collects from a batch, and its labels.
 
     Without labels these are the logits; with labels the logits and the losses of the examples; for a language model
-    the losses alone.
+    only the losses.
 
     Args:
         head: The head of the task.
         logits: Logits of the batch.
         labels: Its labels, if any.
-        padding: Tokens of padding on the left of each example `[b, 1]`; `None` if padding is on the right.
+        padding: Number of padding tokens on the left of each example `[b, 1]`; `None` if padding is on the right.
     """
     logits = logits.detach().float()
     if head.config.kind == "language_modeling":
@@ -94,7 +94,7 @@ def example_outputs(head: Head, logits: Tensor, labels: Tensor | None, padding: 
     if labels is not None:
         losses = logits.new_zeros(len(labels), 2) if needs_all(head) else example_losses(head, logits, labels)
     if padding is not None and head.config.reads_tokens:
-        # The loop pads batches on the right to join them, so tokens have to begin at 0.
+        # The loop pads batches on the right to join them, so tokens must start at position 0.
         places = (torch.arange(logits.shape[1], device=logits.device) + padding) % logits.shape[1]
         logits = logits.gather(1, places.unsqueeze(-1).expand_as(logits))
         labels = None if labels is None else labels.gather(1, places)
@@ -102,7 +102,7 @@ def example_outputs(head: Head, logits: Tensor, labels: Tensor | None, padding: 
 
 
 def aggregated(primary: Mapping[str, float], aggregate: Aggregate | str) -> float:
-    """The aggregate of the primary scores by task: a function, or the name of one of numpy."""
+    """The aggregate of the primary scores by task; `aggregate` is a function or the name of one in numpy."""
     if callable(aggregate):
         return float(aggregate(primary))
     return float(cast("Any", getattr(np, aggregate))(list(primary.values())))
@@ -127,13 +127,13 @@ def summarised(
     for key, (loss, found) in scored.items():
         metrics[f"{prefix}_{key}_loss"] = cast("float", loss)
         metrics |= {f"{prefix}_{key}_{name}": value for name, value in found.items()}
-        primary.setdefault(sets[key].task.name, sets[key].primary(found))  # of several splits the first
+        primary.setdefault(sets[key].task.name, sets[key].primary(found))  # the first of several splits
     metrics[f"{prefix}_average"] = aggregated(primary, aggregate)
     metrics[f"{prefix}_loss"] = float(np.mean([cast("float", loss) for loss, _ in scored.values()]))
     return metrics
 
 
 def speed(prefix: str, start: float, batch_size: int, *sets: EncodedTask) -> dict[str, float]:
-    """Seconds since `start`, and examples and steps a second."""
+    """Seconds since `start`, and examples and steps per second."""
     steps = sum(math.ceil(len(rows) / batch_size) for rows in sets)
     return speed_metrics(prefix, start, num_samples=sum(map(len, sets)), num_steps=steps)

@@ -1,7 +1,7 @@
-"""What becomes of every argument of `transformers.TrainingArguments`: it does what it does there, or is rejected.
+"""How every argument of `transformers.TrainingArguments` is treated: honoured as it is there, or rejected.
 
-`tests/multitask/training/test_host_arguments.py` fails when a version of transformers has an argument that is listed
-neither here as honoured nor in `REJECTED`.
+`tests/multitask/training/test_host_arguments.py` fails if a version of transformers has an argument that is
+neither in `HONOURED` nor in `REJECTED`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REJECTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "include_for_metrics": ((None, [], ()), "a metric gets the predictions and labels of its task: leave it out"),
     "include_inputs_for_metrics": ((False,), "a metric gets the predictions and labels of its task: leave it out"),
     "jit_mode_eval": ((False,), "a model that routes examples to tasks cannot be traced: leave it out"),
-    "label_names": ((None, ["labels"]), "labels come by task: leave it out"),
+    "label_names": ((None, ["labels"]), "labels are grouped by task: leave it out"),
     "label_smoothing_factor": ((0, 0.0), "each task has its own loss: give the Task a loss"),
     "length_column_name": (("length",), "lengths are those of the encoded examples: leave it out"),
     "liger_kernel_config": ((None,), "only a PreTrainedModel gets Liger kernels: apply them to the backbone first"),
@@ -71,7 +71,7 @@ HONOURED = frozenset(
         "tpu_num_cores", "tpu_metrics_debug", "debug", "_n_gpu",
     }
 )  # fmt: skip
-"""Arguments that do here what they do in `transformers.Trainer`, within the limits that other checks state."""
+"""Arguments that behave as in `transformers.Trainer`, within the limits that other checks set."""
 
 
 def check_host_arguments(args: Any) -> None:
@@ -83,7 +83,7 @@ def check_host_arguments(args: Any) -> None:
 
 
 def check_accelerator(args: Any) -> None:
-    """Raise `ConfigError` for an `accelerator_config` that deals out batches in another way than the sampler does."""
+    """Raise `ConfigError` for an `accelerator_config` that distributes batches differently from the sampler."""
     for name, usual in (("split_batches", (False,)), ("dispatch_batches", (None, False)), ("even_batches", (True,))):
         value = getattr(args.accelerator_config, name, usual[0])
         if value not in usual:

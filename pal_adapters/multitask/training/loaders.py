@@ -51,7 +51,7 @@ def evaluation_loader(
 
 
 def item_counts(batches: Iterable[Batch], collator: MultiTaskCollator) -> Tensor:
-    """How many items of each task its loss in these batches is a mean over `[t]`."""
+    """For each task, the number of items that its loss in these batches is averaged over `[t]`."""
     counts = torch.zeros(len(collator.heads))
     for batch in batches:
         for task, labels in batch["labels"].items():
@@ -76,7 +76,7 @@ def _options(args: MultiTaskTrainingArguments, collator: MultiTaskCollator) -> d
 
 
 def new_probabilities(sampler: MultiTaskBatchSampler, history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The probabilities of the tasks in the current epoch as entries of the log, unless the log has them."""
+    """The probabilities of the tasks in the current epoch as log entries, unless they are already logged."""
     if any(entry.get("sampling_epoch") == sampler.epoch + 1 for entry in history):
         return {}
     shares = zip(sampler.names, sampler.probabilities().tolist(), strict=True)

@@ -29,7 +29,7 @@ _HUB_TASKS = {
 
 
 class TrainerRun(Protocol):
-    """The attributes of a trainer that its card reads."""
+    """The attributes of a trainer that its model card reads."""
 
     args: Any
     accelerator: Any
@@ -48,7 +48,7 @@ def write_model_card(run: TrainerRun, given: Mapping[str, Any]) -> None:
     """Writes `README.md` into the output folder of a trainer.
 
     Args:
-        run: The trainer; its last evaluation gives the results.
+        run: The trainer; its last evaluation provides the results.
         given: What `Trainer.push_to_hub` passes: `model_name`, `license`, `language`, `tags`.
     """
     model: TaskHeads = run.accelerator.unwrap_model(run.model)
@@ -110,7 +110,7 @@ def write_model_card(run: TrainerRun, given: Mapping[str, Any]) -> None:
 
 
 def _example(task: TaskDescription) -> dict[str, Any]:
-    """A request for a task, with dots for its texts."""
+    """A request for a task, with an ellipsis for each text."""
     text: Any = ["..."] if task.kind == "token_tagging" else "..."
     numbers = {column: 0 for column in task.text_columns if task.template != COLUMNS and column.endswith("_index")}
     return {"task": task.name, **dict.fromkeys(task.text_columns, text), **numbers}
@@ -124,7 +124,7 @@ def _method(config: Any) -> str:
 
 
 def _results(run: TrainerRun) -> Iterator[tuple[str, str, float, EvalResult | None]]:
-    """Evaluation set, metric and score of the last evaluation, and the entry of the model index for it."""
+    """For each score of the last evaluation: evaluation set, metric, value and entry of the model index."""
     scored: dict[str, Any] = next((entry for entry in reversed(run.state.log_history) if "eval_average" in entry), {})
     evaluated = run.eval_dataset or {}
     for key, found in scores_by_set(evaluated, scored).items():

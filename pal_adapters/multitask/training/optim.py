@@ -1,4 +1,4 @@
-"""AdamW without bias correction, the schedule of the code of PALs, and the learning rate of attention in modules."""
+"""AdamW without bias correction, the schedule of the PALs code, and the learning rate of attention in task modules."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class UncorrectedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step."""
+        """Performs one optimizer step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -66,13 +66,13 @@ class UncorrectedAdamW(torch.optim.Optimizer):
 
 
 def uncorrected(args: MultiTaskTrainingArguments) -> tuple[type[UncorrectedAdamW], dict[str, Any]]:
-    """`UncorrectedAdamW` with the values of the arguments, as `transformers.Trainer` takes an optimizer."""
+    """`UncorrectedAdamW` and its options, in the form that `transformers.Trainer` expects."""
     betas = (args.adam_beta1, args.adam_beta2)
     return UncorrectedAdamW, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
 
 
 def pals_schedule(step: int, *, warmup_steps: int, steps: int) -> float:
-    """Factor of the learning rate: up to 1 during warm-up, then `1 - step / steps`, which starts below 1."""
+    """Learning-rate factor: rises to 1 during warm-up, then `1 - step / steps`, which starts below 1."""
     return step / max(1, warmup_steps) if step < warmup_steps else max(0.0, 1.0 - step / steps)
 
 
@@ -80,12 +80,12 @@ def give_attention_its_rate(optimizer: torch.optim.Optimizer, model: TaskHeads, 
     """Moves the queries, keys and values of task modules to parameter groups with a learning rate of their own.
 
     Raises:
-        ConfigError: If no task module has an attention.
+        ConfigError: If no task module has attention.
     """
     added = model.added_parameters()
     fast = {id(p) for n, p in added.items() if {"query", "key", "value"} & set(n.split("."))}
     if not fast:
-        raise ConfigError("attention_learning_rate has no effect: no task module has an attention.")
+        raise ConfigError("attention_learning_rate has no effect: no task module has attention.")
     for group in list(optimizer.param_groups):
         chosen = [p for p in group["params"] if id(p) in fast]
         group["params"] = [p for p in group["params"] if id(p) not in fast]

@@ -1,4 +1,4 @@
-"""Whether the arguments of a run fit together, checked before anything is encoded or trained."""
+"""Checks that the arguments of a run fit together, before anything is encoded or trained."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def check_run(
 
 
 def check_ignore_keys(keys: Any, argument: str = "ignore_keys") -> None:
-    """Raise `ConfigError` for keys of outputs to ignore: evaluation reads the logits of a task alone."""
+    """Raise `ConfigError` if output keys to ignore are given: evaluation reads only the logits of a task."""
     if keys is not None:
         raise ConfigError(f"{argument} has no effect here, where only the logits of a task are read: leave it out.")
 
@@ -77,10 +77,10 @@ def chosen_sampling(
     selector: BatchSelector | None,
     aggregate: Aggregate | None,
 ) -> tuple[Strategy, BatchSelector | None]:
-    """The sampling strategy of a run, and what selects the examples of `sampling="uncertainty"`.
+    """The sampling strategy of a run, and the selector for `sampling="uncertainty"`.
 
     Raises:
-        ConfigError: If two arguments contradict each other, or the processes cannot train the model.
+        ConfigError: If two arguments conflict, or the processes cannot train the model.
     """
     chosen = strategy or get_strategy(args.sampling, temperature=args.sampling_temperature)
     if strategy is not None and args.sampling != "proportional":
@@ -106,7 +106,7 @@ def check_finite(loss: Tensor, tasks: Mapping[str, Any], args: MultiTaskTraining
 
 
 def _check_optimizers(args: MultiTaskTrainingArguments, given: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for arguments that a given optimizer or schedule would override without a word."""
+    """Raise `ConfigError` for arguments that a given optimizer or schedule would silently override."""
     optimizer, scheduler = given.get("optimizers") or (None, None)
     if optimizer is not None and args.attention_learning_rate is not None:
         raise ConfigError("attention_learning_rate has no effect on a given optimizer: leave one of them out.")

@@ -21,14 +21,14 @@ class CandidateSelection:
     Args:
         selector: The selector.
         collator: The collator of the batches.
-        tasks: Names of the tasks in the order of their numbers.
+        tasks: Names of the tasks in the order of their task IDs.
     """
 
     def __init__(self, selector: BatchSelector, collator: MultiTaskCollator, tasks: Sequence[str]) -> None:
         self.selector = selector
         self.collator = collator
         self.tasks = tuple(tasks)
-        self._counts: Tensor | None = None  # [t + 1], how many of each task were chosen, and candidates in all
+        self._counts: Tensor | None = None  # [t + 1]: chosen examples of each task, then all candidates
 
     def choose(
         self,
@@ -48,11 +48,11 @@ class CandidateSelection:
             size: How many to choose.
             place: Numbers that identify the batch in the run; they seed the dropout.
             device: Device of the model.
-            context: What a forward pass runs in, such as autocast.
+            context: Returns the context of a forward pass, such as autocast.
         """
         model.train(getattr(self.selector, "mode", "train") == "train")
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        # A generator state of the batch's own: when a run resumes, the host restores the generators after this pass.
+        # Each batch has its own generator state: on resuming, the host restores the generators only after this pass.
         seed = int(np.random.SeedSequence(tuple(place)).generate_state(1)[0])
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad(), context():

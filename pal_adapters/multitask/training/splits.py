@@ -37,7 +37,7 @@ def require_by_task(argument: str, given: object) -> None:
     """Raise `ConfigError` unless examples are given by task."""
     if given is not None and not isinstance(given, Mapping):
         raise ConfigError(
-            f"{argument} is of type {type(given).__name__}, but every task has examples of its own: pass a dict, "
+            f"{argument} is of type {type(given).__name__}, but every task has its own examples: pass a dict, "
             f"such as {argument}={{'rte': rows}}, or leave it out and give the splits to the tasks, such as "
             "tasks=[Task('rte', {'train': rows, 'validation': rows}, ...)]."
         )
@@ -71,14 +71,14 @@ def evaluation_sets(
     needed: bool,
     argument: str = "eval_dataset",
 ) -> dict[str, EncodedTask]:
-    """The examples to evaluate on or to predict, by name of the set.
+    """The examples to evaluate on or to predict, by the name of their set.
 
     Args:
         tasks: The tasks by name.
         given: Examples by task, or `None` for the validation splits of the tasks.
         encode: Encodes them.
         needed: Whether every task needs a validation split.
-        argument: Name of the argument that they were given as; those of `test_dataset` may lack labels.
+        argument: Name of the argument that they were passed as; those of `test_dataset` may lack labels.
     """
     require_by_task(argument, given)
     found: dict[str, EncodedTask] = {}
@@ -107,7 +107,7 @@ def evaluation_sets(
 def sets_to_evaluate(
     tasks: Mapping[str, Task], own: Mapping[str, EncodedTask], given: Any, encode: Encode
 ) -> Mapping[str, EncodedTask]:
-    """The evaluation sets of one call: `own`, those of the run, the one of them that `given` names, or those given."""
+    """The evaluation sets of one call: those given, the one that `given` names, or `own`, those of the run."""
     if isinstance(given, str):
         if given not in own:
             raise ConfigError(f"eval_dataset={given!r} is not one of: {', '.join(own) or 'none'}.")
@@ -121,8 +121,8 @@ def sets_to_evaluate(
 def check_score_names(sets: Mapping[str, EncodedTask], best: str | None) -> None:
     """Raise `ConfigError` for two scores of the same name, and for a best metric that no evaluation returns.
 
-    A custom metric is called once for that, with the labels as predictions, if its task has other metrics or nothing
-    else tells whether it returns `best`.
+    To learn the names of its scores, a custom metric is called once with the labels as predictions, but only if its
+    task has other metrics or no known score is called `best`.
 
     Args:
         sets: The evaluation sets by name.

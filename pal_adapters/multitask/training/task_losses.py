@@ -1,4 +1,4 @@
-"""The running losses of the tasks between two entries of the log."""
+"""The running losses of the tasks between two log entries."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class TaskLosses:
-    """Sums the losses of each task, and over how many items they go, until they are logged.
+    """Sums the losses of each task, and the items that they are over, until they are logged.
 
     Args:
-        tasks: Names of the tasks in the order of their numbers.
+        tasks: Names of the tasks in the order of their task IDs.
     """
 
     def __init__(self, tasks: Sequence[str]) -> None:
@@ -20,7 +20,7 @@ class TaskLosses:
         self._sums: Tensor | None = None  # [2, t]
 
     def add(self, losses: Tensor, counts: Tensor) -> None:
-        """Adds the sums `[t]` of a batch."""
+        """Adds the sums of the losses and the numbers of items of a batch, `[t]` each."""
         sums = torch.stack([losses, counts])
         self._sums = sums if self._sums is None else self._sums + sums
 

@@ -1,4 +1,4 @@
-"""Prepares a model for the tasks of a run: missing heads, and a warning for adapters that do not train."""
+"""Prepares a model for the tasks of a run: adds missing heads, and warns of adapters that do not train."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _take_over(model: TaskHeads, task: Task) -> None:
 
 
 def warn_of_resting_adapters(model: TaskHeads, tasks: Iterable[str]) -> None:
-    """Warns of tasks whose adapter is entirely frozen: by default PEFT trains the first of several only."""
+    """Warns of tasks whose adapter is entirely frozen: by default PEFT trains only the first of several."""
     added = model.added_parameters()
     for task in tasks:
         adapter = model.routes[task].adapter

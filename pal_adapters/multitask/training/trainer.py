@@ -47,20 +47,20 @@ from .task_setup import add_heads, warn_of_resting_adapters
 class MultiTaskTrainer(Trainer):
     """A `transformers.Trainer` that draws batches of many tasks and otherwise works as usual.
 
-    * The loss of a step is that of `TaskHeads` over all examples of the step: gradient accumulation and the processes
-      of a distributed run do not change it.
-    * `loss_<task>` is logged beside `loss`, and the probabilities of the tasks once an epoch. With
+    * The loss of a step is that of `TaskHeads` over all examples of the step, whatever the gradient accumulation and
+      the number of processes.
+    * `loss_<task>` is logged beside `loss`, and the probabilities of the tasks once per epoch. With
       `sampling="uncertainty"`, `chosen_<task>` counts the examples of each task that were trained on since the last
-      entry, and `candidates` those that were scored for it.
-    * A new regression head starts at the mean of the labels: its bias, if that is still 0.
+      log entry, and `candidates` all that were scored.
+    * The bias of a new regression head, if it is still 0, starts at the mean of the labels.
     * Evaluation returns `eval_<task>_<metric>`, `eval_<task>_loss` and `eval_average`, the `eval_aggregate` of the
-      primary scores of all tasks; scores of metrics where lower is better are negated in it. `eval_<task>_loss` is the
+      primary scores of all tasks, negated where lower is better. `eval_<task>_loss` is the
       mean over all items of the task, whatever the batch size and the number of processes: a custom loss is computed
       once, over all examples. `eval_loss` is the mean over the evaluation sets.
-    * A checkpoint has the adapters, the heads and, if it is trained, the base model; it can also be read with
-      `TaskHeads.from_pretrained`. A run that was killed and is started again with
+    * A checkpoint holds the adapters, the heads and, if it is trained, the base model; it can also be read with
+      `TaskHeads.from_pretrained`. A killed run that is restarted with
       `train(resume_from_checkpoint=last_checkpoint(output_dir))` continues with the same batches and losses.
-    * In a distributed run all processes train the same task in a step, unless batches are mixed. Parameters of tasks
+    * In a distributed run, all processes train the same task in a step, unless batches are mixed. Parameters of tasks
       that are absent from a step get no gradient and are not updated.
 
     Args:
@@ -78,7 +78,7 @@ class MultiTaskTrainer(Trainer):
         **kwargs: Other arguments of `transformers.Trainer`.
 
     Raises:
-        ConfigError: For arguments that do not fit together; before anything is trained.
+        ConfigError: For arguments that do not fit together, before anything is trained.
         TaskDataError: For examples that do not fit their task.
         DivergedError: From `train`, if the loss becomes infinite or NaN, except in fp16, which skips such steps.
     """
@@ -86,7 +86,7 @@ class MultiTaskTrainer(Trainer):
     args: MultiTaskTrainingArguments
     tasks: dict[str, Task]
     scored: Mapping[str, Any] | None = None
-    """What `evaluate` returned for the weights that the model has now; `None` if they were not evaluated."""
+    """What `evaluate` returned for the current weights of the model; `None` if they were not evaluated."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class MultiTaskTrainer(Trainer):
             **kwargs,
         )
         if self.is_fsdp_enabled:
-            # It would cast everything passed to the model and back, labels and counts among it. Autocast does not.
+            # It would cast all inputs and outputs of the model, labels and counts included. Autocast does not.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.model_accepts_loss_kwargs = True  # the loss is over the whole step
         self.label_names = ["labels"]
@@ -163,7 +163,7 @@ class MultiTaskTrainer(Trainer):
         return self.accelerator.reduce(values, "sum") if self.args.world_size > 1 else values
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains, with a warning for adapters that are frozen. `True` resumes from the last complete checkpoint."""
+        """Trains, with a warning for frozen adapters. `True` resumes from the last complete checkpoint."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoint_to_resume(cast("str", self.args.output_dir))
         check_ignore_keys(kwargs.get("ignore_keys_for_eval"), "ignore_keys_for_eval")
@@ -187,17 +187,17 @@ class MultiTaskTrainer(Trainer):
         return self.get_eval_dataloader(test_dataset)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Any:
-        """The batches of one step, and for each task how many items of the step its loss is a mean over `[t]`."""
+        """The batches of one step, and for each task the number of items that its loss is averaged over `[t]`."""
         drawn_batches = enumerate(islice(epoch_iterator, num_batches))
         batches = [self._selected(batch, number) for number, batch in drawn_batches]
         return batches, self._sum(item_counts(batches, self.collator).to(device))
 
     def _prepare_input(self, data: Any) -> Any:
-        # The host casts all floats to those of DeepSpeed's config, which would round the labels of a regression.
+        # The host casts all floats to the dtype of DeepSpeed's config, which would round regression labels.
         return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     def _selected(self, batch: Batch, number: int) -> Batch:
-        """The examples to train on, of batch `number` of a step."""
+        """The examples of batch `number` of a step to train on."""
         if self._selection is None:
             return batch
         return self._selection.choose(
@@ -217,7 +217,7 @@ class MultiTaskTrainer(Trainer):
         return loss
 
     def draws(self) -> dict[str, int]:
-        """How often each task was drawn so far: in steps, or in examples where batches are mixed.
+        """How often each task was drawn so far: in steps, or in examples if batches are mixed.
 
         Under `sampling="uncertainty"` tasks are not drawn; see `chosen_<task>` in the log.
         """
@@ -236,7 +236,7 @@ class MultiTaskTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> Any:
-        """What a forward pass runs in; autocast with FSDP too."""
+        """The context of a forward pass, with autocast under FSDP too."""
         stack = super().compute_loss_context_manager()
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         if self.is_fsdp_enabled and half is not None:
@@ -244,7 +244,7 @@ class MultiTaskTrainer(Trainer):
         return stack
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        """The optimizer, with separate parameter groups for what learns at `attention_learning_rate`."""
+        """The optimizer, with separate parameter groups for what trains at `attention_learning_rate`."""
         created = self.optimizer is None
         optimizer = super().create_optimizer(*args)
         if created and self.args.attention_learning_rate is not None:
@@ -267,7 +267,7 @@ class MultiTaskTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Scores of all tasks, on the given examples or on those the trainer was made with.
+        """Scores of all tasks, on the given examples or on those of the trainer.
 
         Args:
             eval_dataset: Examples to evaluate on by task, or the name of an evaluation set.
@@ -292,7 +292,7 @@ class MultiTaskTrainer(Trainer):
 
     def _run(self, rows: EncodedTask, prefix: str) -> tuple[Any, Any, float | None, dict[str, float]]:
         """Logits, labels, mean loss and scores of the examples of one task; loss and scores only with labels."""
-        order = np.argsort(-rows.lengths(), kind="stable")  # examples of similar length in a batch: less padding
+        order = np.argsort(-rows.lengths(), kind="stable")  # batches of similar lengths need less padding
         output: Any = self.evaluation_loop(
             self.get_eval_dataloader(Subset(rows, order.tolist())),
             prefix,

@@ -144,7 +144,7 @@ def test_what_models_are_chosen_by(tiny_encoder: str, tmp_path: Path) -> None:
         ),
         ("multi_label", {"metrics": [Recorder("seqeval")]}, "asks for texts, which multi_label does not have"),
         ("regression", {"metrics": [Recorder("names")]}, "asks for texts, which regression does not have"),
-        ("span_qa", {"metrics": [Recorder("names")]}, "asks for one right answer, but a question may have several"),
+        ("span_qa", {"metrics": [Recorder("names")]}, "asks for one correct answer, but a question may have several"),
         ("single_label", {"metrics": [Recorder("roc_auc")]}, r"asks for \['prediction_scores', 'references'\], not"),
         ("language_modeling", {"metrics": [lambda p, r: 0.0]}, "has nothing to compare"),
         (

@@ -143,7 +143,7 @@ def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
     [
         ("rte", [], "no rows"),
         ("rte", b"\n\n", "no rows"),
-        ("rte", [*RTE, [1]], "each row has to be an object with columns"),
+        ("rte", [*RTE, [1]], "each row must be an object with columns"),
         ("rte", [RTE[0], {"sentence1": "A.", "label": 0}], "row 2: column 'sentence2' holds None, not a text"),
         ("rte", [{"sentence1": "A.", "label": 0}], "no column 'sentence2'; found: sentence1, label"),
         ("rte", [{"sentence1": "A.", "sentence2": "B."}], "no column 'label'"),
@@ -286,7 +286,7 @@ def test_split_keeps_groups_together() -> None:
 
 @pytest.mark.parametrize("labels", [[0], [0, 1], [0.5]])
 def test_split_of_too_few_rows(labels: list[Any]) -> None:
-    with pytest.raises(TaskDataError, match=f"a training set of {len(labels)} examples cannot be cut in two"):
+    with pytest.raises(TaskDataError, match=f"a training set of {len(labels)} examples cannot be split in two"):
         train_dev_split(dataset(labels))
 
 

@@ -162,7 +162,10 @@ def test_data_that_are_no_dataset(tiny_encoder: str) -> None:
         ({"train": ["the", "is"]}, "split 'train' is of type list: pass a datasets.Dataset, a list of dicts"),
         ({"train": "train.csv"}, "split 'train' is of type str: pass"),
         ({"train": None}, "split 'train' is of type NoneType: pass"),
-        ({"train": [{"text": "the"}, {"text": 3}]}, "split 'train' cannot be made a datasets.Dataset .* one type"),
+        (
+            {"train": [{"text": "the"}, {"text": 3}]},
+            "split 'train' cannot be converted to a datasets.Dataset .* one type",
+        ),
     ],
 )
 def test_data_that_cannot_be_used(data: Any, message: str) -> None:

@@ -147,5 +147,5 @@ def test_unknown_task() -> None:
 
 
 def test_more_rows_than_sentences() -> None:
-    with pytest.raises(TaskDataError, match="'sentiment': the templates do not give 100000 different examples"):
+    with pytest.raises(TaskDataError, match="'sentiment': the templates cannot produce 100000 different examples"):
         load_toy_task("sentiment", train_size=100000, test_size=1)

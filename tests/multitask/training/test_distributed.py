@@ -40,9 +40,9 @@ class Processes(SimpleNamespace):
     [
         ({"n_gpu": 2}, False, "2 GPUs in one process are not supported"),
         ({"fsdp": True}, False, "FSDP 1 is not supported.*`accelerate launch --fsdp_version 2`"),
-        ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 2}}, True, "not possible with FSDP"),
+        ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 2}}, True, "not supported with FSDP"),
         ({"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, False, "stage=3 is not supported.*Use stage 1 or 2"),
-        ({"deepspeed_plugin": SimpleNamespace(zero_stage=2)}, True, "not possible with DeepSpeed"),
+        ({"deepspeed_plugin": SimpleNamespace(zero_stage=2)}, True, "not supported with DeepSpeed"),
         ({"deepspeed_plugin": SimpleNamespace(zero_stage=2)}, False, None),
         ({"deepspeed_plugin": SimpleNamespace(zero_stage=2), "world_size": 1}, True, None),
         ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 2}}, False, None),

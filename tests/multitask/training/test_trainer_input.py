@@ -184,7 +184,7 @@ def test_which_value_of_a_metric_is_best(tmp_path: Path, metric: str | None, gre
 
 def test_gradients_that_are_scaled_have_no_bound_each(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(MultiTaskTrainingArguments, "device", torch.device("meta"))  # fp16 is not for CPU
-    with pytest.raises(ConfigError, match="max_tensor_grad_norm is not possible with fp16"):
+    with pytest.raises(ConfigError, match="max_tensor_grad_norm is not supported with fp16"):
         MultiTaskTrainingArguments(str(tmp_path), use_cpu=True, fp16=True, max_tensor_grad_norm=1.0)
 
 
@@ -270,7 +270,7 @@ def test_folder_of_a_task(tiny_encoder: str, tmp_path: Path) -> None:
         ("a: [", {}, TaskDataError, "invalid YAML"),
         ("text_columns: [a]\nnum_labels: 2\n", {}, TaskDataError, "no data; expected files"),
         ("text_columns: [a]\n", {"train_jsonl": "{"}, TaskDataError, "train.jsonl: cannot be read"),
-        ("text_columns: [a]\n", {"train_jsonl": '{"a": 1}\n5\n'}, TaskDataError, "each row has to be an object with"),
+        ("text_columns: [a]\n", {"train_jsonl": '{"a": 1}\n5\n'}, TaskDataError, "each row must be an object with"),
         (
             "text_columns: [a]\n",
             {"train_csv": "a\nx\n", "ids_json": '{"a":\n'},
@@ -416,7 +416,7 @@ def encoded_answers(folder: str, *answers: Any) -> EncodedTask:
         ([5], [3], "has the text 5, which is of type int"),
         (["are"], ["x"], "has the start 'x', which is of type str, not an integer"),
         (["are"], [None], "has the start None, which is of type NoneType"),
-        (["are"], [], "has not as many texts as starts"),
+        (["are"], [], "has different numbers of texts and starts"),
         ("are", 3, "is not a dict with a list of texts and a list of starts"),
     ],
 )
