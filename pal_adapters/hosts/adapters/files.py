@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -147,9 +148,13 @@ def head_filter_func(original: Any) -> Any:
     def filter_func(self: PredictionHeadLoader, head_name: str | None) -> Callable[[str], bool]:
         keep, model = original(self, head_name), self.model
 
+        @functools.cache
+        def tensors() -> dict[str, Tensor]:  # once the head is there, and only for a file that does not fit it
+            return dict(model.state_dict(keep_vars=True))
+
         def optional(key: str) -> bool:
-            tensors = model.state_dict(keep_vars=True)
-            return key not in tensors or sum(tensor is tensors[key] for tensor in tensors.values()) > 1
+            own = tensors().get(key)
+            return own is None or sum(tensor is own for tensor in tensors().values()) > 1
 
         return OwnTensors(keep, optional)
 
@@ -185,9 +190,7 @@ def load_weights(original: Any) -> Any:
 
 
 def load_weights_from_state_dict(original: Any) -> Any:
-    """`WeightsLoaderHelper.load_weights_from_state_dict`, which checks the tensors of this package's methods before it
-    copies.
-    """
+    """`WeightsLoaderHelper.load_weights_from_state_dict`, which first checks the tensors of this package's methods."""
 
     def wrapper(
         self: WeightsLoaderHelper,

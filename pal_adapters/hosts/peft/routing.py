@@ -12,6 +12,7 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from pal_adapters.blocks.walk import named_modules
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
 from pal_adapters.hooks.call import CallValue, bind_reruns
 from pal_adapters.hooks.rows import RowPlan
@@ -98,15 +99,6 @@ def _route(wrapper: ModulesToSaveWrapper, plan: RowPlan, *args: Any, **kwargs: A
     return torch.cat(parts).index_select(0, torch.cat(rows).argsort())
 
 
-def _modules_of(model: nn.Module) -> list[nn.Module]:
-    """All modules, also while another thread adds an adapter or takes one off."""
-    while True:
-        try:
-            return list(model.modules())
-        except RuntimeError:  # a dictionary has changed its size
-            continue
-
-
 class _Routed:
     """The `forward` of a `modules_to_save` module: with `adapter_names`, each example uses its adapter's copy."""
 
@@ -146,7 +138,7 @@ class Routing:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        modules = _modules_of(model)
+        modules = list(named_modules(model).values())  # another thread may add an adapter meanwhile
         checkpointed = model.training and any(getattr(m, "gradient_checkpointing", False) for m in modules)
         numbers = names.numbers if isinstance(names, AdapterInput) else None
         names = names.names if isinstance(names, AdapterInput) else names

@@ -10,7 +10,7 @@ import functools
 import json
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
@@ -63,26 +63,20 @@ def _add(original: Callable[..., None]) -> Callable[..., None]:
     return add
 
 
-def _delete(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def delete_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(self.base_model, TaskTuner):
-            return original(self, *args, **kwargs)
-        with changing(self, self.peft_config):
-            return original(self, *args, **kwargs)
+def _within(change: Callable[[PeftModel], AbstractContextManager[None]]) -> Callable[..., Callable[..., None]]:
+    """A method that runs inside `change` if the model's tuner is one of this package."""
 
-    return delete_adapter
+    def replacement(original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def method(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+            if not isinstance(self.base_model, TaskTuner):
+                return original(self, *args, **kwargs)
+            with change(self):
+                return original(self, *args, **kwargs)
 
+        return method
 
-def _switch(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def set_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(self.base_model, TaskTuner):
-            return original(self, *args, **kwargs)
-        with switching(self):
-            return original(self, *args, **kwargs)
-
-    return set_adapter
+    return replacement
 
 
 def _load(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -169,8 +163,8 @@ def install() -> None:
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
         *((cls, "__init__", _add) for cls in classes),
         *((cls, "add_adapter", _add) for cls in classes),
-        (PeftModel, "set_adapter", _switch),
-        (PeftModel, "delete_adapter", _delete),
+        (PeftModel, "set_adapter", _within(switching)),
+        (PeftModel, "delete_adapter", _within(lambda model: changing(model, model.peft_config))),
         (PeftModel, "load_adapter", _load),
         (PeftModel, "disable_adapter", _disable),
         (PeftAdapterMixin, "add_adapter", _add),

@@ -43,9 +43,8 @@ def segments_of(task: TaskFields, rows: Sequence[Mapping[str, Any]], where: str,
 def _problem(found: Sequence[Any], count: int, *, paired: bool | None) -> str:
     """What is wrong with the encoder inputs of an example; empty if they are right."""
     for one in found:
-        if not isinstance(one, (tuple, list)) or len(one) != 2 or not isinstance(one[0], str):
-            return f"returns {one!r:.40}, which is neither a pair of texts nor (text, None)"
-        if not isinstance(one[1], (str, type(None))):
+        pair = isinstance(one, (tuple, list)) and len(one) == 2
+        if not pair or not isinstance(one[0], str) or not isinstance(one[1], (str, type(None))):
             return f"returns {one!r:.40}, which is neither a pair of texts nor (text, None)"
         if paired is not None and paired is not (one[1] is not None):
             return "returns a pair of texts for some inputs and a single text for others"
