@@ -165,7 +165,7 @@ def scalearn(count: int, setting: Setting) -> nn.Module:
 
 def camtl(count: int, setting: Setting) -> nn.Module:
     """CA-MTL with this many tasks."""
-    return peft.get_peft_model(setting.bert("BERT-base"), pal_adapters.CAMTLPeftConfig(tasks=count))  # type: ignore[return-value]
+    return peft.get_peft_model(setting.bert("BERT-base"), pal_adapters.CAMTLPeftConfig(tasks=count))
 
 
 def joint(count: int, setting: Setting) -> nn.Module:

@@ -54,9 +54,7 @@ class _Slot:
         return count.clone() if isinstance(count, Tensor) else count
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the examples. The host would skip a layer whose first example is zero, as it may use another
-        adapter.
-        """
+        """Reorder the examples, also where the first, of another adapter, is zero: the host skips such layers."""
         layer: Any = self
         if layer.is_initialized:
             held = {

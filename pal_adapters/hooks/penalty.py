@@ -1,6 +1,6 @@
-"""Adds a penalty to the loss that a model returns in training, so that loss scaling and gradient accumulation include
+"""Adds a penalty to the loss that a model returns in training, so that scaling and accumulation treat it as that loss.
 
-it; a caller that computes its own loss adds it there, see `penalty_by_caller`.
+A caller that computes its own loss adds the penalty there, see `penalty_by_caller`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from .positions import real_tokens
 
 
 def kept_tokens(mask: Any, cache: TaskCache | None, value: Tensor) -> Tensor | None:
-    """Which of all tokens so far are not padding, `[b, k]`, or None if none is.
+    """Which of all tokens so far are not padding, `[b, k]`; None if there is no padding.
 
     Args:
         mask: what the block got: None, `[b, n]` with non-zero for tokens, or the mask of its neighbours' attention.

@@ -172,9 +172,8 @@ class TaskTuner(BaseTuner):
                     if _TRANSFORMERS_5 and not self._of_peft_model and isinstance(model, PreTrainedModel):
                         others = [name for name in self.peft_config if name != adapter_name]
                         check_transformers_loading(model, adapter_name, others, loads=config.inference_mode)
-                        keep_values(
-                            pretrained_tensors(model).values()
-                        )  # transformers 5 overwrites them before any check
+                        # transformers 5 overwrites them before any check
+                        keep_values(pretrained_tensors(model).values())
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             self.peft_config.pop(adapter_name, None)

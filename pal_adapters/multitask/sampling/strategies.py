@@ -279,9 +279,8 @@ class MultiTaskBatchSampler(Sampler[list[int]]):
 
     def _steps(self) -> int:
         step = self.rows * self.group_size
-        if (
-            self.strategy is uncertainty_candidates
-        ):  # CA-MTL: the batches of the largest task, times the number of tasks
+        if self.strategy is uncertainty_candidates:
+            # CA-MTL: the batches of the largest task, times the number of tasks
             return max(math.ceil(size / step) for size in self.sizes) * len(self.sizes)
         return math.ceil(sum(self.sizes) / step)
 
