@@ -30,10 +30,12 @@ class _Snapshot:
         self._containers: list[tuple[Any, Any]] = []
         self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._requires_grad: list[tuple[Tensor, bool]] = []
+        self._training: list[tuple[nn.Module, bool]] = []
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         inside = named_modules(model).values()
         self._take_modules(inside if modules is None else modules)
         for module in inside:
+            self._training.append((module, module.training))
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None:
                     self._requires_grad.append((tensor, tensor.requires_grad))
@@ -88,6 +90,8 @@ class _Snapshot:
         for container, saved in self._containers:
             container.clear()
             container.extend(saved) if isinstance(container, list) else container.update(saved)
+        for module, mode in self._training:
+            module.training = mode
         for tensor, flag in self._requires_grad:
             if tensor.requires_grad is not flag:
                 tensor.requires_grad_(flag)
@@ -110,7 +114,8 @@ def all_or_nothing(model: nn.Module, *beside: Any, modules: Iterable[nn.Module] 
         model: the model; the attributes of its modules are saved, including lists, sets and dicts.
         beside: objects outside the module tree that change with the model, such as the host's configuration or the
             owners of hooks; they are saved with everything they refer to, down to modules and tensors.
-        modules: the only modules that the change touches, apart from `requires_grad`; all by default.
+        modules: the only modules that the change touches, apart from training modes and `requires_grad`; all by
+            default.
     """
     snapshot = _Snapshot(model, beside, modules)
     token = _OPEN.set((*_OPEN.get(), snapshot))

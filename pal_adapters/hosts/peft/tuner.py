@@ -164,7 +164,7 @@ class TaskTuner(BaseTuner):
         config = self.peft_config[adapter_name]
         try:
             require_adapter_name("adapter_name", adapter_name)
-            with changing(self, config):
+            with changing(self, config, units=False):
                 if isinstance(config, TaskPeftConfig):
                     config.check_base_model(self.get_model_config(model))
                 if is_joint(config):

@@ -57,7 +57,7 @@ def _add(original: Callable[..., None]) -> Callable[..., None]:
         if config is None or method_of(config) is None:
             return original(self, *args, **kwargs)
         model = next((value for value in given if isinstance(value, nn.Module)), self)
-        with changing(model, config, getattr(self, "peft_config", None)):
+        with changing(model, config, getattr(self, "peft_config", None), units=False):
             return original(self, *args, **kwargs)
 
     return add
@@ -85,9 +85,10 @@ def _load(original: Callable[..., Any]) -> Callable[..., Any]:
         check_folder(model_id, kwargs.get("subfolder"))
         if not isinstance(self.base_model, TaskTuner):
             return original(self, model_id, adapter_name, *args, **kwargs)
-        if adapter_name in self.peft_config:  # PEFT keeps its config, whatever the folder says
+        exists = adapter_name in self.peft_config
+        if exists:  # PEFT keeps its config, whatever the folder says
             check_settings(self.peft_config[adapter_name], model_id, kwargs.get("subfolder"))
-        with changing(self, self.peft_config), _reading(model_id):
+        with changing(self, self.peft_config, units=exists), _reading(model_id):
             return original(self, model_id, adapter_name, *args, **kwargs)
 
     return load_adapter
@@ -99,7 +100,7 @@ def _from_pretrained(original: Callable[..., Any]) -> Any:
         configs = [value for value in (*args, *kwargs.values()) if isinstance(value, PeftConfig)]
         path = args[0] if args else kwargs.get("model_id")
         check_folder(path, kwargs.get("subfolder"))
-        with changing(model, *configs):
+        with changing(model, *configs, units=False):
             return original(cls, model, *args, **kwargs)
 
     return classmethod(from_pretrained)
@@ -164,7 +165,7 @@ def install() -> None:
         *((cls, "__init__", _add) for cls in classes),
         *((cls, "add_adapter", _add) for cls in classes),
         (PeftModel, "set_adapter", _within(switching)),
-        (PeftModel, "delete_adapter", _within(lambda model: changing(model, model.peft_config))),
+        (PeftModel, "delete_adapter", _within(lambda model: changing(model, model.peft_config, units=False))),
         (PeftModel, "load_adapter", _load),
         (PeftModel, "disable_adapter", _disable),
         (PeftAdapterMixin, "add_adapter", _add),
