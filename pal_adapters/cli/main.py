@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
+from pal_adapters import __version__
 from pal_adapters.errors import PalAdaptersError, how_to_install
 
 COMMANDS = {
@@ -39,12 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage(name: str) -> int:
+    if name == "--version":
+        print(f"pal-adapters {__version__}")
+        return 0
     if name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         lines = [f"  {command:<{width}}  {text}" for command, text in COMMANDS.items()]
-        print(
-            "\n".join(("usage: pal-adapters COMMAND ...", "", *lines, "", "pal-adapters COMMAND --help: its options"))
-        )
+        end = "pal-adapters COMMAND --help: its options; pal-adapters --version: the version"
+        print("\n".join(("usage: pal-adapters COMMAND ...", "", *lines, "", end)))
         return 0
     given = f"unknown command {name!r}" if name else "no command"
     print(f"pal-adapters: error: {given}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import pal_adapters
 from pal_adapters.cli import main
 from pal_adapters.cli.main import COMMANDS
 from pal_adapters.multitask import Predictor, load_toy_task
@@ -186,6 +187,11 @@ def test_help_lists_commands_and_choices(capsys: Any) -> None:
     shown = " ".join(capsys.readouterr().out.split())
     assert "{pal,low_rank,top_attention,lhuc,houlsby,houlsby_pal,ca_mtl_base,ca_mtl_large,full,head}" in shown
     assert "{adapters,peft}" in shown
+
+
+def test_version(capsys: Any) -> None:
+    assert start("--version") == 0
+    assert capsys.readouterr().out == f"pal-adapters {pal_adapters.__version__}\n"
 
 
 def test_run_starts_a_module_with_the_package_imported(tmp_path: Path, importable: None) -> None:
