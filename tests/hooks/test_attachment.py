@@ -276,7 +276,7 @@ def test_a_need_that_comes_later_is_captured() -> None:
                 ):
                     weights = zoo.weights_of(b, "low_rank", adapter)
                     reference = RECORDS["low_rank"].make_reference(pal_input="raw" if raw else "norm")
-                    handles += zoo._Block(host, stack, i, a, inputs).hooks(reference, weights)
+                    handles += zoo.BlockByHand(host, stack, i, a, inputs).hooks(reference, weights)
             expected = run(plain, inputs)
             for handle in handles:
                 handle.remove()

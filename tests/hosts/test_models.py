@@ -290,7 +290,7 @@ def test_multimodal_wrapper() -> None:
     """Gemma 3 with its vision tower: text and vision blocks are found, and the text path equals the text model's."""
     transformers = pytest.importorskip("transformers")
     text = BY_NAME["gemma3"]
-    vision = dict(zoo._CLIP_VISION.items()) | {"vision_use_head": False}
+    vision = dict(zoo.CLIP_VISION.items()) | {"vision_use_head": False}
     config = transformers.Gemma3Config(
         text_config={**text.config, "vocab_size": 40},
         vision_config={**vision, "model_type": "siglip_vision_model"},
