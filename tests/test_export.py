@@ -26,8 +26,8 @@ METHODS = {
 }
 TASKS = {
     "rte": HeadConfig("single_label", 3),
-    "stsb": HeadConfig("regression"),
-    "ner": HeadConfig("token_tagging", 5, pooling="first"),
+    "stsb": HeadConfig("regression", pooling="first"),
+    "ner": HeadConfig("token_tagging", 5),
     "squad": HeadConfig("span_qa"),
 }
 SIZES = dict(

@@ -17,22 +17,28 @@ from pal_adapters.errors import ConfigError
 from pal_adapters.multitask import Task, TaskDataError, default_model
 from pal_adapters.multitask.model.description import DESCRIPTION_FILE
 from pal_adapters.multitask.model.files import replace_text
+from pal_adapters.multitask.model.heads import TOKEN_KINDS, Pooling
 from pal_adapters.multitask.model.task_description import TaskDescription
 from pal_adapters.multitask.model.tasks_file import package_versions
 
-POOLINGS = {"mean": "mean", "cls": "first"}
+POOLINGS: dict[str, Pooling] = {"mean": "mean", "cls": "first"}
 
 
-def load_tasks(option: str, names: Sequence[str], data_dir: str | None, **changes: Any) -> list[Task]:
+def load_tasks(option: str, names: Sequence[str], data_dir: str | None, pooling: Pooling = "mean") -> list[Task]:
     """The tasks of these names, each once.
 
     Args:
         option: The option that names them, for errors.
         names: Names of GLUE and SuperGLUE tasks, or folders with a `task.yaml`, possibly in `data_dir`.
         data_dir: Folder with the data; `None` for the Hub.
-        **changes: Fields of the tasks to change.
+        pooling: How heads pool the tokens, unless a task says so itself or its head reads every token.
     """
-    tasks = [_load_task(name, data_dir, **changes) for name in names]
+    tasks = [_load_task(name, data_dir) for name in names]
+    pooled = [task for task in tasks if task.kind not in TOKEN_KINDS]
+    if pooling != "mean" and not pooled:
+        raise ConfigError(f"--pooling has no effect on {', '.join(names)}, whose heads read every token")
+    for task in pooled:
+        task.pooling = pooling if task.pooling == "mean" else task.pooling
     found = [task.name for task in tasks]
     for name in found:
         if found.count(name) > 1:
@@ -40,15 +46,15 @@ def load_tasks(option: str, names: Sequence[str], data_dir: str | None, **change
     return tasks
 
 
-def _load_task(name: str, data_dir: str | None, **changes: Any) -> Task:
+def _load_task(name: str, data_dir: str | None) -> Task:
     for folder in (Path(name), Path(data_dir or "", name)):
         if (folder / "task.yaml").is_file():
-            return Task.from_folder(folder, **changes)
+            return Task.from_folder(folder)
     try:
-        return Task.named(name, data_dir, **changes)
+        return Task.named(name, data_dir)
     except TaskDataError:
         if Path(name).is_dir():
-            return Task.from_folder(name, **changes)  # its error says what the folder lacks
+            return Task.from_folder(name)  # its error says what the folder lacks
         raise
 
 

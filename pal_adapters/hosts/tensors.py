@@ -14,7 +14,7 @@ def fault_of(name: str, new: Any, old: Tensor) -> str | None:
         return f"{name} is a {type(new).__name__} in the file, not a tensor"
     if new.shape != old.shape:
         return f"{name} has shape {list(new.shape)} in the file and {list(old.shape)} on the model"
-    if new.is_floating_point() is not old.is_floating_point() or new.is_complex() is not old.is_complex():
+    if new.dtype != old.dtype and not (new.is_floating_point() and old.is_floating_point()):
         return f"{name} has dtype {new.dtype} in the file and {old.dtype} on the model"
     if not new.is_meta and not torch.isfinite(new.to(old.dtype)).all():
         return (

@@ -110,7 +110,7 @@ class Preset:
                 pooling = "first"
         for name, task in named.items():
             head = task.head_config()
-            if task.pooling == "mean":  # the default, so the recipe decides
+            if task.pooling == "mean" and not head.reads_tokens:  # the default, so the recipe decides
                 head = type(head)(**{**vars(head), "pooling": pooling})
             adapter = {"task": name, "shared": SHARED, "none": None, "combination": routes.get(name)}[self.adapters]
             model.add(name, task.head or head, adapter=adapter, weight=task.weight, loss=task.loss)

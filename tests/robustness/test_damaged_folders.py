@@ -275,3 +275,18 @@ def test_going_back_to_a_checkpoint(saved: tuple[str, Path], tmp_path_factory: A
 
     attempt(read, folder, [State(model)])
     shutil.rmtree(folder.parent)
+
+
+@pytest.mark.skipif("adapters" not in HOSTS, reason="needs adapters")
+@pytest.mark.parametrize("children", [["b"], ["c", "b"], ["a", "b"]])
+def test_a_fusion_with_other_sources_than_its_own(tmp_path: Path, children: list[str]) -> None:
+    heads_of("adapters").save_pretrained(tmp_path)
+    file = tmp_path / "task_heads.json"
+    whole = json.loads(file.read_text())
+    whole["tasks"]["u"]["adapter"]["Fuse"] = children
+    file.write_text(json.dumps(whole))
+    backbone = base()
+    state = State(backbone)
+    with pytest.raises(StorageError, match=r"task_heads.json .*the fusion 'f' has the sources \['b', 'c'\]"):
+        TaskHeads.from_pretrained(tmp_path, backbone)
+    state.check()

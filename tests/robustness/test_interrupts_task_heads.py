@@ -102,6 +102,25 @@ def test_removing_a_task_with_its_adapter(host: str) -> None:
 
 
 @hosts
+@pytest.mark.parametrize("base", [False, True])
+def test_going_back_to_a_checkpoint(host: str, base: bool, tmp_path: Path) -> None:
+    other = heads(host)
+    other.prepare_training(base=base)
+    with torch.no_grad():
+        for parameter in filter(lambda one: one.requires_grad, other.parameters()):
+            parameter.add_(torch.randn(parameter.shape))
+    other.save_pretrained(tmp_path, checkpoint=True)
+    model = heads(host)
+    before = picture(model)
+    for _ in stopped(lambda model: model.restore(tmp_path), model, heads(host), 4 * POINTS):
+        assert unchanged(before, picture(model))
+        assert not model.base_trained
+    model.restore(tmp_path)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    assert model.base_trained is base
+
+
+@hosts
 def test_a_backbone_that_cannot_be_used(host: str, tmp_path: Path) -> None:
     heads(host).save_pretrained(tmp_path)
     backbone = base()

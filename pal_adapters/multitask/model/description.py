@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from pal_adapters.errors import ConfigError, StorageError
 
 from .base import is_saved_class, library_of, model_class, source_of
 from .files import cause_of, inside, read_json
-from .heads import HeadConfig
+from .heads import POOLINGS, TOKEN_KINDS, HeadConfig
 from .names import name_fault, require_task_name
 from .routes import Route, adapter_from_json, adapter_host, adapter_names, adapter_to_json, stored_names
 
@@ -150,7 +150,7 @@ def read_description(directory: Path) -> Description:
         raise StorageError(f"{path} is not there: {directory} was not written by TaskHeads, or not completely.")
     stored = read_json(path)
     number = stored.get("format")
-    if isinstance(number, bool) or number not in FORMATS:
+    if not isinstance(number, int) or isinstance(number, bool) or number not in FORMATS:
         raise StorageError(
             f"{path}: format={number!r:.40} is unknown, this release reads {', '.join(map(str, FORMATS))}: "
             "upgrade pal-adapters, or write the folder again."
@@ -170,6 +170,8 @@ def _checked(stored: Mapping[str, Any], path: Path) -> Description:
     _require(stored["host"] in HOSTS, f"host={stored['host']!r:.40} is not one of {', '.join(HOSTS)}")
     for name in ("base_trained", "output_layer", "embeddings"):
         _require(isinstance(stored.get(name, False), bool), f"{name}={stored.get(name)!r:.40}")
+    resized = stored.get("embeddings", False)
+    _require(resized is (stored["format"] == 2), f"format={stored['format']} and embeddings={resized}")
     names = {kind: _names(kind, stored[kind]) for kind in ("adapters", "fusions")}
     _require(bool(names["adapters"]) or stored["host"] != "peft", "no adapters")
     _require(stored["host"] != "none" or not names["adapters"], "adapters without a host")
@@ -184,10 +186,11 @@ def _checked(stored: Mapping[str, Any], path: Path) -> Description:
     _require(isinstance(base, dict) and set(base) == {"module", "class", "name_or_path"}, f"base={base!r:.80}")
     _require(all(isinstance(value, str) for value in base.values()), f"base={base!r:.80}")
     home = re.fullmatch(r"transformers|adapters\.models\.\w+\.\w+", base["module"])
-    _require(home is not None and base["class"].isidentifier(), f"base {base['module']}.{base['class']}"[:120])
+    _require(home is not None, f"base has module={base['module']!r:.80}")
+    _require(base["class"].isidentifier(), f"base has class={base['class']!r:.80}")
     return Description(
         balance=stored["balance"],
-        heads={name: HeadConfig(**config) for name, config in heads.items()},
+        heads={name: _head(name, config) for name, config in heads.items()},
         tasks=tasks,
         host=stored["host"],
         base=base,
@@ -198,6 +201,20 @@ def _checked(stored: Mapping[str, Any], path: Path) -> Description:
         embeddings=stored.get("embeddings", False),
         path=path,
     )
+
+
+def _head(name: str, stored: Any) -> HeadConfig:
+    _require(isinstance(stored, dict), f"head {name!r}")
+    known = {one.name for one in fields(HeadConfig)}
+    _require(set(stored) == known, f"head {name!r} needs exactly {', '.join(sorted(known))}")
+    if (
+        stored["kind"] in TOKEN_KINDS and stored["pooling"] in POOLINGS
+    ):  # earlier releases accepted any, without effect
+        stored = {**stored, "pooling": "mean"}
+    try:
+        return HeadConfig(**stored)
+    except ConfigError as error:
+        raise ConfigError(f"head {name!r}: {error}") from error
 
 
 def _check_route(task: str, route: Any, heads: Any, names: Mapping[str, tuple[str, ...]], host: str) -> None:

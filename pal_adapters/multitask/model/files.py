@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pal_adapters.errors import StorageError
+from pal_adapters.hosts.tensors import fault_of
+from pal_adapters.hosts.unchanged import keep_values
 
 from .parts import part_of
 
@@ -25,8 +27,9 @@ SHARD_SIZE = "5GB"
 
 
 def cause_of(error: BaseException) -> str:
-    """An error's message on one line, short enough to be part of another message."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """An error's message on one line, short enough to be part of another message, and printable."""
+    text = " ".join(str(error).split()).encode(errors="backslashreplace").decode()
+    return text[:200] or type(error).__name__
 
 
 @contextmanager
@@ -153,7 +156,7 @@ def read_tensor_file(path: Path) -> dict[str, Tensor]:
 
 
 def check_fit(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], where: Path) -> None:
-    """Raises `StorageError` unless the stored values have the names, kinds and shapes of the tensors."""
+    """Raises `StorageError` unless the stored values can replace the tensors: by name, shape, dtype and value."""
     tied = {id(tensors[name]) for name in stored if name in tensors}
     missing = sorted(name for name in set(tensors) - set(stored) if id(tensors[name]) not in tied)
     extra = sorted(set(stored) - set(tensors))
@@ -161,19 +164,20 @@ def check_fit(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], where
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the model lacks"
         raise StorageError(f"{where} {what} ({len(missing)} missing, {len(extra)} too many): it is of another model.")
     for name, value in stored.items():
-        tensor = tensors[name]
-        if tensor.shape != value.shape or tensor.is_floating_point() is not value.is_floating_point():
-            raise StorageError(
-                f"{where}: {name} is {value.dtype} of shape {list(value.shape)}, not {tensor.dtype} of shape "
-                f"{list(tensor.shape)}: it is of another model."
-            )
+        if fault := fault_of(name, value, tensors[name]):
+            raise StorageError(f"{where}: {fault}.")
 
 
-def copy_into(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
-    """Copies stored values, which `check_fit` has accepted, into tensors, which stay the same objects."""
+def copy_into(tensors: Mapping[str, Tensor], stored: dict[str, Tensor]) -> None:
+    """Moves stored values, which `check_fit` has accepted, into tensors, which stay the same objects.
+
+    A running `all_or_nothing` keeps the former values. So that memory never holds a tensor three times, `stored` is
+    emptied along the way.
+    """
     with torch.no_grad():
-        for name, value in stored.items():
-            tensors[name].copy_(part_of(value, tensors[name]))
+        for name in list(stored):
+            keep_values([tensors[name]])
+            tensors[name].copy_(part_of(stored.pop(name), tensors[name]))
 
 
 def write_readable_json(value: Mapping[str, Any], path: Path) -> None:
@@ -191,6 +195,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise StorageError(f"{path} is not there.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_keys_once)
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair can be neither printed nor sent
     except (OSError, ValueError, RecursionError) as error:
         raise StorageError(f"{path} is damaged ({cause_of(error)}): get or write it again.") from error
     if not isinstance(value, dict):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pal_adapters.checks import require_int, require_one_of, require_probability
+from pal_adapters.checks import LARGEST, require_int, require_one_of, require_probability, shown
 from pal_adapters.errors import ConfigError
 
 Kind = Literal[
@@ -23,6 +23,9 @@ Kind = Literal[
     "language_modeling",
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
+
+TOKEN_KINDS = ("token_tagging", "span_qa", "language_modeling")
+"""Kinds whose heads read every token, so that there is nothing to pool."""
 
 Pooling = Literal["mean", "first", "last", "pooler"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)
@@ -55,9 +58,11 @@ class HeadConfig:
         num_labels: `c`; not allowed for the last three kinds.
         num_choices: Encoder inputs per example of `multiple_choice`. They are next to each other in the batch.
         pooling: How a head gets one vector per example: the mean over the tokens, the first token, the last
-            token that is not padding (for decoders), or the output of the base model's own pooler.
+            token that is not padding (for decoders), or the output of the base model's own pooler. Not allowed for
+            kinds whose heads read every token.
         dropout: Dropout probability before the linear layer.
-        label_names: Names of the classes, for model cards and predictions.
+        label_names: Names of the classes, numbers or choices, for model cards and predictions; not allowed for
+            `span_qa` and `language_modeling`.
     """
 
     kind: Kind = "single_label"
@@ -71,28 +76,34 @@ class HeadConfig:
         require_one_of("kind", self.kind, KINDS)
         require_one_of("pooling", self.pooling, POOLINGS)
         require_probability("dropout", self.dropout)
-        object.__setattr__(self, "label_names", tuple(self.label_names))
-        if not all(isinstance(name, str) for name in self.label_names):
+        if not isinstance(self.label_names, (list, tuple)) or not all(isinstance(n, str) for n in self.label_names):
             raise ConfigError(
-                f"label_names={self.label_names!r} is not allowed: use strings; in YAML, put them in quotes."
+                f"label_names={shown(self.label_names)} is not allowed: use a list of strings; in YAML, put them in "
+                "quotes."
             )
+        object.__setattr__(self, "label_names", tuple(self.label_names))
         twice = [name for number, name in enumerate(self.label_names) if name in self.label_names[:number]]
         if twice:
             raise ConfigError(f"label_names has {twice[0]!r} twice: give each class its own name.")
         if self.kind in ("span_qa", "multiple_choice", "language_modeling"):
             if self.num_labels is not None:
-                raise ConfigError(f"num_labels={self.num_labels} has no effect for kind={self.kind!r}: leave it out.")
+                raise _without_effect("num_labels", self.num_labels, self.kind)
         else:
             default = len(self.label_names) or (1 if self.kind == "regression" else None)
             object.__setattr__(self, "num_labels", default if self.num_labels is None else self.num_labels)
             minimum = 2 if self.kind in ("single_label", "token_tagging") else 1
             require_int("num_labels", self.num_labels, minimum=minimum, maximum=_MOST_LABELS)
-        if self.label_names and self.num_labels is not None and len(self.label_names) != self.num_labels:
-            raise ConfigError(f"label_names has {len(self.label_names)} names for num_labels={self.num_labels}.")
         if self.kind == "multiple_choice":
-            require_int("num_choices", self.num_choices, minimum=2)
-        elif self.num_choices != 1:
-            raise ConfigError(f"num_choices={self.num_choices} has no effect for kind={self.kind!r}: leave it out.")
+            require_int("num_choices", self.num_choices, minimum=2, maximum=LARGEST)
+        elif self.num_choices != 1 or isinstance(self.num_choices, bool):
+            raise _without_effect("num_choices", self.num_choices, self.kind)
+        if self.reads_tokens and self.pooling != "mean":
+            raise _without_effect("pooling", self.pooling, self.kind)
+        if self.label_names and self.kind in ("span_qa", "language_modeling"):
+            raise _without_effect("label_names", self.label_names, self.kind)
+        count = "num_choices" if self.kind == "multiple_choice" else "num_labels"
+        if self.label_names and len(self.label_names) != getattr(self, count):
+            raise ConfigError(f"label_names has {len(self.label_names)} names for {count}={getattr(self, count)}.")
 
     @property
     def outputs(self) -> int:
@@ -102,7 +113,11 @@ class HeadConfig:
     @property
     def reads_tokens(self) -> bool:
         """Whether the head reads every token, rather than one vector per example."""
-        return self.kind in ("token_tagging", "span_qa", "language_modeling")
+        return self.kind in TOKEN_KINDS
+
+
+def _without_effect(name: str, value: object, kind: str) -> ConfigError:
+    return ConfigError(f"{name}={shown(value)} has no effect for kind={kind!r}: leave it out.")
 
 
 class Head(nn.Module):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from pal_adapters.errors import ConfigError, StorageError
-from pal_adapters.hosts.unchanged import keep_values
 
 from .adapter_files import add_adapters, check_adapter_files, reading
 from .base import base_tensors, embedding_tensors
@@ -21,7 +20,7 @@ from .description import Description, read_description
 from .files import cause_of, check_fit, copy_into, inside, read_json, read_tensors, tensor_files
 from .heads import Head
 from .language import output_tensors
-from .routes import adapter_names
+from .routes import adapter_names, check_adapter
 from .tasks_file import read_tasks
 
 _DEPTH = re.compile(r"(num|n)_((hidden|encoder|decoder)_)?layers?|(encoder|decoder)_layers")
@@ -49,10 +48,14 @@ def load(directory: Path, backbone: Any | None) -> Contents:
     if description.embeddings:
         _resize_embeddings(backbone, stored[EMBEDDINGS], directory)
     backbone = add_adapters(backbone, description, directory)
+    routes = description.routes()
+    with reading(description.path):
+        for task, route in routes.items():
+            check_adapter(backbone, route.adapter, task)
     contents = Contents(
         backbone,
         nn.ModuleDict(),
-        description.routes(),
+        routes,
         description.balance,
         base_tensors(backbone),
         description.base_trained,
@@ -121,7 +124,6 @@ def _fill(
         )
     for tensors, stem, where in targets:
         check_fit(tensors, stored[stem], where if where.suffix else where / f"{stem}.safetensors")
-    keep_values(tensor for tensors, _, _ in targets for tensor in tensors.values())
     for tensors, stem, _ in targets:
         copy_into(tensors, stored[stem])
 

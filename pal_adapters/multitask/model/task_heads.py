@@ -357,9 +357,10 @@ class TaskHeads(nn.Module):
             StorageError: If the folder is incomplete, damaged, or of another model; then nothing has changed.
         """
         reshard(self)
-        description = restore(self._contents(), Path(directory))
-        self._base_trained |= description.base_trained
-        self._output_trained |= description.output_layer
+        with all_or_nothing(self, modules=[self]):
+            description = restore(self._contents(), Path(directory))
+            self._base_trained |= description.base_trained
+            self._output_trained |= description.output_layer
 
     def _contents(self) -> Contents:
         return Contents(

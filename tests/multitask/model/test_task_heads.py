@@ -355,6 +355,25 @@ def test_tasks_that_cannot_be_added(tiny_encoder: str, arguments: Any, error: An
         ({"kind": "regression", "pooling": "max"}, "pooling='max'"),
         ({"kind": "regression", "dropout": 1.0}, "dropout=1.0"),
         ({"num_labels": 3, "label_names": ("no", "yes")}, "label_names has 2 names for num_labels=3"),
+        ({"label_names": "ab"}, "label_names='ab' is not allowed: use a list of strings"),
+        ({"label_names": {"a": 1, "b": 2}}, "label_names={'a': 1, 'b': 2} is not allowed"),
+        ({"label_names": None, "num_labels": 2}, "label_names=None is not allowed"),
+        ({"num_labels": 2, "num_choices": True}, "num_choices=True has no effect"),
+        ({"kind": "multiple_choice", "num_choices": 10**9}, "num_choices=1000000000 is not allowed"),
+        ({"kind": "multiple_choice", "num_choices": 3, "label_names": "ab"}, "label_names='ab' is not allowed"),
+        (
+            {"kind": "multiple_choice", "num_choices": 3, "label_names": ("a", "b")},
+            "label_names has 2 names for num_choices=3",
+        ),
+        ({"kind": "span_qa", "label_names": ("a",)}, "label_names=.* has no effect for kind='span_qa'"),
+        ({"kind": "language_modeling", "label_names": ("a",)}, "label_names=.* has no effect"),
+        *(
+            (
+                {"kind": kind, "num_labels": labels, "pooling": "first"},
+                f"pooling='first' has no effect for kind='{kind}'",
+            )
+            for kind, labels in (("token_tagging", 3), ("span_qa", None), ("language_modeling", None))
+        ),
     ],
 )
 def test_heads_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
