@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import safe_open
 
 from pal_adapters.errors import ConfigError
+from pal_adapters.hosts.base_files import REFERENCE
 from pal_adapters.multitask.model.description import read_description
 from pal_adapters.multitask.model.files import inside, read_json, tensor_files
 from pal_adapters.multitask.model.routes import stored_names
@@ -77,5 +78,6 @@ def _sizes(files: Sequence[Path]) -> dict[str, int]:
     for file in files:
         with safe_open(file, "pt") as tensors:
             names = tensors.keys()  # a safetensors file is no mapping: it cannot be iterated over
-            found |= {f"{file}:{name}": prod(tensors.get_slice(name).get_shape()) for name in names}
+            shapes = {name: tensors.get_slice(name).get_shape() for name in names if not name.endswith(REFERENCE)}
+            found |= {f"{file}:{name}": prod(shape) for name, shape in shapes.items()}
     return found

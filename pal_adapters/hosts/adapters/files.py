@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 from adapters.loading import AdapterFusionLoader, AdapterLoader, PredictionHeadLoader, WeightsLoaderHelper
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from pal_adapters.blocks.walk import named_modules
 from pal_adapters.errors import PalAdaptersError, StorageError
+from pal_adapters.hosts.base_files import found_by, in_adapter_file, remove_unused, stored_once, with_base
 from pal_adapters.hosts.tensors import fault_of
 from pal_adapters.hosts.unchanged import keep_values
 
@@ -42,11 +44,21 @@ class OwnTensors:
     Args:
         kept: whether a tensor of the model belongs to it.
         optional: whether a tensor may be missing from either the file or the model; takes its name in the base model.
+        base: names of the pretrained weights among them.
+        folder: the folder of the adapter, inside the one for all adapters.
     """
 
-    def __init__(self, kept: Callable[[str], bool], optional: Callable[[str], bool] = lambda key: False) -> None:
+    def __init__(
+        self,
+        kept: Callable[[str], bool],
+        optional: Callable[[str], bool] = lambda key: False,
+        base: Collection[str] = (),
+        folder: str = "",
+    ) -> None:
         self.kept = kept
         self.optional = optional
+        self.base = base
+        self.folder = folder
 
     def __call__(self, key: str) -> bool:
         return self.kept(key)
@@ -92,7 +104,7 @@ def filter_func(original: Any) -> Any:
                 return key.startswith(blocks)
             return trains_base and key.partition(".")[0] not in inner
 
-        return OwnTensors(kept, optional)
+        return OwnTensors(kept, optional, base, adapter_name)
 
     return filter_func
 
@@ -161,6 +173,47 @@ def head_filter_func(original: Any) -> Any:
     return filter_func
 
 
+# Writing
+
+
+def state_dict(original: Any) -> Any:
+    """`WeightsLoaderHelper.state_dict`, where pretrained weights may be in files of their own."""
+
+    def wrapper(self: WeightsLoaderHelper, filter_func: Callable[[str], bool]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = original(self, filter_func)
+        if not isinstance(filter_func, OwnTensors):
+            return tensors
+        base = {name: tensors.pop(name) for name in list(tensors) if name in filter_func.base}
+        return {**tensors, **in_adapter_file(base, filter_func.folder)}
+
+    return wrapper
+
+
+def save_adapters(original: Any) -> Any:
+    """A method that saves adapters into folders inside the given one. What they have in common is stored once."""
+
+    def wrapper(self: ModelAdaptersMixin, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        joint = {
+            name
+            for name in self.adapters_config
+            if any(map(trains_originals, task_configs(self.adapters_config.get(name))))
+        }
+        with stored_once(save_directory, len(joint)):
+            original(self, save_directory, *args, **kwargs)
+
+    return wrapper
+
+
+def save(original: Any) -> Any:
+    """`AdapterLoader.save`, which leaves no pretrained weights of earlier saves behind."""
+
+    def wrapper(self: AdapterLoader, save_directory: str, name: str, *args: Any, **kwargs: Any) -> None:
+        original(self, save_directory, name, *args, **kwargs)
+        remove_unused(Path(save_directory))
+
+    return wrapper
+
+
 # Reading
 
 
@@ -169,7 +222,8 @@ def load_weights(original: Any) -> Any:
 
     def wrapper(self: WeightsLoaderHelper, save_directory: str, *args: Any, **kwargs: Any) -> Any:
         try:
-            return original(self, save_directory, *args, **kwargs)
+            with found_by(Path(save_directory).joinpath):
+                return original(self, save_directory, *args, **kwargs)
         except PalAdaptersError as error:
             raise type(error)(f"the weights in {save_directory} cannot be loaded: {error}") from error
         except RuntimeError as error:
@@ -203,6 +257,7 @@ def load_weights_from_state_dict(original: Any) -> Any:
     ) -> Any:
         if not isinstance(state_dict, Mapping):
             raise StorageError(f"the file holds a {type(state_dict).__name__}, not a dictionary of tensors.")
+        state_dict = with_base(state_dict)
         renames = (
             [] if rename_func is None else rename_func if isinstance(rename_func, (list, tuple)) else [rename_func]
         )

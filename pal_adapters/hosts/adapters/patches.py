@@ -62,6 +62,7 @@ def _whole(make: Callable[[Any], Callable[..., Any]]) -> Callable[[Any], Callabl
 
 _MODEL, _HEADS = ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
 _LOAD = ("custom_weights_loaders", "set_active", "use_safetensors", "kwargs")
+_SAVE = ("meta_dict", "custom_weights_loaders", "use_safetensors")
 _SETUP = ("self", "adapter_setup_name_or_path", "version", *_LOAD)
 _STATE = ("self", "adapter_setup", "state", "lvl")
 
@@ -141,6 +142,22 @@ REPLACED: tuple[Replaced, ...] = (
         "links shared coefficients of a model that comes with its fusions",
     ),
     # Files
+    Replaced(
+        AdapterLoader, "save", ("self", "save_directory", "name", "meta_dict"), files.save,
+        "pretrained weights of several adapters are stored once, in files of their own",
+    ),
+    *(
+        Replaced(owner, "save_all_adapters", ("self", "save_directory", *more), files.save_adapters, "the same")
+        for owner, more in ((_MODEL, _SAVE), (_HEADS, ("with_head", *_SAVE)))
+    ),
+    *(
+        Replaced(
+            owner, "save_adapter_setup", ("self", "save_directory", "adapter_setup", *more), files.save_adapters,
+            "the same",
+        )
+        for owner, more in ((_MODEL, _SAVE), (_HEADS, ("head_setup", *_SAVE)))
+    ),
+    Replaced(WeightsLoaderHelper, "state_dict", ("self", "filter_func"), files.state_dict, "the same"),
     Replaced(
         AdapterLoader, "filter_func", ("self", "adapter_name"), files.filter_func,
         "the host overlooks shared_parameters of a model without a head, and a jointly trained base",

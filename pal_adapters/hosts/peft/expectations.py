@@ -117,6 +117,11 @@ RELIED_ON: tuple[Touch, ...] = (
         "the same, as PEFT adds an adapter before it reads the weights",
     ),
     Touch("peft:PeftModel.from_pretrained", ("...", "model", "model_id"), "the same"),
+    Touch(
+        "peft:PeftModel.save_pretrained",
+        ("...", "save_directory", "safe_serialization", "selected_adapters", "is_main_process"),
+        "wrapped: pretrained weights of several adapters are stored once",
+    ),
     Touch("peft:PeftModel.set_adapter", None, "wrapped: an error leaves the model unchanged"),
     Touch("peft:PeftModel.delete_adapter", None, "the same"),
     Touch(

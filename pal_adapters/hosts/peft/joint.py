@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +19,7 @@ from pal_adapters.blocks.walk import named_modules, parameters
 from pal_adapters.errors import StorageError, UnsupportedError
 
 from .config import TaskPeftConfig
-from .loading import check_values, embeddings_of
-
-_PREFIX = "base_model.model."
+from .loading import BASE_PREFIX, check_values, embeddings_of
 
 
 def task_parameter_ids(model: nn.Module) -> set[int]:
@@ -157,16 +155,20 @@ def check_transformers_loading(model: nn.Module, adapter_name: str, others: list
         )
 
 
-def _stored_names(folder: Path) -> set[str] | None:
+def _stored_names(folder: Path, whole: Mapping[str, Tensor] | None) -> set[str] | None:
     """Names of the tensors in a local folder, as the base model has them; None for anything but a local folder."""
+    if whole is not None:
+        return {plain_name(name.removeprefix(BASE_PREFIX)) for name in whole}
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
         return None
     with safe_open(file, framework="pt") as tensors:
-        return {plain_name(name.removeprefix(_PREFIX)) for name in tensors.keys()}  # noqa: SIM118
+        return {plain_name(name.removeprefix(BASE_PREFIX)) for name in tensors.keys()}  # noqa: SIM118
 
 
-def check_base_untouched(model: nn.Module, folder: Path, config: PeftConfig | None) -> None:
+def check_base_untouched(
+    model: nn.Module, folder: Path, config: PeftConfig | None, whole: Mapping[str, Tensor] | None = None
+) -> None:
     """Raise `StorageError` if a local folder holds weights of the base model, which its config does not train.
 
     transformers 5 loads every tensor whose name it finds in the model, whether or not it belongs to the adapter.
@@ -175,8 +177,9 @@ def check_base_untouched(model: nn.Module, folder: Path, config: PeftConfig | No
         model: the base model, before the adapter is added.
         folder: only a local folder is checked.
         config: the adapter's, or None for the one in the folder.
+        whole: the folder's tensors, if they are in several files.
     """
-    names = _stored_names(folder)
+    names = _stored_names(folder, whole)
     if config is None and (folder / CONFIG_NAME).is_file():
         config = PeftConfig.from_pretrained(str(folder))
     if names is None or not isinstance(config, TaskPeftConfig) or is_joint(config):
@@ -206,19 +209,29 @@ def _check_complete(model: nn.Module, own: Iterable[str], given: Iterable[str], 
         )
 
 
-def check_base_complete(model: nn.Module, folder: Path, adapter_name: str) -> None:
+def check_base_complete(
+    model: nn.Module, folder: Path, adapter_name: str, whole: Mapping[str, Tensor] | None = None
+) -> None:
     """Raise `StorageError` unless a local folder has all pretrained weights that its adapter on the model trains.
 
-    Each has to fit as well: transformers 5 converts integers and takes values that are not finite.
+    Each has to fit as well: transformers 5 converts integers and takes values that are not finite. `whole` has the
+    folder's tensors if they are in several files.
     """
-    names = _stored_names(folder)
+    names = _stored_names(folder, whole)
     if names is None:
         return
     own = _plain_tensors(model)
     _check_complete(model, own, names, adapter_name)
+
+    def check(keys: Iterable[str], get: Callable[[str], Tensor]) -> None:
+        stored = ((key, plain_name(key.removeprefix(BASE_PREFIX))) for key in keys)
+        check_values(adapter_name, ((name, get(key), own[name]) for key, name in stored if name in own))
+
+    if whole is not None:
+        check(whole, whole.__getitem__)
+        return
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as tensors:
-        stored = [(key, plain_name(key.removeprefix(_PREFIX))) for key in tensors.keys()]  # noqa: SIM118
-        check_values(adapter_name, ((name, tensors.get_tensor(key), own[name]) for key, name in stored if name in own))
+        check(tensors.keys(), tensors.get_tensor)
 
 
 def match_base(
@@ -244,7 +257,7 @@ def match_base(
     # Which modules are wrapped depends on the other adapters, when saving and when loading.
     own = _plain_tensors(model)
     plain = {key: plain_name(key) for key in state_dict}
-    names = {key: name if name in own else name.removeprefix(_PREFIX) for key, name in plain.items()}
+    names = {key: name if name in own else name.removeprefix(BASE_PREFIX) for key, name in plain.items()}
     found = {name: state_dict[key] for key, name in names.items() if name in own}
     _check_complete(model, own, found, adapter_name)
     check_values(adapter_name, ((name, value, own[name]) for name, value in found.items()))

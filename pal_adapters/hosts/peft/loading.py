@@ -15,15 +15,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pal_adapters.blocks.walk import named_modules
 from pal_adapters.errors import StorageError
+from pal_adapters.hosts.base_files import REFERENCE, Find, with_base
 from pal_adapters.hosts.tensors import fault_of
 
 from .registry import methods
 
-_PREFIX = "base_model.model."
+BASE_PREFIX = "base_model.model."
+"""What PEFT puts before the names of a model's tensors in a file."""
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -59,7 +62,7 @@ def check_tensors(
     """
     tuner = model._modules.get("base_model")
     wrapped = tuner is not None and "model" in tuner._modules
-    given = {name if wrapped else name.removeprefix(_PREFIX): tensor for name, tensor in given.items()}
+    given = {name if wrapped else name.removeprefix(BASE_PREFIX): tensor for name, tensor in given.items()}
     expected = adapter_tensors(model, adapter_name)
     missing = [name for name in expected if name not in given]
     others = {**embeddings_of(model), **{name: given[name] for name in base if name in given}}
@@ -169,6 +172,38 @@ def folder_of(path: Any, subfolder: str | None, download: Mapping[str, Any]) -> 
     return Path(config).parent
 
 
+def finder(path: Any, subfolder: str | None, download: Mapping[str, Any]) -> Find:
+    """How to find another file of an adapter; the arguments are those of `folder_of`."""
+
+    def find(name: str) -> Path:
+        if os.path.isdir(path):
+            return Path(path, subfolder or "", name)
+        return Path(hf_hub_download(str(path), name, subfolder=subfolder, **download))
+
+    return find
+
+
+def download_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a loader's arguments that say how to download from the Hub."""
+    return {key: given[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in given}
+
+
+def folder_in_save(adapter_name: str) -> str:
+    """Where PEFT saves an adapter, in the folder that `save_pretrained` gets."""
+    return "" if adapter_name == "default" else adapter_name
+
+
+def whole_tensors(folder: Path) -> dict[str, Tensor] | None:
+    """The tensors of a saved adapter and its base files, or None if its own file has all of them."""
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        return None
+    with safe_open(file, framework="pt") as tensors:
+        if BASE_PREFIX + REFERENCE not in tensors.keys():  # noqa: SIM118
+            return None
+    return with_base(load_file(file))
+
+
 def _check_weights_file(folder: Path, kind: str) -> None:
     """PEFT looks for missing weights on the Hub, and loads nothing from a file whose names it does not know."""
     ours = kind in methods()
@@ -223,7 +258,8 @@ def kinds_in(path: str | os.PathLike[str] | None) -> list[str]:
     if path is None or not file.is_file():
         return []
     with safe_open(file, framework="pt") as tensors:
-        return [tensors.get_slice(name).get_dtype() for name in tensors.keys()]  # noqa: SIM118
+        names = [name for name in tensors.keys() if name != BASE_PREFIX + REFERENCE]  # noqa: SIM118
+        return [tensors.get_slice(name).get_dtype() for name in names]
 
 
 def embeddings_of(model: nn.Module) -> dict[str, Tensor]:

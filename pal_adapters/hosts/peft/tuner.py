@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from pal_adapters.blocks.sites import Block, find_blocks
 from pal_adapters.blocks.survey import partial_reach
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
+from pal_adapters.hosts.base_files import in_adapter_file, with_base
 from pal_adapters.hosts.method import Method, parameters_of
 from pal_adapters.hosts.names import require_adapter_name
 from pal_adapters.hosts.unchanged import keep_values
@@ -45,13 +46,13 @@ from .joint import (
     task_parameter_ids,
 )
 from .layer import TaskTunerLayer, TunerLayer, plans_of, remove_adapter_name, tuner_layers
-from .loading import adapter_tensors, check_tensors
+from .loading import BASE_PREFIX, adapter_tensors, check_tensors, folder_in_save
 from .registry import method_of
 from .registry import register as register
 from .routing import Routing, check_batch
 
 EXCLUDED = _ExcludedModule()
-_TRANSFORMERS_5 = Version(transformers.__version__) >= Version("5")
+TRANSFORMERS_5 = Version(transformers.__version__) >= Version("5")
 
 
 def matching_modules(config: TaskPeftConfig, model: nn.Module) -> tuple[dict[str, nn.Module], set[str]]:
@@ -169,7 +170,7 @@ class TaskTuner(BaseTuner):
                     config.check_base_model(self.get_model_config(model))
                 if is_joint(config):
                     check_trainable(model)
-                    if _TRANSFORMERS_5 and not self._of_peft_model and isinstance(model, PreTrainedModel):
+                    if TRANSFORMERS_5 and not self._of_peft_model and isinstance(model, PreTrainedModel):
                         others = [name for name in self.peft_config if name != adapter_name]
                         check_transformers_loading(model, adapter_name, others, loads=config.inference_mode)
                         # transformers 5 overwrites them before any check
@@ -248,7 +249,8 @@ class TaskTuner(BaseTuner):
         state_dict.update(own)
         state_dict.update({key: value for key, value in base.items() if dropped(key)})
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        selected.update({name_alone(model, key, adapter_name): state_dict[key] for key in base if key in state_dict})
+        own_base = {name_alone(model, key, adapter_name): state_dict[key] for key in base if key in state_dict}
+        selected.update(in_adapter_file(own_base, folder_in_save(adapter_name), prefix=BASE_PREFIX))
         return selected
 
     @classmethod
@@ -259,7 +261,7 @@ class TaskTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        base, state_dict = match_base(model, config, adapter_name, state_dict)
+        base, state_dict = match_base(model, config, adapter_name, with_base(state_dict))
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         meta = pretrained_tensors(model, tied="each") if is_joint(config) else ()
         state_dict = check_tensors(model, adapter_name, state_dict, meta)

@@ -7,10 +7,12 @@ weights. PEFT's own methods therefore run inside `all_or_nothing`.
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
@@ -21,12 +23,24 @@ from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from pal_adapters.errors import PalAdaptersError, StorageError
+from pal_adapters.hosts.base_files import found_by, remove_unused, stored_once
 
 from .change import changing, switching
-from .joint import check_base_complete, check_base_untouched, check_restorable, is_joint
-from .loading import check_folder, check_loaded, check_settings, folder_of, kinds_in, reads_pickle
+from .joint import check_base_complete, check_base_untouched, check_restorable, is_joint, joint_names
+from .loading import (
+    check_folder,
+    check_loaded,
+    check_settings,
+    download_options,
+    finder,
+    folder_in_save,
+    folder_of,
+    kinds_in,
+    reads_pickle,
+    whole_tensors,
+)
 from .registry import method_of
-from .tuner import TaskTuner
+from .tuner import TRANSFORMERS_5, TaskTuner
 
 _DAMAGE = (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, EOFError, pickle.UnpicklingError)
 
@@ -82,13 +96,15 @@ def _within(change: Callable[[PeftModel], AbstractContextManager[None]]) -> Call
 def _load(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        check_folder(model_id, kwargs.get("subfolder"))
+        subfolder = kwargs.get("subfolder")
+        check_folder(model_id, subfolder)
         if not isinstance(self.base_model, TaskTuner):
             return original(self, model_id, adapter_name, *args, **kwargs)
         exists = adapter_name in self.peft_config
         if exists:  # PEFT keeps its config, whatever the folder says
-            check_settings(self.peft_config[adapter_name], model_id, kwargs.get("subfolder"))
-        with changing(self, self.peft_config, units=exists), _reading(model_id):
+            check_settings(self.peft_config[adapter_name], model_id, subfolder)
+        find = finder(model_id, subfolder, download_options(kwargs))
+        with changing(self, self.peft_config, units=exists), _reading(model_id), found_by(find):
             return original(self, model_id, adapter_name, *args, **kwargs)
 
     return load_adapter
@@ -123,12 +139,17 @@ def _load_by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
         name = (args[1] if len(args) > 1 else kwargs.get("adapter_name")) or "default"
         path = args[0] if args else kwargs.get("peft_model_id")
         given = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
-        download = {key: given[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in given}
-        folder = folder_of(path, given.get("subfolder"), download)
-        check_folder(folder, weights=kwargs.get("adapter_state_dict") is None)
-        with changing(self, kwargs.get("peft_config"), getattr(self, "peft_config", None)), _reading(path):
+        where = (path, given.get("subfolder"), download_options(given))
+        folder, find = folder_of(*where), finder(*where)
+        reads = kwargs.get("adapter_state_dict") is None
+        check_folder(folder, weights=reads)
+        before = changing(self, kwargs.get("peft_config"), getattr(self, "peft_config", None))
+        whole = None
+        with before, _reading(path), found_by(find):
             if folder is not None:
-                check_base_untouched(self, folder, kwargs.get("peft_config"))
+                if TRANSFORMERS_5 and reads and (whole := whole_tensors(folder)):  # it reads a single file
+                    kwargs["adapter_state_dict"] = whole
+                check_base_untouched(self, folder, kwargs.get("peft_config"), whole)
             try:
                 info = original(self, *args, **kwargs)
             except RuntimeError as error:
@@ -141,10 +162,31 @@ def _load_by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
             if info is not None and method_of(config) is not None:  # transformers 5 has loaded the weights itself
                 check_loaded(self, name, info, kinds_in(folder))
                 if folder is not None and is_joint(config):
-                    check_base_complete(self, folder, name)
+                    check_base_complete(self, folder, name, whole)
             return info
 
     return load_adapter
+
+
+def _save(original: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        options = given.arguments
+        if not (isinstance(self.base_model, TaskTuner) and options["is_main_process"]):
+            return original(self, *args, **kwargs)
+        names = [n for n in options["selected_adapters"] or self.peft_config if n in self.peft_config]
+        joint = joint_names({name: self.peft_config[name] for name in names}) if options["safe_serialization"] else []
+        folder = Path(options["save_directory"])
+        with stored_once(folder, len(joint)):
+            original(self, *args, **kwargs)
+            for name in names:
+                remove_unused(folder / folder_in_save(name))
+
+    return save_pretrained
 
 
 def _disable(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,6 +209,7 @@ def install() -> None:
         (PeftModel, "set_adapter", _within(switching)),
         (PeftModel, "delete_adapter", _within(lambda model: changing(model, model.peft_config, units=False))),
         (PeftModel, "load_adapter", _load),
+        (PeftModel, "save_pretrained", _save),
         (PeftModel, "disable_adapter", _disable),
         (PeftAdapterMixin, "add_adapter", _add),
         (PeftAdapterMixin, "load_adapter", _load_by_transformers),

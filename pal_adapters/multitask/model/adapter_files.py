@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pal_adapters.errors import StorageError
+from pal_adapters.hosts.base_files import base_files
 
 from .base import has_resized_embeddings
 from .description import Description
@@ -37,11 +38,12 @@ def check_adapter_files(description: Description, directory: Path) -> None:
     kinds = dict.fromkeys(description.adapters, description.host) | dict.fromkeys(description.fusions, "fusion")
     for name, kind in kinds.items():
         place = _adapter_place(directory, name, description.host)
-        wanted = [place / file for file in _FILES[kind]]
+        bases = base_files(place)  # which are checked with their adapter
+        wanted = [*(place / file for file in _FILES[kind]), *bases]
         more = [] if place == directory else sorted(place.rglob("*"))
         for path in dict.fromkeys([*wanted, *more]):
             inside(directory, str(path.relative_to(directory)))
-            if path.suffix == ".safetensors":
+            if path.suffix == ".safetensors" and path not in bases:
                 read_tensor_file(path)
             elif path.suffix == ".json":
                 read_json(path)

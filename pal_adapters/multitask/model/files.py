@@ -17,7 +17,8 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pal_adapters.errors import StorageError
+from pal_adapters.errors import PalAdaptersError, StorageError
+from pal_adapters.hosts.base_files import base_files
 from pal_adapters.hosts.tensors import fault_of
 from pal_adapters.hosts.unchanged import keep_values
 
@@ -27,9 +28,9 @@ SHARD_SIZE = "5GB"
 
 
 def cause_of(error: BaseException) -> str:
-    """An error's message on one line, short enough to be part of another message, and printable."""
+    """An error's message on one line and printable, as part of another one; those of other packages are cut short."""
     text = " ".join(str(error).split()).encode(errors="backslashreplace").decode()
-    return text[:200] or type(error).__name__
+    return (text if isinstance(error, PalAdaptersError) else text[:200]) or type(error).__name__
 
 
 @contextmanager
@@ -54,6 +55,10 @@ def staged(directory: Path, last: str, stems: Iterable[str] = ()) -> Iterator[Pa
         for stem in stems:
             remove_tensors(directory / Path(stem).parent, Path(stem).name)
         written = sorted((path for path in stage.rglob("*") if path.is_file()), key=lambda path: path.name == last)
+        for folder in {path.parent for path in written}:
+            for path in base_files(directory / folder.relative_to(stage)):
+                if not (folder / path.name).exists():
+                    path.unlink()  # no adapter refers to it any more
         for path in written:
             target = directory / path.relative_to(stage)
             target.parent.mkdir(parents=True, exist_ok=True)

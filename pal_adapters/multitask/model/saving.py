@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pal_adapters.errors import StorageError
+from pal_adapters.hosts.base_files import base_files, copier
 
 from .adapter_files import save_adapters
 from .base import embedding_tensors, has_resized_embeddings
@@ -71,14 +72,15 @@ def copy_saved(checkpoint: Path, directory: Path) -> None:
     stems = [HEADS, POOLER, OUTPUT, EMBEDDINGS, *([f"{BASE_FOLDER}/model"] if description.base_trained else [])]
     names = [BASE_FOLDER, *description.adapters, *description.fusions]
     if description.host == "peft":  # the adapter called "default" is in the folder itself
-        names += ["adapter_config.json", "adapter_model.safetensors"]
+        names += ["adapter_config.json", "adapter_model.safetensors", *(path.name for path in base_files(checkpoint))]
     names += [path.name for stem in stems[:4] for path in checkpoint.glob(f"{stem}*safetensors*")]
+    copy = copier()
     with staged(directory, DESCRIPTION_FILE, stems) as stage:
         for name in (*names, TASKS_FILE, DESCRIPTION_FILE):
             if (checkpoint / name).is_dir():
-                shutil.copytree(checkpoint / name, stage / name)
+                shutil.copytree(checkpoint / name, stage / name, copy_function=copy)
             elif (checkpoint / name).is_file():
-                shutil.copy(checkpoint / name, stage / name)
+                copy(str(checkpoint / name), str(stage / name))
 
 
 @contextmanager

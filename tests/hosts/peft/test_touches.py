@@ -387,6 +387,13 @@ def _() -> None:
     assert not any("from_pretrained" in vars(cls) for cls in peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values())
 
 
+@touch("PeftModel.save_pretrained")
+def _() -> None:
+    source = inspect.getsource(PeftModel.save_pretrained)
+    assert source.count("get_peft_model_state_dict(") == 1  # where base weights are put into their own file
+    assert 'os.path.join(save_directory, adapter_name) if adapter_name != "default" else save_directory' in source
+
+
 @touch("PeftModel.set_adapter")
 def _() -> None:
     assert parameters(PeftModel.set_adapter) == ["adapter_name", "inference_mode"]
