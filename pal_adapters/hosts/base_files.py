@@ -1,9 +1,10 @@
 """The pretrained weights of several adapters that are saved together: stored once, and linked into each folder.
 
-An adapter with `train_base` is saved with the pretrained weights. If one call saves several of them, these weights go
-into files `base-<SHA-256 of the file>.safetensors`, which are hard links in the folders of all these adapters, or
-copies where the file system has no links. Instead of the weights, the adapter's own file has the hashes, as bytes of
-shape `[files, 32]`. Each folder is complete: it can be moved, copied or uploaded alone.
+An adapter with `train_base` is saved with the pretrained weights. If one call saves several of them, or if these
+weights are too large for one file, they go into files `base-<SHA-256 of the file>.safetensors`, which are hard links
+in the folders of all these adapters, or copies where the file system has no links. Instead of the weights, the
+adapter's own file has the hashes, as bytes of shape `[files, 32]`. Each folder is complete: it can be moved, copied
+or uploaded alone.
 """
 
 from __future__ import annotations
@@ -25,44 +26,50 @@ from torch import Tensor
 
 from pal_adapters.errors import StorageError
 
+from .shards import SHARD_SIZE, separate, shards
+
 REFERENCE = "base_sha256"
 """Name of the tensor that stands for the pretrained weights in an adapter's file."""
 
-SHARD_SIZE = 5_000_000_000
-"""Bytes in one file, at most, unless a single tensor is larger. Saving needs up to this much memory."""
-
 _NAME = re.compile(r"base-[0-9a-f]{64}\.safetensors")
 _CHUNK = 1 << 20
+
+
+FolderOf = Callable[[str], Path]
+"""The folder in which an adapter is saved, by its name."""
 
 
 class BaseFiles:
     """The base files that one call writes.
 
     Args:
-        directory: the folder in which the call saves. An adapter's own folder is this one or in it.
+        folder_of: where the call saves each adapter.
+        adapters: how many adapters with pretrained weights it saves.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, folder_of: FolderOf, adapters: int) -> None:
+        self._folder_of = folder_of
+        self._adapters = adapters
         self._written: dict[tuple[Any, ...], list[Path]] = {}
         self._kept: dict[Path, set[str]] = {}
 
-    def put(self, tensors: Mapping[str, Tensor], folder: Path) -> Tensor:
-        """Put pretrained weights into the folder of an adapter.
+    def needed(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether pretrained weights get files of their own."""
+        return bool(tensors) and (self._adapters > 1 or sum(t.nbytes for t in tensors.values()) > SHARD_SIZE)
 
-        Args:
-            tensors: the weights, by their names in the adapter's file.
-            folder: where the adapter will be saved.
+    def put(self, tensors: Mapping[str, Tensor], adapter_name: str) -> Tensor:
+        """Put pretrained weights, by their names in the adapter's file, into the folder of an adapter.
 
         Returns:
             What the adapter's file has under the name `REFERENCE`.
         """
+        folder = self._folder_of(adapter_name)
         folder.mkdir(parents=True, exist_ok=True)
         key = tuple(
             (name, t.data_ptr(), t.storage_offset(), t.shape, t.dtype, t.device) for name, t in tensors.items()
         )
         if key not in self._written:
-            self._written[key] = [_write(shard, folder) for shard in _shards(tensors)]
+            self._written[key] = [_write(shard, folder) for shard in shards(tensors, SHARD_SIZE)]
         files = self._written[key]
         names = [file.name for file in files]
         for file in files:
@@ -79,35 +86,35 @@ _SAVING: ContextVar[BaseFiles | None] = ContextVar("pal_adapters_base_files", de
 
 
 @contextmanager
-def stored_once(directory: str | os.PathLike[str], adapters: int) -> Iterator[None]:
-    """While the body saves adapters, their pretrained weights are stored once.
+def stored_once(folder_of: FolderOf, adapters: int) -> Iterator[None]:
+    """While the body saves adapters, their pretrained weights are stored once; may be nested, the outermost counts.
 
     Args:
-        directory: the folder in which it saves them.
-        adapters: how many of them come with pretrained weights; with one, its own file has them.
+        folder_of: where it saves each adapter.
+        adapters: how many of them come with pretrained weights.
     """
-    if adapters < 2 or _SAVING.get() is not None:
+    if _SAVING.get() is not None:
         yield
         return
-    token = _SAVING.set(BaseFiles(Path(directory)))
+    token = _SAVING.set(BaseFiles(folder_of, adapters))
     try:
         yield
     finally:
         _SAVING.reset(token)
 
 
-def in_adapter_file(base: Mapping[str, Tensor], folder: str, *, prefix: str = "") -> dict[str, Tensor]:
+def in_adapter_file(base: Mapping[str, Tensor], adapter_name: str, *, prefix: str = "") -> dict[str, Tensor]:
     """What the file of an adapter holds for the pretrained weights: themselves, or the hashes of the base files.
 
     Args:
         base: the weights, by their names in the file.
-        folder: the folder of the adapter inside the one in which adapters are being saved.
+        adapter_name: the adapter.
         prefix: prefix of the names.
     """
     files = _SAVING.get()
-    if files is None or not base:
+    if files is None or not files.needed(base):
         return dict(base)
-    return {prefix + REFERENCE: files.put(base, files.directory / folder)}
+    return {prefix + REFERENCE: files.put(base, adapter_name)}
 
 
 def remove_unused(folder: Path) -> None:
@@ -235,7 +242,7 @@ def sha256(path: Path) -> str:
 def _write(tensors: Mapping[str, Tensor], folder: Path) -> Path:
     part = _part(folder)
     try:
-        save_file(_separate(tensors), part, metadata={"format": "pt"})
+        save_file(separate(tensors), part, metadata={"format": "pt"})
         path = folder / file_name(sha256(part))
         os.replace(part, path)
     finally:
@@ -254,27 +261,3 @@ def _link(source: Path, target: Path) -> None:
 
 def _part(folder: Path) -> Path:
     return folder / f".base-{uuid.uuid4().hex}.writing"
-
-
-def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors.items():
-        if shard and size + tensor.nbytes > SHARD_SIZE:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
-
-
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors takes them: contiguous, and no two in one storage."""
-    seen: set[int] = set()
-    separate = {}
-    for name, tensor in tensors.items():
-        value = tensor.detach().contiguous()
-        storage = value.untyped_storage().data_ptr()
-        separate[name] = value.clone() if storage in seen else value
-        seen.add(storage)
-    return separate

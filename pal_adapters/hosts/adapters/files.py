@@ -45,7 +45,7 @@ class OwnTensors:
         kept: whether a tensor of the model belongs to it.
         optional: whether a tensor may be missing from either the file or the model; takes its name in the base model.
         base: names of the pretrained weights among them.
-        folder: the folder of the adapter, inside the one for all adapters.
+        adapter_name: the adapter.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class OwnTensors:
         kept: Callable[[str], bool],
         optional: Callable[[str], bool] = lambda key: False,
         base: Collection[str] = (),
-        folder: str = "",
+        adapter_name: str = "",
     ) -> None:
         self.kept = kept
         self.optional = optional
         self.base = base
-        self.folder = folder
+        self.adapter_name = adapter_name
 
     def __call__(self, key: str) -> bool:
         return self.kept(key)
@@ -184,7 +184,7 @@ def state_dict(original: Any) -> Any:
         if not isinstance(filter_func, OwnTensors):
             return tensors
         base = {name: tensors.pop(name) for name in list(tensors) if name in filter_func.base}
-        return {**tensors, **in_adapter_file(base, filter_func.folder)}
+        return {**tensors, **in_adapter_file(base, filter_func.adapter_name)}
 
     return wrapper
 
@@ -198,7 +198,7 @@ def save_adapters(original: Any) -> Any:
             for name in self.adapters_config
             if any(map(trains_originals, task_configs(self.adapters_config.get(name))))
         }
-        with stored_once(save_directory, len(joint)):
+        with stored_once(Path(save_directory).joinpath, len(joint)):
             original(self, save_directory, *args, **kwargs)
 
     return wrapper
@@ -208,8 +208,9 @@ def save(original: Any) -> Any:
     """`AdapterLoader.save`, which leaves no pretrained weights of earlier saves behind."""
 
     def wrapper(self: AdapterLoader, save_directory: str, name: str, *args: Any, **kwargs: Any) -> None:
-        original(self, save_directory, name, *args, **kwargs)
-        remove_unused(Path(save_directory))
+        with stored_once(lambda adapter_name: Path(save_directory), 1):
+            original(self, save_directory, name, *args, **kwargs)
+            remove_unused(Path(save_directory))
 
     return wrapper
 

@@ -188,11 +188,6 @@ def download_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: given[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in given}
 
 
-def folder_in_save(adapter_name: str) -> str:
-    """Where PEFT saves an adapter, in the folder that `save_pretrained` gets."""
-    return "" if adapter_name == "default" else adapter_name
-
-
 def whole_tensors(folder: Path) -> dict[str, Tensor] | None:
     """The tensors of a saved adapter and its base files, or None if its own file has all of them."""
     file = folder / SAFETENSORS_WEIGHTS_NAME

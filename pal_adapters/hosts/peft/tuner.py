@@ -46,7 +46,7 @@ from .joint import (
     task_parameter_ids,
 )
 from .layer import TaskTunerLayer, TunerLayer, plans_of, remove_adapter_name, tuner_layers
-from .loading import BASE_PREFIX, adapter_tensors, check_tensors, folder_in_save
+from .loading import BASE_PREFIX, adapter_tensors, check_tensors
 from .registry import method_of
 from .registry import register as register
 from .routing import Routing, check_batch
@@ -250,7 +250,7 @@ class TaskTuner(BaseTuner):
         state_dict.update({key: value for key, value in base.items() if dropped(key)})
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         own_base = {name_alone(model, key, adapter_name): state_dict[key] for key in base if key in state_dict}
-        selected.update(in_adapter_file(own_base, folder_in_save(adapter_name), prefix=BASE_PREFIX))
+        selected.update(in_adapter_file(own_base, adapter_name, prefix=BASE_PREFIX))
         return selected
 
     @classmethod

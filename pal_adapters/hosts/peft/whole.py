@@ -33,7 +33,6 @@ from .loading import (
     check_settings,
     download_options,
     finder,
-    folder_in_save,
     folder_of,
     kinds_in,
     reads_pickle,
@@ -180,11 +179,14 @@ def _save(original: Callable[..., None]) -> Callable[..., None]:
             return original(self, *args, **kwargs)
         names = [n for n in options["selected_adapters"] or self.peft_config if n in self.peft_config]
         joint = joint_names({name: self.peft_config[name] for name in names}) if options["safe_serialization"] else []
-        folder = Path(options["save_directory"])
-        with stored_once(folder, len(joint)):
+
+        def folder_of(name: str) -> Path:
+            return Path(options["save_directory"], "" if name == "default" else name)
+
+        with stored_once(folder_of, len(joint)):
             original(self, *args, **kwargs)
             for name in names:
-                remove_unused(folder / folder_in_save(name))
+                remove_unused(folder_of(name))
 
     return save_pretrained
 

@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pal_adapters.errors import PalAdaptersError, StorageError
 from pal_adapters.hosts.base_files import base_files
+from pal_adapters.hosts.shards import SHARD_SIZE, separate, shards
 from pal_adapters.hosts.tensors import fault_of
 from pal_adapters.hosts.unchanged import keep_values
 
 from .parts import part_of
-
-SHARD_SIZE = "5GB"
 
 
 def cause_of(error: BaseException) -> str:
@@ -89,24 +87,27 @@ def inside(directory: Path, name: str) -> Path:
 def write_tensors(tensors: Mapping[str, Tensor], directory: Path, stem: str) -> None:
     """Writes `<stem>.safetensors`, or several shards and an index where one file would be too large."""
     directory.mkdir(parents=True, exist_ok=True)
-    if not tensors:  # for which the library writes no file
-        save_file({}, directory / f"{stem}.safetensors", metadata={"format": "pt"})
-        return
-    plain, first, again = {}, dict[int, str](), []
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if id(tensor) in first:
-            again.append(name)  # tied weights are written once
-        first.setdefault(id(tensor), name)
-        value = tensor.detach()
-        # A view would be mistaken for a weight tied to everything else in its storage.
-        plain[name] = value.clone() if value.nbytes != value.untyped_storage().nbytes() else value
-    save_torch_state_dict(
-        plain,
-        directory,
-        filename_pattern=f"{stem}{{suffix}}.safetensors",
-        max_shard_size=SHARD_SIZE,
-        shared_tensors_to_discard=again,
-    )
+            tied[name] = first[id(tensor)]  # tied weights are written once
+        else:
+            first[id(tensor)] = name
+            plain[name] = tensor
+    parts = list(shards(plain, SHARD_SIZE))
+    names = {}
+    for number, part in enumerate(parts, start=1):
+        count = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
+        file = f"{stem}{count}.safetensors"
+        names.update(dict.fromkeys(part, file))
+        same = {again: name for again, name in tied.items() if name in part}
+        save_file(separate(part), directory / file, metadata={"format": "pt", **same})
+    if len(parts) > 1:
+        size = sum(tensor.nbytes for tensor in plain.values())
+        index = {"metadata": {"total_size": size}, "weight_map": names}
+        write_readable_json(index, directory / f"{stem}.safetensors.index.json")
 
 
 def remove_tensors(directory: Path, stem: str) -> None:
