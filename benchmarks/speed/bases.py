@@ -28,8 +28,9 @@ MIB = 2**20
 
 
 def size_of(folder: Path) -> int:
-    """Bytes on disk of a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes on disk of a folder; a file with several names counts once."""
+    files = [file.stat() for file in folder.rglob("*") if file.is_file()]
+    return sum({(file.st_dev, file.st_ino): file.st_size for file in files}.values())
 
 
 def camtl_bytes(host: str, setting: Setting, seconds: float) -> Measured:

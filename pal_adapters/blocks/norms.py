@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pal_adapters.errors import SiteError
 
 from .sites import Block, is_added
+from .walk import named_modules
 
 # Norms of queries and keys are not norms of the residual stream, even where they span the same width.
 _INSIDE_ATTENTION = frozenset({"q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"})
@@ -97,12 +98,12 @@ def full_norms(block: Block) -> dict[str, nn.Module]:
         SiteError: if it has none, or one that is not of the form of `NormForm`.
     """
     found: dict[str, nn.Module] = {}
-    skipped: list[str] = []
-    for path, module in block.module.named_modules():
-        if any(path == s or path.startswith(s + ".") for s in skipped):
+    skipped: tuple[str, ...] = ()
+    for path, module in named_modules(block.module, units=False).items():
+        if f"{path}.".startswith(skipped):
             continue
         if path and is_added(module):
-            skipped.append(path)
+            skipped += (f"{path}.",)
         elif path.rpartition(".")[2] not in _INSIDE_ATTENTION and _looks_like_a_norm(module, block.width):
             found[path] = module
     for path, module in found.items():

@@ -29,7 +29,7 @@ from .masks import CallMask
 from .network_unit import NetworkRunner, NetworkUnit
 from .positions import CountedPositions, token_positions
 from .side_stream import SideStream
-from .weight_copies import BaseCopies, Slots, WrappedForward, reader_of, uncover
+from .weight_copies import BaseCopies, Slots, WrappedForward, readers, uncover
 
 
 @dataclass
@@ -94,9 +94,10 @@ class NetworkHooks:
             once("final norm", self._install_final_norm)
         if unit.acts_in_stream:
             once("stream", self._install_stream)
+        reader = readers(self._model[0]) if unit.slots[1] else {}
         for name, places in unit.slots[1].items():
             for place in places:
-                module = reader_of(self._model[0], place[0])
+                module = reader.get(place[0], place[0])
                 if module not in self._outer:
                     self._locks[module] = CallLock()
                     self._wrapped.append(WrappedForward(module, functools.partial(self._run_outer, module)))

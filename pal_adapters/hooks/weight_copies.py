@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pal_adapters.blocks.sites import Block
+from pal_adapters.blocks.walk import named_modules, parameters
 from pal_adapters.nn.unit import key_of
 
 Slots = dict[str, list[tuple[nn.Module, str]]]
@@ -26,7 +27,7 @@ def _slots(root: nn.Module, added: set[int]) -> Slots:
     """The locations of the parameters below `root`, by name; tied ones share a name."""
     slots: Slots = {}
     names: dict[int, str] = {}
-    for path, module in root.named_modules():
+    for path, module in named_modules(root, units=False).items():
         for name, parameter in module._parameters.items():
             full = f"{path}.{name}" if path else name
             if parameter is None or id(parameter) in added or not _CHOOSES.isdisjoint(full.split(".")):
@@ -42,7 +43,7 @@ def block_slots(block: Block, added: set[int]) -> Slots:
 
 def embedding_names(model: nn.Module) -> list[str]:
     """Names of the modules with weights between the input and the first block."""
-    tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    tables = [name for name, module in named_modules(model, units=False).items() if isinstance(module, nn.Embedding)]
     named = [name for name, _ in model.named_children() if name.startswith(("embed", "word_embed"))]
     return [*named, *tables]
 
@@ -59,7 +60,7 @@ def outer_slots(
         left_out: names of modules that are trained separately.
         embeddings: whether to return those of the embeddings.
     """
-    inside = {id(p) for block in blocks for p in block.module.parameters()}
+    inside = {id(p) for block in blocks for p in parameters(block.module, units=False)}
     first = tuple(name + "." for name in embedding_names(model))
     slots: Slots = {}
     for name, places in _slots(model, added | inside).items():
@@ -70,9 +71,10 @@ def outer_slots(
     return slots
 
 
-def reader_of(model: nn.Module, module: nn.Module) -> nn.Module:
-    """The module whose `forward` reads a module's weights: itself, or DeBERTa's encoder for `rel_embeddings`."""
-    return next((m for m in model.modules() if m._modules.get("rel_embeddings") is module), module)
+def readers(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The modules whose weights another module's `forward` reads: DeBERTa's encoder reads its `rel_embeddings`."""
+    modules = named_modules(model, units=False).values()
+    return {table: module for module in modules if (table := module._modules.get("rel_embeddings")) is not None}
 
 
 class BaseCopies:

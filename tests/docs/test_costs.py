@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 import pal_adapters
 from pal_adapters.methods.shared import default_hidden_size
@@ -44,6 +44,35 @@ def test_formulas_are_what_models_have() -> None:
         model: Any = get_peft_model(BertModel(BertConfig(**size)), config)
         counted[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert counted == parameters(24, 3, 12, 5, 7, 2)
+
+
+def bert_block(width: int, inner: int) -> int:
+    return 4 * (width + 1) * width + 2 * width * inner + inner + 5 * width
+
+
+def llama_block(width: int, inner: int) -> int:
+    return 4 * width * width + 3 * width * inner + 2 * width
+
+
+def test_copies() -> None:
+    """Those of tiny models by formula, and the page's by the same formulas."""
+    small = dict(hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=40, vocab_size=30)
+    for model, expected in (
+        (BertModel(BertConfig(**small)), 3 * bert_block(24, 40) + 25 * 24),
+        (LlamaModel(LlamaConfig(**small)), 3 * llama_block(24, 40) + 24),
+    ):
+        tuned: Any = get_peft_model(model, pal_adapters.CAMTLPeftConfig(tasks=2))
+        assert pal_adapters.network_size(tuned).trained_base == expected
+    page = PAGE.read_text(encoding="utf-8")
+    amounts = []
+    for copied, base, width in (
+        (7 * bert_block(768, 3072) + 769 * 768, 109_482_240, 4),
+        (17 * llama_block(4096, 11008) + 4096, 6_738_415_616, 2),
+    ):
+        sizes = [width * copied, width * (base + 4 * copied), 4 * width * base]
+        amounts.append([f"{copied:,}", *(f"{size / 1e9:,.2f} GB" for size in sizes)])
+    for left, right in zip(*amounts, strict=True):
+        assert f"| {left} | {right} |" in page
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ HERE, TORCH = (str(pathlib.Path(str(package.__file__)).parent) for package in (p
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "pal": ("PAL", {"hidden_size": 4, "num_heads": 2}),
     "parallel_houlsby": ("ParallelHoulsby", {}),
+    "camtl": ("CAMTL", {"tasks": ["one", "two"]}),
+    "pal and base": ("PAL", {"hidden_size": 4, "num_heads": 2, "train_base": True}),
 }
 
 
@@ -84,7 +86,7 @@ def test_peft(method: str, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_adapters(method: str) -> None:
+def test_adapters(method: str, tmp_path: pathlib.Path) -> None:
     adapters = pytest.importorskip("adapters")
     name, options = METHODS[method]
     config = getattr(pa, f"{name}Config")
@@ -100,5 +102,9 @@ def test_adapters(method: str) -> None:
         make,
         lambda model: model.add_adapter("new", config=config(**options)),
         lambda model: model.train_adapter("t1"),
+        lambda model: model.save_adapter(str(tmp_path), "t1", use_safetensors=True),
+        lambda model: model.load_adapter(str(tmp_path), load_as="loaded", use_safetensors=True),
+        lambda model: model.load_adapter(str(tmp_path), load_as="t2", use_safetensors=True),  # over another
+        lambda model: model.average_adapter("mean", ["t1", "t3"]),
         lambda model: model.delete_adapter("new"),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -45,7 +45,7 @@ class OwnTensors:
         kept: whether a tensor of the model belongs to it.
         optional: whether a tensor may be missing from either the file or the model; takes its name in the base model.
         base: names of the pretrained weights among them.
-        adapter_name: the adapter.
+        adapter_name: the adapter, whose name is in the names of all others.
     """
 
     def __init__(
@@ -62,6 +62,11 @@ class OwnTensors:
 
     def __call__(self, key: str) -> bool:
         return self.kept(key)
+
+    def among(self, keys: Iterable[str]) -> list[str]:
+        """Those that belong to it, without a call for each tensor of other adapters."""
+        part = f".{self.adapter_name}." if self.adapter_name else ""
+        return [key for key in keys if (part in key or key in self.base) and self.kept(key)]
 
 
 # What belongs to an adapter or a fusion
@@ -111,8 +116,9 @@ def filter_func(original: Any) -> Any:
 
 def _is_trunk(model: Any, child: nn.Module) -> bool:
     """Whether a part of the base model has blocks or embeddings, so that every class of the model has it."""
-    blocks = {id(layer) for _, layer in model.iter_layers()}
-    return any(id(module) in blocks or isinstance(module, nn.Embedding) for module in child.modules())
+    blocks = {layer for _, layer in model.iter_layers()}
+    inside = named_modules(child, units=False).values()
+    return bool(blocks.intersection(inside) or [module for module in inside if isinstance(module, nn.Embedding)])
 
 
 def rename_func(original: Any) -> Any:
@@ -180,9 +186,9 @@ def state_dict(original: Any) -> Any:
     """`WeightsLoaderHelper.state_dict`, where pretrained weights may be in files of their own."""
 
     def wrapper(self: WeightsLoaderHelper, filter_func: Callable[[str], bool]) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = original(self, filter_func)
         if not isinstance(filter_func, OwnTensors):
-            return tensors
+            return dict(original(self, filter_func))
+        tensors: dict[str, Tensor] = original(self, set(filter_func.among(_tensors(self.model))).__contains__)
         base = {name: tensors.pop(name) for name in list(tensors) if name in filter_func.base}
         return {**tensors, **in_adapter_file(base, filter_func.adapter_name)}
 
@@ -263,39 +269,52 @@ def load_weights_from_state_dict(original: Any) -> Any:
             [] if rename_func is None else rename_func if isinstance(rename_func, (list, tuple)) else [rename_func]
         )
         given: Mapping[str, Any] = self.rename_state_dict(state_dict, *renames)
-        named = _file_names(self.model, given, in_base_model, start_prefix)
-        tensors = self.model.state_dict(keep_vars=True)
+        on_model, in_file = _prefixes(self.model, given, in_base_model, start_prefix)
+        tensors = _tensors(self.model)
+        keep = filter_func
         if isinstance(filter_func, OwnTensors):
-            _check(self.model, tensors, given, named, filter_func)
-        keep_values(tensor for name, tensor in tensors.items() if named(name) in given)
-        return original(self, state_dict, filter_func, rename_func, loading_info, in_base_model, start_prefix)
+            own = [name for name in filter_func.among(tensors) if name.startswith(on_model)]
+            wanted = {in_file + name.removeprefix(on_model): tensors[name] for name in own}
+            _check(self.model, wanted, given, filter_func)
+            keep = wanted.__contains__
+        names = [on_model + key.removeprefix(in_file) for key in given if str(key).startswith(in_file)]
+        keep_values([tensors[name] for name in names if name in tensors])
+        return original(self, state_dict, keep, rename_func, loading_info, in_base_model, start_prefix)
 
     return wrapper
 
 
-def _file_names(
-    model: Any, given: Mapping[str, Any], in_base_model: bool, start_prefix: str
-) -> Callable[[str], str | None]:
-    """Maps the name of a tensor on a model to its name in a file, saved from a model with or without a head."""
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `model.state_dict()` themselves."""
+    found: dict[str, Tensor] = {}
+    for path, module in named_modules(model, once=False).items():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                found[f"{path}.{name}" if path else name] = tensor
+    return found
+
+
+def _prefixes(model: Any, given: Mapping[str, Any], in_base_model: bool, start_prefix: str) -> tuple[str, str]:
+    """What names of tensors start with on a model and in a file, each of which may be with or without a head."""
     prefix = model.base_model_prefix
     has_base = hasattr(model, prefix)
     prefixed = any(key.startswith(prefix) for key in given)
     if in_base_model and has_base and not prefixed:
-        return lambda name: name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else None
+        return f"{prefix}.", ""
     if not start_prefix and not has_base and prefixed:
         start_prefix = f"{prefix}."
-    return lambda name: start_prefix + name
+    return "", start_prefix
 
 
-def _check(
-    model: Any,
-    tensors: Mapping[str, Tensor],
-    given: Mapping[str, Any],
-    named: Callable[[str], str | None],
-    own: OwnTensors,
-) -> None:
-    """Raise `StorageError` unless a file has exactly the tensors of an adapter, in a form that fits the model."""
-    wanted = {named(name): tensor for name, tensor in tensors.items() if own(name)}
+def _check(model: Any, wanted: Mapping[str, Tensor], given: Mapping[str, Any], own: OwnTensors) -> None:
+    """Raise `StorageError` unless a file has exactly the tensors of an adapter, in a form that fits the model.
+
+    Args:
+        model: the model.
+        wanted: the adapter's tensors on the model, by their names in the file.
+        given: the tensors of the file.
+        own: what may be missing.
+    """
     prefix = f"{model.base_model_prefix}."
 
     def optional(key: Any) -> bool:

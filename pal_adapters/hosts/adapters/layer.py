@@ -371,12 +371,18 @@ def unfusable(names: Collection[str], layer: TaskLayer) -> str | None:
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The pretrained parameters of a host model by name: all except those that adapters of any method added."""
-    task = {id(p) for p in task_parameters(model)}
-    return {name: p for name, p in model.named_parameters() if id(p) not in task}
+    task = set(map(id, task_parameters(model)))
+    found: dict[str, nn.Parameter] = {}
+    for path, module in named_modules(model, units=False).items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in task:
+                task.add(id(parameter))  # a tied one appears once
+                found[f"{path}.{name}" if path else name] = parameter
+    return found
 
 
 def task_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every parameter that an adapter of any method, the host's or this package's, added to a base model."""
+    """Every parameter outside of task units that an adapter, the host's or this package's, added to a base model."""
     containers = [getattr(model, name, None) for name in ("shared_parameters", "invertible_adapters", "prefix_tuning")]
     for module in named_modules(model, units=False).values():
         if isinstance(module, AdapterLayerBase):
@@ -385,5 +391,5 @@ def task_parameters(model: nn.Module) -> list[nn.Parameter]:
     found: list[nn.Parameter] = []
     for container in containers:
         if isinstance(container, nn.Module):
-            found += parameters(container)
+            found += parameters(container, units=False)
     return found

@@ -16,10 +16,14 @@ from .layer import TaskLayer
 
 @contextmanager
 def changing(model: ModelAdaptersMixin) -> Iterator[None]:
-    """A change of a model of `adapters`: if it raises, the model is put back to what it was."""
-    layers = [module for module in named_modules(model, units=False).values() if isinstance(module, TaskLayer)]
+    """A change of a model of `adapters`: if it raises, the model is put back to what it was.
+
+    Units that are there change only in training modes, `requires_grad` and the values of their tensors.
+    """
+    modules = named_modules(model, units=False).values()
+    layers = [module for module in modules if isinstance(module, TaskLayer)]
     owners = [owner for layer in layers for owner in (layer.attachment, layer.network)]
-    with all_or_nothing(model, model.adapters_config, model.config, *owners):
+    with all_or_nothing(model, model.adapters_config, model.config, *owners, modules=modules):
         yield
 
 

@@ -37,17 +37,33 @@ def task_parameter_ids(model: nn.Module) -> set[int]:
     return ids
 
 
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters outside of task units, tied ones under each name."""
+    return {
+        f"{path}.{name}".removeprefix("."): parameter
+        for path, module in named_modules(model, units=False, once=False).items()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
 def pretrained_tensors(model: nn.Module, *, tied: Literal["once", "each"] = "once") -> dict[str, Tensor]:
     """The pretrained weights and floating-point buffers of a model by name; tied ones once or under each name."""
     added = task_parameter_ids(model)
-    inside = [name + "." for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    named = model.named_parameters(remove_duplicate=tied == "once")
-    tensors = {name: parameter.data for name, parameter in named if id(parameter) not in added}
-    for name, module in model.named_modules():
-        for key, buffer in module.named_buffers(recurse=False):
-            full = f"{name}.{key}" if name else key
-            kept = key not in module._non_persistent_buffers_set and buffer.is_floating_point()
-            if kept and not any(full.startswith(prefix) for prefix in inside):
+    once = named_modules(model, units=False)
+    inside = tuple(f"{name}." for name, module in once.items() if isinstance(module, AuxiliaryTrainingWrapper))
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in named_parameters(model).items():
+        if id(parameter) not in added:
+            tensors[name] = parameter.data
+            if tied == "once":
+                added.add(id(parameter))
+    for name, module in once.items():
+        for key, buffer in module._buffers.items():
+            full = f"{name}.{key}".removeprefix(".")
+            if buffer is None or key in module._non_persistent_buffers_set or full.startswith(inside):
+                continue
+            if buffer.is_floating_point():
                 tensors[full] = buffer
     return tensors
 
@@ -98,14 +114,14 @@ def mark_base(model: nn.Module, active: Iterable[str], configs: Mapping[str, Any
         return
     trainable = not set(joint).isdisjoint(active)
     added = task_parameter_ids(model)
-    for parameter in model.parameters():
+    for parameter in parameters(model, units=False):
         if id(parameter) not in added:
             parameter.requires_grad = trainable
 
 
 def check_trainable(model: nn.Module) -> None:
     """Raise `UnsupportedError` if the pretrained weights are quantised and cannot be trained."""
-    packed = [n for n, p in model.named_parameters() if not (p.is_floating_point() or p.is_complex())]
+    packed = [n for n, p in named_parameters(model).items() if not (p.is_floating_point() or p.is_complex())]
     if packed or getattr(model, "is_quantized", False):
         raise UnsupportedError(
             "train_base=True is not allowed for a quantised model"
@@ -139,7 +155,7 @@ def check_transformers_loading(model: nn.Module, adapter_name: str, others: list
     """
     added = task_parameter_ids(model)
     names: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(model).items():
         first = names.setdefault(id(parameter), name)
         if first != name and id(parameter) not in added:
             raise UnsupportedError(
@@ -200,7 +216,8 @@ def _plain_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _check_complete(model: nn.Module, own: Iterable[str], given: Iterable[str], adapter_name: str) -> None:
     """Raise `StorageError` unless each pretrained weight, or one tied to it, is among the given names."""
-    tied = {plain_name(name): id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    added = task_parameter_ids(model)
+    tied = {plain_name(n): id(p) for n, p in named_parameters(model).items() if id(p) not in added}
     there = {tied.get(name, name) for name in given}
     if missing := [name for name in own if tied.get(name, name) not in there]:
         raise StorageError(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pal_adapters.blocks.sites import Block
+from pal_adapters.blocks.walk import named_modules
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.call import bind_reruns
 from pal_adapters.hooks.network import NetworkHooks
@@ -79,8 +80,9 @@ class NetworkTunerLayer(TaskTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        for unit in self.units.values():
-            unit.mark_frozen()  # type: ignore[operator]
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.units:
+                self.units[name].mark_frozen()  # type: ignore[operator]
 
     def forget(self, adapter_name: str) -> None:
         self.tasks.pop(adapter_name, None)
@@ -143,7 +145,7 @@ class NetworkTuner(TaskTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's cast of half precision to float32, undone for copies of pretrained weights."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for layer in self.model.modules():
+        for layer in named_modules(self.model, units=False).values():
             if isinstance(layer, NetworkTunerLayer) and adapter_name in layer.units:
                 unit: Any = layer.units[adapter_name]
                 for slots, copies in zip(unit.slots, (unit.base, unit.outer), strict=True):

@@ -19,7 +19,7 @@ from pal_adapters import LowRankConfig, PALConfig, StorageError
 from tests.hosts.base_folders import DAMAGE, bases, check_stored_once, in_one_file, key_of
 from tests.robustness.model_state import changes, state
 
-from .test_training import step
+from .test_training import step, trainer_for
 from .tiny import fresh, hidden, randomise
 
 CONFIGS: dict[str, Any] = {
@@ -165,3 +165,27 @@ def test_flexible_heads(base_path: pathlib.Path, batch: dict[str, Tensor], tmp_p
             one.active_head = name
         with torch.no_grad():
             assert torch.equal(model(**batch).logits, other(**batch).logits)
+
+
+def test_checkpoints_of_a_trainer(base_path: pathlib.Path, batch: dict[str, Tensor], tmp_path: pathlib.Path) -> None:
+    """Each has the base once, and resuming from one ends where an uninterrupted run does."""
+
+    def run(folder: str, resume: str | None = None) -> dict[str, Tensor]:
+        model = fresh(base_path, BertForSequenceClassification)
+        for name in ("sst", "mnli"):
+            model.add_adapter(name, config=CONFIGS[name])
+        torch.manual_seed(1)
+        randomise(model, "sst", "mnli")
+        model.train_adapter("sst")
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        trainer, _ = trainer_for(model, tmp_path / folder)
+        trainer.train(resume_from_checkpoint=resume)
+        return {name: hidden(model.eval(), batch, name) for name in ("sst", "mnli")}
+
+    whole = run("whole")
+    for number in (2, 4):
+        check_stored_once(tmp_path / "whole" / f"checkpoint-{number}" / name for name in ("sst", "mnli"))
+    resumed = run("resumed", str(tmp_path / "whole" / "checkpoint-2"))
+    assert all(torch.allclose(value, whole[name], atol=1e-6) for name, value in resumed.items())

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+import warnings
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -210,3 +213,61 @@ def test_adapters_that_wrap_different_modules(tmp_path: pathlib.Path) -> None:
         plain.load_adapter(str(folder), name)
         with torch.no_grad():
             assert torch.equal(plain(**cases.inputs()).logits, expected[name])
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_repository(damaged: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub is the local cache here."""
+    hub = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
+    model = trained()
+    expected = outputs(model)
+    model.save_pretrained(tmp_path / "all")
+    repository = hub / "models--user--sst"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    shutil.copytree(tmp_path / "all" / "sst", snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    if damaged:
+        DAMAGE["one bit"][0](snapshot, FILE)
+    wrapped, plain = cases.bert(), cases.bert()
+    more = {"cache_dir": str(hub)}
+    for target, load in (
+        (wrapped, lambda: PeftModel.from_pretrained(wrapped, "user/sst", adapter_name="sst", **more)),
+        (plain, lambda: plain.load_adapter("user/sst", "sst", adapter_kwargs=more) or plain),
+    ):
+        if damaged:
+            with rejected(target, error=StorageError, match="is damaged"):
+                load()
+            continue
+        load()
+        with torch.no_grad():  # the layers are inside the model
+            assert torch.equal(target.eval()(**cases.inputs()).logits, expected["sst"])
+
+
+def test_checkpoints_of_a_trainer(tmp_path: pathlib.Path) -> None:
+    """Each has the base once, and resuming from one ends where an uninterrupted run does."""
+
+    def run(folder: str, resume: str | None = None) -> dict[str, torch.Tensor]:
+        model = cases.peft_model("pal", adapters=("rte", "sst"), train_base=True)
+        given = cases.inputs()
+        rows = [{**{k: v[i] for k, v in given.items()}, "labels": torch.tensor(i % 3)} for i in range(4)]
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / folder), max_steps=4, per_device_train_batch_size=2, learning_rate=0.01, use_cpu=True,
+            save_strategy="steps", save_steps=2, report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        transformers.Trainer(model=model, args=arguments, train_dataset=rows).train(resume_from_checkpoint=resume)
+        return {name: cases.run(model.eval(), name, given) for name in ("rte", "sst")}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = run("whole")
+        for step in (2, 4):
+            check_stored_once(tmp_path / "whole" / f"checkpoint-{step}" / name for name in ("rte", "sst"))
+        resumed = run("resumed", str(tmp_path / "whole" / "checkpoint-2"))
+    assert all(torch.allclose(value, whole[name], atol=1e-6) for name, value in resumed.items())

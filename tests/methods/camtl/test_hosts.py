@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from pal_adapters import add_task, network_size, train_tasks
 from pal_adapters.errors import ConfigError, PalAdaptersError, SiteError, UnknownAdapterError, UnsupportedError
+from pal_adapters.nn.unit import key_of
 from tests.processes import python
 from tests.zoo import CACHE, HOST_WARNINGS, V5
 
@@ -336,6 +337,50 @@ def test_bfloat16(host: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = wide(batch, IDS)
     assert close(real(batch, mixed.float()), real(batch, wide(batch, IDS)), 0.25)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_copies_have_the_dtypes_of_the_originals(host: str, dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
+    """Whether or not PEFT casts what adapters add to float32, and for a base of several dtypes."""
+
+    def base() -> Any:
+        model = build("bert").to(dtype)
+        for block in model.encoder.layer:
+            block.output.LayerNorm.float()
+        return model
+
+    def check(network: Network, name: str) -> None:
+        copies = 0
+        for unit in network.units(name):
+            for slots, group in zip(unit.slots, (unit.base, unit.outer), strict=True):
+                for key, ((module, parameter), *_) in slots.items():
+                    original, copy = module._parameters[parameter], group[key_of(key)]
+                    assert copy.dtype == original.dtype, key
+                    copies += 1
+        assert copies > 20
+
+    network = Network(host, base=base())
+    check(network, "all")
+    network.add("more")
+    check(network, "more")
+    if host == "adapters":
+        network.model.save_adapter(str(tmp_path), "all")
+        network.model.load_adapter(str(tmp_path), load_as="again")
+        check(network, "again")
+        return
+    from peft import PeftModel, get_peft_model
+
+    network.model.save_pretrained(str(tmp_path))
+    for cast in (True, False):
+        network.base = base()
+        network.model = get_peft_model(network.base, network.config(), "new", autocast_adapter_dtype=cast)
+        check(network, "new")
+        network.base = base()
+        network.model = PeftModel.from_pretrained(
+            network.base, str(tmp_path / "all"), adapter_name="all", autocast_adapter_dtype=cast
+        )
+        check(network, "all")
 
 
 @both
