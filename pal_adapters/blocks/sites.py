@@ -17,7 +17,7 @@ from pal_adapters.errors import ConfigError, SiteError
 
 from .block_sites import BlockSites as BlockSites
 from .block_sites import Structure
-from .origin import class_keys
+from .origin import class_keys, foreign_forward
 from .structures import REFUSED, REPEATED, STRUCTURES
 from .walk import named_modules
 
@@ -126,9 +126,28 @@ def _find_sites(block: nn.Module, named: Mapping[str, str] | None = None) -> Blo
     children = _children(block)
     for structure in STRUCTURES:
         if _fits(block, structure, bases, children):
-            return next((REFUSED[name] for name in bases if name in REFUSED), structure.sites)
+            refused = next((REFUSED[name] for name in bases if name in REFUSED), None)
+            return refused or _not_read(block, structure) or structure.sites
     # Swin fits no row of the table, but its reason says more than "no known structure".
     return next((REFUSED[name] for name in bases if name in REFUSED), None)
+
+
+def _not_read(block: nn.Module, structure: Structure) -> str | None:
+    """Why the sums of a block that looks like those of a row are not known, or None."""
+    foreign = foreign_forward(block)
+    if foreign is None:
+        return None
+    sites = {"block": type(block).__name__, **structure.sites.to_dict()}
+    return (
+        f"{foreign} may add up the branches differently from the blocks of transformers with the same module names. "
+        f"If it adds them up as they do, pass sites={sites}"
+    )
+
+
+def refusal_of(block: nn.Module) -> str | None:
+    """Why a module that looks like a block is rejected, or None if it is a known block or does not look like one."""
+    found = _find_sites(block)
+    return found if isinstance(found, str) else None
 
 
 def sites_of(block: nn.Module, named: Mapping[str, str] | None = None) -> BlockSites | None:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from .sites import Block, iter_blocks
+from .sites import Block, iter_blocks, refusal_of
 from .walk import named_modules
 
 
@@ -58,7 +58,7 @@ def survey(model: nn.Module, named: Mapping[str, str] | None = None) -> list[Sta
         if block is None:
             if name in stages or not name.rpartition(".")[2].isdigit() or not taken.isdisjoint(_above(name)):
                 continue
-            if not _is_block(module):
+            if not _is_block(module) and refusal_of(module) is None:
                 continue
             taken.add(name)
         key = (name.rpartition(".")[0], type(module).__name__)

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from pal_adapters.blocks.placement import require_at_hand
 from pal_adapters.blocks.sites import Block, find_blocks
 
 from .network_unit import NetworkUnit
@@ -48,7 +49,11 @@ def give_copies(
         headless: the model without its head, where it differs from `model`.
         left_out: modules that are trained separately.
         generator: used if the last block does not start from its pretrained weights.
+
+    Raises:
+        UnsupportedError: if accelerate offloads pretrained weights.
     """
+    require_at_hand(model, "a network reads and copies")
     if not options.train_base:
         return
     inner: Slots = {} if block.index in options.freeze_layers else block_slots(block, added)

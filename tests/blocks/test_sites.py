@@ -31,6 +31,7 @@ from pal_adapters.blocks.norms import full_norms
 from pal_adapters.blocks.origin import class_keys
 from pal_adapters.blocks.sites import Block, find_blocks, iter_blocks, parse_sites, resolve, sites_of
 from pal_adapters.blocks.structures import REFUSED, STRUCTURES
+from pal_adapters.blocks.survey import partial_reach
 from tests import zoo
 from tests.families.more import MORE
 from tests.zoo import BY_NAME
@@ -293,6 +294,43 @@ def test_a_block_with_a_scale_of_its_own_is_no_guess(what: str) -> None:
     else:
         block.gate = 0.5
     assert sites_of(block) is None
+
+
+def _parallel(block: nn.Module) -> type[nn.Module]:
+    """A class with the modules and the name of a block of Llama, whose feed-forward part reads the block's input."""
+
+    def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        x = self.input_layernorm(hidden_states)
+        return hidden_states + self.self_attn(x, **kwargs)[0] + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    base = type(block)
+    return type(base.__name__, (base,), {"forward": forward, "__module__": "transformers_modules.modeling_llama"})
+
+
+def test_a_forward_that_was_not_read_is_no_guess() -> None:
+    model = _tiny("llama")
+    known = find_blocks(model)[0].sites
+    for block in model.model.layers:
+        block.__class__ = _parallel(block)
+    with pytest.raises(SiteError, match=r"may add up the branches differently.*'block': 'LlamaDec"):
+        find_blocks(model)
+    named = {"block": "LlamaDecoderLayer", **known.to_dict()}  # as the message says
+    assert [block.sites for block in find_blocks(model, named)] == [known, known]
+
+
+def test_a_subclass_that_keeps_forward_is_a_known_block() -> None:
+    block = _tiny("llama").model.layers[0]
+    known = sites_of(block)
+    block.__class__ = type("MyDecoderLayer", (type(block),), {"describe": lambda self: "mine"})
+    assert sites_of(block) == known
+
+
+def test_a_replaced_block_is_reported() -> None:
+    model = _tiny("llama")
+    model.model.layers[1].__class__ = _parallel(model.model.layers[1])
+    assert "The structure of model.layers (LlamaDecoderLayer, block 1) is not known." in partial_reach(
+        model, find_blocks(model)
+    )
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "bart"])

@@ -65,9 +65,9 @@ VISION: tuple[Structure, ...] = (
         classes=tuple(f"{name}VisionBlock" for name in _PACKED)
         + tuple(f"{name}VisionEncoderLayer" for name in ("Kimi_K25", "MuseGlimmer", "MuseSpark")),
     ),
-    Structure("hunyuan-vl, hy-v4-vl: the patches of all images behind each other",
+    Structure("hunyuan-vl, hy-v4-vl, cosmos3-edge: the patches of all images behind each other",
               "layer_norm1 self_attn layer_norm2 mlp", pre("self_attn", "mlp", "layer_norm1", layout="packed"),
-              classes=("HunYuanVLVisionBlock", "HYV4VLVisionBlock")),
+              classes=("HunYuanVLVisionBlock", "HYV4VLVisionBlock", "Cosmos3EdgeVisionEncoderLayer")),
     Structure("pixtral: the patches of all images behind each other", "attention_norm feed_forward attention ffn_norm",
               pre("attention", "feed_forward", "attention_norm", layout="packed")),
     Structure("aimv2", "attention ffn rms_norm1 rms_norm2", pre("attention", "ffn", "rms_norm1")),

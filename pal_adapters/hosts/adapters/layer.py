@@ -16,6 +16,7 @@ from adapters.methods.adapter_layer_base import AdapterLayerBase
 from adapters.methods.bottleneck import BottleneckLayer
 from torch import Tensor, nn
 
+from pal_adapters.blocks.placement import computing_device
 from pal_adapters.blocks.sites import Block, mark_added, resolve
 from pal_adapters.blocks.walk import named_modules, parameters
 from pal_adapters.errors import UnsupportedError
@@ -110,7 +111,7 @@ class TaskLayer(ValueComposition, nn.Module):
         self._share(unit, adapter_name, config)
         generator = generator_for(config.init_weights_seed, self.block)
         unit.reset_parameters(identity=config.identity_init, generator=generator)
-        unit.to(next(self.block.module.parameters()).device)
+        unit.to(self._device)
         if config.method.network:
             self.network = self.network or LayerNetwork(self)
             # Only the last block's unit copies weights outside its block.
@@ -118,6 +119,11 @@ class TaskLayer(ValueComposition, nn.Module):
             self.network.complete(unit, config, {id(p) for p in task_parameters(copied)})
         else:
             self.attachment.require(unit.sites, unit.needs)
+
+    @property
+    def _device(self) -> torch.device:
+        block = self.block.module
+        return computing_device(block, next(block.parameters()).device)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -140,9 +146,8 @@ class TaskLayer(ValueComposition, nn.Module):
         if not all(key in table for key in keys.values()):  # the first block of the stack
             first = generator_for(config.init_weights_seed, replace(block, index=-1))
             shared.reset_parameters(identity=config.identity_init, generator=first)  # type: ignore[operator]
-            device = next(block.module.parameters()).device
             for name, parameter in shared.named_parameters():
-                table[keys[name]] = nn.Parameter(parameter.detach().to(device))
+                table[keys[name]] = nn.Parameter(parameter.detach().to(self._device))
         unit.share(SharedWeights(self, adapter_name, keys))
 
     def average_adapter(

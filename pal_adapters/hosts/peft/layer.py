@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from pal_adapters.blocks.placement import computing_device
 from pal_adapters.blocks.sites import Block, mark_added
 from pal_adapters.blocks.walk import named_modules
 from pal_adapters.errors import UnsupportedError
@@ -89,6 +90,10 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
+        device, dtype = self._stored_as(base_layer)
+        return (None if device is None else computing_device(self._near[0], device)), dtype
+
+    def _stored_as(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         # The weights of a quantised module are packed; the norms next to it have the dtype it computes in.
         for module in itertools.chain([base_layer], self._near[0].modules()):
             weight = getattr(module, "weight", None)

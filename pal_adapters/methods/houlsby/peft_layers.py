@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pal_adapters.blocks import signatures
 from pal_adapters.blocks.layouts import from_tokens, to_tokens
+from pal_adapters.blocks.placement import require_at_hand
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.rows import RowPlan
 from pal_adapters.hosts.peft.layer import TunerLayer, entry
@@ -134,6 +135,7 @@ class HoulsbyNorm(HoulsbyTunerLayer):
 
     def add_copy(self, adapter_name: str, *, inference_mode: bool) -> None:
         """Add an adapter's copy of the norm."""
+        require_at_hand(self.get_base_layer(), "each Houlsby adapter copies")
         self.units[adapter_name] = copy.deepcopy(self.get_base_layer())
         self.place(adapter_name, inference_mode=inference_mode)
 
