@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pal_adapters.errors import UnsupportedError
 
+from .origin import uses
 from .sites import Block
 
 # Names of arguments, in the order in which they are looked for.
@@ -178,9 +179,17 @@ def window_of(attention: nn.Module, block: Block) -> int | None:
         return None
     told = hasattr(attention, "sliding_window")
     window = getattr(attention, "sliding_window", None)
-    if not told and (kinds is None or kind == "sliding_attention"):
+    if not told and (kinds is None or kind == "sliding_attention") and _reads_window(attention, config):
         window = getattr(config, "sliding_window", None)
     return window if isinstance(window, int) and window > 0 else None
+
+
+def _reads_window(attention: nn.Module, config: Any) -> bool:
+    """Whether the model of a self-attention applies its config's window: Moshi's has one and sees all tokens."""
+    flash = "flash" in (
+        getattr(config, "_attn_implementation", None) or ""
+    )  # its kernels get the window from the config
+    return flash or uses(attention, "create_sliding_window_causal_mask")
 
 
 def layer_index(attention: nn.Module, block: Block) -> int:

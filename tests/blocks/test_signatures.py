@@ -160,3 +160,12 @@ def test_full_attention_beside_windows() -> None:
     )  # fmt: skip
     blocks = find_blocks(transformers.Exaone4ForCausalLM(config))
     assert [window_of(b.module.get_submodule(b.sites.attention), b) for b in blocks] == [4, None]
+
+
+@pytest.mark.skipif(not hasattr(transformers, "MoshiConfig"), reason="this transformers has no Moshi")
+def test_a_window_that_the_model_does_not_apply() -> None:
+    config = transformers.MoshiConfig(
+        vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, ffn_dim=36, sliding_window=4,
+    )  # fmt: skip
+    blocks = find_blocks(transformers.MoshiModel(config))
+    assert [window_of(b.module.get_submodule(b.sites.attention), b) for b in blocks] == [None, None]

@@ -80,6 +80,7 @@ MORE: tuple[Host, ...] = (
     _decoder("zaya", "ZayaForCausalLM", num_experts_per_tok=1),
     _decoder("mpt", "MptForCausalLM"),
     _decoder("ctrl", "CTRLLMHeadModel"),
+    _decoder("moshi", "MoshiForCausalLM", sliding_window=4, ffn_dim=36),
     _decoder("hy-v4", "HYV4ForCausalLM"),
     _host("megatron-bert", "MegatronBertModel"),
     _host("longformer", "LongformerModel", attention_window=[4, 4]),

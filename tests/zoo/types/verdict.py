@@ -133,16 +133,20 @@ class _Trial:
 
     def _check_gradients(self, model: Any, trained: dict[str, nn.Parameter]) -> None:
         reached = self.plain.reached()
-        blocks = {name.rpartition(".")[0] for name in reached}
+        modules = {name.rpartition(".")[0] for name in reached}
         loss(model, self.plain.inputs, *self.tasks).backward()
         for name, parameter in trained.items():
             if parameter.grad is None:
-                _, copied, original = name.partition(".outer.")
-                # Of a part of the model that takes no part in this call, nothing gets a gradient.
-                place = original if copied else re.split(r"\.(?:pal|lhuc|ca_mtl)\.", name)[0]
-                place = place.removeprefix("base_model.model.")
-                used = place in reached if copied else any(f"{block}.".startswith(f"{place}.") for block in blocks)
-                _require(not used, f"no gradient for {name}")
+                _require(not self._takes_part(name, reached, modules), f"no gradient for {name}")
+
+    def _takes_part(self, name: str, reached: set[str], modules: set[str]) -> bool:
+        """Whether the part of the model to which a trained parameter belongs has a gradient in this call."""
+        place, *inside = re.split(r"\.(?:pal|lhuc|ca_mtl)\.", name.removeprefix("base_model.model."))
+        copied = re.search(r"\.(base|outer)\.(.*)", inside[0]) if inside else None
+        if copied is None:
+            return any(f"{module}.".startswith(f"{place}.") for module in modules)
+        original = copied[2].replace("__", ".")
+        return (original if copied[1] == "outer" else f"{place}.{original}") in reached
 
 
 def _judged(judge: Callable[[], None]) -> Verdict:
