@@ -11,7 +11,7 @@ from pal_adapters.errors import ConfigError
 _CHOICES = {
     "norm": ("pre", "post"),
     "residual_at": ("output", "input"),
-    "mixing": ("attention", "recurrent", "other"),
+    "mixing": ("attention", "recurrent", "local", "other"),
     "mask": ("kept", "hidden", "signed", "mapping"),
     "layout": ("tokens", "tokens_first", "channels_first", "packed", "grid", "streams"),
 }
@@ -41,8 +41,9 @@ class BlockSites:
             that one.
         mixing: how the module `attention` mixes tokens: `"attention"`; `"recurrent"` for a module without attention
             that reads earlier tokens only (a state space model, a gated delta rule, a causal convolution), beside
-            which a module that attends sees the earlier tokens without padding; or `"other"` where a module that
-            attends is rejected (windows of an image, a state outside the generation cache).
+            which a module that attends sees the earlier tokens without padding; `"local"` for attention within parts
+            of a text or an image (windows, pooled queries) that no mask shows; or `"other"` (a convolution, a state
+            outside the generation cache). Beside the last two, a module that attends is rejected.
         mask: what the mask that `attention` gets says: `"kept"`, the usual forms (non-zero or True for tokens that are
             seen, or a term in the scores); `"hidden"`, True for tokens that are not seen; `"signed"`, negative for
             tokens that are not seen; or `"mapping"`, a mapping with the usual form under `"causal"`.
@@ -62,7 +63,7 @@ class BlockSites:
     residual_at: Literal["output", "input"] = "output"
     input_norm: str | None = None
     ffn_norm: str | None = None
-    mixing: Literal["attention", "recurrent", "other"] = "attention"
+    mixing: Literal["attention", "recurrent", "local", "other"] = "attention"
     mask: Literal["kept", "hidden", "signed", "mapping"] = "kept"
     layout: Literal["tokens", "tokens_first", "channels_first", "packed", "grid", "streams"] = "tokens"
 
@@ -77,6 +78,11 @@ class BlockSites:
                 "input_norm=None is not allowed with norm='pre': name the norm in front of attention, or '' if "
                 "there is none."
             )
+
+    @property
+    def shows_tokens(self) -> bool:
+        """Whether a module that attends can know which tokens the block sees."""
+        return self.mixing in ("attention", "recurrent")
 
     @property
     def residual_path(self) -> str:

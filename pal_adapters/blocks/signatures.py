@@ -24,15 +24,16 @@ from .sites import Block
 MASK = ("attention_mask", "mask", "key_padding_mask", "attn_mask")
 CAUSAL_MASK = ("causal_attention_mask",)
 WINDOW_MASK = ("sliding_window_mask",)
+TOKEN_MASK = ("to_mask",)  # ones for tokens, `[b, 1, 1, k]`, where sparse attention gets no other mask
 POSITION = ("cache_position",)
 # Masks that say nothing about which tokens a block sees.
 _OTHER_MASKS = frozenset(
     {"head_mask", "layer_head_mask", "cross_attn_layer_head_mask", "encoder_attention_mask", "encoder_mask",
      "cross_attention_mask", "mamba_attention_mask", "conv_mask", "conv_attention_mask", "position_mask",
      "is_index_masked", "padding_mask", "input_features_mask", "all_masked_rows",
-     "audio_token_mask"}
+     "audio_token_mask", "band_mask", "from_mask", "from_blocked_mask", "to_blocked_mask", "blocked_encoder_mask"}
 )  # fmt: skip
-_KNOWN_MASKS = _OTHER_MASKS.union(MASK, CAUSAL_MASK, WINDOW_MASK)
+_KNOWN_MASKS = _OTHER_MASKS.union(MASK, CAUSAL_MASK, WINDOW_MASK, TOKEN_MASK)
 # Packed sequences: several texts one after another in one row.
 _PACKED = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens")
 # transformers 4.57 checkpoints the call of a block, hooks and all, 5 only the function that its class calls `forward`.

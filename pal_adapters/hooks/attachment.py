@@ -258,6 +258,9 @@ class Attachment:
             return
         signatures.check_masks(positions, args, kwargs)
         call.mask = kept(signatures.argument(signatures.MASK, positions, args, kwargs), self.block.sites.mask)
+        if call.mask is None:
+            tokens = signatures.argument(signatures.TOKEN_MASK, positions, args, kwargs)
+            call.mask = None if tokens is None else tokens != 0
         if self._local:
             local = signatures.argument(signatures.WINDOW_MASK, positions, args, kwargs)
             call.mask = call.mask if local is None else local

@@ -66,6 +66,8 @@ def refusal(
         positions: its arguments.
         implementation: the model's `attn_implementation`.
     """
+    if sites.mixing == "local":
+        return "its attention sees parts of a text or an image, and takes no mask that shows them"
     if sites.mixing != "attention":
         return f"it has no attention scores, but a {type(attention).__name__}"
     if sites.mask != "kept":

@@ -71,7 +71,7 @@ class Method:
         Raises:
             SiteError: if there are none.
         """
-        reached = [block for block in blocks if not (self.attends and block.sites.mixing == "other")]
+        reached = [block for block in blocks if block.sites.shows_tokens or not self.attends]
         if not reached:
             kinds = ", ".join(sorted({type(block.module).__name__ for block in blocks}))
             raise SiteError(

@@ -15,6 +15,8 @@ from pal_adapters.errors import SiteError
 from pal_adapters.hooks.attention_bias import refusal
 from pal_adapters.hosts.method import REGISTERED
 
+_SCORED = ("attention", "local")  # blocks with attention scores
+
 
 @dataclass(frozen=True)
 class StackSites:
@@ -90,7 +92,7 @@ def describe_sites(model: nn.Module) -> SitesTable:
         together = [block for other in known if other.path == stack.path for block in other.blocks]
         network = _network(together, implementation, several=len(lists) > 1)
         windows = "rejected: a module that attends cannot be added to these blocks"
-        methods = _methods("adapts", network, windows if first.sites.mixing == "other" else "adapts")
+        methods = _methods("adapts", network, "adapts" if first.sites.shows_tokens else windows)
         names = tuple(block.name for block in stack.blocks)
         kind = f"{first.sites.norm}-LN"
         entries.append(StackSites(stack.path, stack.block, names, kind, first.width, methods))
@@ -120,7 +122,7 @@ def _network(blocks: list[Block], implementation: str | None, *, several: bool) 
         return "rejected: its blocks do not pass on hidden states of [batch, tokens, width]"
     for block in blocks:
         attention = resolve(block.module, block.sites.attention)
-        if block.sites.mixing != "attention" or attention is None:
+        if block.sites.mixing not in _SCORED or attention is None:
             continue
         reason = refusal(attention, block.sites, signatures.positions_of(attention), implementation)
         if reason is not None:

@@ -83,6 +83,7 @@ MORE: tuple[Host, ...] = (
     _decoder("moshi", "MoshiForCausalLM", sliding_window=4, ffn_dim=36),
     _decoder("hy-v4", "HYV4ForCausalLM"),
     _host("megatron-bert", "MegatronBertModel"),
+    _host("big-bird", "BigBirdModel", block_size=16),
     _host("longformer", "LongformerModel", attention_window=[4, 4]),
     _host("fnet", "FNetModel"),
     _host("switch-transformers", "SwitchTransformersForConditionalGeneration", "both", d_kv=6, num_heads=4,

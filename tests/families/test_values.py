@@ -104,3 +104,32 @@ def test_packed_images_in_one_row() -> None:
         expected, actual = plain(**inputs).last_hidden_state, adapted(**inputs).last_hidden_state
     assert zoo.difference(expected, before) > 1e-2
     assert zoo.difference(actual, expected) < 2e-5
+
+
+def test_sparse_attention() -> None:
+    """BigBird's blocks get no attention mask, but which tokens are padding; a PAL beside them sees all others."""
+    cls = transformers.BigBirdModel
+    config = cls.config_class(
+        vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=36, block_size=2,
+        num_random_blocks=1, max_position_embeddings=64, attention_type="block_sparse",
+    )  # fmt: skip
+    torch.manual_seed(1)
+    plain = cls(config).eval()
+    zoo.randomise(plain)
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[1, 11:] = 0
+    inputs = {"input_ids": torch.randint(4, 40, (2, 16)), "attention_mask": mask}
+    before = plain(**inputs).last_hidden_state
+    adapted = _adapted(plain)
+    for block, source in zip(plain.encoder.layer, adapted.get_base_model().encoder.layer, strict=True):
+        caught: list[Tensor] = []
+        weights = zoo.weights_of(source, "pal")
+        block.register_forward_pre_hook(lambda m, args, c=caught: c.append(args[0]))
+        block.output.LayerNorm.register_forward_pre_hook(
+            lambda m, args, c=caught, w=weights: (args[0] + pal(c[-1], w, mask.bool()[:, None, None]),)
+        )
+    with torch.no_grad():
+        expected, actual = plain(**inputs).last_hidden_state, adapted(**inputs).last_hidden_state
+    assert plain.encoder.layer[0].attention.attention_type == "block_sparse"
+    assert zoo.difference(expected, before, mask.bool()) > 1e-2
+    assert zoo.difference(actual, expected, mask.bool()) < 2e-5

@@ -28,7 +28,7 @@ ENCODERS: tuple[Structure, ...] = (
     ),
     Structure(
         "bert, roberta, xlm-roberta, camembert, electra, deberta, deberta-v2, bert-generation, roformer, ernie, "
-        "rembert",
+        "rembert, big-bird",
         "attention intermediate output [crossattention]",
         BlockSites("post", "attention", "attention.output.dropout", "intermediate", "output.dropout", output="output"),
         inner="attention.output.LayerNorm output.LayerNorm",
@@ -140,6 +140,16 @@ ENCODERS: tuple[Structure, ...] = (
         classes=("LongformerLayer",),
     ),
     Structure(
+        "canine, mra: attention within parts of the text, which no mask shows",
+        "attention intermediate output",
+        BlockSites(
+            "post", "attention", "attention.output.dropout", "intermediate", "output.dropout", output="output",
+            mixing="local",
+        ),
+        inner="attention.output.LayerNorm output.LayerNorm",
+        classes=("CanineLayer", "MraLayer"),
+    ),
+    Structure(
         "fnet: a Fourier transform in the place of attention",
         "fourier intermediate output",
         BlockSites("post", "fourier", "fourier.self", "intermediate", "output.dropout", output="output"),
@@ -166,7 +176,7 @@ ENCODERS: tuple[Structure, ...] = (
         "attention ffn",
         BlockSites(
             "post", "attention", "attention.hidden_dropout", "ffn", "ffn.dropout", output="ffn.layer_norm",
-            mixing="other",
+            mixing="local",
         ),
         classes=("FunnelLayer",),
     ),

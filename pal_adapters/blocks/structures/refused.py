@@ -9,9 +9,6 @@ _POOLS = "it changes the length of the sequence"
 
 # By class: why it is rejected.
 REFUSED: dict[str, str] = {
-    "BigBirdLayer": "its sparse attention gets no attention mask",
-    "MraLayer": "its attention is a CUDA kernel that attends within chosen blocks, and zero without it",
-    "CanineLayer": "its attention is local and its masks have another form",
     "BridgeTowerResidualAttention": _TOKENS_FIRST,
     "XLNetLayer": _TOKENS_FIRST,
     "VitDetLayer": _CHANNELS_FIRST,

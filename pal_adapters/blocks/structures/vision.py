@@ -147,7 +147,7 @@ VISION: tuple[Structure, ...] = (
     Structure(
         "sam, sam-hq, got-ocr2, pp-formulanet, sam2: windows of an image, whose tokens have two dimensions",
         "layer_norm1 attn layer_norm2 mlp",
-        pre("attn", "mlp", "layer_norm1", residual="", mixing="other", layout="grid"),
+        pre("attn", "mlp", "layer_norm1", residual="", mixing="local", layout="grid"),
         classes=("SamVisionLayer", "SamHQVisionLayer", "GotOcr2VisionLayer", "PPFormulaNetVisionLayer",
                  "UnlimitedOcrSamVisionLayer", "Sam2MultiScaleBlock"),
         flags={"query_stride": None},
@@ -155,14 +155,14 @@ VISION: tuple[Structure, ...] = (
     Structure(
         "sam3: windows of an image, whose tokens have two dimensions",
         "layer_norm1 rotary_emb attention layer_norm2 mlp dropout",
-        pre("attention", "mlp", "layer_norm1", residual="", mixing="other", layout="grid"),
+        pre("attention", "mlp", "layer_norm1", residual="", mixing="local", layout="grid"),
         classes=("Sam3ViTLayer",),
         scales=("position_ids",),
     ),
     Structure(
         "hiera: windows of an image",
         "layernorm_before attn layernorm_after mlp drop_path",
-        pre("attn", "mlp", "layernorm_before", residual="", mixing="other"),
+        pre("attn", "mlp", "layernorm_before", residual="", mixing="local"),
         classes=("HieraLayer",),
     ),
     Structure(
@@ -176,7 +176,7 @@ VISION: tuple[Structure, ...] = (
         "rf-detr: windows of an image",
         "norm1 attention layer_scale1 drop_path norm2 mlp layer_scale2",
         pre("attention", "mlp", "norm1", attention_output="layer_scale1", ffn_output="layer_scale2", residual="",
-            mixing="other", layout="grid"),
+            mixing="local", layout="grid"),
         classes=("RfDetrDinov2Layer",),
     ),
     Structure(
@@ -216,20 +216,20 @@ VISION: tuple[Structure, ...] = (
     Structure(
         "swin, transformers 5",
         "layernorm_before attention layernorm_after mlp dropout drop_path",
-        pre("attention", "mlp", "layernorm_before", residual="", mixing="other"),
+        pre("attention", "mlp", "layernorm_before", residual="", mixing="local"),
         classes=("SwinLayer",),
     ),
     Structure(
         "swin, donut-swin, maskformer-swin, clap",
         "layernorm_before attention drop_path layernorm_after intermediate output",
-        pre("attention", "intermediate", "layernorm_before", ffn_output="output", residual="", mixing="other"),
+        pre("attention", "intermediate", "layernorm_before", ffn_output="output", residual="", mixing="local"),
         classes=("SwinLayer", "DonutSwinLayer", "MaskFormerSwinLayer", "ClapAudioLayer"),
     ),
     Structure(
         "swinv2, swin2sr: norms behind the branches",
         "layernorm_before attention drop_path layernorm_after intermediate output",
         pre("attention", "intermediate", "", attention_output="layernorm_before", ffn_output="layernorm_after",
-            residual="", ffn_norm="", mixing="other"),
+            residual="", ffn_norm="", mixing="local"),
         classes=("Swinv2Layer", "Swin2SRLayer"),
     ),
 )  # fmt: skip

@@ -140,7 +140,7 @@ def _prepare(options: CAMTLOptions, blocks: list[Block], base_parameters: int) -
     if options.norm_layers is None:
         chosen["norm_layers"] = list(range(depth - depth // 2, depth))
     if options.attention_layers is None:
-        chosen["attention_layers"] = [block.index for block in blocks if block.sites.mixing == "attention"]
+        chosen["attention_layers"] = [block.index for block in blocks if block.sites.mixing in ("attention", "local")]
     return chosen
 
 
