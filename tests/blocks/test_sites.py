@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 
 from pal_adapters import (
     BlockSites,
+    CAMTLPeftConfig,
     ConfigError,
     HoulsbyPeftConfig,
     LHUCPeftConfig,
@@ -230,7 +231,7 @@ _OTHERS: tuple[tuple[str, dict[str, Any]], ...] = (
         "ZayaForCausalLM", "xLSTMModel", "KimiLinearForCausalLM", "VJEPA2Model", "ParakeetEncoder", "RwkvModel",
         "FunnelModel", "BitModel", "HYV4VLVisionModel", "IBertModel", "LevitModel", "MobileNetV2Model", "RegNetModel",
         "ResNetModel", "SwiftFormerModel",
-        "Qwen2VLForConditionalGeneration",
+        "Qwen2VLForConditionalGeneration", "CanineModel",
     )),
     ("Molmo2TextModel", {"norm_after": True}),
     ("FastSpeech2ConformerModel", {"encoder_normalize_before": True, "decoder_normalize_before": True}),
@@ -398,13 +399,22 @@ def test_windows_take_what_does_not_attend(class_name: str) -> None:
     assert (adapted(pixels).last_hidden_state - before).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("class_name", ["BigBirdModel", "CanineModel"])
-def test_refused_with_a_reason(class_name: str) -> None:
-    cls = getattr(transformers, class_name)
-    small = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=36, vocab_size=40)
-    special = {"CanineModel": dict(local_transformer_stride=4)}
-    model = cls(cls.config_class(**small, **special.get(class_name, {})))
-    with pytest.raises(SiteError, match=r"Layer is refused because .*pass sites="):
+def test_attention_within_parts_of_a_text() -> None:
+    config = transformers.MraConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=36, vocab_size=40
+    )
+    model = transformers.MraModel(config)
+    with pytest.raises(SiteError, match="pal attends, and cannot be added to MraLayer"):
+        get_peft_model(copy.deepcopy(model), PALPeftConfig())
+    options = {"tasks": ["a", "b"], "bottleneck": "none"}
+    with pytest.raises(SiteError, match=r"sees parts of a text .*attention_layers=\[\]"):
+        get_peft_model(copy.deepcopy(model), CAMTLPeftConfig(**options))
+    assert get_peft_model(model, CAMTLPeftConfig(**options, attention_layers=[]))
+
+
+def test_refused_with_a_reason() -> None:
+    model = transformers.XLNetModel(transformers.XLNetConfig(d_model=24, n_layer=2, n_head=2, d_inner=36))
+    with pytest.raises(SiteError, match=r"XLNetLayer is refused because .*pass sites="):
         get_peft_model(model, PALPeftConfig(hidden_size=12, num_heads=2))
 
 
