@@ -121,7 +121,7 @@ def remove_unused(folder: Path) -> None:
     """Remove the base files that earlier saves left in the folder of an adapter, once the adapter is saved."""
     files = _SAVING.get()
     used = set() if files is None else files.names_in(folder)
-    for path in base_files(folder):
+    for path in (*base_files(folder), *folder.glob(_part("*"))):  # a process that is killed may leave a part
         if path.name not in used:
             path.unlink(missing_ok=True)
 
@@ -240,7 +240,7 @@ def sha256(path: Path) -> str:
 
 
 def _write(tensors: Mapping[str, Tensor], folder: Path) -> Path:
-    part = _part(folder)
+    part = folder / _part(uuid.uuid4().hex)
     try:
         save_file(separate(tensors), part, metadata={"format": "pt"})
         path = folder / file_name(sha256(part))
@@ -251,7 +251,7 @@ def _write(tensors: Mapping[str, Tensor], folder: Path) -> Path:
 
 
 def _link(source: Path, target: Path) -> None:
-    part = _part(target.parent)
+    part = target.parent / _part(uuid.uuid4().hex)
     try:
         link_or_copy(source, part)
         os.replace(part, target)
@@ -259,5 +259,6 @@ def _link(source: Path, target: Path) -> None:
         part.unlink(missing_ok=True)  # which stays if `target` was the same file before
 
 
-def _part(folder: Path) -> Path:
-    return folder / f".base-{uuid.uuid4().hex}.writing"
+def _part(number: str) -> str:
+    """The name of a base file while it is being written."""
+    return f".base-{number}.writing"

@@ -146,7 +146,9 @@ def _load_by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
         whole = None
         with before, _reading(path), found_by(find):
             if folder is not None:
-                if TRANSFORMERS_5 and reads and (whole := whole_tensors(folder)):  # it reads a single file
+                if (
+                    TRANSFORMERS_5 and reads and len(args) < 4 and (whole := whole_tensors(folder))
+                ):  # it reads one file
                     kwargs["adapter_state_dict"] = whole
                 check_base_untouched(self, folder, kwargs.get("peft_config"), whole)
             try:

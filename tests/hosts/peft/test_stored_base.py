@@ -131,6 +131,7 @@ def test_saving_again_leaves_no_base_behind(tmp_path: pathlib.Path) -> None:
     model.save_pretrained(tmp_path)
     assert bases(tmp_path) == first  # of the same content
     train(model, cases.inputs())
+    (tmp_path / "sst" / ".base-1.writing").write_bytes(b"of a process that was killed")
     model.save_pretrained(tmp_path)
     check_stored_once(folders(tmp_path).values())
     assert bases(tmp_path) != first
