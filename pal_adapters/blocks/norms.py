@@ -91,8 +91,12 @@ def _looks_like_a_norm(module: nn.Module, width: int) -> bool:
     return tuple(getattr(module, "normalized_shape", ())) == (width,)
 
 
-def full_norms(block: Block) -> dict[str, nn.Module]:
+def full_norms(block: Block, without: str = "norm_layers=[]") -> dict[str, nn.Module]:
     """The norms of a block over its whole width, by path.
+
+    Args:
+        block: the block.
+        without: the option that does without them, for the error.
 
     Raises:
         SiteError: if it has none, or one that is not of the form of `NormForm`.
@@ -110,12 +114,12 @@ def full_norms(block: Block) -> dict[str, nn.Module]:
         if norm_form(module, block.width) is None:
             raise SiteError(
                 f"{block.name}.{path} ({type(module).__name__}) cannot become conditional: it is neither a layer norm "
-                "nor an RMS norm. Pass norm_layers=[]."
+                f"nor an RMS norm. Pass {without}."
             )
     if not found:
         raise SiteError(
-            f"{block.name} has no layer norm or RMS norm of a known kind over its {block.width} features, which "
-            "conditional norms need: pass norm_layers=[]."
+            f"{block.name} has no layer norm or RMS norm of a known kind over its {block.width} features, which a "
+            f"network needs: pass {without}."
         )
     return found
 

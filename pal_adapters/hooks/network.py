@@ -174,7 +174,7 @@ class NetworkHooks:
 
     def _install_top(self) -> None:
         sites = self.block.sites
-        norms = full_norms(self.block)
+        norms = full_norms(self.block, "bottleneck='none'")
         if sites.norm == "post":
             self._closing_eps = self._form(list(norms.values())[-1]).eps
         at = sites.ffn if sites.norm == "post" or sites.ffn_norm == "" else sites.ffn_norm

@@ -231,7 +231,7 @@ _OTHERS: tuple[tuple[str, dict[str, Any]], ...] = (
         "ZayaForCausalLM", "xLSTMModel", "KimiLinearForCausalLM", "VJEPA2Model", "ParakeetEncoder", "RwkvModel",
         "FunnelModel", "BitModel", "HYV4VLVisionModel", "IBertModel", "LevitModel", "MobileNetV2Model", "RegNetModel",
         "ResNetModel", "SwiftFormerModel",
-        "Qwen2VLForConditionalGeneration", "CanineModel", "Lfm3VlVisionModel",
+        "Qwen2VLForConditionalGeneration", "CanineModel", "Lfm3VlVisionModel", "NeoMMEModel",
     )),
     ("Molmo2TextModel", {"norm_after": True}),
     ("FastSpeech2ConformerModel", {"encoder_normalize_before": True, "decoder_normalize_before": True}),

@@ -233,11 +233,12 @@ DECODERS: tuple[Structure, ...] = (
         pre(*_LLAMA, residual="", mask="mapping"),
     ),
     Structure(
-        "gemma4: the input of each layer joins behind the feed-forward part",
-        f"{_SANDWICH} [act_fn] [per_layer_input_gate] [per_layer_projection] [post_per_layer_input_norm] [router] "
-        "[experts] [post_feedforward_layernorm_1] [post_feedforward_layernorm_2] [pre_feedforward_layernorm_2]",
+        "gemma4, embedding-gemma2: the input of each layer joins behind the feed-forward part",
+        f"{_SANDWICH} [act_fn] [ple_block] [per_layer_input_gate] [per_layer_projection] [post_per_layer_input_norm] "
+        "[router] [experts] [post_feedforward_layernorm_1] [post_feedforward_layernorm_2] "
+        "[pre_feedforward_layernorm_2]",
         pre(*_LLAMA, **_SANDWICH_SITES),
-        classes=("Gemma4TextDecoderLayer",),
+        classes=("Gemma4TextDecoderLayer", "Gemma4UnifiedTextDecoderLayer", "EmbeddingGemma2EncoderLayer"),
         scales=("layer_scalar",),
     ),
     Structure(

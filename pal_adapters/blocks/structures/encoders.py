@@ -163,6 +163,13 @@ ENCODERS: tuple[Structure, ...] = (
         scales=("scaling_factor",),
     ),
     Structure(
+        "neomme: scales both branches; attention reads a mixture with the input of the first block",
+        "input_layernorm self_attn post_attention_layernorm mlp",
+        pre("self_attn", "mlp", "input_layernorm", residual=""),
+        classes=("NeoMMEEncoderLayer",),
+        scales=("residual_multiplier", "lambdas"),
+    ),
+    Structure(
         "squeezebert",
         "attention post_attention intermediate output",
         BlockSites(

@@ -12,9 +12,9 @@ from .sweep import RESULTS, Row, read
 PAGE = pathlib.Path(__file__).parents[3] / "docs" / "model-types.md"
 _HEAD = """# Model types
 
-What works on every model type of transformers {transformers}, with peft {peft}. [Models](models.md) has all methods
-on the families that people adapt most. Here every type that the auto classes know is built tiny and random from its
-config, and three methods are tried on it: PALs, which attend, LHUC, which does not, and CA-MTL, which steers whole
+What works on the model types of transformers {transformers}, with peft {peft}. [Models](models.md) has all methods on
+the families that people adapt most. Here the types that the auto classes know are built tiny and random from their
+configs, and three methods are tried on each: PALs, which attend, LHUC, which does not, and CA-MTL, which steers whole
 blocks.
 
 *Yes* means that a fresh adapter changes nothing and a random one does, that disabling it gives the base model back,
@@ -23,7 +23,8 @@ that padding, later tokens (in a causal model) and a generation cache change not
 model itself. *In part* means that CA-MTL rejects the type and names a part of it to switch off (`attention_layers=[]`,
 `norm_layers=[]` or `bottleneck="none"`), without which the rest works. *No* is a rejection when the adapter is added.
 
-Made with `python -m tests.zoo.types --part 1/12` and so on for all parts, then `--page`.
+Made with `python -m tests.zoo.types --part 1/6` and so on for all parts, then `--page`. Each part holds every sixth
+type; types that have a verdict are not tried again.
 """
 _MARK = {"works": "yes", "in part": "in part", "rejected": "no"}
 
@@ -74,9 +75,10 @@ def render() -> str:
         [
             "| Question | Types |",
             "| --- | --- |",
-            f"| Built from their configs | {_share(rows, lambda row: 'verdicts' in row)} |",
+            f"| Tried so far, of all types | {len(rows)} of {versions['types']} |",
+            f"| Built from their configs, of those tried | {_share(rows, lambda row: 'verdicts' in row)} |",
             f"| PALs, of types with attention in their blocks | {pals} |",
-            f"| LHUC, of all types | {_share(built, lambda row: _kind(row, 'LHUC') == 'works')} |",
+            f"| LHUC, of all types that were built | {_share(built, lambda row: _kind(row, 'LHUC') == 'works')} |",
             f"| CA-MTL, of types with attention and one stack | {whole}, with parts switched off {with_parts} |",
             f"| Wrong values, crashes, rejections after the adapter was added | {len(faults)} |",
         ]

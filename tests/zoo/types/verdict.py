@@ -27,7 +27,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "CA-MTL": lambda **more: CAMTLPeftConfig(tasks=list(TASKS), **more),
 }
 _PARTS = {"attention_layers=[]": {"attention_layers": []}, "norm_layers=[]": {"norm_layers": []},
-          "bottleneck='none'": {"bottleneck": "none"}}  # fmt: skip
+          "bottleneck='none'": {"bottleneck": "none"}, "'stream' or 'none'": {"bottleneck": "none"}}  # fmt: skip
 # Sums in another order differ by a few units in the last place; what changes an output changes it by more.
 _ROUNDING, _EFFECT = 16, 100
 
