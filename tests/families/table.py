@@ -28,6 +28,7 @@ padding does not change real tokens, and generation gives the same result with a
 rejection, explained below. A second table is about [adapters](adapters.md).
 
 For another model, `pal_adapters.describe_sites(model)` prints which blocks are found and what each method would do.
+[Model types](model-types.md) tells what works on further types of transformers.
 
 The table was made with transformers {transformers} and peft {peft} by `python -m tests.families.table`.
 """

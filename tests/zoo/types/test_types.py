@@ -13,8 +13,10 @@ from tests.zoo import HOST_WARNINGS
 
 from . import verdict as verdicts
 from .build import NotBuilt, build, model_types
+from .page import PAGE, render
 from .plain import Plain
 from .sizes import Size, small
+from .sweep import read
 from .verdict import METHODS, verdict
 
 pytestmark = HOST_WARNINGS
@@ -89,3 +91,13 @@ def test_plain_promises() -> None:
 
 def test_model_types() -> None:
     assert {"bert", "llama", "t5", "vit", "whisper"} <= set(model_types())
+
+
+def test_the_page_is_what_the_sweep_found() -> None:
+    assert PAGE.read_text() == render()
+    assert not [
+        (row["type"], name, found)
+        for row in read().values()
+        for name, found in row.get("verdicts", {}).items()
+        if found["kind"] in ("wrong", "crash", "late")
+    ]
