@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from pal_adapters.nn.unit import TaskUnit
+from pal_adapters.nn.unit import TaskUnit, UnitDict
 
 
 def named_modules(model: nn.Module, *, units: bool = True, once: bool = True) -> dict[str, nn.Module]:
@@ -15,7 +15,7 @@ def named_modules(model: nn.Module, *, units: bool = True, once: bool = True) ->
         units: whether to enter task units; `model` itself may be one in any case.
         once: whether a module with several names appears under the first only.
     """
-    skipped = () if units else TaskUnit
+    skipped = () if units else (TaskUnit, UnitDict)
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
     pending: list[tuple[str, nn.Module]] = [("", model)]

@@ -106,6 +106,10 @@ class TaskUnit(nn.Module):
         raise NotImplementedError
 
 
+class UnitDict(nn.ModuleDict):
+    """The units of one adapter in one block, by method."""
+
+
 def _collect(module: nn.Module, prefix: str, into: dict[str, Tensor]) -> None:
     for name, parameter in module._parameters.items():
         if parameter is not None:

@@ -24,7 +24,7 @@ from pal_adapters.hooks.attachment import Attachment
 from pal_adapters.hooks.call import exporting
 from pal_adapters.hooks.rows import RowPlan, run_rows, run_unit
 from pal_adapters.hosts.method import generator_for
-from pal_adapters.nn.unit import TaskUnit, UnitInputs
+from pal_adapters.nn.unit import TaskUnit, UnitDict, UnitInputs
 
 from .composition import State, ValueComposition, architectures, grow, task_children, task_input
 from .config import TaskAdapterConfig, any_registered, fusable_methods, task_configs
@@ -95,7 +95,7 @@ class TaskLayer(ValueComposition, nn.Module):
 
     def add_adapter(self, adapter_name: str, layer_idx: int) -> bool:
         self.layer_idx = layer_idx
-        units = nn.ModuleDict()
+        units = UnitDict()
         for config in task_configs(self.adapters_config.get(adapter_name)):
             unit = None if layer_idx in config.leave_out else config.method.build(config, self.block)
             if unit is not None:
