@@ -10,6 +10,8 @@ from torch import nn
 
 from pal_adapters.errors import UnsupportedError
 
+from .walk import named_modules
+
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
     """The hooks that accelerate attached to a module; it may not be installed, so they are known by their fields."""
@@ -23,7 +25,9 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 def offloaded_to(module: nn.Module) -> torch.device | None:
     """The device to which the weights of a module, or of one inside it, are brought for each call, else None."""
-    for part in module.modules():
+    for part in named_modules(module, units=False).values():
+        if "_hf_hook" not in vars(part):
+            continue
         for hook in _hooks(part):
             if getattr(hook, "offload", False) and hook.execution_device is not None:
                 return torch.device(hook.execution_device)
