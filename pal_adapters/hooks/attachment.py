@@ -27,6 +27,7 @@ from pal_adapters.nn.unit import UnitInputs
 from .call import CallValue, run_around
 from .kv_cache import TaskCache, task_cache
 from .masks import CallMask, kept, packed_mask
+from .presence import Presence
 from .recurrent import kept_tokens
 
 # In the order in which a block reaches them.
@@ -92,6 +93,13 @@ class _Behind:
         return output
 
 
+class _BehindStack(_Behind):
+    """The hook behind the norm that follows the stack, which its block may leave."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return None if self.attachment.leaves() else super().__call__(module, args, output)
+
+
 class Attachment:
     """The hooks of one runner on one block.
 
@@ -105,6 +113,7 @@ class Attachment:
         self.block = block
         self.runner = runner
         self._model = (model,)
+        self._presence = Presence(model, block)
         self._handles: list[Any] = []
         self._hooked: set[str] = set()
         self._behind: dict[str, _Behind] = {}
@@ -184,6 +193,14 @@ class Attachment:
         self._needs.clear()
         self._held.value = None
 
+    def leaves(self) -> bool:
+        """Remove the hooks if an adapter acts behind the stack, but the block is no longer part of the model."""
+        if not self.runner.is_active("stack_output") or self._presence.holds():
+            return False
+        self._presence.warn()
+        self.remove()
+        return True
+
     def _module(self, path: str) -> nn.Module:
         module = resolve(self.block.module, path)
         if module is None:
@@ -211,7 +228,7 @@ class Attachment:
         path = paths[site]
         behind = self._behind.get(path)
         if behind is None:
-            behind = self._behind[path] = _Behind(self)
+            behind = self._behind[path] = _Behind(self) if norm is None else _BehindStack(self)
             if path == "":
                 self._wrap_block()
             else:

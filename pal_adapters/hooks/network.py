@@ -28,6 +28,7 @@ from .call import CallLock, CallValue, run_around
 from .masks import CallMask
 from .network_unit import NetworkRunner, NetworkUnit
 from .positions import CountedPositions, token_positions
+from .presence import Presence
 from .side_stream import SideStream
 from .weight_copies import BaseCopies, Slots, WrappedForward, readers, uncover
 
@@ -62,6 +63,7 @@ class NetworkHooks:
         self.block = block
         self.runner = runner
         self._model = (model,)
+        self._presence = Presence(model, block)
         self._handles: list[Any] = []
         self._wrapped: list[WrappedForward] = []
         self._installed: set[str] = set()
@@ -195,7 +197,7 @@ class NetworkHooks:
         self._handles.append(norm.register_forward_hook(hook, prepend=True))
 
     def _install_stream(self) -> None:
-        self._stream = SideStream(self._model[0], self.block, self.runner)
+        self._stream = SideStream(self._model[0], self.block, self.runner, self._outside)
 
     def _install_forward(self) -> None:
         self._wrapped.append(WrappedForward(self.block.module, self._run_block))
@@ -232,8 +234,17 @@ class NetworkHooks:
             uncover(place for places in self._outer[module].values() for place in places)
         self._covered.discard(module)
 
-    def _run_outer(self, module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    def _outside(self) -> NetworkUnit | None:
+        """The active network for what acts outside the blocks, as long as the block is part of the model."""
         unit = self.runner.network()
+        if unit is None or self._presence.holds():
+            return unit
+        self._presence.warn()
+        self.remove()
+        return None
+
+    def _run_outer(self, module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        unit = self._outside()
         with self._turn(module):
             if unit is None:
                 return forward(*args, **kwargs)
@@ -340,7 +351,7 @@ class NetworkHooks:
         self, norm: nn.Module, form: NormForm, module: Any, args: tuple[Any, ...], output: Any
     ) -> Any:
         # `module` is `norm`, or its stand-in while tracing.
-        unit = self.runner.network()
+        unit = self._outside()
         if unit is None or not unit.has_final_norm:
             return None
         x = args[0]

@@ -6,6 +6,7 @@ the model passes on anyway.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from pal_adapters.blocks.sites import Block
 from pal_adapters.errors import SiteError
 
 from .call import CallValue
-from .network_unit import NetworkRunner
+from .network_unit import NetworkRunner, NetworkUnit
 
 
 class SideStream:
@@ -26,14 +27,17 @@ class SideStream:
     Args:
         model: the model that holds the blocks.
         block: the last of them.
-        runner: says which network is active.
+        runner: knows the tasks of a batch.
+        network: says which network is active.
 
     Raises:
         SiteError: if the model has no place for the end of the stream.
     """
 
-    def __init__(self, model: nn.Module, block: Block, runner: NetworkRunner) -> None:
-        self._runner = runner
+    def __init__(
+        self, model: nn.Module, block: Block, runner: NetworkRunner, network: Callable[[], NetworkUnit | None]
+    ) -> None:
+        self._runner, self._network = runner, network
         self._pre = block.sites.norm == "pre"
         self._rms = False
         self._recorded = CallValue()
@@ -61,7 +65,7 @@ class SideStream:
             self._handles.pop().remove()
 
     def _start(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        unit = self._runner.network()
+        unit = self._network()
         self._recorded.value = [] if unit is not None and unit.acts_in_stream else None
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -70,7 +74,7 @@ class SideStream:
             outputs.append(signatures.hidden_states({}, args, kwargs))
 
     def _end(self, last: Tensor) -> Tensor | None:
-        unit, outputs = self._runner.network(), self._recorded.value
+        unit, outputs = self._network(), self._recorded.value
         self._recorded.value = None
         if unit is None or outputs is None:
             return None
