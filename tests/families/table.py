@@ -18,6 +18,7 @@ import transformers
 from tests.zoo import BY_NAME, V5, Host
 
 from .checks import METHODS, verdict
+from .more import MORE
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "models.md"
 _HEAD = """# Models
@@ -42,8 +43,12 @@ The table was made with transformers {transformers} and adapters {adapters} by `
 
 
 def families() -> list[Host]:
-    """All families that the installed transformers has."""
-    return sorted((host for host in BY_NAME.values() if host.available), key=str)
+    """All families that the installed transformers has.
+
+    The generation caches of transformers 4.57 have no place for the further layers of hybrids, so these come with 5.
+    """
+    hosts = (*BY_NAME.values(), *(MORE if V5 else ()))
+    return sorted((host for host in hosts if host.available), key=str)
 
 
 def render(verdicts: dict[tuple[str, str], str], methods: Collection[str] = METHODS) -> str:

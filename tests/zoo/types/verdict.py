@@ -187,6 +187,8 @@ def verdict(plain: Plain, method: str) -> Verdict:
         if not named.keys() - options.keys():
             break
         options |= named
+        if len(options) == 3:
+            break  # nothing that acts in the blocks is left
         found = _tried(plain, method, **options)
     if found.kind == "works" and options:
         return Verdict("in part", first.reason)
