@@ -49,8 +49,8 @@ class BlockSites:
             tokens that are not seen; or `"mapping"`, a mapping with the usual form under `"causal"`.
         layout: the form of the hidden states that the blocks pass on: `"tokens"`, `[b, n, d]`; `"tokens_first"`,
             `[n, b, d]`; `"channels_first"`, `[b, d, n]` or `[b, d, h, w]`; `"packed"`, the tokens of several sequences
-            as `[n, d]`; `"grid"`, the tokens of an image in two dimensions; or `"streams"`, several residual streams.
-            A network that steers the blocks needs tokens.
+            as `[n, d]`; `"grid"`, the tokens of an image in two dimensions; or `"streams"`, several residual streams
+            or orders of the tokens. A network that steers the blocks needs tokens.
     """
 
     norm: Literal["pre", "post"]

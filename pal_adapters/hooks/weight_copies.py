@@ -72,9 +72,16 @@ def outer_slots(
 
 
 def readers(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """The modules whose weights another module's `forward` reads: DeBERTa's encoder reads its `rel_embeddings`."""
-    modules = named_modules(model, units=False).values()
-    return {table: module for module in modules if (table := module._modules.get("rel_embeddings")) is not None}
+    """The modules whose weights another module's `forward` reads, and that one.
+
+    DeBERTa's encoder reads its `rel_embeddings`, and the attention of torch its `out_proj`.
+    """
+    found: dict[nn.Module, nn.Module] = {}
+    for module in named_modules(model, units=False).values():
+        read = module.out_proj if isinstance(module, nn.MultiheadAttention) else module._modules.get("rel_embeddings")
+        if read is not None:
+            found[read] = module
+    return found
 
 
 class BaseCopies:

@@ -200,11 +200,11 @@ VISION: tuple[Structure, ...] = (
         classes=("CvtLayer",),
     ),
     Structure(
-        "timesformer, attention over time and then over space",
+        "timesformer, attention over time and then over space: its modules get the tokens in several orders",
         "drop_path attention intermediate output layernorm_before layernorm_after temporal_layernorm "
         "temporal_attention temporal_dense",
         pre("temporal_attention", "intermediate", "temporal_layernorm", attention_output="temporal_dense",
-            ffn_output="output", residual="", ffn_norm="layernorm_after"),
+            ffn_output="output", residual="", ffn_norm="layernorm_after", layout="streams"),
     ),
     Structure(
         "the encoder and decoder of rt-detr, rt-detr-v2, and the decoder of maskformer",

@@ -128,8 +128,8 @@ class Plain:
         return max(difference(a, b) for a, b in zip(cached.logits, uncached.logits, strict=True))
 
     def reached(self) -> set[str]:
-        """The names of the model's parameters that get a gradient."""
-        model = copy.deepcopy(self.model).requires_grad_(True)
+        """The names of the model's parameters that get a gradient, in training mode."""
+        model = copy.deepcopy(self.model).requires_grad_(True).train()
         loss(model, self.inputs).backward()
         return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 

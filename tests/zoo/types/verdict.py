@@ -134,7 +134,7 @@ class _Trial:
     def _check_gradients(self, model: Any, trained: dict[str, nn.Parameter]) -> None:
         reached = self.plain.reached()
         modules = {name.rpartition(".")[0] for name in reached}
-        loss(model, self.plain.inputs, *self.tasks).backward()
+        loss(model.train(), self.plain.inputs, *self.tasks).backward()
         for name, parameter in trained.items():
             if parameter.grad is None:
                 _require(not self._takes_part(name, reached, modules), f"no gradient for {name}")
@@ -142,6 +142,9 @@ class _Trial:
     def _takes_part(self, name: str, reached: set[str], modules: set[str]) -> bool:
         """Whether the part of the model to which a trained parameter belongs has a gradient in this call."""
         place, *inside = re.split(r"\.(?:pal|lhuc|ca_mtl)\.", name.removeprefix("base_model.model."))
+        norm = re.search(r"\.norms\.(\w+)\.", inside[0]) if inside else None
+        if norm is not None:
+            return f"{place}.{norm[1].replace('__', '.')}" in modules
         copied = re.search(r"\.(base|outer)\.(.*)", inside[0]) if inside else None
         if copied is None:
             return any(f"{module}.".startswith(f"{place}.") for module in modules)
@@ -161,6 +164,10 @@ def _judged(judge: Callable[[], None]) -> Verdict:
     return Verdict("works")
 
 
+def _acts(config: Any) -> bool:
+    return bool(config.attention_layers or config.norm_layers or config.bottleneck != "none")
+
+
 def _tried(plain: Plain, method: str, **options: Any) -> Verdict:
     trial = _Trial(plain, lambda **more: METHODS[method](**options, **more), method == "CA-MTL")
     unbiased = {"bottleneck": "none"} if method == "CA-MTL" and "bottleneck" not in options else {}
@@ -170,6 +177,9 @@ def _tried(plain: Plain, method: str, **options: Any) -> Verdict:
         return Verdict("rejected", " ".join(str(error).split()).partition(" Name the sites: ")[0])
     except Exception as error:  # a fault of the package, whatever it is
         return Verdict("crash", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+    if method == "CA-MTL" and not _acts(random.peft_config["default"]):
+        return Verdict("rejected", "nothing that acts in the blocks is left")
 
     def judge() -> None:
         trial.check_fresh(fresh)
@@ -187,8 +197,6 @@ def verdict(plain: Plain, method: str) -> Verdict:
         if not named.keys() - options.keys():
             break
         options |= named
-        if len(options) == 3:
-            break  # nothing that acts in the blocks is left
         found = _tried(plain, method, **options)
     if found.kind == "works" and options:
         return Verdict("in part", first.reason)
