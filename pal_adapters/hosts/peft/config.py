@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftType, TaskType
+from torch import nn
 
 from pal_adapters.blocks.sites import Block
 from pal_adapters.checks import (
@@ -44,6 +45,8 @@ _NAMES_OR_PATTERN = Check(
     "a list of names, a regular expression or None",
     lambda value: value is None or _are_names(value) or (isinstance(value, str) and _is_pattern(value)),
 )
+# What PEFT's classes for tasks add to `modules_to_save`, whichever of them the model has.
+_HEADS = ("classifier", "score", "qa_outputs")
 _INDICES = list_of(integer(0), "block indices from 0")
 
 PEFT_CHECKS: Mapping[str, Check] = {
@@ -201,6 +204,22 @@ def chooses(config: TaskPeftConfig) -> bool:
     """Whether a config says itself which blocks it adapts."""
     fields = (config.target_modules, config.exclude_modules, config.layers_to_transform, config.sites)
     return any(value is not None for value in fields)
+
+
+def check_kept_modules(config: Any, model: nn.Module) -> None:
+    """Reject `modules_to_save` that name no module, which PEFT ignores: the head would stay untrained.
+
+    Raises:
+        ConfigError: if a name is not the end of a module's name.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for kept in config.modules_to_save or ():
+        if kept not in _HEADS and not any(name.endswith(kept) for name in names):
+            top = [name for name, _ in model.named_children()]
+            raise ConfigError(
+                f"modules_to_save has {kept!r}, which names no module: use the name of a module of the model or its "
+                f"end; the model's own parts are {top}."
+            )
 
 
 def choose_blocks(config: TaskPeftConfig, blocks: list[Block]) -> tuple[list[Block], set[str]]:

@@ -32,7 +32,7 @@ from pal_adapters.hosts.names import require_adapter_name
 from pal_adapters.hosts.unchanged import keep_values
 
 from .change import changing
-from .config import TaskPeftConfig, choose_blocks, chooses
+from .config import TaskPeftConfig, check_kept_modules, choose_blocks, chooses
 from .joint import (
     check_restorable,
     check_trainable,
@@ -165,6 +165,7 @@ class TaskTuner(BaseTuner):
         config = self.peft_config[adapter_name]
         try:
             require_adapter_name("adapter_name", adapter_name)
+            check_kept_modules(config, model)
             with changing(self, config, units=False):
                 if isinstance(config, TaskPeftConfig):
                     config.check_base_model(self.get_model_config(model))

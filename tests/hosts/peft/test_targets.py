@@ -65,6 +65,17 @@ def test_choice_of_blocks(method: str, choice: dict[str, Any], expected: set[int
     assert blocks(model) == expected
 
 
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+def test_modules_to_save_must_be_on_the_model(method: str, task_type: str | None) -> None:
+    """PEFT ignores a misspelt name, and the head stays as it is."""
+    model = cases.bert()
+    before = set(model.state_dict())
+    with pytest.raises(ConfigError, match=r"modules_to_save has 'clasifier'.*'bert'"):
+        get_peft_model(model, cases.config(method, modules_to_save=["clasifier"], task_type=task_type))
+    assert set(model.state_dict()) == before
+    get_peft_model(model, cases.config(method, modules_to_save=["classifier"], task_type=task_type))
+
+
 def test_a_subset_computes_as_if_the_others_had_nothing(method: str) -> None:
     """Equal to an adapter in all blocks whose modules in the other blocks do nothing."""
     given = cases.inputs()
