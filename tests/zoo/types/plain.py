@@ -128,8 +128,15 @@ class Plain:
         return max(difference(a, b) for a, b in zip(cached.logits, uncached.logits, strict=True))
 
     def reached(self) -> set[str]:
-        """The names of the model's parameters that get a gradient, in training mode."""
-        model = copy.deepcopy(self.model).requires_grad_(True).train()
+        """The names of the model's parameters that get a gradient."""
+        try:
+            return self._reached(training=True)
+        except Exception:  # whatever a model says about such short inputs in training mode
+            return self._reached(training=False)
+
+    def _reached(self, *, training: bool) -> set[str]:
+        self.training = training
+        model = copy.deepcopy(self.model).requires_grad_(True).train(training)
         loss(model, self.inputs).backward()
         return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 

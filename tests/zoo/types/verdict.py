@@ -134,7 +134,7 @@ class _Trial:
     def _check_gradients(self, model: Any, trained: dict[str, nn.Parameter]) -> None:
         reached = self.plain.reached()
         modules = {name.rpartition(".")[0] for name in reached}
-        loss(model.train(), self.plain.inputs, *self.tasks).backward()
+        loss(model.train(self.plain.training), self.plain.inputs, *self.tasks).backward()
         for name, parameter in trained.items():
             if parameter.grad is None:
                 _require(not self._takes_part(name, reached, modules), f"no gradient for {name}")
