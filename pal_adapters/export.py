@@ -6,12 +6,14 @@ import inspect
 import os
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pal_adapters.errors import ConfigError, UnsupportedError, how_to_install
+from pal_adapters.files import replacing
 
 
 class _Named(nn.Module):
@@ -117,6 +119,7 @@ def export_onnx(
     Raises:
         ConfigError: see `export_program`; if `path` does not end in `.onnx`; if a package is not installed.
         UnsupportedError: see `export_program`.
+        StorageError: if the file cannot be written; it is then as it was before.
     """
     if not os.fspath(path).endswith(".onnx"):
         raise ConfigError(f"path={os.fspath(path)!r} is not allowed: use a file name ending in .onnx.")
@@ -126,8 +129,10 @@ def export_onnx(
     program = export_program(model, inputs, **fixed)
     names = list(program.call_spec.out_spec.context)
     with torch.no_grad():
-        done = torch.onnx.export(program, f=path, output_names=names, dynamo=True, verbose=False)
+        done = torch.onnx.export(program, output_names=names, dynamo=True, verbose=False)
     assert done is not None
+    with replacing(Path(path)) as file:
+        done.save(file, external_data=True)
     return done
 
 

@@ -18,9 +18,10 @@ from typing import Any
 
 from pal_adapters.errors import ConfigError
 from pal_adapters.multitask import Predictor, RequestError
+from pal_adapters.multitask.model.files import replace_text
 
 from .options import PositiveInt, option, parse
-from .shared import model_folder, write_text
+from .shared import model_folder
 
 
 @dataclass
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output is None:
         sys.stdout.write(text)
     else:
-        write_text(Path(args.output), text)
+        replace_text(Path(args.output), text)
     return 0
 
 

@@ -117,15 +117,7 @@ def versions() -> dict[str, str]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file in one step."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file in one step, so that a killed run never leaves half of it."""
-    try:
-        replace_text(path, text)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
+    replace_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:

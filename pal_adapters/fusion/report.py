@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pal_adapters.errors import ConfigError
+from pal_adapters.files import replacing
 
 from .arguments import require_host
 from .types import TransferTable
@@ -87,6 +88,7 @@ def plot_transfer(
 
     Raises:
         ConfigError: for another file format, or options that have no effect.
+        StorageError: if the figure cannot be saved; an earlier file stays as it was.
     """
     if path is not None and Path(path).suffix.lower() not in (".png", ".svg"):
         raise ConfigError(f"path={os.fspath(path)!r} is not allowed: use a file name ending in .png or .svg.")
@@ -132,6 +134,6 @@ def plot_transfer(
     label = table.measure if start is None else f"{table.measure}, {start:.3g} before training"
     figure.colorbar(image, ax=ax, label=label)
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        with replacing(Path(path)) as file:
+            figure.savefig(file, dpi=150)
     return figure

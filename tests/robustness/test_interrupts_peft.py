@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("peft")
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import pal_adapters as pa
 from tests import zoo
@@ -106,3 +106,21 @@ def test_folding(tmp_path: Path) -> None:
         config = LoraConfig(target_modules=["query"], r=2, init_lora_weights=False)
         get_peft_model(base(), config).save_pretrained(path)
     check(lambda: get_peft_model(base(), pa.ScaLearnPeftConfig(adapters=paths)).eval(), pa.fold)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"truncate": 3, "name": "other"}, {"truncate": 3, "data": [{"input_ids": IDS}]}]
+)
+def test_folding_with_a_head(options: dict[str, Any], tmp_path: Path) -> None:
+    def classifier() -> Any:
+        torch.manual_seed(1)
+        return BertForSequenceClassification(base().config).eval()
+
+    paths = {name: str(tmp_path / name) for name in ("a", "b")}
+    for path in paths.values():
+        get_peft_model(classifier(), pa.HoulsbyPeftConfig(hidden_size=2, init_weights=False)).save_pretrained(path)
+    config = {"adapters": paths, "task_type": "SEQ_CLS"}
+    check(
+        lambda: get_peft_model(classifier(), pa.ScaLearnPeftConfig(**config)).eval(),
+        lambda model: pa.fold(model, **options),
+    )

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pal_adapters.errors import PalAdaptersError, StorageError
+from pal_adapters.files import replacing
 from pal_adapters.hosts.base_files import base_files
 from pal_adapters.hosts.shards import SHARD_SIZE, separate, shards
 from pal_adapters.hosts.tensors import fault_of
@@ -219,11 +220,6 @@ def _keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a text file in one step: a reader, or a process that is killed, finds the old text or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.writing")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Writes a text file in one step, see `replacing`."""
+    with replacing(path) as file:
+        file.write_text(text, encoding="utf-8")

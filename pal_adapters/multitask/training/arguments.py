@@ -68,6 +68,11 @@ class MultiTaskTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self._check_own()
         check_host_arguments(self)
+        if self.load_best_model_at_end and getattr(self.save_strategy, "value", self.save_strategy) == "no":
+            raise ConfigError(
+                "load_best_model_at_end=True has no effect with save_strategy='no', which leaves nothing to load: use "
+                "'steps' or 'epoch', as in eval_strategy."
+            )
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "average"
         if self.metric_for_best_model is not None and self.greater_is_better is None:

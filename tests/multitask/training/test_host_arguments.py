@@ -73,6 +73,10 @@ def test_what_would_be_ignored_is_rejected(tmp_path: Path, name: str) -> None:
         ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size=0 is not allowed"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 is not allowed"),
         ({"steps_per_epoch": 0}, "steps_per_epoch=0 is not allowed"),
+        (
+            {"load_best_model_at_end": True, "save_strategy": "no"},
+            "load_best_model_at_end=True has no effect with save_strategy='no'",
+        ),
         ({"mixed_batches": "yes"}, "mixed_batches='yes' is not allowed"),
     ],
 )
