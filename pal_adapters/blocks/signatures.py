@@ -187,10 +187,10 @@ def window_of(attention: nn.Module, block: Block) -> int | None:
 
 def _reads_window(attention: nn.Module, config: Any) -> bool:
     """Whether the model of a self-attention applies its config's window: Moshi's has one and sees all tokens."""
-    flash = "flash" in (
-        getattr(config, "_attn_implementation", None) or ""
-    )  # its kernels get the window from the config
-    return flash or uses(attention, "create_sliding_window_causal_mask")
+    # Flash attention's kernels get the window from the config.
+    if "flash" in (getattr(config, "_attn_implementation", None) or ""):
+        return True
+    return uses(attention, "create_sliding_window_causal_mask")
 
 
 def layer_index(attention: nn.Module, block: Block) -> int:

@@ -133,26 +133,28 @@ def _read_config(original: Callable[..., Any]) -> Any:
 
 
 def _load_by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
-        name = (args[1] if len(args) > 1 else kwargs.get("adapter_name")) or "default"
-        path = args[0] if args else kwargs.get("peft_model_id")
-        given = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
+        bound = signature.bind_partial(self, *args, **kwargs)
+        options = bound.arguments
+        path, name = options.get("peft_model_id"), options.get("adapter_name") or "default"
+        given = {**options, **options.get("kwargs", {}), **(options.get("adapter_kwargs") or {})}
         where = (path, given.get("subfolder"), download_options(given))
         folder, find = folder_of(*where), finder(*where)
-        reads = kwargs.get("adapter_state_dict") is None
+        reads = options.get("adapter_state_dict") is None
         check_folder(folder, weights=reads)
-        before = changing(self, kwargs.get("peft_config"), getattr(self, "peft_config", None))
+        config = options.get("peft_config")
         whole = None
-        with before, _reading(path), found_by(find):
+        with changing(self, config, getattr(self, "peft_config", None)), _reading(path), found_by(find):
             if folder is not None:
-                if (
-                    TRANSFORMERS_5 and reads and len(args) < 4 and (whole := whole_tensors(folder))
-                ):  # it reads one file
-                    kwargs["adapter_state_dict"] = whole
-                check_base_untouched(self, folder, kwargs.get("peft_config"), whole)
+                # transformers 5 reads the adapter's own file only.
+                if TRANSFORMERS_5 and reads and (whole := whole_tensors(folder)):
+                    options["adapter_state_dict"] = whole
+                check_base_untouched(self, folder, config, whole)
             try:
-                info = original(self, *args, **kwargs)
+                info = original(*bound.args, **bound.kwargs)
             except RuntimeError as error:
                 added = getattr(self, "peft_config", {}).get(name)
                 if type(error) is not RuntimeError or added is None or method_of(added) is None:
