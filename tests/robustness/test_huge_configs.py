@@ -37,3 +37,20 @@ def test_more_layers_than_tensors(base: object, tmp_path: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 10**5, "layer_types": None}))
     with pytest.raises(StorageError, match=f"num_hidden_layers={10**5}, but its file has only"):
         TaskHeads.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "2KB"])
+def test_more_layers_than_tensors_of_a_base_elsewhere(shard_size: str, tmp_path: Path) -> None:
+    base, folder = tmp_path / "base", tmp_path / "folder"
+    BertModel(BertConfig(**SIZE, num_hidden_layers=2)).save_pretrained(base, max_shard_size=shard_size)
+    model = TaskHeads(BertModel.from_pretrained(base))
+    model.add("rte", HeadConfig("single_label", 2))
+    model.prepare_training()
+    model.save_pretrained(folder)
+    ids = torch.arange(3, 17).view(2, 7)
+    logits = model.eval()(task_ids="rte", input_ids=ids).logits["rte"]
+    assert torch.equal(TaskHeads.from_pretrained(folder)(task_ids="rte", input_ids=ids).logits["rte"], logits)
+    file = base / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 10**5}))
+    with pytest.raises(StorageError, match=f"num_hidden_layers={10**5}, but its file has only"):
+        TaskHeads.from_pretrained(folder)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+from transformers.utils.hub import cached_file
 
 from pal_adapters.errors import ConfigError, StorageError
 
@@ -139,14 +141,27 @@ def _load_base(description: Description, directory: Path, tensors: Mapping[str, 
     try:
         config = wanted.config_class.from_pretrained(source)
         _check_implementations(config)
-        if stored and tensors is not None:
-            _check_depth(config, len(tensors))
+        count = len(tensors) if stored and tensors is not None else _tensors_of(source)
+        if count is not None:
+            _check_depth(config, count)
         return wanted.from_pretrained(source, config=config, use_safetensors=True)
     except Exception as error:  # the errors of transformers and of the Hub have no common base
         raise StorageError(
             f"{source}, the base model of {directory}, cannot be loaded ({cause_of(error)}): pass backbone=..., the "
             "base model."
         ) from error
+
+
+def _tensors_of(source: str) -> int | None:
+    """The number of tensors of a base model in a folder or on the Hub; `None` without safetensors files."""
+    found = {
+        name: cached_file(source, f"model.safetensors{name}", _raise_exceptions_for_missing_entries=False)
+        for name in ("", ".index.json")
+    }
+    if found[""] is not None:
+        with safe_open(found[""], "pt") as tensors:
+            return len(tensors.keys())
+    return None if found[".index.json"] is None else len(read_json(Path(found[".index.json"]))["weight_map"])
 
 
 def _check_implementations(config: PretrainedConfig) -> None:
