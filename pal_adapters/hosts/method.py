@@ -16,6 +16,12 @@ from pal_adapters.checks import check_fields, shown
 from pal_adapters.errors import ConfigError, SiteError
 from pal_adapters.nn.unit import TaskUnit
 
+# Why a module that attends cannot know which tokens a block sees, by `BlockSites.mixing`.
+_HIDDEN_TOKENS = {
+    "local": "attention there sees parts of a text or an image (windows, pooled queries), which no mask shows",
+    "other": "tokens are mixed without attention there, or its cache has no place for the tokens of others",
+}
+
 
 def _nothing_shared(options: Any, block: Block) -> nn.Module | None:
     return None
@@ -74,10 +80,10 @@ class Method:
         reached = [block for block in blocks if block.sites.shows_tokens or not self.attends]
         if not reached:
             kinds = ", ".join(sorted({type(block.module).__name__ for block in blocks}))
+            reasons = " or ".join(_HIDDEN_TOKENS[mixing] for mixing in sorted({b.sites.mixing for b in blocks}))
             raise SiteError(
-                f"{self.name} attends, and cannot be added to {kinds}: its attention sees parts of a sequence or an "
-                "image, or its generation cache has no place for keys and values of others. Use a method that does "
-                "not attend: lhuc, low_rank or houlsby."
+                f"{self.name} attends, and cannot be added to {kinds}: {reasons}. Use a method that does not attend: "
+                "lhuc, low_rank or houlsby."
             )
         return reached
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 _OTHER_SUMS = "its residual sums are not those of the models with equal module names"
 _TOKENS_FIRST = "its tokens come before the examples of the batch"
+_TWO_STREAMS = "its attention adds the residual itself, and two streams of tokens share its modules"
 _CHANNELS_FIRST = "its channels come before its tokens"
 _POOLS = "it changes the length of the sequence"
 
 # By class: why it is rejected.
 REFUSED: dict[str, str] = {
     "BridgeTowerResidualAttention": _TOKENS_FIRST,
-    "XLNetLayer": _TOKENS_FIRST,
+    "XLNetLayer": _TWO_STREAMS,
     "VitDetLayer": _CHANNELS_FIRST,
     "GraniteSpeech5EncoderSubsamplingBlock": _POOLS,
     "MobileBertLayer": "its attention is narrower than its residual stream",
