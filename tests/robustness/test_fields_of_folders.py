@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -156,3 +158,20 @@ def test_texts_that_are_no_json_of_ours(folder: Path, tmp_path: Path, text: str,
     (tmp_path / file).write_text(text, encoding="utf-8")
     with pytest.raises(StorageError, match=f"{file} is damaged"):
         read_description(tmp_path) if file == "task_heads.json" else read_tasks(tmp_path, heads)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "dangling", "loop"])
+@pytest.mark.parametrize("file", ["task_heads.json", "tasks.json", "heads.safetensors"])
+def test_what_is_no_file(folder: Path, tmp_path: Path, file: str, kind: str) -> None:
+    place = tmp_path / "folder"
+    shutil.copytree(folder, place)
+    path = place / file
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nothing" if kind == "dangling" else path.name)
+    with pytest.raises(StorageError, match=f"{file} is (not there|neither a file nor a folder)"):
+        TaskHeads.from_pretrained(place)

@@ -73,9 +73,11 @@ def inside(directory: Path, name: str) -> Path:
     """The path of a file or folder in `directory`.
 
     Raises:
-        StorageError: If it is a link that leads out of the folder.
+        StorageError: If it is a link that leads nowhere or out of the folder, or a device.
     """
     path, root = directory / name, directory.resolve()
+    if os.path.lexists(path) and not path.is_file() and not path.is_dir():
+        raise StorageError(f"{path} is neither a file nor a folder: get or write it again.")
     target = path.resolve()
     homes = [root]
     if root.parent.name == "snapshots":  # the cache of the Hub links from a snapshot to the files beside it
@@ -154,11 +156,12 @@ def read_tensor_file(path: Path) -> dict[str, Tensor]:
         raise StorageError(f"{path} is not there.")
     try:
         tensors = load_file(path)  # huggingface_hub's reader rejects files without metadata, which are valid
+        floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+        bad = [name for name, tensor in floats.items() if not torch.isfinite(tensor.float()).all()]
     except Exception as error:  # readers of damaged files raise errors without a common base
         raise StorageError(f"{path} is damaged ({cause_of(error)}): get or write it again.") from error
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            raise StorageError(f"{path} is damaged: {name} has values that are not finite.")
+    if bad:
+        raise StorageError(f"{path} is damaged: {bad[0]} has values that are not finite.")
     return tensors
 
 

@@ -87,7 +87,7 @@ def read_tasks(directory: Path, heads: Mapping[str, HeadConfig]) -> dict[str, Ta
         StorageError: If the file is damaged, or does not describe the tasks of the folder.
     """
     path = inside(directory, TASKS_FILE)
-    if not path.is_file():
+    if not path.exists():
         return {}
     if path.stat().st_size > _LARGEST:
         raise StorageError(f"{path} is damaged: it has {path.stat().st_size} bytes.")
