@@ -9,7 +9,8 @@ from typing import Any
 
 from pal_adapters.cli.main import reported
 from pal_adapters.cli.options import parse
-from pal_adapters.cli.shared import make_folder, versions, write_json, write_text
+from pal_adapters.cli.shared import make_folder, versions, write_json
+from pal_adapters.multitask.model.files import replace_text
 
 from .options import ClaimsOptions
 from .pictures import front, heat_maps
@@ -34,11 +35,11 @@ def run(args: ClaimsOptions, command: str) -> list[dict[str, Any]]:
     every = [line for lines in found.values() for line in lines]
     about = {"versions": versions(), "settings": args.settings() | {"tries": args.tries, "seeds": args.seeds}}
     write_json(output / "claims.json", about | {"command": command, "claims": found})
-    write_text(output / "table.md", table(every, command))
+    replace_text(output / "table.md", table(every, command))
     for claim, lines in found.items():
         front(lines, output / f"{claim}.png")
         heat_maps(lines, output)
-        write_text(output / f"{claim}.md", "\n\n".join(f"{line['says']}:\n\n{cells(line)}" for line in lines) + "\n")
+        replace_text(output / f"{claim}.md", "\n\n".join(f"{line['says']}:\n\n{cells(line)}" for line in lines) + "\n")
     return every
 
 

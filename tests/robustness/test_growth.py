@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -36,11 +37,13 @@ def calls(run: Callable[[], Any]) -> int:
         count += event == "call"
 
     before = sys.getprofile()
+    gc.disable()  # or finalizers of earlier models would count
     sys.setprofile(profile)
     try:
         run()
     finally:
         sys.setprofile(before)
+        gc.enable()
     return count
 
 

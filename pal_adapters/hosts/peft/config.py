@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftType, TaskType
 from torch import nn
 
 from pal_adapters.blocks.sites import Block
+from pal_adapters.blocks.walk import named_modules
 from pal_adapters.checks import (
     Check,
     boolean,
@@ -212,9 +213,10 @@ def check_kept_modules(config: Any, model: nn.Module) -> None:
     Raises:
         ConfigError: if a name is not the end of a module's name.
     """
-    names = [name for name, _ in model.named_modules() if name]
-    for kept in config.modules_to_save or ():
-        if kept not in _HEADS and not any(name.endswith(kept) for name in names):
+    wanted = [kept for kept in config.modules_to_save or () if kept not in _HEADS]
+    names = [name for name in named_modules(model, units=False) if name] if wanted else []
+    for kept in wanted:
+        if not any(name.endswith(kept) for name in names):
             top = [name for name, _ in model.named_children()]
             raise ConfigError(
                 f"modules_to_save has {kept!r}, which names no module: use the name of a module of the model or its "
