@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters.configuration import AdapterConfig, AdapterFusionConfig, ConfigUnion
+from adapters.configuration import (
+    ADAPTER_CONFIG_MAP,
+    ADAPTERFUSION_CONFIG_MAP,
+    AdapterConfig,
+    AdapterFusionConfig,
+    ConfigUnion,
+)
 from adapters.loading import AdapterFusionLoader, AdapterLoader, PredictionHeadLoader, WeightsLoaderHelper
 from adapters.model_mixin import ModelAdaptersMixin
 from adapters.utils import (
@@ -102,6 +108,8 @@ def load_weights_config(original: Any) -> Any:
             raise StorageError(f"{path} cannot be read ({error}): the folder is damaged, save it again.") from error
         if not isinstance(config, dict) or "config" not in config or "name" not in config:
             raise StorageError(f"{path} is not the configuration of something saved: it needs 'name' and 'config'.")
+        if not isinstance(config.get("version", ""), str):
+            raise StorageError(f"{path} has version={config['version']!r}: it needs a string.")
         return dict(original(self, save_directory))
 
     return wrapper
@@ -117,6 +125,8 @@ def _read(helper: WeightsLoaderHelper, folder: str) -> tuple[dict[str, Any], Pat
 def _check_adapter(model: ModelAdaptersMixin, file: dict[str, Any], path: Path, load_as: Any, leave_out: Any) -> None:
     name = load_as or file["name"]
     known = model.adapters_config.get(name)
+    if not _says_what(file["config"], ADAPTER_CONFIG_MAP):
+        raise StorageError(f"{path} has config={file['config']!r}: it needs a mapping, or names of presets.")
     try:
         config = AdapterConfig.load(file["config"])
     except PalAdaptersError as error:
@@ -134,6 +144,13 @@ def _check_adapter(model: ModelAdaptersMixin, file: dict[str, Any], path: Path, 
             f"the model has an adapter {name!r} with another config than {path}: delete it with delete_adapter, or "
             "pass load_as."
         )
+
+
+def _says_what(config: Any, presets: Mapping[str, Any]) -> bool:
+    """Whether a config in a file is one. The host takes other strings for paths, and a default for an empty one."""
+    if isinstance(config, str):
+        return all(part.partition("[")[0] in presets for part in config.split("|"))
+    return isinstance(config, Mapping) and bool(config)
 
 
 def _check_model(model: ModelAdaptersMixin, file: Mapping[str, Any], path: Path) -> None:
@@ -169,7 +186,7 @@ def _check_fusion(model: Any, file: dict[str, Any], path: Path, load_as: Any) ->
         raise type(error)(f"{path} does not fit: {error}") from error
     except TypeError as error:
         raise ConfigError(f"{path} has a config that neither adapters nor pal_adapters knows ({error}).") from error
-    if config is not None and not isinstance(config, (str, Mapping)):
+    if not _says_what(config, ADAPTERFUSION_CONFIG_MAP):
         raise ConfigError(f"{path} has config={config!r}: it needs a mapping, or the name of a preset.")
     name = load_as or file["name"]
     known, names = model.adapters_config.get_fusion(name)
