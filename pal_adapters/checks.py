@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from torch import nn
+
 from .errors import ConfigError
 
 LARGEST = 100_000
@@ -41,6 +43,9 @@ def shown(value: object) -> str:
     except Exception:  # a `repr` may raise anything; that of an integer with thousands of digits raises ValueError
         return f"<{type(value).__name__}>"
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+MODEL = Check("a loaded model, such as AutoModel.from_pretrained(...)", lambda value: isinstance(value, nn.Module))
 
 
 def boolean() -> Check:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pal_adapters.checks import MODEL, shown
 from pal_adapters.errors import ConfigError, UnsupportedError, how_to_install
 from pal_adapters.files import replacing
 
@@ -85,6 +86,9 @@ def export_program(model: nn.Module, inputs: Mapping[str, Tensor], **fixed: Any)
         logits = program.module()(**inputs)["logits"]
         ```
     """
+    MODEL("model", model)
+    if not isinstance(inputs, Mapping):
+        raise ConfigError(f"inputs={shown(inputs)} is not allowed: pass a mapping of tensors, as a tokenizer returns.")
     inputs = dict(inputs)
     _check(inputs, fixed)
     any_size = torch.export.Dim.DYNAMIC

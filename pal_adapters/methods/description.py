@@ -11,6 +11,7 @@ from pal_adapters.blocks import signatures
 from pal_adapters.blocks.norms import full_norms
 from pal_adapters.blocks.sites import Block, resolve
 from pal_adapters.blocks.survey import missed, survey
+from pal_adapters.checks import MODEL
 from pal_adapters.errors import SiteError
 from pal_adapters.hooks.attention_bias import refusal
 from pal_adapters.hosts.method import REGISTERED
@@ -82,6 +83,7 @@ def describe_sites(model: nn.Module) -> SitesTable:
         print(pal_adapters.describe_sites(model))
         ```
     """
+    MODEL("model", model)
     stacks = survey(model)
     known = [stack for stack in stacks if stack.blocks]
     lists = {block.stack for stack in known for block in stack.blocks}

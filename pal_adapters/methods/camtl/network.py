@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pal_adapters.checks import MODEL, string
 from pal_adapters.errors import ConfigError, UnknownAdapterError
 from pal_adapters.hosts.unchanged import all_or_nothing, keep_values
 from pal_adapters.hosts.which import host_of, is_peft_model
@@ -61,6 +62,8 @@ def _units(model: nn.Module, adapter_name: str) -> Iterator[tuple[nn.Module, Con
 
 
 def _found(model: nn.Module, adapter_name: str) -> list[tuple[nn.Module, ConditionalBlock]]:
+    MODEL("model", model)
+    string()("adapter_name", adapter_name)
     units = list(_units(model, adapter_name))
     if not units:
         raise UnknownAdapterError(f"adapter_name={adapter_name!r} is not the name of a ca_mtl adapter on this model.")
@@ -169,6 +172,8 @@ def train_tasks(model: nn.Module, tasks: Iterable[str] | None, adapter_name: str
     units, known = _found(model, adapter_name), list(_config(model, adapter_name).tasks)
     if isinstance(tasks, str):
         raise ConfigError(f"tasks={tasks!r} is not allowed: pass a list of names, [{tasks!r}].")
+    if tasks is not None and not isinstance(tasks, Iterable):
+        raise ConfigError(f"tasks={tasks!r} is not allowed: pass a list of names.")
     numbers = []
     for task in dict.fromkeys(tasks or ()):
         if task not in known:
