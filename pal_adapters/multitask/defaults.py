@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pal_adapters.checks import MODEL, string
 from pal_adapters.errors import ConfigError, how_to_install
 from pal_adapters.hosts.which import host_of, is_peft_model
 
@@ -46,6 +47,8 @@ def add_adapter(model: Any, name: str, config: Any) -> Any:
     Returns:
         The model; for the first PEFT adapter on it, the `PeftModel` that wraps it.
     """
+    MODEL("model", model)
+    string(empty=False)("name", name)
     peft = sys.modules.get("peft")  # a PEFT config can only exist once PEFT is imported
     if peft is not None and isinstance(config, peft.PeftConfig):
         if not is_peft_model(model):

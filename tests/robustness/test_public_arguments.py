@@ -10,6 +10,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import pal_adapters as pa
+import pal_adapters.multitask as mt
 from tests import zoo
 
 pytestmark = zoo.HOST_WARNINGS
@@ -37,6 +38,28 @@ def test_not_a_model(function: str, model: Any) -> None:
 def test_inputs_of_an_export(inputs: Any) -> None:
     with pytest.raises(pa.ConfigError, match=r"inputs=.* a mapping of tensors"):
         pa.export_program(torch.nn.Linear(2, 2), inputs)
+
+
+OF_TASKS: dict[str, Callable[[Any], Any]] = {
+    "head": lambda value: mt.Route(value),
+    "weight": lambda value: mt.Route("a", weight=value),
+    "regression": lambda value: mt.UncertaintySelector(regression=value),
+    "sizes": lambda value: mt.MultiTaskBatchSampler(value, 2),
+    "epoch": lambda value: mt.annealed_alpha(value, 3),
+    "epochs": lambda value: mt.annealed_alpha(1, value),
+    "alpha": lambda value: mt.task_probabilities([3, 4], value),
+    "train_size": lambda value: mt.load_toy_task("sentiment", train_size=value),
+    "test_size": lambda value: mt.load_toy_task("sentiment", test_size=value),
+    "seed": lambda value: mt.load_toy_task("sentiment", seed=value),
+    "model": lambda value: mt.add_adapter(value, "a", None),
+}
+
+
+@pytest.mark.parametrize("value", [-1, True, float("nan"), "", b"x", [None], object, (1, "a")], ids=repr)
+@pytest.mark.parametrize("argument", OF_TASKS)
+def test_arguments_of_multitask(argument: str, value: Any) -> None:
+    with pytest.raises(pa.ConfigError, match=rf"{argument}(=|\[| is)"):
+        OF_TASKS[argument](value)
 
 
 def test_tasks_are_names() -> None:

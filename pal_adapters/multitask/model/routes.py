@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from pal_adapters.checks import number, string
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
 from pal_adapters.hosts.which import host_of, is_peft_model
 
@@ -27,6 +28,10 @@ class Route:
     head: str
     adapter: Any = None
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        string(empty=False)("head", self.head)
+        number()("weight", self.weight)
 
 
 def adapter_host(backbone: Any) -> str | None:

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from pal_adapters.checks import require_one_of
+from pal_adapters.checks import either, mapping_of, number, optional, require_one_of, string
 from pal_adapters.errors import ConfigError
 from pal_adapters.multitask.model.heads import Kind
 from pal_adapters.multitask.tasks.collate import Batch
@@ -67,6 +67,7 @@ class UncertaintySelector:
     def __post_init__(self) -> None:
         require_one_of("score", self.score, ("code", "paper"))
         require_one_of("mode", self.mode, ("train", "eval"))
+        optional(mapping_of(either(number(), string(empty=False)), "numbers or tasks"))("regression", self.regression)
 
     def check(self, tasks: Iterable[Task]) -> None:
         """Raise `ConfigError` for a task whose examples cannot be scored: neither classification nor regression."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import Sampler
 
-from pal_adapters.checks import require_bool, require_int, require_one_of
+from pal_adapters.checks import number, require_bool, require_int, require_one_of, shown
 from pal_adapters.errors import ConfigError
 
 
@@ -51,8 +51,8 @@ def annealed_alpha(epoch: int, epochs: int) -> float:
         >>> annealed_alpha(13, 25)
         0.6
     """
-    if not 1 <= epoch <= epochs:
-        raise ValueError(f"epoch must lie between 1 and {epochs}, got {epoch}")
+    require_int("epochs", epochs, minimum=1)
+    require_int("epoch", epoch, minimum=1, maximum=epochs)
     return 1.0 if epochs == 1 else 1.0 - 0.8 * (epoch - 1) / (epochs - 1)
 
 
@@ -66,8 +66,9 @@ def task_probabilities(sizes: Sequence[int], alpha: float) -> np.ndarray:
     Returns:
         Probabilities `[t]`.
     """
-    if not len(sizes) or min(sizes) < 1:
-        raise ValueError(f"sizes must be positive and not empty, got {list(sizes)}")
+    if not isinstance(sizes, (Sequence, np.ndarray)) or not len(sizes) or min(sizes) < 1:
+        raise ConfigError(f"sizes={shown(sizes)} is not allowed: use a list of positive numbers, one for each task.")
+    number()("alpha", alpha)
     # Relative sizes first: the power of a large count may overflow.
     weights = (np.asarray(sizes, dtype=np.float64) / sum(sizes)) ** alpha
     return weights / weights.sum()
@@ -232,6 +233,9 @@ class MultiTaskBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         lengths: Sequence[Sequence[int] | np.ndarray] | Mapping[str, Sequence[int] | np.ndarray] | None = None,
     ) -> None:
+        for argument, value in (("sizes", sizes), ("lengths", lengths or ())):
+            if isinstance(value, (str, bytes)) or not isinstance(value, (Mapping, Sequence, np.ndarray)):
+                raise ConfigError(f"{argument}={shown(value)} is not allowed: use a list, or a dict by task.")
         named = dict(sizes) if isinstance(sizes, Mapping) else {str(i): size for i, size in enumerate(sizes)}
         if not named:
             raise ConfigError("sizes is empty: give the number of examples of at least one task.")

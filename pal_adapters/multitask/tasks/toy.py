@@ -15,6 +15,8 @@ from typing import Any
 import datasets
 import numpy as np
 
+from pal_adapters.checks import require_int
+
 from .task import Task
 from .types import TaskDataError
 
@@ -122,7 +124,10 @@ def load_toy_task(
         >>> len(data["train"]), task.num_labels
         (8, 1)
     """
-    if name not in TOY_TASKS:
+    require_int("train_size", train_size, minimum=1)
+    require_int("test_size", test_size, minimum=1)
+    require_int("seed", seed, minimum=0)
+    if not isinstance(name, str) or name not in TOY_TASKS:
         raise TaskDataError(f"unknown toy task {name!r}; allowed: {', '.join(sorted(TOY_TASKS))}")
     task = TOY_TASKS[name]
     # A generator for each task and split, so that the size of one does not change the examples of another.

@@ -42,13 +42,15 @@ def test_probabilities_add_up() -> None:
 
 @pytest.mark.parametrize(("epoch", "epochs"), [(0, 5), (6, 5)])
 def test_epochs_outside_of_the_run(epoch: int, epochs: int) -> None:
-    with pytest.raises(ValueError, match=f"between 1 and {epochs}, got {epoch}"):
+    with pytest.raises(
+        ValueError, match=f"epoch={epoch} is not allowed: use an integer of at least 1, at most {epochs}"
+    ):
         annealed_alpha(epoch, epochs)
 
 
 @pytest.mark.parametrize("sizes", [[], [0, 3]])
 def test_tasks_without_rows(sizes: list[int]) -> None:
-    with pytest.raises(ValueError, match="sizes must be positive"):
+    with pytest.raises(ValueError, match=r"sizes=\[.*\] is not allowed: use a list of positive numbers"):
         task_probabilities(sizes, 1.0)
 
 
