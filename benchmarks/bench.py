@@ -3,7 +3,7 @@
     python benchmarks/bench.py [--json OUT] [--write-docs docs/results/speed.md]
     python benchmarks/bench.py --quick                  # tiny sizes: only shows that everything runs
     python benchmarks/bench.py --device cuda            # bfloat16, eager and compiled
-    python benchmarks/bench.py --only "peft pal"        # bounds whose line contains the text
+    python benchmarks/bench.py --only "peft pal" --json OUT    # bounds whose line contains the text; others stay
 
 Each time is a ratio within one run: base, variant and base alternate, and the median over the rounds counts. The
 command ends within `--minutes`: every bound has a share of the time that is left, and runs as many rounds as fit.
@@ -89,6 +89,8 @@ def main() -> None:
     print(report.text(result["bounds"]))
     verdicts = [row["verdict"].partition(":")[0] for row in result["bounds"] if row["limit"] is not None]
     print("\n" + ", ".join(f"{verdicts.count(v)} {v}" for v in ("reached", "not reached", "not measured")))
+    if options.json and options.only and options.json.is_file():
+        result = report.with_earlier(options.json, result)
     if options.json:
         report.write_json(options.json, result)
     if options.write_docs:

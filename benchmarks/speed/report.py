@@ -74,6 +74,25 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def with_earlier(path: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """The rows of an earlier result with those that `result` measured again in their places.
+
+    Raises:
+        SystemExit: if the versions or the machine are others.
+    """
+    earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for part in ("versions", "machine"):
+        if earlier[part] != result[part]:
+            raise SystemExit(f"{path} has {part} {earlier[part]}, not {result[part]}: measure all bounds again.")
+    again = {_key(row): row for row in result["bounds"]}
+    rows = [again.pop(_key(row), row) for row in earlier["bounds"]]
+    return {**result, "bounds": [*rows, *again.values()]}
+
+
+def _key(row: Row) -> tuple[str, str, str]:
+    return row["what"], row["of"], row["mode"]
+
+
 def write_docs(path: Path, result: dict[str, Any]) -> None:
     """Replace the tables between the two marks of a page."""
     page = path.read_text(encoding="utf-8")

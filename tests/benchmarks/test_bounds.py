@@ -57,6 +57,20 @@ def test_table(speed: Any, tmp_path: pathlib.Path) -> None:
     assert page.read_text() == written
 
 
+def test_some_bounds_measured_again_keep_the_others(speed: Any, tmp_path: pathlib.Path) -> None:
+    def row(of: str, value: float) -> dict[str, Any]:
+        return {"what": "a step", "of": of, "mode": "eager", "value": value}
+
+    path = tmp_path / "bounds.json"
+    result = {"versions": {"torch": "2"}, "machine": {"threads": 2}, "bounds": [row("a", 1.0), row("b", 2.0)]}
+    speed.report.write_json(path, result)
+    again = {**result, "bounds": [row("c", 5.0), row("a", 4.0)]}
+    found = speed.report.with_earlier(path, again)
+    assert found["bounds"] == [row("a", 4.0), row("b", 2.0), row("c", 5.0)]
+    with pytest.raises(SystemExit, match="measure all bounds again"):
+        speed.report.with_earlier(path, {**again, "machine": {"threads": 16}})
+
+
 def test_what_a_step_keeps_is_counted_once(speed: Any) -> None:
     import torch
 
