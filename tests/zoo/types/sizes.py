@@ -224,7 +224,12 @@ def small(config: dict[str, Any], size: Size) -> dict[str, Any]:
 
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_expand": 2, "mamba_d_state": 8}
 _SWIN = {"embed_dim": 16, "window_size": 2, "patch_size": 4}
-_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+_MROPE = {
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0,
+    },
+}  # fmt: skip
+_MROPE_TEXT = {"text_config": _MROPE}
 _ONE = ("q_groups", "k_groups", "v_groups", "post_attention_groups", "intermediate_groups", "output_groups")
 # What the names of the fields do not tell.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -237,14 +242,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "expand": 2, "state_size": 8},
     "nemotron": {"num_key_value_heads": 2},
-    "qwen2_vl": {"text_config": _MROPE},
-    "qwen2_5_vl": {"text_config": _MROPE},
-    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), _MROPE),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glm_image"), _MROPE_TEXT),
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_ocr_text", "glm_image_text"), _MROPE),
+    "glm4v_moe_text": {**_MROPE, "partial_rotary_factor": 1.0},
     "audio-spectrogram-transformer": {"max_length": 64, "num_mel_bins": 16, "patch_size": 8, "frequency_stride": 8,
                                       "time_stride": 8},
     **dict.fromkeys(("swin", "swinv2", "donut-swin"), _SWIN),
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0, "mask_token_id": 3, "token_dropout": False},
     "squeezebert": {"embedding_size": 32, **dict.fromkeys(_ONE, 1)},
     "lilt": {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4},
+    "xmod": {"default_language": "en_XX"},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mistral4": {"head_dim": 8, "num_key_value_heads": 4, "v_head_dim": 8,
+                 "qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
     "t5": {"decoder_start_token_id": 0},
 }  # fmt: skip
