@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pal_adapters.errors import UnsupportedError
+from pal_adapters.nn.tracing import tracing
 
 from .origin import uses
 from .sites import Block
@@ -127,7 +128,7 @@ def check_whole(name: str, mask: Any, length: int, kwargs: dict[str, Any], *, ca
         UnsupportedError: if so.
     """
     seen = _reach(mask, length)
-    if seen == length == 1 and causal and not torch.compiler.is_compiling():
+    if seen == length == 1 and causal and not tracing():
         position = kwargs.get("cache_position", kwargs.get("position_ids"))
         if isinstance(position, Tensor) and position.numel() and not position.is_floating_point():
             seen = int(position.min()) + 1
@@ -145,7 +146,7 @@ def _reach(mask: Any, length: int) -> int:
         return length
     keys = mask.shape[-1]
     if keys == length + 1 and mask.dim() == 4:
-        if torch.compiler.is_compiling():
+        if tracing():
             return length
         last = mask[:, :, -1, -1]  # the last token sees itself, which is the last key of a call with a cache
         return keys if bool((last if last.dtype == torch.bool else last == 0).any()) else length

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from pal_adapters.blocks.signatures import CHECKPOINTS_FORWARD
+from pal_adapters.nn.tracing import tracing
 
 
 class CallValue(threading.local):
@@ -44,11 +45,6 @@ class CallValue(threading.local):
         return type(self), ()
 
 
-def exporting() -> bool:
-    """Whether `torch.export` is tracing this call, where sizes are symbols and values are unknown."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-
-
 class CallLock:
     """A re-entrant lock. Copies start unlocked."""
 
@@ -58,7 +54,7 @@ class CallLock:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the lock. A compiled graph reads the parameters directly and swaps nothing, so it needs none."""
-        if torch.compiler.is_compiling():
+        if tracing():
             yield
             return
         with self._lock:

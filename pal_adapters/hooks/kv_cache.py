@@ -25,6 +25,7 @@ from transformers.cache_utils import (
 )
 
 from pal_adapters.errors import UnsupportedError
+from pal_adapters.nn.tracing import tracing
 
 _SLOTS = "_pal_adapters_slots"
 
@@ -193,7 +194,7 @@ class TaskCache:
         layer = self._own_layer((self._owner, slot, tokens.shape[2]), host, _layer_of_all)
         wide = tokens.unsqueeze(1)
         held, _, earlier = self._append(slot, layer, host, wide, wide, rows, batch)
-        if isinstance(earlier, Tensor) and not torch.compiler.is_compiling():
+        if isinstance(earlier, Tensor) and not tracing():
             earlier = int(earlier)
         return _recent(held.squeeze(1), earlier, length, last), earlier
 
@@ -266,7 +267,7 @@ class TaskCache:
 
     def _check(self, slot: object, layer: Any, length: int, seen: Any) -> None:
         # Reading the length of a static cache waits for the device: only done for an empty slot.
-        if seen is None or (isinstance(seen, Tensor) and (layer.started or torch.compiler.is_compiling())):
+        if seen is None or (isinstance(seen, Tensor) and (layer.started or tracing())):
             return
         before, own = int(seen) - length, layer.get_seq_length() if layer.started else 0
         if before != own:

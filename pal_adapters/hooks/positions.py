@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from pal_adapters.blocks import signatures
 from pal_adapters.blocks.sites import Block
 from pal_adapters.errors import UnsupportedError
+from pal_adapters.nn.tracing import exporting
 
-from .call import CallValue, exporting
+from .call import CallValue
 from .masks import CallMask
 
 

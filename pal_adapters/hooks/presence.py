@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import nn
 
 from pal_adapters.blocks.sites import Block
+from pal_adapters.nn.tracing import tracing
 
 
 class Presence:
@@ -26,7 +26,7 @@ class Presence:
 
     def holds(self) -> bool:
         """Whether the block, or something around it, is still at its place."""
-        if torch.compiler.is_compiling():
+        if tracing():
             return True
         found = self._at_its_place()
         if found is self._found[0]:

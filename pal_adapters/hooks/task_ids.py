@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
+from pal_adapters.nn.tracing import tracing
 from pal_adapters.nn.unit import BatchTasks, batch_tasks
 
 from .call import CallValue
@@ -64,7 +65,7 @@ def task_numbers(ids: Any, tasks: Sequence[str], batch: int, *, repeated: bool =
                 f"task_ids of type {ids.dtype} and shape {list(ids.shape)} is not allowed: pass integers of shape "
                 "[batch]."
             )
-        if torch.compiler.is_compiling():
+        if tracing():
             numbers = ids.long()
         else:  # this waits for the device, once a forward pass
             numbers = torch.tensor([_number(task, tasks) for task in ids.tolist()], dtype=torch.long)
@@ -126,7 +127,7 @@ class TaskRows:
     def of(self, tasks: Sequence[str], batch: int, device: torch.device) -> BatchTasks:
         """The task of each example, on a device; see `task_numbers`."""
         given = self.call.value or _Given()
-        if torch.compiler.is_compiling():
+        if tracing():
             return batch_tasks(task_numbers(given.ids, tasks, batch, repeated=given.repeated)).to(device)
         key = (tuple(tasks), batch, device)
         if key not in given.known:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from pal_adapters.blocks.sites import Block
 from pal_adapters.blocks.walk import named_modules, parameters
+from pal_adapters.nn.tracing import tracing
 from pal_adapters.nn.unit import key_of
 
 Slots = dict[str, list[tuple[nn.Module, str]]]
@@ -103,14 +103,14 @@ class BaseCopies:
         An attribute hides the parameter of its name without replacing it, so `state_dict` and `parameters`, which
         other threads may call meanwhile, still give the originals. Tracing only follows parameters.
         """
-        tracing = torch.compiler.is_compiling()
+        traced = tracing()
         kept: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for key, places in self.slots.items():
                 copy = self.copies[key_of(key)]
                 for module, name in places:
                     original: Any = module._parameters[name]
-                    read: dict[str, Any] = module._parameters if tracing else module.__dict__
+                    read: dict[str, Any] = module._parameters if traced else module.__dict__
                     kept.append((read, name, read.get(name)))
                     read[name] = copy if copy.dtype == original.dtype else copy.to(original.dtype)
             yield

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from pal_adapters.errors import UnsupportedError
 
+from .tracing import tracing
+
 
 class KeyValueCache(Protocol):
     """What a unit keeps of earlier tokens during generation.
@@ -274,6 +276,6 @@ def batch_tasks(numbers: Tensor) -> BatchTasks:
     Absent tasks then cost nothing and do not change the rounding of the others. In a compiled graph, where sizes must
     not depend on values, every task counts as present.
     """
-    if torch.compiler.is_compiling():
+    if tracing():
         return BatchTasks(None, numbers)
     return BatchTasks(*numbers.unique(return_inverse=True))

@@ -12,8 +12,8 @@ from adapters.methods.adapter_layer_base import ComposableAdapterLayerBase
 from torch import Tensor
 
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
-from pal_adapters.hooks.call import exporting
 from pal_adapters.hooks.task_ids import is_number
+from pal_adapters.nn.tracing import exporting
 from pal_adapters.nn.unit import UnitInputs
 
 COMPOSITIONS = [Stack, Fuse, Split, Parallel, BatchSplit, Average, MultiTask]

@@ -21,9 +21,9 @@ from pal_adapters.blocks.sites import Block, mark_added, resolve
 from pal_adapters.blocks.walk import named_modules, parameters
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.attachment import Attachment
-from pal_adapters.hooks.call import exporting
 from pal_adapters.hooks.rows import RowPlan, run_rows, run_unit
 from pal_adapters.hosts.method import generator_for
+from pal_adapters.nn.tracing import exporting
 from pal_adapters.nn.unit import TaskUnit, UnitDict, UnitInputs
 
 from .composition import State, ValueComposition, architectures, grow, task_children, task_input

@@ -16,6 +16,7 @@ from pal_adapters.hooks.network import NetworkHooks
 from pal_adapters.hooks.network_copies import give_copies
 from pal_adapters.hooks.task_ids import ARGUMENT, task_numbers
 from pal_adapters.hosts.method import generator_for
+from pal_adapters.nn.tracing import tracing
 from pal_adapters.nn.unit import BatchTasks, TaskUnit, batch_tasks
 
 from .config import given_configs
@@ -97,7 +98,7 @@ class LayerNetwork:
         # Every block asks: read `task_ids`, which may be on a GPU, once per forward pass.
         known: dict[Any, BatchTasks] = {}
         ids = getattr(context, "task_ids", None)
-        if torch.compiler.is_compiling():  # sizes may be symbols, which cannot be looked up
+        if tracing():  # sizes may be symbols, which cannot be looked up
             return batch_tasks(task_numbers(ids, tasks, batch)).to(device)
         if context is not None:
             known = context.__dict__.setdefault("pal_adapters_batch_tasks", known)

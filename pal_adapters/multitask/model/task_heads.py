@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pal_adapters.checks import require_one_of
-from pal_adapters.hooks.call import exporting
 from pal_adapters.hosts.unchanged import all_or_nothing
+from pal_adapters.nn.tracing import exporting
 
 from .adding import new_route
 from .base import base_names, base_tensors, check_backbone
