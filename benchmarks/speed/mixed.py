@@ -169,6 +169,22 @@ def memory_ratio(build: Build, setting: Setting, seconds: float) -> Measured:
     return Measured(build(setting, "MiniLM", 8, 32, 32).kept())
 
 
+def products(inner: int, outer: int, rows: int, tokens: int, setting: Setting, seconds: float) -> Measured:
+    """The bare products of eight tasks over that of one, forward and backward, for a weight `[outer, inner]`."""
+    tokens = setting.tokens(tokens)
+    x = torch.randn(rows, tokens, inner, device=setting.device, dtype=setting.dtype, requires_grad=True)
+    weights = [
+        torch.randn(outer, inner, device=setting.device, dtype=setting.dtype, requires_grad=True) for _ in range(8)
+    ]
+
+    def run(count: int) -> None:
+        parts = zip(x.split(rows // count), weights, strict=False)
+        y = torch.cat([torch.nn.functional.linear(part, weight) for part, weight in parts])
+        torch.autograd.grad(y, [x, *weights[:count]], torch.ones_like(y))
+
+    return interleaved(functools.partial(run, 1), functools.partial(run, 8), seconds, setting, most=201)
+
+
 def bounds() -> Iterator[Bound]:
     """All bounds of this section, the most important first."""
     for size, rows, tokens, limit, of, weight in (
@@ -193,3 +209,9 @@ def bounds() -> Iterator[Bound]:
     for name, build in {**OURS, **PEERS}.items():
         limit = None if name in PEERS else 1.15
         yield Bound(1, what, name, limit, functools.partial(forward_ratio, build, 64, 64), 2.0, floor=1.0)
+    what = "bare products of torch, 8 tasks / 1 task, forward and backward, {rows} x {tokens} tokens"
+    for rows, tokens in ((32, 32), (32, 128), (16, 32), (16, 128)):
+        widths = ((126, 126), (384, 126), (384, 1536)) if rows == 32 else ((204, 204), (768, 204))
+        for inner, outer in widths:
+            measure = functools.partial(products, inner, outer, rows, tokens)
+            yield Bound(1, what.format(rows=rows, tokens=tokens), f"{inner} to {outer}", None, measure, 0.1)

@@ -12,16 +12,22 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 import pal_adapters
+from pal_adapters.nn.unit import TaskUnit
 
 from .measure import Bound, Measured, Setting, forward, interleaved
 from .mixed import lora
 
 
 def adapted(config: Any, model: Any, setting: Setting) -> Any:
-    """A model with one adapter: in PEFT for a function that makes a config, in `adapters` for a name."""
+    """A model with one adapter: in PEFT for a function that makes a config, in `adapters` for a name.
+
+    None only prepares the model for `adapters`.
+    """
     if callable(config):
         return setting.place(peft.get_peft_model(model, config())).eval()
     adapters.init(model)
+    if config is None:
+        return setting.place(model).eval()
     model.add_adapter("t", config=config)
     model.set_active_adapters("t")
     return setting.place(model).eval()
@@ -32,9 +38,24 @@ def decoder_lora() -> peft.LoraConfig:
     return peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], lora_alpha=16)
 
 
-def encoder(config: Any, setting: Setting, seconds: float) -> Measured:
+def unchanged(site: str, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    """The forward of a module that adds nothing."""
+    return value
+
+
+def hooks_alone(model: Any) -> Any:
+    """The model with everything that calls its task modules, which do nothing."""
+    for unit in model.modules():
+        if isinstance(unit, TaskUnit):
+            unit.forward = unchanged
+    return model
+
+
+def encoder(
+    config: Any, setting: Setting, seconds: float, change: Callable[[Any], Any] = lambda model: model
+) -> Measured:
     """One example of 16 tokens, over the plain model."""
-    plain, model = setting.bert("BERT-base"), adapted(config, setting.bert("BERT-base"), setting)
+    plain, model = setting.bert("BERT-base"), change(adapted(config, setting.bert("BERT-base"), setting))
     batch = setting.batch(1, 16)
     steps = (functools.partial(forward, setting.call(one), batch) for one in (plain, model))
     return interleaved(*steps, seconds, setting)
@@ -58,9 +79,11 @@ def decode(model: Any, ids: torch.Tensor, tokens: int) -> None:
             cache = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).past_key_values
 
 
-def decoding(config: Any, setting: Setting, seconds: float) -> Measured:
+def decoding(
+    config: Any, setting: Setting, seconds: float, change: Callable[[Any], Any] = lambda model: model
+) -> Measured:
     """Sixteen tokens after a prompt of 16, over the plain model."""
-    plain, model = decoder(setting), adapted(config, decoder(setting), setting)
+    plain, model = decoder(setting), change(adapted(config, decoder(setting), setting))
     ids = setting.batch(1, 16)["input_ids"]
     tokens = setting.tokens(16)
     steps = (functools.partial(decode, setting.call(one), ids, tokens) for one in (plain, model))
@@ -91,3 +114,16 @@ def bounds() -> Iterator[Bound]:
     yield Bound(2, what, "adapters low_rank", DECODER["low_rank"], functools.partial(decoding, "low_rank"))
     yield Bound(2, what, "peft lora (host)", None, functools.partial(decoding, decoder_lora), 0.7)
     yield Bound(2, what, "adapters seq_bn (host)", None, functools.partial(decoding, "seq_bn"), 0.7)
+    yield from shares()
+
+
+def shares() -> Iterator[Bound]:
+    """What the hooks alone cost: the rest is the arithmetic of the modules."""
+    for what, measure in {
+        "hooks without their modules / plain model, BERT-base size, 1 x 16 tokens": encoder,
+        "hooks without their modules / plain model, decoding, 8 blocks of width 512": decoding,
+    }.items():
+        for name, config in PEFT_CONFIGS.items():
+            yield Bound(2, what, f"peft {name}", None, functools.partial(measure, config, change=hooks_alone), 0.7)
+        yield Bound(2, what, "adapters pal", None, functools.partial(measure, "pal", change=hooks_alone), 0.7)
+        yield Bound(2, what, "adapters without an adapter (host)", None, functools.partial(measure, None), 0.7)
