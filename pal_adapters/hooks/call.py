@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -67,9 +67,35 @@ class CallLock:
         return CallLock, ()
 
 
+# Where a module keeps the function that runs parts of it again: modules of transformers, and the wrapper
+# `CheckpointWrapper` of torch, which FSDP puts around blocks.
+_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
+
+
+def checkpoints(module: nn.Module) -> bool:
+    """Whether a module has parts run again in the backward pass."""
+    return bool(getattr(module, "gradient_checkpointing", False)) or "checkpoint_fn" in module.__dict__
+
+
+def runs_again() -> bool:
+    """Whether this thread is in a backward pass, where activation checkpointing runs modules again."""
+    return not tracing() and torch._C._current_graph_task_id() != -1
+
+
 # The wrappers of the `forward` of the block that is about to be checkpointed, the outermost first.
 _AROUND = CallValue()
 Around = Callable[..., Any]
+
+
+class Kept(Protocol):
+    """What a module that runs again gets back, such as a `CallValue`."""
+
+    @property
+    def value(self) -> Any:
+        """What is in force now."""
+
+    def bound(self, value: Any) -> AbstractContextManager[Any]:
+        """Bring it in force."""
 
 
 class Rerun:
@@ -80,7 +106,7 @@ class Rerun:
         values: the call values to restore.
     """
 
-    def __init__(self, function: Callable[..., Any], values: tuple[CallValue, ...]) -> None:
+    def __init__(self, function: Callable[..., Any], values: tuple[Kept, ...]) -> None:
         self.function = function
         self.values = values
 
@@ -91,7 +117,7 @@ class Rerun:
 
 
 def _again(
-    given: tuple[tuple[CallValue, Any], ...],
+    given: tuple[tuple[Kept, Any], ...],
     around: tuple[Around, ...],
     run: Callable[..., Any],
     *args: Any,
@@ -108,16 +134,17 @@ def _again(
         return run(*args, **kwargs)
 
 
-def bind_reruns(modules: Iterable[nn.Module], *values: CallValue) -> None:
+def bind_reruns(modules: Iterable[nn.Module], *values: Kept) -> None:
     """Give these values to whatever the modules re-run in the backward pass."""
     for module in modules:
-        function: Any = module.__dict__.get("_gradient_checkpointing_func")
-        if function is None:
-            continue
-        if not isinstance(function, Rerun):
-            module._gradient_checkpointing_func = Rerun(function, values)  # type: ignore[assignment]
-        elif missing := tuple(value for value in values if not any(value is known for known in function.values)):
-            function.values = (*function.values, *missing)
+        for name in _FUNCTIONS:
+            function: Any = module.__dict__.get(name)
+            if function is None:
+                continue
+            if not isinstance(function, Rerun):
+                setattr(module, name, Rerun(function, values))
+            elif missing := tuple(value for value in values if not any(value is known for known in function.values)):
+                function.values = (*function.values, *missing)
 
 
 def run_around(block: Any, around: Around, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 pytest.importorskip("adapters")
 
 import adapters
-from adapters import AdapterSetup
+from adapters import AdapterSetup, ForwardContext
 from adapters.composition import Average, BatchSplit, Fuse, MultiTask, Parallel, Stack
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import pal_adapters as pa
 from tests.hosts.adapters.tiny import SMALL, randomise
 
-from .threads import CALLS, check, ids_of, mask_of
+from .threads import CALLS, check, ids_of, loss_of, mask_of
 
 TASKS = ["rte", "sst", "qqp"]
 CONFIGS = {**SMALL, "union": adapters.ConfigUnion(pa.PALConfig(hidden_size=12), adapters.SeqBnConfig())}
@@ -162,7 +162,7 @@ def test_backward_passes_elsewhere(checkpointed: bool) -> None:
             with AdapterSetup(setup):
                 more = {"task_ids": tasks_of(number)} if isinstance(setup, MultiTask) else {}
                 output = model(input_ids=ids, attention_mask=mask_of(ids), **more).last_hidden_state
-            total = total + (1 + number) * output.square().mean()
+            total = total + (1 + number) * loss_of(output)
         if elsewhere:
             worker = threading.Thread(target=total.backward)
             worker.start()
@@ -173,11 +173,57 @@ def test_backward_passes_elsewhere(checkpointed: bool) -> None:
 
     model.train()
     expected = gradients(elsewhere=False)
+    assert max(float(g.abs().max()) for g in expected if g is not None) > 1e-3
     if checkpointed:
         model.gradient_checkpointing_enable()
     for a, b in zip(gradients(elsewhere=True), expected, strict=True):
         assert (a is None) == (b is None)
         assert a is None or b is None or torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_setups_in_one_forward_context(method: str) -> None:
+    """A hook in front of the blocks calls the model again, and a caller opens the host's context around its calls."""
+    model = build(method)
+    expected = {}
+    for name in TASKS:
+        with AdapterSetup(name):
+            expected[name] = sequence(model, 1)
+    assert not torch.allclose(expected["rte"], expected["sst"], atol=1e-4)
+    seen: list[Tensor] = []
+
+    def hook(*_: Any) -> None:
+        handle.remove()
+        with AdapterSetup("sst"):
+            seen.append(sequence(model, 1))
+
+    handle = model.embeddings.register_forward_hook(hook)
+    with AdapterSetup("rte"):
+        assert torch.equal(sequence(model, 1), expected["rte"])
+    assert torch.equal(seen[0], expected["sst"])
+    with ForwardContext(model):
+        for name in TASKS:
+            with AdapterSetup(name):
+                assert torch.equal(sequence(model, 1), expected[name])
+
+
+def test_checkpointed_setups_in_one_forward_context() -> None:
+    """The host restores the context for a block that runs again, but not which of the setups was the block's."""
+    model = build("pal").train()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+
+    def loss(*names: str) -> Tensor:
+        total = torch.zeros(())
+        with ForwardContext(model):
+            for name in names:
+                with AdapterSetup(name):
+                    total = total + loss_of(model(input_ids=ids_of(1)).last_hidden_state)
+        return total
+
+    loss("rte").backward()
+    with pytest.raises(pa.UnsupportedError, match="use one AdapterSetup per call"):
+        loss("rte", "sst").backward()
 
 
 class Stop(BaseException):

@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, G
 import pal_adapters as pa
 from tests import zoo
 
-from .threads import CALLS, check, ids_of, mask_of, randomise
+from .threads import CALLS, check, ids_of, loss_of, mask_of, randomise
 
 pytestmark = zoo.HOST_WARNINGS
 TASKS = ["rte", "sst", "qqp"]
@@ -168,7 +168,7 @@ def test_backward_passes_in_threads() -> None:
         ids = ids_of(number)
         names = tasks_of(number)
         value = model(input_ids=ids, attention_mask=mask_of(ids), adapter_names=names).last_hidden_state
-        return torch.autograd.grad(value.square().sum(), parameters)
+        return torch.autograd.grad(loss_of(value), parameters)
 
     check(call)
 
@@ -190,7 +190,7 @@ def test_checkpointed_blocks_run_again_in_another_thread(kind: str, reentrant: b
     def values(number: int) -> Tensor:
         ids = ids_of(number)
         more = {} if kind == "active adapter" else {kind: tasks_of(number)}
-        return model(input_ids=ids, attention_mask=mask_of(ids), **more).last_hidden_state.square().mean()
+        return loss_of(model(input_ids=ids, attention_mask=mask_of(ids), **more).last_hidden_state)
 
     def gradients(*, elsewhere: bool) -> list[Tensor | None]:
         for parameter in trained:
@@ -208,6 +208,7 @@ def test_checkpointed_blocks_run_again_in_another_thread(kind: str, reentrant: b
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     for elsewhere in (False, True):
         found = gradients(elsewhere=elsewhere)
+        assert max(float(g.abs().max()) for g in found if g is not None) > 1e-3
         for a, b in zip(found, expected, strict=True):
             assert (a is None) == (b is None)
             assert a is None or b is None or torch.allclose(a, b, atol=1e-6)
@@ -303,6 +304,27 @@ def test_a_call_inside_a_call() -> None:
     with pytest.raises(pa.UnsupportedError, match="called from within itself"):
         sequence(model, 0)
     assert torch.equal(sequence(model, 0), expected)
+
+
+@pytest.mark.parametrize("outer", [None, ["sst"] * 4])
+@pytest.mark.parametrize("inner", [None, ["qqp"] * 4])
+@pytest.mark.parametrize("method", ["pal", "houlsby"])
+def test_a_call_in_front_of_the_blocks_of_a_call(
+    method: str, inner: list[str] | None, outer: list[str] | None
+) -> None:
+    """A hook on the embeddings calls the model with its own `adapter_names`, or with none."""
+    model = adapt(encoder(), CONFIGS[method], tuple(TASKS))
+    given = [{} if names is None else {"adapter_names": names} for names in (inner, outer)]
+    expected = [sequence(model, number, **more) for number, more in enumerate(given)]
+    seen: list[Tensor] = []
+
+    def hook(*_: Any) -> None:
+        handle.remove()
+        seen.append(sequence(model, 0, **given[0]))
+
+    handle = model.get_base_model().embeddings.register_forward_hook(hook)
+    assert torch.equal(sequence(model, 1, **given[1]), expected[1])
+    assert torch.equal(seen[0], expected[0])
 
 
 def test_copies_made_in_the_middle_of_a_call() -> None:

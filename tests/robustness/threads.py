@@ -40,6 +40,12 @@ def mask_of(ids: Tensor, *, left: bool = False) -> Tensor:
     return mask
 
 
+def loss_of(states: Tensor) -> Tensor:
+    """A loss of hidden states. Behind a layer norm, the sum of their squares would hardly depend on anything."""
+    direction = torch.randn(states.shape[-1], generator=torch.Generator().manual_seed(3)).to(states.dtype)
+    return (states @ direction).tanh().mean()
+
+
 def check(call: Callable[[int], Any], *, variants: int = 5, calls: int = CALLS, threads: int = THREADS) -> None:
     """`call(number)` gives a tensor, or several, that depends on the number alone, whatever other threads do."""
     expected = [_tensors(call(number)) for number in range(variants)]

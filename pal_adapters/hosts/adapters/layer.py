@@ -21,6 +21,7 @@ from pal_adapters.blocks.sites import Block, mark_added, resolve
 from pal_adapters.blocks.walk import named_modules, parameters
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.attachment import Attachment
+from pal_adapters.hooks.call import checkpoints, runs_again
 from pal_adapters.hooks.rows import RowPlan, run_rows, run_unit
 from pal_adapters.hosts.method import generator_for
 from pal_adapters.nn.tracing import exporting
@@ -28,6 +29,7 @@ from pal_adapters.nn.unit import TaskUnit, UnitDict, UnitInputs
 
 from .composition import State, ValueComposition, architectures, grow, task_children, task_input
 from .config import TaskAdapterConfig, any_registered, fusable_methods, task_configs
+from .in_force import setup_in_force
 from .network import LayerNetwork
 
 mark_added(AdapterLayerBase)
@@ -60,6 +62,8 @@ class TaskLayer(ValueComposition, nn.Module):
             layer.pal_adapters_task_layer = (self,)
         self.link(model, block)
         self.network: LayerNetwork | None = None
+        # Whether there have been calls in an `AdapterSetup` in training.
+        self._given = False
 
     def link(self, model: nn.Module, block: Block) -> None:
         """Set the model that holds the shared parameters, and the block as numbered in this model.
@@ -237,7 +241,7 @@ class TaskLayer(ValueComposition, nn.Module):
         key = (id(setup), len(names))
         if key not in plans:
             model = self._model[0]
-            again = model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+            again = model.training and any(map(checkpoints, model.modules()))
             plans[key] = RowPlan(names, keep=context is not None and not again, numbers=numbers)
         return plans[key]
 
@@ -247,14 +251,15 @@ class TaskLayer(ValueComposition, nn.Module):
         """The active setup, even if this block has none of its modules."""
         if self.adapters_config.skip_layers is not None and self.layer_idx in self.adapters_config.skip_layers:
             return None
-        given = AdapterSetup.get_context()
-        setup = self.adapters_config.active_setup if given is None else given.adapter_setup
-        context = ForwardContext.get_context()
-        if context is None:
-            return setup
-        # Activation checkpointing reruns a block with the forward context restored, but outside `with
-        # AdapterSetup(...)`: keep the setup in the forward context.
-        return context.__dict__.setdefault("pal_adapters_setup", setup)
+        if AdapterSetup.get_context() is not None:
+            self._given |= self.training
+        elif self._given and ForwardContext.get_context() is None and runs_again():
+            raise UnsupportedError(
+                f"{self.block.name} runs again in the backward pass outside of a call of the model, so the "
+                "AdapterSetup of that call is not known: turn activation checkpointing on with "
+                "model.gradient_checkpointing_enable(), or checkpoint the call of the whole model."
+            )
+        return setup_in_force(self.adapters_config.active_setup)
 
     def get_active_setup(self) -> AdapterCompositionBlock | None:
         setup = self.setup()

@@ -19,7 +19,7 @@ from pal_adapters.blocks.sites import Block, mark_added
 from pal_adapters.blocks.walk import named_modules
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.attachment import Attachment
-from pal_adapters.hooks.call import CallValue
+from pal_adapters.hooks.call import CallValue, runs_again
 from pal_adapters.hooks.rows import RowPlan, run_rows, run_unit
 from pal_adapters.hosts.method import Method
 from pal_adapters.nn.unit import TaskUnit, UnitInputs
@@ -29,12 +29,14 @@ from .joint import mark_base
 # Kept outside the models, so that `unload` leaves nothing behind.
 _PLANS: WeakKeyDictionary[nn.Module, CallValue] = WeakKeyDictionary()
 _LOCK = threading.Lock()
+# In place of a `RowPlan` in calls without `adapter_names`.
+ACTIVE = "the active adapters"
 
 mark_added(BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 def plans_of(model: nn.Module) -> CallValue:
-    """Where a base model keeps the `RowPlan` of each thread's current call."""
+    """Where a base model keeps the `RowPlan` of each thread's current call; `ACTIVE` if it has no `adapter_names`."""
     with _LOCK:
         return _PLANS.setdefault(model, CallValue())
 
@@ -56,6 +58,8 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self._model = (model,)
         self._near = (near,)
         self.plans = plans_of(model)
+        # Whether there have been calls with `adapter_names` and gradients.
+        self.routes_training = False
         self.in_features = self.out_features = width
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -65,8 +69,19 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     @property
     def plan(self) -> RowPlan | None:
-        """The adapter of each example while `adapter_names` applies in this thread."""
-        return self.plans.value
+        """The adapter of each example while `adapter_names` applies in this thread.
+
+        Raises:
+            UnsupportedError: if something runs a part of a model again without its call, whose names are not known.
+        """
+        plan = self.plans.value
+        if plan is None and self.routes_training and runs_again():
+            raise UnsupportedError(
+                f"{self.method.name} runs again in the backward pass outside of a call of the model, so the "
+                "adapter_names of that call are not known: turn activation checkpointing on with "
+                "model.gradient_checkpointing_enable(), or checkpoint the call of the whole model."
+            )
+        return plan if isinstance(plan, RowPlan) else None
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)

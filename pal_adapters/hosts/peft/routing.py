@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import ExitStack
-from types import TracebackType
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from pal_adapters.blocks.walk import named_modules
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
-from pal_adapters.hooks.call import CallValue, bind_reruns
+from pal_adapters.hooks.call import CallValue, bind_reruns, checkpoints
 from pal_adapters.hooks.rows import RowPlan
 
 from .layer import TunerLayer, entry
@@ -109,7 +108,7 @@ class _Routed:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plan = self.plans.value
-        if plan is not None:
+        if isinstance(plan, RowPlan):
             return _route(self.wrapper, plan, *args, **kwargs)
         if self.inner is not None:
             return self.inner(*args, **kwargs)
@@ -117,9 +116,9 @@ class _Routed:
 
 
 class Routing:
-    """A context in which every layer and every `modules_to_save` module applies to each example its own adapter.
+    """Lets every layer and every `modules_to_save` module apply to each example its own adapter.
 
-    It applies to the thread that enters it, and to whatever activation checkpointing reruns for a call inside it.
+    It holds for the thread that calls `in_force`, and for whatever activation checkpointing reruns for a call inside.
 
     Args:
         model: the base model.
@@ -139,7 +138,7 @@ class Routing:
         kwargs: dict[str, Any],
     ) -> None:
         modules = list(named_modules(model).values())  # another thread may add an adapter meanwhile
-        checkpointed = model.training and any(getattr(m, "gradient_checkpointing", False) for m in modules)
+        checkpointed = model.training and any(map(checkpoints, modules))
         numbers = names.numbers if isinstance(names, AdapterInput) else None
         names = names.names if isinstance(names, AdapterInput) else names
         self.plan = RowPlan(check_names(names, known), keep=not checkpointed, numbers=numbers)
@@ -154,17 +153,22 @@ class Routing:
                 module.__dict__["forward"] = _Routed(module, plans)
         if checkpointed:
             bind_reruns(modules, *self._places)
-        self._stack = ExitStack()
+        if torch.is_grad_enabled():
+            for module in modules:
+                if isinstance(module, TunerLayer):
+                    module.routes_training = True
 
-    def __enter__(self) -> Routing:
-        for place in self._places:
-            self._stack.enter_context(place.bound(self.plan))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stack.close()
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Route inside the `with` block."""
+        before = [place.value for place in self._places]
+        try:
+            for place in self._places:
+                place.value = self.plan
+            yield
+        finally:
+            for place, value in zip(self._places, before, strict=True):
+                place.value = value
 
 
 def check_batch(model: nn.Module, plan: RowPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from pal_adapters.blocks.sites import Block, find_blocks
 from pal_adapters.blocks.survey import partial_reach
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
+from pal_adapters.hooks.rows import RowPlan
 from pal_adapters.hosts.base_files import in_adapter_file, with_base
 from pal_adapters.hosts.method import Method, parameters_of
 from pal_adapters.hosts.names import require_adapter_name
@@ -45,7 +46,7 @@ from .joint import (
     pretrained_tensors,
     task_parameter_ids,
 )
-from .layer import TaskTunerLayer, TunerLayer, plans_of, remove_adapter_name, tuner_layers
+from .layer import ACTIVE, TaskTunerLayer, TunerLayer, plans_of, remove_adapter_name, tuner_layers
 from .loading import BASE_PREFIX, adapter_tensors, check_tensors
 from .registry import method_of
 from .registry import register as register
@@ -340,17 +341,18 @@ class TaskTuner(BaseTuner):
         if kwargs.get("task_ids") is not None:  # `generate`, and models without a task type
             _refuse_task_ids(self, args, kwargs)
         names = kwargs.pop("adapter_names", None)
-        if names is None:
-            yield
+        if names is None:  # a call of its own, also inside a call with names
+            with self._plans.bound(ACTIVE):
+                yield
             return
         # A list first: another thread may add an adapter meanwhile.
         known = [name for name, config in list(self.peft_config.items()) if method_of(config) is not None]
-        with Routing(self.model, self._plans, names, known, args, kwargs):
+        with Routing(self.model, self._plans, names, known, args, kwargs).in_force():
             yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plan = self._plans.value
-        if plan is not None:
+        if isinstance(plan, RowPlan):
             check_batch(self.model, plan, args, kwargs)
         return super().forward(*args, **kwargs)
 
@@ -372,6 +374,6 @@ class TaskTuner(BaseTuner):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own method, which may repeat the examples of a batch."""
         plan = self._plans.value
-        if plan is not None:
+        if isinstance(plan, RowPlan):
             plan.repeated = True
         return self.model.generate(*args, **kwargs)

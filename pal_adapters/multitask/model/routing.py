@@ -166,7 +166,8 @@ def pass_of_adapters(backbone: Any, inputs: dict[str, Any], setup: Any, more: di
     """One pass of a model of `adapters` under a setup, with further arguments for the host."""
     names = adapters_in(setup)
     behind = names and any(getattr(part, "combine", "") == "prefix_after_bos" for part in _parts(backbone, names[0]))
-    with pass_under(backbone, partial(adapter_setup, setup)):
+    context = adapter_setup(setup)  # the same for all blocks, also for those that run again
+    with pass_under(backbone, lambda: context):
         return run_active(backbone, inputs, more, prompt_at=int(bool(behind)))
 
 

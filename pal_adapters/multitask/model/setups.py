@@ -11,6 +11,7 @@ other tasks. It then runs under the setup of its own pass.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -33,14 +34,27 @@ class _Pass(CallValue):
             yield
 
 
+class _Context:
+    """The `ForwardContext` of `adapters`. Its own checkpointing restores it; wrappers of torch do not."""
+
+    @property
+    def value(self) -> Any:
+        context = sys.modules.get("adapters.context")
+        return None if context is None else context.ForwardContext.get_context()
+
+    def bound(self, value: Any) -> AbstractContextManager[Any]:
+        return nullcontext() if value is None else value
+
+
 _PASS = _Pass()
+_CONTEXT = _Context()
 
 
 @contextmanager
 def pass_under(backbone: nn.Module, enter: Enter) -> Iterator[None]:
     """One pass through the backbone under a setup, which blocks recomputed later enter again."""
     if backbone.training:
-        bind_reruns(backbone.modules(), _PASS)
+        bind_reruns(backbone.modules(), _PASS, _CONTEXT)
     with _PASS.bound(enter):
         yield
 
