@@ -15,6 +15,7 @@ from pal_adapters.blocks.placement import require_at_hand
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.rows import RowPlan
 from pal_adapters.hosts.peft.layer import TunerLayer, entry
+from pal_adapters.nn.functional import batches_tasks
 from pal_adapters.nn.unit import UnitInputs
 
 from .config import HOULSBY
@@ -173,6 +174,8 @@ class HoulsbyNorm(HoulsbyTunerLayer):
         dtype = next(norm.weight.dtype for norm in norms if norm is not base)
         wide = x.to(dtype)  # type: ignore[arg-type]
         if type(base) is nn.LayerNorm:  # subclasses compute something else: Nemotron's adds one to its weight
+            if plan.input is None and not batches_tasks(x.device):
+                return self._by_task(wide, plan).to(x.dtype)
             numbers = plan.numbers(x.device)
             shape = (numbers.shape[0], *(1,) * (x.dim() - 2), x.shape[-1])
             y = F.layer_norm(wide, base.normalized_shape, eps=base.eps)
@@ -194,6 +197,25 @@ class HoulsbyNorm(HoulsbyTunerLayer):
             part = wide.index_select(0, rows).to(norm.weight.dtype)  # type: ignore[arg-type]
             new = new.index_copy(0, rows, norm(part).to(dtype))
         return new.to(x.dtype)
+
+    def _by_task(self, x: Tensor, plan: RowPlan) -> Tensor:
+        """Each task's examples through its copy: unlike one norm and a product, keeps no more than a single task."""
+        base: Any = self.get_base_layer()
+        (group,) = plan.groups(dict.fromkeys(plan.names, self.container), x.device, by_task=True)
+        assert group.counts is not None  # more than one task
+        ordered = x if group.rows is None else x.index_select(0, group.rows)
+        norms = [entry(self.units, name, base) for name in group.names]
+        y = torch.cat(
+            [
+                F.layer_norm(part, base.normalized_shape, _as(norm.weight, x), _as(norm.bias, x), base.eps)
+                for part, norm in zip(ordered.split(group.counts), norms, strict=True)
+            ]
+        )
+        return y if group.back is None else y.index_select(0, group.back)
+
+
+def _as(weight: Any, x: Tensor) -> Tensor | None:
+    return None if weight is None else weight.to(x.dtype)
 
 
 def is_scaled_norm(module: nn.Module) -> bool:

@@ -12,6 +12,9 @@ from peft import get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 import pal_adapters as pa
+from pal_adapters.hooks.rows import RowPlan
+from pal_adapters.hosts.peft.layer import entry
+from pal_adapters.methods.houlsby import peft_layers
 from pal_adapters.methods.houlsby.peft_layers import HoulsbyLayer, HoulsbyNorm
 
 from . import cases, reference
@@ -235,3 +238,56 @@ def test_two_sets_of_norms_are_refused() -> None:
         model(**cases.inputs())
     model.set_adapter("rte")
     model(**cases.inputs())
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one product", "a call per task"])
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_norms_of_a_mixed_batch(together: bool, tokens_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each example through its own copy, values and gradients; examples without an adapter through the base's."""
+    monkeypatch.setattr(peft_layers, "batches_tasks", lambda device: together)
+    model = cases.peft_model("houlsby", adapters=("rte", "sst")).train()
+    norm = next(module for module in model.modules() if isinstance(module, HoulsbyNorm))
+    norm._tokens_first = tokens_first
+    draw = torch.Generator().manual_seed(0)
+    names = ["sst", "__base__", "rte", "sst", "rte"]
+    own: list[Any] = [entry(norm.units, name, norm.base_layer) for name in names]
+    for copied in norm.units.values():
+        for parameter in copied.parameters():
+            parameter.data.normal_(generator=draw)
+            parameter.requires_grad_()
+    x = torch.randn(5, 3, norm.base_layer.weight.shape[0], generator=draw, requires_grad=True)
+    weight = torch.randn(x.shape, generator=draw)
+    trained = [x, *(p for copied in norm.units.values() for p in copied.parameters())]
+    apart = torch.stack([
+        torch.nn.functional.layer_norm(row, row.shape[-1:], one.weight, one.bias, one.eps)
+        for row, one in zip(x, own, strict=True)
+    ])  # fmt: skip
+    with norm.plans.bound(RowPlan(names, keep=False)):
+        mixed = norm(x.transpose(0, 1)).transpose(0, 1) if tokens_first else norm(x)
+    torch.testing.assert_close(mixed, apart, atol=1e-6, rtol=0)
+    found, expected = (torch.autograd.grad((y * weight).sum(), trained) for y in (mixed, apart))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_norms_of_a_mixed_batch_keep_no_more_than_those_of_one_task() -> None:
+    model = cases.peft_model("houlsby", adapters=("rte", "sst")).train()
+    norm = next(module for module in model.modules() if isinstance(module, HoulsbyNorm))
+    x = torch.randn(4, 3, norm.base_layer.weight.shape[0], requires_grad=True)
+
+    def kept(names: list[str]) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with norm.plans.bound(RowPlan(names, keep=False)):
+                y = norm(x * 2)
+        assert y.requires_grad
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return sum(size for at, size in sizes.items() if at not in own)
+
+    numbers = 4 * 8  # the examples' places, int64
+    assert kept(["rte", "sst", "sst", "rte"]) <= kept(["rte"] * 4) + 2 * numbers
