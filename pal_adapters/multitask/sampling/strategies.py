@@ -162,6 +162,16 @@ def get_strategy(strategy: str | Strategy, *, temperature: float | None = None) 
     return STRATEGIES[strategy]
 
 
+def strategy_name(strategy: Strategy) -> str:
+    """The name of a strategy in `STRATEGIES`, or what identifies one with arguments or of one's own."""
+    for name, known in STRATEGIES.items():
+        if strategy is known:
+            return name
+    if isinstance(strategy, Temperature):
+        return f"temperature {strategy.temperature:g}"
+    return getattr(strategy, "__qualname__", type(strategy).__qualname__)
+
+
 def probabilities(strategy: Strategy, sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
     """The weights of a strategy, checked and normalised to a sum of 1: `[t]`.
 
@@ -273,6 +283,11 @@ class MultiTaskBatchSampler(Sampler[list[int]]):
         self._taken = [np.zeros(len(named), dtype=np.int64)]
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         self._lengths = None if lengths is None else self._checked(lengths)
+
+    @property
+    def groups_by_length(self) -> bool:
+        """Whether the examples of a step have similar lengths."""
+        return self._lengths is not None
 
     def _checked(self, lengths: Any) -> list[np.ndarray]:
         given = [lengths.get(n, ()) for n in self.names] if isinstance(lengths, Mapping) else list(lengths)

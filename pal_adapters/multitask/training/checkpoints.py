@@ -7,7 +7,8 @@ For that, `MultiTaskTrainer` relies on internals of `transformers.Trainer`, 4.57
 | `Trainer._save`                         | overridden: the folder has the format of `TaskHeads`                     |
 | `Trainer._save_checkpoint`              | extended: an incomplete checkpoint is removed                            |
 | `Trainer._save_optimizer_and_scheduler` | overridden for FSDP                                                      |
-| `Trainer._load_optimizer_and_scheduler` | overridden for FSDP                                                      |
+| `Trainer._load_optimizer_and_scheduler` | overridden for FSDP; extended: errors name the files                     |
+| `Trainer._load_rng_state`               | extended: errors name the file                                           |
 | `Trainer._load_from_checkpoint`         | overridden: values are copied in place                                   |
 | `Trainer._load_best_model`              | overridden: values are copied in place                                   |
 | `Trainer._push_from_checkpoint`         | extended: the host uploads `output_dir`, to which it copies files with   |

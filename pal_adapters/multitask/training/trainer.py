@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
+from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from pal_adapters.multitask.model.parts import whole_parameters
 from pal_adapters.multitask.model.saving import copy_saved
 from pal_adapters.multitask.model.task_heads import TaskHeads
 from pal_adapters.multitask.sampling.selectors import BatchSelector, UncertaintySelector
-from pal_adapters.multitask.sampling.strategies import MultiTaskBatchSampler, Strategy
+from pal_adapters.multitask.sampling.strategies import MultiTaskBatchSampler, Strategy, strategy_name
 from pal_adapters.multitask.tasks.collate import Batch, MultiTaskCollator
 from pal_adapters.multitask.tasks.encoding import ConcatTasks, EncodedTask
 from pal_adapters.multitask.tasks.task import Task, check_tasks
@@ -37,6 +38,7 @@ from .evaluation import Aggregate, collected, example_outputs, speed, summarised
 from .loaders import drawn, evaluation_loader, item_counts, new_probabilities, train_loader, train_sampler
 from .model_card import write_model_card
 from .optim import give_attention_its_rate, pals_schedule, uncorrected
+from .resuming import check_files, check_heads, check_sampling, read_state, reading_states, sampling_of, write_sampling
 from .run_checks import Recipe, check_finite, check_ignore_keys, check_run, chosen_sampling
 from .selection import CandidateSelection
 from .splits import Rows, check_score_names, encoded, evaluation_sets, sets_to_evaluate, training_sets
@@ -167,13 +169,35 @@ class MultiTaskTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoint_to_resume(cast("str", self.args.output_dir))
         check_ignore_keys(kwargs.get("ignore_keys_for_eval"), "ignore_keys_for_eval")
+        if resume_from_checkpoint:
+            self._check_checkpoint(resume_from_checkpoint)
         warn_of_resting_adapters(self._task_heads(), self.tasks)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_checkpoint(self, checkpoint: str | PathLike[str]) -> None:
+        """Raises an error unless this run can go on from a checkpoint; nothing has changed yet."""
+        folder, args = Path(checkpoint), self.args
+        check_heads(folder, self._task_heads())
+        state = read_state(folder)
+        exactly = not args.ignore_data_skip
+        if exactly:
+            # After running out of memory, the host continues with the smaller batches of the checkpoint.
+            found = state.get("train_batch_size") if args.auto_find_batch_size else None
+            check_sampling(folder, self._sampling(self._new_sampler(found or args.train_batch_size)))
+        if not self.is_deepspeed_enabled:  # it has files of its own
+            name = "rng_state.pth" if args.world_size == 1 else f"rng_state_{args.process_index}.pth"
+            check_files(folder, generators=name, exactly=exactly)
+
+    def _new_sampler(self, batch_size: int) -> MultiTaskBatchSampler:
+        return train_sampler(self.args, cast("ConcatTasks", self.train_dataset), self.strategy, batch_size)
+
+    def _sampling(self, sampler: MultiTaskBatchSampler) -> dict[str, Any]:
+        return sampling_of(sampler, strategy_name(self.strategy))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of a `MultiTaskBatchSampler`."""
         dataset = cast("ConcatTasks", self.train_dataset)
-        self._sampler = train_sampler(self.args, dataset, self.strategy, self._train_batch_size)
+        self._sampler = self._new_sampler(self._train_batch_size)
         return self.accelerator.prepare(train_loader(self.args, dataset, self._sampler, self.collator))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
@@ -376,6 +400,8 @@ class MultiTaskTrainer(Trainer):
             directory, processing_class=self.processing_class, tasks=described, checkpoint=self.is_in_train
         )
         torch.save(self.args, directory / "training_args.bin")
+        if self.is_in_train:
+            write_sampling(self._sampling(self._current_sampler()), directory)
 
     def _save_checkpoint(self, model: Any, trial: Any, **kwargs: Any) -> None:
         directory = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -399,10 +425,15 @@ class MultiTaskTrainer(Trainer):
         save_whole_states(Path(output_dir), optimizer, self.lr_scheduler, self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        elif checkpoint is not None:
-            load_whole_states(Path(checkpoint), cast("torch.optim.Optimizer", self.optimizer), self.lr_scheduler)
+        with reading_states(checkpoint, "optimizer.pt and scheduler.pt"):
+            if not self.is_fsdp_enabled:
+                super()._load_optimizer_and_scheduler(checkpoint)
+            elif checkpoint is not None:
+                load_whole_states(Path(checkpoint), cast("torch.optim.Optimizer", self.optimizer), self.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading_states(checkpoint, "rng_state"):
+            super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._task_heads().restore(resume_from_checkpoint)

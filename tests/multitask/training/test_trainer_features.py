@@ -252,6 +252,7 @@ def test_upstream_of_checkpoints() -> None:
         "_save_checkpoint": ["model", "trial"],
         "_save_optimizer_and_scheduler": ["output_dir"],
         "_load_optimizer_and_scheduler": ["checkpoint"],
+        "_load_rng_state": ["checkpoint"],
         "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
         "_load_best_model": [],
         "_push_from_checkpoint": ["checkpoint_folder"],
