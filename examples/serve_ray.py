@@ -23,6 +23,7 @@ from pal_adapters.cli.options import PositiveInt, option, parse
 from pal_adapters.cli.shared import model_folder
 from pal_adapters.multitask import Predictor
 from pal_adapters.serving import ServingOptions
+from pal_adapters.serving.body import BodyError, read_requests
 from pal_adapters.serving.checks import CallError, check_requests
 
 LIMITS = ServingOptions()
@@ -51,18 +52,14 @@ class Tasks:
         if int(call.headers.get("content-length", LIMITS.max_body_bytes + 1)) > LIMITS.max_body_bytes:
             return JSONResponse({"error": f"a body needs a length of at most {LIMITS.max_body_bytes} bytes"}, 413)
         try:
-            body = await call.json()
-        except (ValueError, RecursionError) as error:
-            return JSONResponse({"error": f"the body is not JSON: {error}"}, 400)
-        requests = body if isinstance(body, list) else [body]
-        if not all(isinstance(request, dict) and isinstance(request.get("task"), str) for request in requests):
-            return JSONResponse({"error": "pass an object with a task and its text columns, or a list of them"}, 422)
-        try:
+            requests, many = read_requests(await call.body())
             await asyncio.to_thread(check_requests, requests, self.predictor, LIMITS)
+        except BodyError as error:
+            return JSONResponse({"error": str(error)}, 400)
         except CallError as error:
             return JSONResponse({"error": str(error), "index": error.index}, 422)
         answers = await asyncio.gather(*(self.predict(request) for request in requests))
-        return JSONResponse(answers if isinstance(body, list) else answers[0])
+        return JSONResponse(answers if many else answers[0])
 
 
 def start(folder: str, args: RayOptions, *, blocking: bool) -> Any:

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Header, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from pydantic import BaseModel, ConfigDict
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 
+from pal_adapters import __version__
 from pal_adapters.errors import ConfigError, PalAdaptersError
 
 from .batcher import Batcher, QueueFullError
+from .body import BodyError, read_requests
 from .checks import CallError, check_requests, task_folder
 from .interface import PredictorLike
 from .metrics import Metrics
 from .middleware import BodyLimit, StatusCount
 from .options import ServingOptions
+from .schema import Answer, Health, Problem, TaskInfo, problems, request_body
 
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; script-src 'unsafe-inline'; "
@@ -33,22 +36,7 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 
-
-class PredictionRequest(BaseModel):
-    """The name of a task, and the task's text columns as further fields; `GET /tasks` lists both."""
-
-    model_config = ConfigDict(
-        extra="allow", json_schema_extra={"examples": [{"task": "sentiment", "text": "a fine film"}]}
-    )
-    task: str
-
-
-class Problem(BaseModel):
-    """Why a call was rejected; `index` and `task` name the request, if it was one of several."""
-
-    error: str
-    index: int | None = None
-    task: str | None = None
+_BEARER = HTTPBearer(auto_error=False, description="The administrator's token")
 
 
 def create_app(
@@ -87,31 +75,60 @@ def create_app(
         yield
         await batcher.close()
 
-    app = FastAPI(title="pal_adapters", lifespan=lifespan, responses={422: {"model": Problem}})
+    app = FastAPI(
+        title="pal_adapters",
+        version=__version__,
+        lifespan=lifespan,
+        redirect_slashes=False,  # a redirect would name the host that the caller sent
+        responses={"default": {"model": Problem, "description": "An error"}},
+    )
     app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes)
     app.add_middleware(StatusCount, report=metrics.count_call)
     _report_problems(app)
 
-    @app.post("/predict", summary="Answer one request, or a list of requests for any tasks")
-    async def predict_all(body: PredictionRequest | list[PredictionRequest]) -> Any:
+    def checked(body: bytes) -> tuple[list[dict[str, Any]], bool]:
+        requests, many = read_requests(body)
+        check_requests(requests, predictor, options)
+        return requests, many
+
+    @app.post(
+        "/predict",
+        summary="Answer one request, or a list of requests for any tasks",
+        response_model=None,
+        responses={200: {"model": Answer | list[Answer]}, **problems(400, 413, 415, 422, 503)},
+        openapi_extra=request_body(),
+    )
+    async def predict_all(call: Request) -> JSONResponse:
         start = time.perf_counter()
-        requests = [one.model_dump() for one in (body if isinstance(body, list) else [body])]
-        await run_in_threadpool(check_requests, requests, predictor, options)  # tokenizes the texts
+        body = await call.body()
+        if body:
+            _require_json(call)
+        requests, many = await run_in_threadpool(checked, body)  # tokenizes the texts
         answers = await batcher.submit(requests)
         for request in requests:
             metrics.predictions.labels(request["task"]).inc()
         metrics.call_seconds.observe(time.perf_counter() - start)
-        return answers if isinstance(body, list) else answers[0]
+        return JSONResponse(answers if many else answers[0])
 
-    @app.get("/tasks", summary="The tasks, with their text columns and labels")
+    @app.get(
+        "/tasks",
+        summary="The tasks, with their text columns and labels",
+        response_model=None,
+        responses={200: {"model": dict[str, TaskInfo]}},
+    )
     async def tasks() -> dict[str, Any]:
         return {name: task.to_dict() for name, task in predictor.tasks.items()}
 
     @app.get("/health", summary="Whether the service answers")
-    async def health() -> dict[str, Any]:
-        return {"status": "ok", "tasks": len(predictor.tasks), "waiting": batcher.waiting}
+    async def health() -> Health:
+        return Health(status="ok", tasks=len(predictor.tasks), waiting=batcher.waiting)
 
-    @app.get("/metrics", summary="Counters in Prometheus' format", response_class=Response)
+    @app.get(
+        "/metrics",
+        summary="Counters in Prometheus' format",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
     async def read_metrics() -> Response:
         return Response(metrics.text(), media_type=metrics.content_type)
 
@@ -120,18 +137,23 @@ def create_app(
         text = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
         return HTMLResponse(text, headers=_PAGE_HEADERS)
 
-    def administrator(authorization: str = Header("")) -> None:
+    def administrator(sent: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> None:
         """Admits only callers that send the administrator's token."""
         if admin_token is None or options.tasks_root is None:
             raise HTTPException(403, "the tasks of this service are fixed: it has no administrator's token or no root")
-        expected = f"Bearer {admin_token}".encode()
-        if not hmac.compare_digest(authorization.encode(errors="replace"), expected):
+        given = b"" if sent is None else sent.credentials.encode("latin-1")  # the bytes that were sent
+        if not hmac.compare_digest(given, admin_token.encode()):
             raise HTTPException(401, "not the administrator's token", {"WWW-Authenticate": "Bearer"})
 
     admin = [Depends(administrator)]
 
     @app.put(
-        "/tasks/{name}", status_code=201, summary="Add the task in the subfolder of this name", dependencies=admin
+        "/tasks/{name}",
+        status_code=201,
+        summary="Add the task in the subfolder of this name",
+        response_model=None,
+        responses={201: {"model": TaskInfo}, **problems(401, 403, 404, 409, 422)},
+        dependencies=admin,
     )
     async def add_task(name: str) -> dict[str, Any]:
         folder = task_folder(Path(options.tasks_root or ""), name)
@@ -141,24 +163,46 @@ def create_app(
         def add() -> dict[str, Any]:
             if name in predictor.tasks:
                 raise HTTPException(409, f"task {name!r} exists: remove it first")
-            try:
+            with _refusals():
                 predictor.add_task(name, folder)
-            except PalAdaptersError as error:
-                raise HTTPException(422, str(error)) from error
             return predictor.tasks[name].to_dict()
 
         return dict(await batcher.in_worker(add))
 
-    @app.delete("/tasks/{name}", status_code=204, response_model=None, summary="Remove a task", dependencies=admin)
+    @app.delete(
+        "/tasks/{name}",
+        status_code=204,
+        response_model=None,
+        summary="Remove a task",
+        responses=problems(401, 403, 404, 422),
+        dependencies=admin,
+    )
     async def remove_task(name: str) -> None:
         def remove() -> None:
             if name not in predictor.tasks:
                 raise HTTPException(404, f"unknown task {name!r}")
-            predictor.remove_task(name)
+            with _refusals():
+                predictor.remove_task(name)
 
         await batcher.in_worker(remove)
 
     return app
+
+
+def _require_json(call: Request) -> None:
+    given = call.headers.get("content-type", "")
+    kind = given.partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise HTTPException(415, f"the content type is {given!r:.60}: send application/json")
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What the predictor refuses is the caller's fault."""
+    try:
+        yield
+    except PalAdaptersError as error:
+        raise HTTPException(422, str(error)) from error
 
 
 def _report_problems(app: FastAPI) -> None:
@@ -180,14 +224,13 @@ def _report_problems(app: FastAPI) -> None:
     async def failed(_: Request, error: Exception) -> JSONResponse:
         return _problem(500, "internal error")
 
-    @app.exception_handler(RequestValidationError)
-    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = max(error.errors(), key=lambda one: len(one["loc"]))  # in a list, the request at fault
-        if first["type"] == "json_invalid":
-            return _problem(400, f"the body is not JSON: {first['ctx']['error']}")
-        numbers = [part for part in first["loc"] if isinstance(part, int)]
-        message = "pass an object with a task and its text columns, or a list of such objects"
-        return _problem(422, f"{first['msg']}: {message}", index=numbers[0] if numbers else None)
+    @app.exception_handler(BodyError)
+    async def malformed(_: Request, error: BodyError) -> JSONResponse:
+        return _problem(400, str(error))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, error: ClientDisconnect) -> JSONResponse:
+        return _problem(400, "the body is incomplete")
 
 
 def _problem(status: int, error: str, *, headers: Mapping[str, str] | None = None, **where: Any) -> JSONResponse:

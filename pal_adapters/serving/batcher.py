@@ -23,6 +23,7 @@ class QueueFullError(Exception):
 
 @dataclass
 class _Waiting:
+    index: int  # among the requests of its call
     request: Request
     answer: asyncio.Future[Any]
 
@@ -77,7 +78,7 @@ class Batcher:
         if len(self._waiting) + len(requests) > self._max_queue:
             raise QueueFullError
         loop = asyncio.get_running_loop()
-        waiting = [_Waiting(request, loop.create_future()) for request in requests]
+        waiting = [_Waiting(index, request, loop.create_future()) for index, request in enumerate(requests)]
         self._waiting.extend(waiting)
         self._signal()
         return list(await asyncio.gather(*(one.answer for one in waiting)))
@@ -113,7 +114,8 @@ class Batcher:
             try:
                 answers = await self.in_worker(self._predict, [one.request for one in batch])
             except RequestError as error:  # accepted when it arrived; since then its task was removed
-                _fail([batch.pop(error.index)], CallError(error.reason))
+                one = batch.pop(error.index)
+                _fail([one], CallError(error.reason, index=one.index))
             except Exception as error:  # of whatever kind: it belongs to the callers, and the service goes on
                 return _fail(batch, error)
             else:

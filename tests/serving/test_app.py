@@ -14,7 +14,7 @@ pytest.importorskip("httpx")
 
 import httpx
 
-from pal_adapters.errors import ConfigError
+from pal_adapters.errors import ConfigError, UnsupportedError
 from pal_adapters.serving import ServingOptions, create_app
 
 from .fake import FakePredictor
@@ -85,7 +85,15 @@ def test_tasks_health_and_schema() -> None:
         ({**FILM, "sentence": "x" * 101}, 422, "longer than 100 characters", 0),
         ({**FILM, "more": [["x" * 60], {"y": "x" * 60}]}, 422, "longer than 100 characters", 0),
         ({**FILM, "max_new_tokens": 257}, 422, "max_new_tokens=257 is more than 256", 0),
-        ({"task": ["sentiment"], "sentence": "x"}, 422, "pass an object with a task", None),
+        ({"task": ["sentiment"], "sentence": "x"}, 422, "'task' is a list, not a text", None),
+        ([FILM, {"sentence": "x"}], 422, "there is no 'task': pass an object with a task", 1),
+        ([FILM, [FILM]], 422, "a list is not a request", 1),
+        ([[]], 422, "a list is not a request", 0),
+        ([FILM, None], 422, "null is not a request", 1),
+        ([True], 422, "a boolean is not a request", 0),
+        (3.5, 422, "a number is not a request", None),
+        ({"task": None}, 422, "'task' is null, not a text", None),
+        ({}, 422, "there is no 'task'", None),
     ],
 )
 def test_bad_requests_say_what_is_wrong(body: Any, status: int, message: str, index: int | None) -> None:
@@ -102,7 +110,19 @@ def test_bad_requests_say_what_is_wrong(body: Any, status: int, message: str, in
     [
         (b'{"task": ', 400, "the body is not JSON"),
         (b"\xff\xfe", 400, ""),
-        (b"[" * 100_000, 400, ""),
+        (b'"\xe9"', 400, "the body is not JSON: it is not UTF-8"),
+        (b"[" * 100_000, 400, "nested too deeply"),
+        (b"[" * 90_000 + b"]" * 90_000, 400, "nested too deeply"),
+        (b"", 422, "the body is empty: pass an object with a task"),
+        (b'{"task": "sentiment", "sentence": NaN}', 400, "NaN is not a JSON value"),
+        (b'{"task": "sentiment", "sentence": -Infinity}', 400, "-Infinity is not a JSON value"),
+        (b'{"task": "sentiment", "sentence": ' + b"9" * 5000 + b"}", 400, "a number with too many digits"),
+        (b'{"task": "sentiment", "sentence": ' + b"9" * 4000 + b"}", 422, "column 'sentence' is missing"),
+        (b'{"task": "sentiment", "sentence": "x", "sentence": "y"}', 400, "has 'sentence' twice"),
+        (b'[{"task": "pair", "task": "sentiment", "sentence": "y"}]', 400, "has 'task' twice"),
+        (b'{"task": "sentiment"}{}', 400, "Extra data: line 1 column 22"),
+        (b"[" + b",".join([b"{}"] * 66_000) + b"]", 422, "there is no 'task'"),
+        (b'{"task": "sentiment", "sentence": ' + b"[" * 900 + b"]" * 900 + b"}", 422, "column 'sentence' is missing"),
         (json.dumps({"task": "sentiment", "sentence": "\ud800"}).encode(), 422, "surrogate pair"),
         (json.dumps({"task": "\ud800", "sentence": "x"}).encode(), 422, "surrogate pair"),
         (b"x" * 200_001, 413, "more than 200000 bytes"),
@@ -117,6 +137,46 @@ def test_bad_bodies(content: bytes, status: int, message: str) -> None:
     assert found.status_code == status
     assert message in found.json()["error"]
     assert after.json() == FILM_ANSWER
+
+
+@pytest.mark.parametrize("kind", ["application/json", "Application/JSON; charset=utf-8", "application/ld+json"])
+def test_content_types_of_json(kind: str) -> None:
+    body = {"content": json.dumps(FILM), "headers": {"Content-Type": kind}}
+    assert call(create_app(FakePredictor()), ("POST", "/predict", body))[0].json() == FILM_ANSWER
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "application/jsonx", "json", ""])
+def test_other_content_types_are_named(kind: str) -> None:
+    predictor = FakePredictor()
+    body = {"content": json.dumps(FILM), "headers": {"Content-Type": kind}}
+    (found,) = call(create_app(predictor), ("POST", "/predict", body))
+    assert found.status_code == 415
+    assert found.json() == {"error": f"the content type is {kind!r}: send application/json"}
+    assert predictor.batches == []
+
+
+def test_a_caller_that_leaves_before_its_body_ends_is_no_error_of_the_service() -> None:
+    sent: list[Any] = []
+    scope = {
+        "type": "http", "method": "POST", "path": "/predict", "raw_path": b"/predict", "query_string": b"",
+        "root_path": "", "headers": [(b"content-type", b"application/json"), (b"content-length", b"100")],
+    }  # fmt: skip
+
+    async def main() -> None:
+        coming = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+        async def receive() -> Any:
+            return next(coming)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        app = create_app(FakePredictor())
+        async with app.router.lifespan_context(app):
+            await app(scope, receive, send)  # an exception would be logged with its traceback
+
+    asyncio.run(main())
+    assert sent[0]["status"] == 400
 
 
 def test_a_body_of_unannounced_length_is_limited_too() -> None:
@@ -211,6 +271,31 @@ def test_without_the_token_nothing_changes(root: Path, token: str | None) -> Non
     calls = [("PUT", "/tasks/topic", {"headers": headers}), ("DELETE", "/tasks/pair", {"headers": headers})]
     assert [found.status_code for found in call(app, *calls)] == [401, 401]
     assert list(predictor.tasks) == ["sentiment", "pair"]
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+def test_any_token_of_the_environment_can_be_sent(root: Path, scheme: str) -> None:
+    token = "Schlüssel der Verwaltung"
+    app = create_app(FakePredictor(), ServingOptions(tasks_root=str(root)), admin_token=token)
+    call_ = ("PUT", "/tasks/topic", {"headers": {"Authorization": f"{scheme} {token}".encode()}})
+    assert call(app, call_)[0].status_code == 201
+
+
+def test_what_the_predictor_refuses_is_not_an_error_of_the_service(root: Path) -> None:
+    class Fixed(FakePredictor):
+        def remove_task(self, name: str) -> None:
+            raise UnsupportedError(f"{name} stays")
+
+    app = create_app(Fixed(), ServingOptions(tasks_root=str(root)), admin_token=TOKEN)
+    (found,) = call(app, admin("DELETE", "pair"))
+    assert (found.status_code, found.json()) == (422, {"error": "pair stays"})
+
+
+@pytest.mark.parametrize("path", ["/predict/", "/tasks/", "/tasks/pair/", "/nothing"])
+def test_other_paths_are_not_found(root: Path, path: str) -> None:
+    app = create_app(FakePredictor(), ServingOptions(tasks_root=str(root)), admin_token=TOKEN)
+    (found,) = call(app, ("GET", path))
+    assert (found.status_code, found.json()) == (404, {"error": "Not Found"})
 
 
 @pytest.mark.parametrize("given", [{"tasks_root": True}, {"admin_token": TOKEN}, {}])

@@ -100,8 +100,19 @@ def test_one_bad_request_does_not_spoil_its_batch() -> None:
     found = run(predict, work)
     assert [found[0], *found[2:]] == [[2], [6], [8]]
     assert isinstance(found[1], CallError)
-    assert found[1].index is None
+    assert found[1].index == 0
     assert predict.batches == [[1, 13, 3, 4], [1, 3, 4]]
+
+
+def test_an_error_names_the_place_of_the_request_in_its_call() -> None:
+    async def work(batcher: Batcher) -> Any:
+        calls = (batcher.submit(items(*numbers)) for numbers in ((1, 2, 3), (4, 5, 13, 6), (7, 8, 9, 10, 11)))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    first, found, last = run(Recorder(), work)
+    assert [first, last] == [[2, 4, 6], [14, 16, 18, 20, 22]]
+    assert isinstance(found, CallError)
+    assert found.index == 2
 
 
 def test_an_unexpected_error_reaches_every_caller_and_the_next_batch_runs() -> None:
