@@ -5,6 +5,7 @@ from __future__ import annotations
 import datasets
 
 from .labels import check_labels, has_flags, numbered
+from .rows import columns_of
 from .types import TaskDataError, TaskFields
 
 
@@ -25,8 +26,8 @@ def check_columns(task: TaskFields, rows: datasets.Dataset, where: str, *, label
     if labels:
         needed += [*([task.label_column] if task.label_column else []), *task.group_columns]
     for column in needed:
-        if column not in rows.column_names:
-            raise TaskDataError(f"{where}: no column {column!r}; found: {', '.join(rows.column_names)}")
+        if column not in columns_of(rows):
+            raise TaskDataError(f"{where}: no column {column!r}; found: {', '.join(columns_of(rows))}")
     if task.render is not None and not task.benchmark:
         return  # a custom `render` may read anything
     kind, kind_name = (list, "list of words") if task.kind == "token_tagging" else (str, "text")

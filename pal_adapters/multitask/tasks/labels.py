@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from .rows import class_names, plain_rows
+from .rows import class_names, columns_of, plain_rows
 from .types import TaskDataError, TaskFields
 
 _CHUNK = 1000
@@ -61,7 +61,7 @@ def has_labels(task: TaskFields, rows: datasets.Dataset) -> bool:
     """Whether the examples have labels. A test set may have no label column, or only -1 or nothing in it."""
     if task.kind == "language_modeling":
         return True
-    if task.label_column is None or task.label_column not in rows.column_names:
+    if task.label_column is None or task.label_column not in columns_of(rows):
         return False
     return not all(_absent(label) for label in rows[task.label_column][:])
 
@@ -75,7 +75,7 @@ def _absent(label: Any) -> bool:
 def has_unanswerable(task: TaskFields) -> bool:
     """Whether any training question of a task is unanswerable; also true without training examples to tell from."""
     rows = task.dataset.get(task.train_split)
-    if rows is None or task.label_column not in rows.column_names:
+    if rows is None or task.label_column not in columns_of(rows):
         return True
     return not all(answer is None or any(answer["text"][:1]) for answer in plain_rows(rows)[task.label_column][:])
 

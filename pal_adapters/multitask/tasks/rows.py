@@ -50,6 +50,12 @@ def plain_rows(rows: datasets.Dataset) -> datasets.Dataset:
     return rows if rows.format["type"] in (None, "custom") else rows.with_format(None)
 
 
+def columns_of(rows: datasets.Dataset) -> list[str]:
+    """The columns that can be read: those that a transform, if there is one, does not drop."""
+    kept = rows[0] if rows.format["type"] == "custom" and len(rows) else rows.column_names
+    return [name for name in rows.column_names if name in kept]
+
+
 def class_names(rows: Any, column: str | None) -> tuple[str, ...]:
     """Class names of a column of `datasets.ClassLabel`, or of lists of them; empty for any other column."""
     feature: Any = rows.features.get(column) if isinstance(rows, datasets.Dataset) else None
@@ -59,7 +65,7 @@ def class_names(rows: Any, column: str | None) -> tuple[str, ...]:
 
 def text_labels(rows: Any, column: str | None) -> tuple[str, ...]:
     """The distinct labels of a column of strings, or of lists of strings, sorted; empty for any other column."""
-    if not isinstance(rows, datasets.Dataset) or column not in rows.column_names:
+    if not isinstance(rows, datasets.Dataset) or column not in columns_of(rows):
         return ()
     found = {label for label in _flat(plain_rows(rows)[column][:]) if label not in (None, "", "-1")}
     return tuple(sorted(found)) if all(isinstance(label, str) for label in found) else ()

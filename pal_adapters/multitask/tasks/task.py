@@ -24,7 +24,7 @@ from .checks import check_split
 from .folder import read_folder
 from .glue import TASKS, find_tasks
 from .labels import NAMED_KINDS, has_flags, has_unanswerable
-from .rows import as_dataset, class_names, text_labels
+from .rows import as_dataset, class_names, columns_of, text_labels
 from .types import Row, Segments
 
 Splits = Mapping[str, Any]
@@ -128,7 +128,7 @@ class Task:
         self.dataset = self._splits()
         if self.label_column == "label" and self.kind in _LABEL_COLUMNS:
             usual = _LABEL_COLUMNS[self.kind]
-            columns = {column for rows in self.dataset.values() for column in rows.column_names}
+            columns = {column for rows in self.dataset.values() for column in columns_of(rows)}
             if usual is None or usual in columns or "label" not in columns:
                 self.label_column = usual
         if self.kind in NAMED_KINDS and not self.label_names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -11,6 +12,7 @@ from pal_adapters.errors import ConfigError
 from pal_adapters.multitask.metrics.builtin import lower_is_better
 from pal_adapters.multitask.sampling.strategies import STRATEGIES
 
+from .environment import collected_environment
 from .host_arguments import check_accelerator, check_host_arguments
 
 SCHEDULES = ("own", "pals")
@@ -77,7 +79,9 @@ class MultiTaskTrainingArguments(TrainingArguments):
             self.metric_for_best_model = "average"
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better = not lower_is_better(self.metric_for_best_model)
-        super().__post_init__()
+        self._environment: dict[str, str] = {}
+        with collected_environment(self._environment):
+            super().__post_init__()
         check_accelerator(self)
         if self.fp16 and not self.deepspeed and self.device.type == "cpu":
             raise ConfigError(
@@ -101,6 +105,12 @@ class MultiTaskTrainingArguments(TrainingArguments):
             require_int(name, getattr(self, name), minimum=1)
         if self.steps_per_epoch is not None:
             require_int("steps_per_epoch", self.steps_per_epoch, minimum=1)
+        for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"):
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{name}={value!r} is not allowed: use a finite number.")
+        if self.max_steps != -1:
+            require_int("max_steps", self.max_steps, minimum=1)
         for name in ("attention_learning_rate", "max_tensor_grad_norm"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -116,6 +126,8 @@ class MultiTaskTrainingArguments(TrainingArguments):
         optim = getattr(self.optim, "value", self.optim)
         if not self.adam_bias_correction and (optim not in _ADAMW or getattr(self, "adafactor", False)):
             raise ConfigError(f"adam_bias_correction=False has no effect for optim={optim!r}: leave one of them out.")
+        if self.optim_target_modules is not None and not {"galore", "apollo"} & set(str(optim).split("_")):
+            raise ConfigError(f"optim_target_modules has no effect for optim={optim!r}: leave it out.")
         if not self.adam_bias_correction and self.optim_args:
             raise ConfigError("optim_args has no effect with adam_bias_correction=False: leave one of them out.")
         kind = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)

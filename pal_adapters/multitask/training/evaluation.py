@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.trainer_utils import speed_metrics
 
 from pal_adapters.multitask.model.heads import Head
@@ -30,6 +31,25 @@ def example_losses(head: Head, logits: Tensor, labels: Tensor) -> Tensor:
     parts = zip(logits.split(1), labels.split(1), strict=True)
     found = torch.stack([torch.stack(head.loss(*part)) for part in parts])
     return found.masked_fill(found[:, 1:] == 0, 0.0)
+
+
+@contextmanager
+def values_kept(model: nn.Module) -> Iterator[None]:
+    """A context after which parameters and buffers that it has cast have their values and dtypes again.
+
+    With `bf16_full_eval` and `fp16_full_eval` the host rounds the model in place, and would go on to train and save it
+    like that.
+    """
+    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [(module._buffers, name, b) for module in model.modules() for name, b in module._buffers.items()]
+    try:
+        yield
+    finally:
+        for parameter, value in parameters:
+            if parameter.dtype != value.dtype:
+                parameter.data = value
+        for place, name, buffer in buffers:
+            place[name] = buffer
 
 
 def needs_all(head: Head) -> bool:

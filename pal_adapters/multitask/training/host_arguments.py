@@ -11,6 +11,7 @@ from typing import Any
 from pal_adapters.errors import ConfigError
 
 REJECTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "average_tokens_across_devices": ((True,), "the loss of a task is averaged over all processes: leave it out"),
     "batch_eval_metrics": ((False,), "the scores of a task are computed over all of its examples: leave it out"),
     "dataloader_drop_last": (
         (False,),
@@ -33,6 +34,7 @@ REJECTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "parallelism_config": ((None,), "only data parallelism is supported: use DDP (torchrun) or FSDP 2"),
     "past_index": ((-1,), "no state is passed from batch to batch: leave it out"),
     "prediction_loss_only": ((False,), "the scores of a task need its predictions: leave it out"),
+    "remove_unused_columns": ((True,), "a Task names the columns that it reads: leave it out"),
     "save_safetensors": ((True,), "checkpoints are always safetensors: leave it out"),
     "train_sampling_strategy": (
         ("random",),
@@ -48,7 +50,7 @@ HONOURED = frozenset(
         "output_dir", "overwrite_output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint",
         "per_device_train_batch_size", "per_device_eval_batch_size", "per_gpu_train_batch_size",
         "per_gpu_eval_batch_size", "num_train_epochs", "max_steps", "gradient_accumulation_steps",
-        "auto_find_batch_size", "average_tokens_across_devices", "learning_rate", "weight_decay", "adam_beta1",
+        "auto_find_batch_size", "learning_rate", "weight_decay", "adam_beta1",
         "adam_beta2", "adam_epsilon", "adafactor", "optim", "optim_args", "optim_target_modules", "max_grad_norm",
         "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "neftune_noise_alpha",
         "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps", "bf16_full_eval",
@@ -65,7 +67,7 @@ HONOURED = frozenset(
         "activation_checkpointing", "activation_checkpointing_kwargs", "torch_compile", "torch_compile_backend",
         "torch_compile_mode", "torchdynamo", "torch_empty_cache_steps", "use_cache", "dataloader_num_workers",
         "dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_in_order",
-        "dataloader_multiprocessing_context", "remove_unused_columns", "group_by_length", "local_rank", "ddp_backend",
+        "dataloader_multiprocessing_context", "group_by_length", "local_rank", "ddp_backend",
         "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_timeout", "fsdp", "fsdp_config", "fsdp_min_num_params",
         "fsdp_transformer_layer_cls_to_wrap", "deepspeed", "accelerator_config", "ray_scope", "mp_parameters",
         "tpu_num_cores", "tpu_metrics_debug", "debug", "_n_gpu",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import Trainer
 
 from pal_adapters.errors import ConfigError, PalAdaptersError
 from pal_adapters.multitask.model.task_heads import TaskHeads
@@ -31,6 +33,7 @@ class DivergedError(PalAdaptersError, ArithmeticError):
     """The loss is no longer a finite number."""
 
 
+_OF_TORCH = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
 _UNUSED = ("data_collator", "compute_metrics", "model_init", "compute_loss_func", "preprocess_logits_for_metrics")
 
 
@@ -108,9 +111,38 @@ def check_finite(loss: Tensor, tasks: Mapping[str, Any], args: MultiTaskTraining
 def _check_optimizers(args: MultiTaskTrainingArguments, given: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for arguments that a given optimizer or schedule would silently override."""
     optimizer, scheduler = given.get("optimizers") or (None, None)
+    own = optimizer is not None or given.get("optimizer_cls_and_kwargs") is not None
+    if args.optim_args and own:
+        raise ConfigError("optim_args has no effect on a given optimizer: leave one of them out.")
+    if args.optim_args and not own:
+        _check_optim_args(args)
     if optimizer is not None and args.attention_learning_rate is not None:
         raise ConfigError("attention_learning_rate has no effect on a given optimizer: leave one of them out.")
-    if not args.adam_bias_correction and (optimizer is not None or given.get("optimizer_cls_and_kwargs") is not None):
+    if not args.adam_bias_correction and own:
         raise ConfigError("adam_bias_correction=False has no effect on a given optimizer: leave one of them out.")
     if scheduler is not None and args.schedule == "pals":
         raise ConfigError("schedule='pals' has no effect with a given scheduler: leave one of them out.")
+
+
+def _check_optim_args(args: MultiTaskTrainingArguments) -> None:
+    """Raise `ConfigError` for an entry of `optim_args` that torch's own optimizers do not get."""
+    optim = getattr(args.optim, "value", args.optim)
+    if optim not in _OF_TORCH:
+        return  # creating others needs the model, or packages that may be missing: the host says so
+    entries = str(args.optim_args).replace(" ", "").split(",")
+    without = copy.copy(args)
+    for entry in entries:
+        without.optim_args = ",".join(other for other in entries if other != entry)
+        if Trainer.get_optimizer_cls_and_kwargs(args) == Trainer.get_optimizer_cls_and_kwargs(without):
+            raise ConfigError(f"optim_args with {entry!r} has no effect for optim={optim!r}: leave it out.")
+
+
+def check_optimizer_holds(optimizer: Any, model: TaskHeads, added: Collection[str]) -> None:
+    """Raise `ConfigError` if a given optimizer lacks the head of a task that the trainer has added to the model."""
+    held = {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
+    for task in added:
+        if not all(id(parameter) in held for parameter in model.head(task).parameters()):
+            raise ConfigError(
+                f"the given optimizer does not train the head of task {task!r}, which the model lacked: call "
+                "model.add(task.name, task.head_config()) for each task before you create the optimizer."
+            )

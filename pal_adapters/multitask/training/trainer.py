@@ -19,6 +19,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, PredictionOutput
 
+from pal_adapters.checks import shown
 from pal_adapters.errors import ConfigError
 from pal_adapters.multitask.model.parts import whole_parameters
 from pal_adapters.multitask.model.saving import copy_saved
@@ -34,12 +35,13 @@ from .callbacks import Progress, Steps
 from .checkpoints import checkpoint_to_resume, complete_or_absent, uploading
 from .described import described_run, logged_at
 from .distributed import load_whole_states, save_whole_states
-from .evaluation import Aggregate, collected, example_outputs, speed, summarised
+from .environment import environment
+from .evaluation import Aggregate, collected, example_outputs, speed, summarised, values_kept
 from .loaders import drawn, evaluation_loader, item_counts, new_probabilities, train_loader, train_sampler
 from .model_card import write_model_card
 from .optim import give_attention_its_rate, pals_schedule, uncorrected
 from .resuming import check_files, check_heads, check_sampling, read_state, reading_states, sampling_of, write_sampling
-from .run_checks import Recipe, check_finite, check_ignore_keys, check_run, chosen_sampling
+from .run_checks import Recipe, check_finite, check_ignore_keys, check_optimizer_holds, check_run, chosen_sampling
 from .selection import CandidateSelection
 from .splits import Rows, check_score_names, encoded, evaluation_sets, sets_to_evaluate, training_sets
 from .task_losses import TaskLosses
@@ -120,7 +122,10 @@ class MultiTaskTrainer(Trainer):
         needed = str(args.eval_strategy) not in ("no", "IntervalStrategy.NO")
         evaluating = evaluation_sets(self.tasks, eval_dataset, self._encode, needed=needed)
         check_score_names(evaluating, args.metric_for_best_model)
+        added = [name for name in self.tasks if name not in model.tasks]
         add_heads(model, self.tasks, training)
+        if (kwargs.get("optimizers") or (None,))[0] is not None:
+            check_optimizer_holds(kwargs["optimizers"][0], model, added)
         heads = {task: model.head(task).config for task in model.tasks}
         self.collator = MultiTaskCollator(
             processing_class, heads, pad_to_multiple_of=8 if args.fp16 or (args.bf16 and not args.use_cpu) else None
@@ -152,6 +157,11 @@ class MultiTaskTrainer(Trainer):
                 self.remove_callback(callback)
                 self.add_callback(Progress())
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Creates the accelerator with what the arguments of this run say."""
+        with environment(self.args._environment):
+            super().create_accelerator_and_postprocess()
+
     def _task_heads(self) -> TaskHeads:
         """The model without the wrappers of a distributed run."""
         return cast("TaskHeads", self.accelerator.unwrap_model(self.model))
@@ -164,15 +174,30 @@ class MultiTaskTrainer(Trainer):
         """The sum over all processes."""
         return self.accelerator.reduce(values, "sum") if self.args.world_size > 1 else values
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported: each trial needs a model of its own."""
+        raise ConfigError(
+            "hyperparameter_search is not supported, since each trial needs new adapters and heads: write a loop that "
+            "makes a model and a MultiTaskTrainer for each trial."
+        )
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Trains, with a warning for frozen adapters. `True` resumes from the last complete checkpoint."""
+        if trial is not None:
+            self.hyperparameter_search()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpoint_to_resume(cast("str", self.args.output_dir))
-        check_ignore_keys(kwargs.get("ignore_keys_for_eval"), "ignore_keys_for_eval")
+        check_ignore_keys(ignore_keys_for_eval, "ignore_keys_for_eval")
         if resume_from_checkpoint:
             self._check_checkpoint(resume_from_checkpoint)
         warn_of_resting_adapters(self._task_heads(), self.tasks)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def _check_checkpoint(self, checkpoint: str | PathLike[str]) -> None:
         """Raises an error unless this run can go on from a checkpoint; nothing has changed yet."""
@@ -203,7 +228,12 @@ class MultiTaskTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The examples of one task, in their order."""
         sets = cast("Mapping[str, EncodedTask]", self.eval_dataset)
-        rows = sets[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        rows = sets.get(eval_dataset) if isinstance(eval_dataset, str) else eval_dataset
+        if not isinstance(rows, (EncodedTask, Subset)):
+            raise ConfigError(
+                f"eval_dataset={shown(eval_dataset)} is not allowed: pass the name of an evaluation set "
+                f"({', '.join(sets) or 'there are none'}) or an EncodedTask; a batch of an evaluation has one task."
+            )
         return self.accelerator.prepare(evaluation_loader(self.args, rows, self.collator))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
@@ -299,6 +329,7 @@ class MultiTaskTrainer(Trainer):
             metric_key_prefix: Prefix of the names of the scores.
         """
         check_ignore_keys(ignore_keys)
+        self._memory_tracker.start()
         own = cast("Mapping[str, EncodedTask]", self.eval_dataset)
         sets = sets_to_evaluate(self.tasks, own, eval_dataset, self._encode)
         start = time.time()
@@ -309,6 +340,7 @@ class MultiTaskTrainer(Trainer):
         if eval_dataset is None and metric_key_prefix == "eval":
             self.scored = metrics
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
 
     def _examples_a_step(self) -> int:
@@ -317,12 +349,9 @@ class MultiTaskTrainer(Trainer):
     def _run(self, rows: EncodedTask, prefix: str) -> tuple[Any, Any, float | None, dict[str, float]]:
         """Logits, labels, mean loss and scores of the examples of one task; loss and scores only with labels."""
         order = np.argsort(-rows.lengths(), kind="stable")  # batches of similar lengths need less padding
-        output: Any = self.evaluation_loop(
-            self.get_eval_dataloader(Subset(rows, order.tolist())),
-            prefix,
-            prediction_loss_only=False,
-            metric_key_prefix=prefix,
-        )
+        loader = self.get_eval_dataloader(Subset(rows, order.tolist()))
+        with values_kept(self._task_heads()):
+            output: Any = self.evaluation_loop(loader, prefix, prediction_loss_only=False, metric_key_prefix=prefix)
         head = self._task_heads().head(rows.task.name)
         logits, labels, loss = collected(rows, order, output, head, self.args.device)
         return logits, labels, loss, {} if loss is None else rows.score(cast("Any", logits), loss)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_tasks import losses, make_task, make_trainer
 from transformers import TrainingArguments
 
 from pal_adapters.errors import ConfigError
-from pal_adapters.multitask import MultiTaskTrainingArguments
+from pal_adapters.multitask import MultiTaskTrainer, MultiTaskTrainingArguments, TaskHeads
 from pal_adapters.multitask.training.host_arguments import HONOURED, REJECTED
 
 NAMES = sorted(field.name for field in fields(TrainingArguments))
 WRONG: dict[str, Any] = {
+    "average_tokens_across_devices": False,
     "batch_eval_metrics": True,
     "dataloader_drop_last": True,
     "ddp_find_unused_parameters": False,
@@ -32,6 +35,7 @@ WRONG: dict[str, Any] = {
     "parallelism_config": object(),
     "past_index": 0,
     "prediction_loss_only": True,
+    "remove_unused_columns": False,
     "save_safetensors": False,
     "train_sampling_strategy": "group_by_length",
     "use_legacy_prediction_loop": True,
@@ -78,6 +82,12 @@ def test_what_would_be_ignored_is_rejected(tmp_path: Path, name: str) -> None:
             "load_best_model_at_end=True has no effect with save_strategy='no'",
         ),
         ({"mixed_batches": "yes"}, "mixed_batches='yes' is not allowed"),
+        ({"optim_target_modules": "all-linear"}, "optim_target_modules has no effect for optim='adamw_torch"),
+        ({"weight_decay": float("nan")}, "weight_decay=nan is not allowed: use a finite number"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm=nan is not allowed"),
+        ({"learning_rate": float("inf")}, "learning_rate=inf is not allowed"),
+        ({"max_steps": 0}, "max_steps=0 is not allowed"),
+        ({"max_steps": 2.5}, "max_steps=2.5 is not allowed"),
     ],
 )
 def test_arguments_that_would_override_each_other(tmp_path: Path, given: dict[str, Any], message: str) -> None:
@@ -101,6 +111,103 @@ def test_given_optimizers_are_not_overridden(tiny_encoder: str, tmp_path: Path) 
                 made.model, arguments, [task], processing_class=made.processing_class,
                 optimizers=(optimizer, scheduler),
             )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("optim", "given", "fault"),
+    [
+        ("adamw_torch", "momentum=1", "momentum=1"),
+        ("adafactor", "momentum=1", "momentum=1"),
+        ("sgd", "nonsense=1", "nonsense=1"),
+        ("rmsprop", "nonsense=1, more=2", "nonsense=1"),
+    ],
+)
+def test_arguments_that_no_optimizer_gets(
+    tiny_encoder: str, tmp_path: Path, optim: str, given: str, fault: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"optim_args with '{fault}' has no effect for optim='{optim}'"):
+        make_trainer(tiny_encoder, tmp_path, names=("rte",), optim=optim, optim_args=given)
+
+
+def test_given_optimizers_train_the_heads_that_are_added(tiny_encoder: str, tmp_path: Path) -> None:
+    made = make_trainer(tiny_encoder, tmp_path, names=("rte", "stsb"))
+    arguments, tasks = made.args, list(made.tasks.values())
+    model = TaskHeads(made.model.backbone)
+    model.add("rte", tasks[0].head_config())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options: dict[str, Any] = {"processing_class": made.processing_class, "optimizers": (optimizer, None)}
+    with pytest.raises(ConfigError, match="the given optimizer does not train the head of task 'stsb'"):
+        MultiTaskTrainer(model, arguments, tasks, **options)
+    model = TaskHeads(made.model.backbone)
+    for task in tasks:
+        model.add(task.name, task.head_config())
+    options["optimizers"] = (torch.optim.SGD(model.parameters(), lr=0.1), None)
+    MultiTaskTrainer(model, arguments, tasks, **options).train()
+    arguments.optim_args = "momentum=1"
+    with pytest.raises(ConfigError, match="optim_args has no effect on a given optimizer"):
+        MultiTaskTrainer(model, arguments, tasks, **options)
+
+
+@pytest.mark.parametrize("half", ["bf16_full_eval", "fp16_full_eval"])
+def test_evaluation_in_half_precision_rounds_no_weight(tiny_encoder: str, tmp_path: Path, half: str) -> None:
+    made = make_trainer(tiny_encoder, tmp_path, names=("rte", "stsb"), **{half: True})
+    whole = make_trainer(tiny_encoder, tmp_path, names=("rte", "stsb"))
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
+    loss, exact = made.evaluate()["eval_loss"], whole.evaluate()["eval_loss"]
+    assert loss != exact
+    assert loss == pytest.approx(exact, rel=0.02)
+    made.predict(made.eval_dataset["rte"])
+    for name, value in made.model.state_dict().items():
+        assert value.dtype == before[name].dtype, name
+        assert torch.equal(value, before[name]), name
+
+
+def test_half_precision_and_compilation_end_with_their_run(tiny_encoder: str, tmp_path: Path) -> None:
+    def run(**given: Any) -> tuple[Any, Any]:
+        made = make_trainer(tiny_encoder, tmp_path, names=("rte", "stsb"), max_steps=2, **given)
+        accelerator = made.accelerator
+        made.train()
+        return losses(made), (accelerator.mixed_precision, accelerator.state.dynamo_plugin.backend.value)
+
+    before = dict(os.environ)
+    first = run()
+    assert first[1] == ("no", "NO")
+    half = run(bf16=True)
+    assert half[1] == ("bf16", "NO")
+    assert half[0] != first[0]
+    made = make_trainer(tiny_encoder, tmp_path, names=("rte",), torch_compile_backend="eager")
+    assert made.accelerator.state.dynamo_plugin.backend.value == "EAGER"
+    assert dict(os.environ) == before
+    assert run() == first
+
+
+def test_half_precision_of_the_launcher_stays(tiny_encoder: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    made = make_trainer(tiny_encoder, tmp_path, names=("rte",))
+    assert made.accelerator.mixed_precision == "bf16"
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+
+
+def test_memory_of_an_evaluation(tiny_encoder: str, tmp_path: Path) -> None:
+    pytest.importorskip("psutil")
+    made = make_trainer(tiny_encoder, tmp_path, names=("rte",), skip_memory_metrics=False)
+    assert "eval_mem_cpu_alloc_delta" in made.evaluate()
+
+
+def test_searches_and_trials_are_rejected(tiny_encoder: str, tmp_path: Path) -> None:
+    made = make_trainer(tiny_encoder, tmp_path, names=("rte",))
+    for call in (made.hyperparameter_search, lambda: made.train(trial={"learning_rate": 1.0})):
+        with pytest.raises(ConfigError, match="hyperparameter_search is not supported"):
+            call()
+
+
+@pytest.mark.parametrize("given", [None, "mnli", [{"text": "a"}]], ids=str)
+def test_batches_of_an_evaluation_have_one_task(tiny_encoder: str, tmp_path: Path, given: Any) -> None:
+    made = make_trainer(tiny_encoder, tmp_path, names=("rte", "stsb"))
+    with pytest.raises(ConfigError, match=r"eval_dataset=.* is not allowed: .* evaluation set \(rte, stsb\)"):
+        made.get_eval_dataloader(given)
+    (batch, *_) = made.get_eval_dataloader("rte")
+    assert list(batch["labels"]) == ["rte"]
 
 
 def test_noise_of_neftune_is_added_in_training_alone(tiny_encoder: str, tmp_path: Path) -> None:
@@ -173,6 +280,7 @@ def test_keys_to_ignore_are_rejected(tiny_encoder: str, tmp_path: Path) -> None:
         (lambda: trainer.evaluate(ignore_keys=["logits"]), "ignore_keys"),
         (lambda: trainer.predict(trainer.eval_dataset["rte"], ["logits"]), "ignore_keys"),
         (lambda: trainer.train(ignore_keys_for_eval=["logits"]), "ignore_keys_for_eval"),
+        (lambda: trainer.train(None, None, ["logits"]), "ignore_keys_for_eval"),
     ):
         with pytest.raises(ConfigError, match=f"^{argument} has no effect here"):
             call()

@@ -540,6 +540,19 @@ def test_rows_that_stream(tiny_encoder: str) -> None:
         EncodedTask(task, rows.to_iterable_dataset(), None, 32, where="training")  # type: ignore[arg-type]
 
 
+def test_columns_are_those_after_a_transform(tiny_encoder: str) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["the", "is not"], "label": [0, 1]})
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    without = rows.with_transform(lambda batch: {"text": batch["text"]})
+    task = Task("t", {"train": without}, text_columns="text", num_labels=2)
+    with pytest.raises(TaskDataError, match="no column 'label'; found: text"):
+        EncodedTask(task, without, tokenizer, 16)
+    assert not EncodedTask(task, without, tokenizer, 16, needs_labels=False).has_labels
+    upper = rows.with_transform(lambda batch: {**batch, "text": [text.upper() for text in batch["text"]]})
+    task = Task("t", {"train": upper}, text_columns="text", num_labels=2)
+    assert EncodedTask(task, upper, tokenizer, 16).labels.tolist() == [0, 1]
+
+
 def test_no_room_for_the_tokenizer(tiny_encoder: str, tmp_path: Path, monkeypatch: Any) -> None:
     made = make_trainer(tiny_encoder, tmp_path, save_strategy="steps", save_steps=2)
     made.train()  # an earlier run in the same folder
