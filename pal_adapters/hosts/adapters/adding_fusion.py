@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from adapters.composition import Fuse
-from adapters.configuration.adapter_fusion_config import ADAPTERFUSION_CONFIG_MAP
+from adapters.configuration import ModelAdaptersConfig
+from adapters.configuration.adapter_fusion_config import ADAPTERFUSION_CONFIG_MAP, AdapterFusionConfig
 from adapters.methods.bottleneck import BottleneckLayer
 from adapters.model_mixin import ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
+from adapters.utils import resolve_adapter_config
 
 from pal_adapters.errors import ConfigError, UnsupportedError
 from pal_adapters.hosts.names import require_fusion_name
@@ -15,9 +17,33 @@ from pal_adapters.hosts.names import require_fusion_name
 from . import penalty
 from .composition import architectures
 from .config import any_registered
-from .fusion import add_layer, combination_config, link
+from .fusion import PRESETS, add_layer, combination_config, link
 from .layer import unfusable
 from .sources import check_sources
+
+
+def load_config(original: Any) -> Any:
+    """`AdapterFusionConfig.load`, for this package's presets, dicts and files."""
+
+    def wrapper(config: Any, **kwargs: Any) -> AdapterFusionConfig:
+        resolved = resolve_adapter_config(config, local_map={**ADAPTERFUSION_CONFIG_MAP, **PRESETS})
+        ours = combination_config(resolved)
+        return original(resolved, **kwargs) if ours is None else ours.replace(**kwargs)
+
+    return wrapper
+
+
+def get_fusion(original: Any) -> Any:
+    """`ModelAdaptersConfig.get_fusion`, also for the name of a preset, which earlier releases wrote into files."""
+
+    def wrapper(self: ModelAdaptersConfig, fusion_name: str | list[str]) -> tuple[Any, Any]:
+        config, names = original(self, fusion_name)
+        if config is None and names is not None:
+            key = fusion_name if isinstance(fusion_name, str) else ",".join(fusion_name)
+            config = combination_config(self.fusions[key])
+        return config, names
+
+    return wrapper
 
 
 def add_adapter_fusion(original: Any) -> Any:
@@ -33,7 +59,7 @@ def add_adapter_fusion(original: Any) -> Any:
     ) -> Any:
         children = adapter_names.split(",") if isinstance(adapter_names, str) else adapter_names
         names = [child if isinstance(child, str) else child.last() for child in children]
-        ours = combination_config(ADAPTERFUSION_CONFIG_MAP.get(config) if isinstance(config, str) else config)
+        ours = combination_config(config)
         if ours is not None:
             key = name or (adapter_names.name if isinstance(adapter_names, Fuse) else ",".join(names))
             check_sources(self.adapters_config, names)
@@ -42,7 +68,7 @@ def add_adapter_fusion(original: Any) -> Any:
                 raise ConfigError(
                     f"the model has a fusion with the name {key!r}: delete it, or pass overwrite_ok=True."
                 )
-            adapter_names, name, config = names, key, config if isinstance(config, str) else ours
+            adapter_names, name, config = names, key, ours
         if any(any_registered(architectures(self.adapters_config.get(source))) for source in names):
             for reason in filter(None, (unfusable(names, layer.task_layer) for _, layer in self.iter_layers())):
                 raise UnsupportedError(reason)

@@ -23,11 +23,13 @@ RELIED_ON: tuple[Touch, ...] = (
          "value_before_softmax", "value_initialized", "dropout_prob"),
         "a fusion config has these fields, and they are left out of files so that a bare host raises",
     ),
+    Touch(
+        "adapters.utils:resolve_adapter_config", ("config", "local_map", "kwargs"), "what a fusion config refers to"
+    ),
     Touch("adapters:ModelAdaptersConfig.get", ("self", "adapter_name"), "an adapter's config"),
     Touch(
         "adapters:ModelAdaptersConfig.match", ("self", "adapter_name", "config_type", "..."), "a bottleneck's config"
     ),
-    Touch("adapters:ModelAdaptersConfig.get_fusion", ("self", "fusion_name"), "a fusion's config and sources"),
     Touch(
         "adapters:ModelAdaptersConfig.common_config_value", ("self", "adapter_names", "attribute"),
         "at which places the sources of a fusion act",

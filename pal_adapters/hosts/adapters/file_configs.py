@@ -30,7 +30,7 @@ from pal_adapters.hosts.names import require_adapter_name, require_fusion_name
 
 from .composition import architectures
 from .config import TaskAdapterConfig, any_registered
-from .fusion import combination_config
+from .fusion import PRESETS, combination_config
 
 _FUSION_WEIGHTS = (ADAPTERFUSION_WEIGHTS_NAME, SAFE_ADAPTERFUSION_WEIGHTS_NAME)
 _ONLY_AT_START = ("init_weights", "init_weights_seed")
@@ -186,7 +186,7 @@ def _check_fusion(model: Any, file: dict[str, Any], path: Path, load_as: Any) ->
         raise type(error)(f"{path} does not fit: {error}") from error
     except TypeError as error:
         raise ConfigError(f"{path} has a config that neither adapters nor pal_adapters knows ({error}).") from error
-    if not _says_what(config, ADAPTERFUSION_CONFIG_MAP):
+    if not _says_what(config, {**ADAPTERFUSION_CONFIG_MAP, **PRESETS}):
         raise ConfigError(f"{path} has config={config!r}: it needs a mapping, or the name of a preset.")
     name = load_as or file["name"]
     known, names = model.adapters_config.get_fusion(name)

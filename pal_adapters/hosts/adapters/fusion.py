@@ -8,6 +8,7 @@ as one wide bottleneck if the sources are alike, otherwise one by one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,9 @@ from .sources import WideSources, added
 
 # The config class of each fusion by its architecture, filled by `patches.register_fusion`.
 FUSIONS: dict[str, type[CombinationConfig]] = {}
+
+# The presets by name. The host's own table must not have them: it builds fusions of its own kind from what is there.
+PRESETS: dict[str, CombinationConfig] = {}
 
 # Options that only the host's own fusion uses. The host reads them, so this package's configs have them too.
 HOST_ONLY = tuple(name for name in AdapterFusionConfig.__dataclass_fields__ if name != "regularization")
@@ -173,9 +177,14 @@ def _last(child: Any, layer: BottleneckLayer) -> str:
 
 
 def combination_config(config: Any) -> CombinationConfig | None:
-    """The config as a fusion config of this package, or None; from a file, it is a dict or the host's own class."""
+    """The config, or preset, as a fusion config of this package, or None.
+
+    From a file, it is a dict or the host's own class.
+    """
     if isinstance(config, CombinationConfig):
         return config
+    if isinstance(config, str):
+        return copy(PRESETS[config]) if config in PRESETS else None
     if not isinstance(config, Mapping):
         return None
     ours = FUSIONS.get(config.get("architecture") or "")

@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from copy import copy
 from typing import Any, NamedTuple
 
 from adapters import AdapterTrainer
 from adapters.composition import Fuse
-from adapters.configuration import ADAPTER_CONFIG_MAP, AdapterConfig
-from adapters.configuration.adapter_fusion_config import ADAPTERFUSION_CONFIG_MAP
+from adapters.configuration import ADAPTER_CONFIG_MAP, AdapterConfig, ModelAdaptersConfig
+from adapters.configuration.adapter_fusion_config import ADAPTERFUSION_CONFIG_MAP, AdapterFusionConfig
 from adapters.interface import AdapterMethod
 from adapters.loading import AdapterFusionLoader, AdapterLoader, PredictionHeadLoader, WeightsLoaderHelper
 from adapters.methods.bottleneck import BottleneckLayer
@@ -28,7 +27,7 @@ from pal_adapters.hosts.expectations import Touch, check_host, warn_untested
 from . import adding, adding_fusion, bottlenecks, deleting, file_configs, files, lora, setup, trainer, whole_model
 from .config import CONFIGS, TaskAdapterConfig
 from .expectations import RELIED_ON
-from .fusion import FUSIONS, CombinationConfig
+from .fusion import FUSIONS, PRESETS, CombinationConfig
 from .transactions import whole
 
 _ORIGINAL = "_pal_adapters_original"
@@ -75,6 +74,14 @@ REPLACED: tuple[Replaced, ...] = (
     Replaced(
         AdapterMethod, "get_from_config", ("config",), whole_model.get_from_config,
         "a model's interface would have to list this package's methods; the model itself shows whether they fit",
+    ),
+    Replaced(
+        AdapterFusionConfig, "load", ("config", "kwargs"), adding_fusion.load_config,
+        "it makes a fusion of its own kind from whatever it finds",
+    ),
+    Replaced(
+        ModelAdaptersConfig, "get_fusion", ("self", "fusion_name"), adding_fusion.get_fusion,
+        "it finds no preset of this package",
     ),
     Replaced(
         _MODEL, "supports_adapter", ("self", "type_or_config"), adding.supports_adapter,
@@ -285,10 +292,10 @@ def register_fusion(config_class: type[CombinationConfig], presets: Mapping[str,
     """
     install()
     for name, preset in presets.items():
-        owner = ADAPTERFUSION_CONFIG_MAP.get(name)
+        owner = ADAPTERFUSION_CONFIG_MAP.get(name, PRESETS.get(name))
         if owner is not None and type(owner) is not config_class:
             raise ConfigError(f"adapters already has a fusion named {name!r} ({type(owner).__name__}).")
-        ADAPTERFUSION_CONFIG_MAP[name] = copy(preset)  # two names of one preset are not one object
+        PRESETS[name] = preset
     FUSIONS[str(next(iter(presets.values())).architecture)] = config_class
 
 
@@ -307,5 +314,6 @@ def _wrap(replaced: Replaced) -> None:
         return
     wrapper = functools.wraps(original)(replaced.make(original))
     setattr(wrapper, _ORIGINAL, original)
-    static = isinstance(inspect.getattr_static(replaced.owner, replaced.name), staticmethod)
+    # The original of a classmethod is bound already.
+    static = isinstance(inspect.getattr_static(replaced.owner, replaced.name), (staticmethod, classmethod))
     setattr(replaced.owner, replaced.name, staticmethod(wrapper) if static else wrapper)

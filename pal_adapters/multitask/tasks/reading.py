@@ -59,7 +59,7 @@ def read_file(path: Path) -> datasets.Dataset:
                 )
         except Exception as error:  # pyarrow, pandas, gzip and `datasets` have no common base class for errors
             cause = _cause(error)
-            if cause == "StopIteration" or "no data" in cause:
+            if cause == "StopIteration" or "no data" in cause or "at least one example" in cause:
                 raise TaskDataError(f"{path}: no rows") from error
             hint = "; each row must be an object with columns" if kind == "json" else ""
             raise TaskDataError(f"{path}: cannot be read ({cause}){hint}") from error

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
-from adapters import ADAPTER_CONFIG_MAP
-from adapters.configuration.adapter_fusion_config import ADAPTERFUSION_CONFIG_MAP
+from adapters import ADAPTER_CONFIG_MAP, AdapterFusionConfig
 
 import pal_adapters
 
@@ -31,6 +32,21 @@ def test_other_attributes_can() -> None:
 
 
 def test_two_names_of_a_fusion_are_two_objects() -> None:
-    one, two = (ADAPTERFUSION_CONFIG_MAP[name] for name in ("scalearn++", "scalearn_pp"))
-    assert one is not two
-    assert one.to_dict() == two.to_dict()
+    one, two, again = (AdapterFusionConfig.load(name) for name in ("scalearn++", "scalearn_pp", "scalearn_pp"))
+    assert len({id(config) for config in (one, two, again)}) == 3
+    assert one.to_dict() == two.to_dict() == again.to_dict()
+
+
+def test_loading_a_fusion_config(tmp_path: pathlib.Path) -> None:
+    """By name, with options, from a dict and from a file; the host's own as before."""
+    expected = pal_adapters.ScaLearnConfig(variant="scalearn_pp", init_scale=1.0)
+    path = tmp_path / "adapter_fusion_config.json"
+    path.write_text(json.dumps({"config": expected.to_dict(), "name": "a,b"}))
+    for config in (expected, expected.to_dict(), str(path), "scalearn_pp[init_scale=1.0]"):
+        assert AdapterFusionConfig.load(config) == expected
+    assert AdapterFusionConfig.load("scalearn++", init_scale=1.0) == expected
+    with pytest.raises(pal_adapters.ConfigError, match="temperature=True is not allowed"):
+        AdapterFusionConfig.load("scalearn", temperature=True)
+    static = AdapterFusionConfig.load("static", temperature=True)
+    assert type(static) is AdapterFusionConfig
+    assert (static.temperature, static.value) == (True, False)

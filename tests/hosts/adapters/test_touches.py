@@ -23,7 +23,7 @@ from pal_adapters.hosts.adapters import patches
 from pal_adapters.hosts.adapters.composition import ValueComposition
 from pal_adapters.hosts.adapters.config import CONFIGS
 from pal_adapters.hosts.adapters.expectations import RELIED_ON
-from pal_adapters.hosts.adapters.fusion import FUSIONS, HOST_ONLY
+from pal_adapters.hosts.adapters.fusion import FUSIONS, HOST_ONLY, PRESETS
 from pal_adapters.hosts.adapters.patches import REPLACED, Replaced
 from pal_adapters.hosts.expectations import Touch
 
@@ -87,8 +87,9 @@ def test_config_map() -> None:
 
 
 def test_fusion_config_map() -> None:
-    fusions = adapter_fusion_config.ADAPTERFUSION_CONFIG_MAP
-    assert {"static", "dynamic"} <= fusions.keys()
+    table = adapter_fusion_config.ADAPTERFUSION_CONFIG_MAP
+    assert set(table) == {"static", "dynamic"}  # the host builds fusions of its own kind from what is there
+    fusions = PRESETS
     for name in ("scalearn", "scalearn_uniform", "scalearn_pp", "scalearn_uniform_pp"):
         assert isinstance(fusions[name], FUSIONS["scalearn"])
     fields = set(adapters.AdapterFusionConfig.__dataclass_fields__)
