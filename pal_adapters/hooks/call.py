@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -30,11 +30,25 @@ class CallValue(threading.local):
 
     @contextmanager
     def bound(self, value: Any) -> Iterator[None]:
-        """Set the value inside the `with` block, and restore the previous one afterwards."""
+        """Set the value inside the `with` block, and restore the previous one afterwards.
+
+        An interrupt may leave a `with` block without its end, which then comes when the garbage is collected, maybe in
+        the middle of another call: the value of that call stays.
+        """
         before = self.value
         self.value = value
         try:
             yield
+        finally:
+            if self.value is value:
+                self.value = before
+
+    def run(self, value: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function with this value, and restore the previous one afterwards."""
+        before = self.value
+        self.value = value
+        try:
+            return function(*args, **kwargs)
         finally:
             self.value = before
 
@@ -46,19 +60,17 @@ class CallValue(threading.local):
 
 
 class CallLock:
-    """A re-entrant lock. Copies start unlocked."""
+    """A re-entrant lock for the calls of one module. Copies start unlocked."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        # To be taken by a `with` statement around the call itself. An exception of another thread or of a signal
+        # handler, such as KeyboardInterrupt, may arrive between any two calls of Python functions. It then leaves a
+        # context manager written in Python without its end, and a lock held in there would never be released.
+        self.lock = threading.RLock()
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the lock. A compiled graph reads the parameters directly and swaps nothing, so it needs none."""
-        if tracing():
-            yield
-            return
-        with self._lock:
-            yield
+    def mine(self) -> bool:
+        """Whether this thread holds the lock."""
+        return self.lock._is_owned()  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallLock:
         return CallLock()
@@ -94,8 +106,8 @@ class Kept(Protocol):
     def value(self) -> Any:
         """What is in force now."""
 
-    def bound(self, value: Any) -> AbstractContextManager[Any]:
-        """Bring it in force."""
+    def run(self, value: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function with this in force."""
 
 
 class Rerun:
@@ -123,15 +135,14 @@ def _again(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    with ExitStack() as stack:
-        for value, held in given:
-            stack.enter_context(value.bound(held))
-        if around and isinstance(run, functools.partial):  # the host's partial: the wrappers need its keywords too
-            kwargs = {**run.keywords, **kwargs}
-            run = functools.partial(run.func, *run.args)
-        for one in reversed(around):
-            run = functools.partial(one, run)
-        return run(*args, **kwargs)
+    if around and isinstance(run, functools.partial):  # the host's partial: the wrappers need its keywords too
+        kwargs = {**run.keywords, **kwargs}
+        run = functools.partial(run.func, *run.args)
+    for one in reversed(around):
+        run = functools.partial(one, run)
+    for value, held in reversed(given):
+        run = functools.partial(value.run, held, run)
+    return run(*args, **kwargs)
 
 
 def bind_reruns(modules: Iterable[nn.Module], *values: Kept) -> None:
@@ -159,5 +170,4 @@ def run_around(block: Any, around: Around, forward: Callable[..., Any], *args: A
     if not (checkpointed and block.gradient_checkpointing and block.training and torch.is_grad_enabled()):
         return around(forward, *args, **kwargs)
     bind_reruns([block])
-    with _AROUND.bound((*(_AROUND.value or ()), around)):
-        return forward(*args, **kwargs)
+    return _AROUND.run((*(_AROUND.value or ()), around), forward, *args, **kwargs)

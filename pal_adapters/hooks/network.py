@@ -10,8 +10,7 @@ before the block would not receive its gradient from a reentrant checkpoint.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from pal_adapters.blocks import signatures
 from pal_adapters.blocks.norms import NormForm, full_norms, norm_form, required_final_norm
 from pal_adapters.blocks.sites import Block, resolve
 from pal_adapters.errors import SiteError, UnsupportedError
+from pal_adapters.nn.tracing import tracing
 from pal_adapters.nn.unit import BatchTasks
 
 from .attention_bias import add_to_scores, mask_argument, past_length, position_scores, refusal, with_bias
@@ -212,19 +212,33 @@ class NetworkHooks:
         self.__dict__.update(state)
         self._covered = None  # a copied or unpickled model, whose original may have been in a call
 
-    @contextmanager
-    def _turn(self, module: nn.Module) -> Iterator[None]:
-        """Run one thread at a time if copies are swapped in."""
+    def _with_copies(self, module: nn.Module, slots: Slots, copies: Any, forward: Callable[..., Any]) -> Any:
+        """Call a function while copies replace pretrained weights of a module, one thread at a time.
+
+        Args:
+            module: the module.
+            slots: the locations of the originals; empty for a call without the network.
+            copies: the copies.
+            forward: the function.
+        """
         lock = self._locks.get(module)
         if lock is None:
-            yield
-            return
-        with lock.held():
+            return forward()
+        if tracing():  # a graph reads the parameters directly and swaps nothing
+            return BaseCopies(slots, copies).run(forward)
+        nested = lock.mine()
+        with lock.lock:
             if self._covered is None:
                 self._covered = {self.block.module, *self._outer}
-            if module in self._covered:
+            if module in self._covered and not nested:  # what an interrupted call has left
                 self._uncover(module)
-            yield
+            if not slots:
+                return forward()
+            self._covered.add(module)
+            output = BaseCopies(slots, copies).run(forward)
+            if not nested:
+                self._covered.discard(module)
+            return output
 
     def _uncover(self, module: nn.Module) -> None:
         assert self._covered is not None
@@ -245,12 +259,11 @@ class NetworkHooks:
 
     def _run_outer(self, module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         unit = self._outside()
-        with self._turn(module):
-            if unit is None:
-                return forward(*args, **kwargs)
-            slots = {name: places for name, places in self._outer[module].items() if name in unit.slots[1]}
-            with BaseCopies(slots, unit.outer).in_force():
-                return forward(*args, **kwargs)
+        call = functools.partial(forward, *args, **kwargs)
+        if unit is None:
+            return self._with_copies(module, {}, None, call)
+        slots = {name: places for name, places in self._outer[module].items() if name in unit.slots[1]}
+        return self._with_copies(module, slots, unit.outer, call)
 
     def _run_block(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         return run_around(self.block.module, self._inside, forward, *args, **kwargs)
@@ -258,8 +271,8 @@ class NetworkHooks:
     def _inside(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         unit = self.runner.network()
         if unit is None:
-            with self._running.bound(None), self._turn(self.block.module):
-                return forward(*args, **kwargs)
+            call = functools.partial(forward, *args, **kwargs)
+            return self._running.run(None, self._with_copies, self.block.module, {}, None, call)
         x = signatures.hidden_states(self._block_arguments, args, kwargs)
         if x.dim() != 3:
             raise UnsupportedError(
@@ -272,12 +285,11 @@ class NetworkHooks:
             args = tuple(aligned if value is x else value for value in args)
             kwargs = {name: aligned if value is x else value for name, value in kwargs.items()}
         steer = Steer(unit, batch)
-        with self._running.bound(steer):
-            with self._turn(self.block.module), BaseCopies(unit.slots[0], unit.base).in_force():
-                output = forward(*args, **kwargs)
-            if unit.acts_at_top:
-                output = signatures.with_first(output, self._top(steer, signatures.first_of(output)))
-            return output
+        call = functools.partial(forward, *args, **kwargs)
+        output = self._running.run(steer, self._with_copies, self.block.module, unit.slots[0], unit.base, call)
+        if unit.acts_at_top:
+            output = signatures.with_first(output, self._top(steer, signatures.first_of(output)))
+        return output
 
     def _top(self, steer: Steer, y: Tensor) -> Tensor:
         unit, batch, h = steer.unit, steer.batch, steer.h
@@ -357,6 +369,9 @@ class NetworkHooks:
         x = args[0]
         batch = self.runner.batch_tasks(x.shape[0], x.device)
         slots = {name: places for name, places in self._outer.get(norm, {}).items() if name in unit.slots[1]}
-        with self._turn(norm), BaseCopies(slots, unit.outer).in_force():
+
+        def standardised() -> Any:
             scale = form.scale(norm, x)
             return unit.final_norm(output, form.standardise(x), scale, getattr(norm, "bias", None), batch)
+
+        return self._with_copies(norm, slots, unit.outer, standardised)

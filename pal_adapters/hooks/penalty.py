@@ -6,31 +6,27 @@ A caller that computes its own loss adds the penalty there, see `penalty_by_call
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .call import CallValue
+
 _ITEMS = "num_items_in_batch"
-_BY_CALLER = ContextVar("pal_adapters_penalty_by_caller", default=False)
+_BY_CALLER = CallValue()
+T = TypeVar("T")
 
 
-@contextmanager
-def penalty_by_caller() -> Iterator[None]:
-    """Models called inside leave out their penalty, as the caller adds it to its own loss."""
-    token = _BY_CALLER.set(True)
-    try:
-        yield
-    finally:
-        _BY_CALLER.reset(token)
+def penalty_by_caller(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Calls a function in which models leave out their penalty, as the caller adds it to its own loss."""
+    return _BY_CALLER.run(True, function, *args, **kwargs)
 
 
 def is_by_caller() -> bool:
     """Whether the penalty is left out now."""
-    return _BY_CALLER.get()
+    return _BY_CALLER.value is True
 
 
 def watch(model: nn.Module, hook: Callable[..., Any]) -> None:

@@ -173,8 +173,20 @@ def layout_of(counts: Sequence[int], *, launches_cost: bool = True) -> Literal["
     return "padded" if filled <= 1.25 * total else "calls"
 
 
+def _require_weights(unit: TaskUnit, value: Tensor) -> None:
+    """Raise `UnsupportedError` if accelerate has taken the weights of a unit away, and would not bring them back."""
+    weight = next(unit.parameters(), None)
+    if weight is not None and weight.is_meta and not value.is_meta:
+        raise UnsupportedError(
+            f"the weights of {type(unit).__name__} are offloaded, and task modules read them without calling the "
+            "modules that would load them: offload the model first (device_map, accelerate.cpu_offload), and add the "
+            "adapters after that."
+        )
+
+
 def run_unit(unit: TaskUnit, site: str, value: Tensor, inputs: UnitInputs) -> Tensor:
     """One unit for all examples."""
+    _require_weights(unit, value)
     return unit(site, value, inputs, unit.weights())
 
 
@@ -199,6 +211,8 @@ def run_rows(units: Mapping[str, TaskUnit], plan: RowPlan, site: str, value: Ten
         batch = plan.numbers(value.device).shape[0]
         return run_rows(units, plan, site, value.view(batch, -1, value.shape[-1]), inputs).view(value.shape)
     acting = {name: units[name] for name in plan.names if name in units and site in units[name].sites}
+    for unit in list(acting.values())[:1]:  # accelerate offloads all of a block or none
+        _require_weights(unit, value)
     kinds = {name: unit.signature() for name, unit in acting.items()}
     if plan.input is not None:
         return _run_all(acting, kinds, plan, site, value, inputs)

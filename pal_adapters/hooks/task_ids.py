@@ -108,8 +108,12 @@ class TaskRows:
     @contextmanager
     def in_force(self, ids: Any, *, repeated: bool = False) -> Iterator[None]:
         """Use these tasks inside the `with` block, whatever the model is called with."""
-        with self.call.bound(_Given(ids, repeated, held=True)):
+        before = self.call.value
+        self.call.value = _Given(ids, repeated, held=True)
+        try:
             yield
+        finally:  # `take` may have noted others
+            self.call.value = before
 
     def allow_repeated(self) -> None:
         """Note that generation is about to repeat examples (beams, several returned sequences)."""

@@ -6,8 +6,7 @@ module's call, so that other adapters see their own copies, or the pretrained we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -96,9 +95,8 @@ class BaseCopies:
         self.slots = slots
         self.copies = copies
 
-    @contextmanager
-    def in_force(self) -> Iterator[None]:
-        """Let modules read the copies instead of the originals inside the `with` block.
+    def run(self, function: Callable[[], Any]) -> Any:
+        """Call a function while modules read the copies instead of the originals.
 
         An attribute hides the parameter of its name without replacing it, so `state_dict` and `parameters`, which
         other threads may call meanwhile, still give the originals. Tracing only follows parameters.
@@ -113,11 +111,11 @@ class BaseCopies:
                     read: dict[str, Any] = module._parameters if traced else module.__dict__
                     kept.append((read, name, read.get(name)))
                     read[name] = copy if copy.dtype == original.dtype else copy.to(original.dtype)
-            yield
+            return function()
         finally:
             for read, name, before in reversed(kept):
                 if before is None:
-                    del read[name]
+                    read.pop(name, None)  # an interrupt may come before the copy is there
                 else:
                     read[name] = before
 

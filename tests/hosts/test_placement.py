@@ -63,6 +63,19 @@ def test_offloaded_before_adding(
         assert not torch.equal(value, plain[key])
 
 
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in _COPYING])
+def test_offloaded_after_adding(method: str, routed: bool) -> None:
+    """Accelerate brings the weights of a module back when it is called, and task modules read them in another way."""
+    host = zoo.BY_NAME["bert"]
+    model = _adapted(host.build(), method)
+    accelerate.cpu_offload(model, execution_device=CPU)
+    inputs = host.inputs()
+    names = {"adapter_names": ["default", *["__base__"] * (len(inputs["input_ids"]) - 1)]} if routed else {}
+    with torch.no_grad(), pytest.raises(UnsupportedError, match=r"are offloaded, .* add the adapters after that"):
+        model(**inputs, **names)
+
+
 @pytest.mark.parametrize("method", _COPYING)
 def test_copies_of_weights_that_are_elsewhere(method: str) -> None:
     base = zoo.BY_NAME["bert"].build()

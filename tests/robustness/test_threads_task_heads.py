@@ -109,3 +109,35 @@ def test_tasks_that_differ_by_thread(host: str, method: str) -> None:
             if isinstance(result, Exception) or (result - want).abs().max() > 1e-5:
                 wrong.append(result if isinstance(result, Exception) else "other values")
     assert not wrong, f"{len(wrong)} of {THREADS * CALLS}: {wrong[0]!r}"
+
+
+# Calls inside a call share the forward context of adapters, in which these have one input for both.
+SHARING = {("adapters", "prefix_tuning"), ("adapters", "ca_mtl")}
+
+
+@pytest.mark.parametrize(("host", "method"), [case for case in CASES if case not in SHARING])
+def test_a_call_for_another_task_inside_a_call(host: str, method: str) -> None:
+    """From a hook on the embeddings: right, or refused where the host keeps the active adapter in the model."""
+    model = model_of(host, method)
+    ids = torch.randint(3, 40, (3, 5), generator=torch.Generator().manual_seed(0))
+
+    def call(task: str) -> Tensor:
+        return model(task_ids=task, input_ids=ids).logits[task]
+
+    expected = {task: call(task) for task in TASKS}
+    base = model.backbone if host == "adapters" else model.backbone.get_base_model()
+    seen: list[Tensor] = []
+
+    def hook(*_: Any) -> None:
+        handle.remove()
+        seen.append(call("fr"))
+
+    handle = base.embeddings.register_forward_hook(hook)
+    if (host, method) in (("peft", "lora"), ("peft", "ia3")):
+        with pytest.raises(pal_adapters.UnsupportedError, match="called from within itself for a task with another"):
+            call("de")
+    else:
+        assert torch.allclose(call("de"), expected["de"], atol=1e-5)
+        assert torch.allclose(seen[0], expected["fr"], atol=1e-5)
+    for task, logits in expected.items():
+        assert torch.allclose(call(task), logits, atol=1e-5)

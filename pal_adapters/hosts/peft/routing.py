@@ -168,7 +168,8 @@ class Routing:
             yield
         finally:
             for place, value in zip(self._places, before, strict=True):
-                place.value = value
+                if place.value is self.plan:  # as in `CallValue.bound`
+                    place.value = value
 
 
 def check_batch(model: nn.Module, plan: RowPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from .heads import Head
 from .readout import require_task, task_logits
 from .routes import Route, adapter_config, adapter_host, adapter_names, adapter_tasks, route_key
 from .routing import Hidden, has_method, pass_of_adapters, run_active
-from .setups import active_in_peft, pass_under
+from .setups import active_in_peft, in_pass
 
 
 class Tasks(Protocol):
@@ -83,8 +83,8 @@ def _run(backbone: Any, inputs: dict[str, Any], adapters: Sequence[Any], tasks: 
     if host is None:
         return run_active(backbone, inputs, {})
     if served or not all(has_method(adapter_config(backbone, name)) for name in adapter_names(backbone)):
-        with pass_under(backbone, partial(active_in_peft, backbone, first)):
-            return run_active(backbone, inputs, more)
+        under = partial(active_in_peft, backbone, first)
+        return in_pass(backbone, under, lambda: run_active(backbone, inputs, more))
     from pal_adapters.hosts.peft.routing import AdapterInput  # only here: other hosts do without PEFT
 
     names = tuple("__base__" if adapter is None else adapter for adapter in known.values())

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,9 @@ from pal_adapters.errors import UnsupportedError
 from .base import original_layer
 from .routes import adapter_host
 from .routing import run_active
-from .setups import active_in_peft, adapter_setup
+from .setups import active_in_peft, under_setup
+
+T = TypeVar("T")
 
 
 def output_layer(backbone: Any) -> nn.Module | None:
@@ -99,35 +100,35 @@ def _is_one_layer(backbone: Any) -> bool:
         seen["output"] = output
 
     tokens = torch.arange(3, device=next(backbone.parameters()).device).unsqueeze(0)
-    with torch.no_grad(), _bare(backbone) as model:
+
+    def run(model: Any) -> tuple[Tensor, Tensor]:
         hooks = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
         try:
             logits = model(input_ids=tokens, return_dict=True).logits
         finally:
             for hook in hooks:
                 hook.remove()
-        hidden, _ = run_active(backbone, {"input_ids": tokens}, {})
+        return logits, run_active(backbone, {"input_ids": tokens}, {})[0]
+
+    with torch.no_grad():
+        logits, hidden = _run_bare(backbone, run)
     if not {"input", "output"} <= set(seen) or seen["input"].shape != hidden.shape:
         return False
     # A bound on the logits changes small ones in their last bits only.
     return torch.allclose(seen["input"], hidden) and torch.equal(seen["output"].float(), logits.float())
 
 
-@contextmanager
-def _bare(backbone: Any) -> Iterator[Any]:
-    """The model without adapters and dropout."""
+def _run_bare(backbone: Any, run: Callable[[Any], T]) -> T:
+    """Runs a function of the model without adapters and dropout."""
     modes = {module: module.training for module in backbone.modules()}
     host = adapter_host(backbone)
     backbone.eval()
     try:
         if host == "adapters":
-            with adapter_setup(None):
-                yield backbone
-        elif host == "peft":
-            with active_in_peft(backbone, None):
-                yield backbone.get_base_model()
-        else:
-            yield backbone
+            return under_setup(None)(lambda: run(backbone))
+        if host == "peft":
+            return active_in_peft(backbone, None, lambda: run(backbone.get_base_model()))
+        return run(backbone)
     finally:
         for module, mode in modes.items():
             module.training = mode

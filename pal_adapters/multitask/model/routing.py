@@ -26,7 +26,7 @@ from .routes import (
     is_fuse,
     route_key,
 )
-from .setups import active_in_peft, adapter_setup, pass_under
+from .setups import active_in_peft, in_pass, under_setup
 
 Hidden = tuple[Tensor, Tensor | None]
 """Last hidden states `[r, n, d]`, and the output of the base model's pooler `[r, d]`, if it has one."""
@@ -119,11 +119,12 @@ def run_active(backbone: Any, inputs: dict[str, Any], more: dict[str, Any], *, p
     model: Any = backbone if adapter_host(backbone) == "peft" else bare_model(backbone)
     if model is backbone and is_peft_model(backbone) and bare_model(backbone) is not backbone.get_base_model():
         more = {**more, "output_hidden_states": True}  # PEFT wraps a model with a head, which leaves them out
-    with penalty_by_caller():  # it is added to the loss of the tasks, see `fusion_penalty`
-        outputs = model(**inputs, **more, return_dict=True)
-        hidden = getattr(outputs, "last_hidden_state", None)
-        if hidden is None and outputs.hidden_states is None:  # a model whose bare model is not known
-            outputs = model(**inputs, **more, return_dict=True, output_hidden_states=True)
+    # It is added to the loss of the tasks, see `fusion_penalty`.
+    call = partial(penalty_by_caller, model, **inputs, **more, return_dict=True)
+    outputs = call()
+    hidden = getattr(outputs, "last_hidden_state", None)
+    if hidden is None and outputs.hidden_states is None:  # a model whose bare model is not known
+        outputs = call(output_hidden_states=True)
     hidden = outputs.hidden_states[-1] if hidden is None else hidden
     given = inputs.get("input_ids", inputs.get("inputs_embeds"))
     if given is not None and (virtual := hidden.shape[1] - given.shape[1]) > 0:
@@ -166,9 +167,8 @@ def pass_of_adapters(backbone: Any, inputs: dict[str, Any], setup: Any, more: di
     """One pass of a model of `adapters` under a setup, with further arguments for the host."""
     names = adapters_in(setup)
     behind = names and any(getattr(part, "combine", "") == "prefix_after_bos" for part in _parts(backbone, names[0]))
-    context = adapter_setup(setup)  # the same for all blocks, also for those that run again
-    with pass_under(backbone, lambda: context):
-        return run_active(backbone, inputs, more, prompt_at=int(bool(behind)))
+    run = partial(run_active, backbone, inputs, more, prompt_at=int(bool(behind)))
+    return in_pass(backbone, under_setup(setup), run)
 
 
 def _reject_mixtures(known: dict[str, Any]) -> None:
@@ -227,8 +227,8 @@ def _run_peft(
     if len(known) == 1:
         more = _numbers(backbone, adapters[0], tasks)
         if not ours or networks:
-            with pass_under(backbone, partial(active_in_peft, backbone, adapters[0])):
-                return run_active(backbone, inputs, more)
+            under = partial(active_in_peft, backbone, adapters[0])
+            return in_pass(backbone, under, lambda: run_active(backbone, inputs, more))
     if ours:
         only_one = len(known) == len(present) == 1 and list(backbone.active_adapters) == names
         # The only adapter is always active, so naming it would only cost time.
@@ -243,8 +243,8 @@ def _run_peft(
                 "of one task (mixed_batches=False), or a method of pal_adapters."
             )
     # PEFT hooks these names into the model for the duration of the call, so no other pass may run meanwhile.
-    with pass_under(backbone, partial(active_in_peft, backbone, names[0], key=object())):
-        return run_active(backbone, inputs, _by_name(adapters))
+    under = partial(active_in_peft, backbone, names[0], key=object())
+    return in_pass(backbone, under, lambda: run_active(backbone, inputs, _by_name(adapters)))
 
 
 def _by_name(adapters: Sequence[Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from pal_adapters.errors import ConfigError, UnsupportedError
 from pal_adapters.multitask.model.heads import HeadConfig
 from pal_adapters.multitask.model.routes import adapter_host, adapter_names
 from pal_adapters.multitask.model.routing import cache_argument
-from pal_adapters.multitask.model.setups import active_in_peft, adapter_setup, pass_under
+from pal_adapters.multitask.model.setups import active_in_peft, in_pass, under_setup
 from pal_adapters.multitask.model.task_description import TaskDescription
 from pal_adapters.multitask.tasks.task import Task
 
@@ -78,12 +79,8 @@ class HostEngine:
         if head.kind == "multiple_choice":
             inputs = {name: value.unflatten(0, (-1, head.num_choices)) for name, value in inputs.items()}
         more = {"head": self._own[task]} if task in self._own else {}
-        if self.host == "adapters":
-            with pass_under(self.model, lambda: adapter_setup(adapter)):
-                output = self.model(**inputs, **more, return_dict=True)
-        else:
-            with pass_under(self.model, lambda: active_in_peft(self.model, adapter)):
-                output = self.model(**inputs, return_dict=True)
+        under = under_setup(adapter) if self.host == "adapters" else partial(active_in_peft, self.model, adapter)
+        output = in_pass(self.model, under, lambda: self.model(**inputs, **more, return_dict=True))
         return {task: _plain(output, head, inputs.get("attention_mask"))}
 
     def _check_outputs(self, task: str, head: HeadConfig) -> None:
