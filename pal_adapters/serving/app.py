@@ -25,7 +25,7 @@ from .body import BodyError, read_requests
 from .checks import CallError, check_requests, task_folder
 from .interface import PredictorLike
 from .metrics import Metrics
-from .middleware import BodyLimit, StatusCount
+from .middleware import BodyLimit, StatusCount, Stopping
 from .options import ServingOptions
 from .schema import Answer, Health, Problem, TaskInfo, problems, request_body
 
@@ -35,7 +35,7 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-
+_LATER = {"Retry-After": "1"}
 _BEARER = HTTPBearer(auto_error=False, description="The administrator's token")
 
 
@@ -83,6 +83,7 @@ def create_app(
         responses={"default": {"model": Problem, "description": "An error"}},
     )
     app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes)
+    app.add_middleware(Stopping, answer=_problem(503, "the service is stopping", headers=_LATER))
     app.add_middleware(StatusCount, report=metrics.count_call)
     _report_problems(app)
 
@@ -214,7 +215,7 @@ def _report_problems(app: FastAPI) -> None:
 
     @app.exception_handler(QueueFullError)
     async def busy(_: Request, error: QueueFullError) -> JSONResponse:
-        return _problem(503, "too many requests are waiting; try again", headers={"Retry-After": "1"})
+        return _problem(503, "too many requests are waiting; try again", headers=_LATER)
 
     @app.exception_handler(StarletteHTTPException)
     async def rejected(_: Request, error: StarletteHTTPException) -> JSONResponse:

@@ -1,7 +1,8 @@
-"""ASGI middleware: a limit on the size of a body, and a look at the status of every response."""
+"""ASGI middleware: limits the size of a body, reports statuses, and answers calls that a stopping server gives up."""
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Callable
 
 from starlette.datastructures import Headers
@@ -57,3 +58,30 @@ class StatusCount:
             await send(message)
 
         await self.app(scope, receive, counted)
+
+
+class Stopping:
+    """Answers a call that the server cancels, which uvicorn does when its time to shut down is over.
+
+    Args:
+        app: The application.
+        answer: What such a call gets, unless its response has begun.
+    """
+
+    def __init__(self, app: ASGIApp, answer: ASGIApp) -> None:
+        self.app, self.answer = app, answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except CancelledError:
+            if begun or scope["type"] != "http":
+                raise
+            await self.answer(scope, receive, send)

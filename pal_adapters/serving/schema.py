@@ -146,7 +146,7 @@ PROBLEMS = {
     413: "The body is too large",
     415: "The body has another content type than application/json",
     422: "A request, or the folder of a task, cannot be used",
-    503: "Too many requests are waiting; `Retry-After` says when to try again",
+    503: "Too many requests are waiting, or the service is stopping; `Retry-After` says when to try again",
 }
 
 

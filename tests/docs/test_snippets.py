@@ -153,6 +153,30 @@ def served_folder(names: Names) -> None:
     names["model"].save_pretrained("out", processing_class=names["tokenizer"], tasks=names["tasks"])
 
 
+def calling_the_service(names: Names) -> None:
+    """The client of the snippet calls a service in this process, whose queue is full the first time."""
+    from types import SimpleNamespace
+
+    from pal_adapters.serving import create_app
+    from pal_adapters.serving.batcher import Batcher, QueueFullError
+    from tests.serving.fake import FakePredictor
+    from tests.serving.test_app import call
+
+    patch, submit, waits = names["monkeypatch"], Batcher.submit, names.setdefault("waits", [])
+
+    async def busy(batcher: Batcher, requests: Any) -> Any:
+        if not waits:
+            raise QueueFullError
+        return await submit(batcher, requests)
+
+    def post(path: str, **body: Any) -> Any:
+        return call(create_app(FakePredictor()), ("POST", path, body))[0]
+
+    patch.setattr(Batcher, "submit", busy)
+    patch.setattr("time.sleep", waits.append)
+    patch.setattr("httpx.Client", lambda base_url, timeout: SimpleNamespace(post=post))
+
+
 def answering(names: Names) -> None:
     """A saved model with the tasks of the page, and one with a single task."""
     from transformers import AutoTokenizer
@@ -251,7 +275,7 @@ PAGES: dict[str, list[tuple[str, Prepare]]] = {
         ("peft", answering_again),
     ],
     "docs/sampling.md": [("peft", heads_on_a_plain_base), ("peft", nothing), ("peft", heads_on_a_plain_base)],
-    "docs/serve.md": [("uvicorn", served_folder)],
+    "docs/serve.md": [("fastapi", calling_the_service), ("uvicorn", served_folder)],
     "docs/transfer.md": [
         ("adapters", sources_in_files),
         ("adapters", nothing),
@@ -287,11 +311,27 @@ def test_snippets_run(page: str, host: str, folder: str, tmp_path: Path, monkeyp
         exec(compile(code[number].replace("bert-base-uncased", folder), f"{page}[{number}]", "exec"), names)
 
     names: Names = {"folder": folder, "run": run, "ids": ids[:2], "mask": torch.ones(2, 7).long()}
-    names |= {"labels": torch.zeros(4).long(), "batches": [{"input_ids": ids}]}
+    names |= {"labels": torch.zeros(4).long(), "batches": [{"input_ids": ids}], "monkeypatch": monkeypatch}
     for number, (needs, prepare) in enumerate(PAGES[page]):
         if needs == host:
             prepare(names)
             run(number)
+
+
+def test_the_client_of_the_service(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fastapi")
+    code, _ = snippets("docs/serve.md")
+    names: Names = {"monkeypatch": monkeypatch}
+    calling_the_service(names)
+    exec(compile(code, "docs/serve.md", "exec"), names)
+    assert names["waits"] == [1]
+    first, second = "the film was wonderful .", "a dull film ."
+    assert capsys.readouterr().out.splitlines() == [
+        f"{text} {text.upper()} {1 / len(text)}" for text in (first, second)
+    ]
+    with pytest.raises(ValueError, match=r"column 'hypothesis' is missing \(request 1, task pair\)"):
+        names["predict"]([{"task": "sentiment", "sentence": "x"}, {"task": "pair", "premise": "x"}])
+    assert len(code.strip().splitlines()) <= 25
 
 
 STUBS = (

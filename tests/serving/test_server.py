@@ -1,4 +1,4 @@
-"""The service as a process: SIGTERM during a call."""
+"""The service as a process: SIGTERM during calls."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import httpx
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = """
 import sys
-from pal_adapters.serving import create_app, serve
+from pal_adapters.serving import create_app, serve, server
 from tests.serving.fake import FakePredictor
 
 class Held(FakePredictor):
@@ -30,45 +32,79 @@ class Held(FakePredictor):
         sys.stdin.readline()
         return super().__call__(requests)
 
+server.GRACE_SECONDS = int(sys.argv[1])
 serve(create_app(Held()), port=0)
 """
 
 
-def test_sigterm_lets_calls_in_progress_end() -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER], cwd=ROOT, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stderr is not None
-    try:
-        log: list[str] = []
-        address = None
-        while address is None:
-            log.append(process.stderr.readline())
-            assert log[-1], "".join(log)
-            address = re.search(r"http://\S+", log[-1])
-        found: list[Any] = []
+class Served:
+    """The service in a process, with a call in progress."""
+
+    def __init__(self, process: Any) -> None:
+        self.process, self.log = process, [""]
+        self.found: list[Any] = []
+
+    def read_log_until(self, pattern: str) -> re.Match[str]:
+        while (match := re.search(pattern, self.log[-1])) is None:
+            self.log.append(self.process.stderr.readline())
+            assert self.log[-1], "".join(self.log)
+        return match
+
+    def start_call(self) -> threading.Thread:
+        address = self.read_log_until(r"http://\S+")[0]
         body = {"task": "sentiment", "sentence": "fine film"}
         caller = threading.Thread(
-            target=lambda: found.append(httpx.post(f"{address[0]}/predict", json=body, timeout=None, trust_env=False))
+            target=lambda: self.found.append(
+                httpx.post(f"{address}/predict", json=body, timeout=None, trust_env=False)
+            )
         )
         caller.start()
-        assert process.stdout.readline() == "started\n"
-        process.send_signal(signal.SIGTERM)
-        while "Shutting down" not in log[-1]:
-            log.append(process.stderr.readline())
-            assert log[-1], "".join(log)
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        caller.join()
-        assert found[0].status_code == 200
-        assert json.loads(found[0].content)["label"] == "FINE FILM"
-        assert process.wait() in (0, -signal.SIGTERM)
-        rest = process.stderr.read()
-        assert "Traceback" not in rest
+        assert self.process.stdout.readline() == "started\n"
+        return caller
+
+    def go_on(self) -> None:
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+
+    def check_end(self) -> None:
+        assert self.process.wait() in (0, -signal.SIGTERM)
+        rest = self.process.stderr.read()
+        assert "Traceback" not in "".join([*self.log, rest])
         assert "Application shutdown complete" in rest
+
+
+@contextmanager
+def served(grace_seconds: int) -> Iterator[Served]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(grace_seconds)], cwd=ROOT, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        yield Served(process)
     finally:
         process.kill()
         process.communicate()
+
+
+def test_sigterm_lets_calls_in_progress_end() -> None:
+    with served(grace_seconds=30) as service:
+        caller = service.start_call()
+        service.process.send_signal(signal.SIGTERM)
+        service.read_log_until("Shutting down")
+        service.go_on()
+        caller.join()
+        assert service.found[0].status_code == 200
+        assert json.loads(service.found[0].content)["label"] == "FINE FILM"
+        service.check_end()
+
+
+def test_calls_that_take_longer_are_told_to_try_again() -> None:
+    with served(grace_seconds=0) as service:
+        caller = service.start_call()
+        service.process.send_signal(signal.SIGTERM)
+        caller.join()
+        assert service.found[0].status_code == 503
+        assert service.found[0].json() == {"error": "the service is stopping"}
+        assert service.found[0].headers["Retry-After"] == "1"
+        service.go_on()
+        service.check_end()
