@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pal_adapters.errors import ConfigError
-from pal_adapters.multitask import Predictor
-from pal_adapters.serving import ServingOptions, create_app, serve
+from pal_adapters.serving.options import ServingOptions
 
 from .options import option, parse
-from .shared import model_folder
 
 ADMIN_TOKEN = "PAL_ADAPTERS_ADMIN_TOKEN"
 
@@ -40,6 +38,12 @@ class ServeOptions(ServingOptions):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     args, given = parse("pal-adapters serve", __doc__, argv, ServeOptions, folder="a trained folder, or a Hub repo ID")
+    # Only here: the help and the checks of the options do without the packages of the extra `serve`.
+    from pal_adapters.multitask import Predictor
+    from pal_adapters.serving import create_app, serve
+
+    from .shared import model_folder
+
     token = os.environ.get(ADMIN_TOKEN)
     if args.tasks_root is not None and not token:
         raise ConfigError(f"--tasks_root has no effect without an administrator's token: set {ADMIN_TOKEN}")

@@ -17,7 +17,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
-from pal_adapters import __version__
 from pal_adapters.errors import ConfigError, PalAdaptersError
 
 from .batcher import Batcher, QueueFullError
@@ -77,7 +76,6 @@ def create_app(
 
     app = FastAPI(
         title="pal_adapters",
-        version=__version__,
         lifespan=lifespan,
         redirect_slashes=False,  # a redirect would name the host that the caller sent
         responses={"default": {"model": Problem, "description": "An error"}},

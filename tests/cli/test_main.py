@@ -180,13 +180,48 @@ def test_help_lists_commands_and_choices(capsys: Any) -> None:
     listed = capsys.readouterr().out
     for command in COMMANDS:
         assert command in listed
-        if command != "serve" or find_spec("fastapi"):
-            assert start(command, "--help") == 0
-            assert f"usage: pal-adapters {command}" in capsys.readouterr().out
+        assert start(command, "--help") == 0
+        assert f"usage: pal-adapters {command}" in capsys.readouterr().out
     assert start("train", "--help") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "{pal,low_rank,top_attention,lhuc,houlsby,houlsby_pal,ca_mtl_base,ca_mtl_large,full,head}" in shown
     assert "{adapters,peft}" in shown
+
+
+EXTRA = ("adapters", "peft", "datasets", "evaluate", "fastapi", "pandas", "prometheus_client", "tabulate", "uvicorn")
+BLOCKED = f"""
+import importlib.util, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {EXTRA!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name.split(".")[0] in {EXTRA!r} else find(name, *more)
+from pal_adapters.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "shown"),
+    [
+        (("--help",), 0, "answer requests over HTTP"),
+        (("serve", "--help"), 0, "--max_batch"),
+        (("serve", "out", "--port", "70000"), 2, "--port 70000 is not allowed"),
+        (("serve", "out", "--max_batch", "0"), 2, "max_batch=0"),
+        (("serve", "out"), 2, "pip install -e '.[all]'"),
+    ],
+)
+def test_serve_explains_itself_without_the_extras(arguments: tuple[str, ...], status: int, shown: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status, done.stderr
+    assert shown in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_version(capsys: Any) -> None:
