@@ -6,6 +6,7 @@ A dataclass field carries its check in its metadata, `field(default=6, metadata=
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -103,6 +104,11 @@ def one_of(*allowed: object) -> Check:
 def string(*, empty: bool = True) -> Check:
     """A string; `empty` says whether `""` is allowed."""
     return Check("a string", lambda value: isinstance(value, str) and (empty or bool(value)))
+
+
+def path() -> Check:
+    """The path of a file or folder."""
+    return Check("a path", lambda value: isinstance(value, (str, os.PathLike)) and bool(str(value)))
 
 
 def list_of(item: Check, noun: str, *, different: bool = False, minimum: int = 0, maximum: int = LARGEST) -> Check:

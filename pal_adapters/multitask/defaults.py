@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pal_adapters.checks import MODEL, string
+from pal_adapters.checks import MODEL, shown, string
 from pal_adapters.errors import ConfigError, how_to_install
 from pal_adapters.hosts.which import host_of, is_peft_model
 
@@ -46,6 +46,9 @@ def add_adapter(model: Any, name: str, config: Any) -> Any:
 
     Returns:
         The model; for the first PEFT adapter on it, the `PeftModel` that wraps it.
+
+    Raises:
+        ConfigError: If `config` is neither a config of a host nor the name of one.
     """
     MODEL("model", model)
     string(empty=False)("name", name)
@@ -57,6 +60,10 @@ def add_adapter(model: Any, name: str, config: Any) -> Any:
         return model
     import adapters  # only here: not needed with PEFT
 
+    if not isinstance(config, adapters.AdapterConfig) and not (isinstance(config, str) and config):
+        raise ConfigError(
+            f"config={shown(config)} is not allowed: use a config of a host, such as PALConfig(), or its name."
+        )
     if host_of(model) is None:
         adapters.init(model)
     model.add_adapter(name, config=config)

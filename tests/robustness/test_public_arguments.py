@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from transformers import BertConfig, BertModel
@@ -40,6 +41,16 @@ def test_inputs_of_an_export(inputs: Any) -> None:
         pa.export_program(torch.nn.Linear(2, 2), inputs)
 
 
+ROWS = datasets.Dataset.from_dict({"text": ["a", "b"] * 5, "label": [0, 1] * 5})
+HEADS = {"a": mt.HeadConfig("single_label", 2)}
+
+
+class Tokenizer:
+    """What a collator reads of a tokenizer."""
+
+    padding_side, pad_token_id = "right", 0
+
+
 OF_TASKS: dict[str, Callable[[Any], Any]] = {
     "head": lambda value: mt.Route(value),
     "weight": lambda value: mt.Route("a", weight=value),
@@ -52,14 +63,48 @@ OF_TASKS: dict[str, Callable[[Any], Any]] = {
     "test_size": lambda value: mt.load_toy_task("sentiment", test_size=value),
     "seed": lambda value: mt.load_toy_task("sentiment", seed=value),
     "model": lambda value: mt.add_adapter(value, "a", None),
+    "adapter": lambda value: mt.Route("a", adapter=value),
+    "output_dir": mt.last_checkpoint,
+    "split_columns": lambda value: mt.train_dev_split(ROWS, split_columns=value),
+    "tokenizer": lambda value: mt.MultiTaskCollator(value, HEADS),
+    "heads": lambda value: mt.MultiTaskCollator(Tokenizer(), {"a": value}),
+    "pad_to_multiple_of": lambda value: mt.MultiTaskCollator(Tokenizer(), HEADS, pad_to_multiple_of=value),
+    "features": lambda value: mt.MultiTaskCollator(Tokenizer(), HEADS)(value),
+    "tasks": mt.ConcatTasks,
+    "task": lambda value: mt.EncodedTask(value, ROWS, Tokenizer(), 16),
+    "directory": mt.TaskHeads.from_pretrained,
 }
+OF_A_TASK_HEADS: dict[str, Callable[[mt.TaskHeads, Any], Any]] = {
+    "config": lambda model, value: mt.add_adapter(model.backbone, "a", value),
+    "tasks": lambda model, value: model.prepare_training(value),
+    "base": lambda model, value: model.prepare_training(base=value),
+    "shared": lambda model, value: model.prepare_training(shared=value),
+    "task": lambda model, value: model.for_task(value),
+    "directory": lambda model, value: model.restore(value),
+}
+VALUES = [-1, True, float("nan"), "", b"x", [None], object, (1, "a")]
 
 
-@pytest.mark.parametrize("value", [-1, True, float("nan"), "", b"x", [None], object, (1, "a")], ids=repr)
+@pytest.mark.parametrize("value", VALUES, ids=repr)
 @pytest.mark.parametrize("argument", OF_TASKS)
 def test_arguments_of_multitask(argument: str, value: Any) -> None:
     with pytest.raises(pa.ConfigError, match=rf"{argument}(=|\[| is)"):
         OF_TASKS[argument](value)
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("argument", OF_A_TASK_HEADS)
+def test_arguments_of_task_heads(argument: str, value: Any) -> None:
+    if value is True and argument in ("base", "shared"):
+        return
+    if argument == "config":
+        pytest.importorskip("adapters")
+    sizes = dict(vocab_size=60, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    model = mt.TaskHeads(BertModel(BertConfig(**sizes)))
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(pa.PalAdaptersError, match=rf"{argument}(=|\[| is)|task .* is not there"):
+        OF_A_TASK_HEADS[argument](model, value)
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
 
 
 def test_tasks_are_names() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 
+from pal_adapters.checks import path
 from pal_adapters.errors import ConfigError, StorageError
 
 from .files import cause_of
@@ -18,6 +19,7 @@ def fetch(name: str | Path, *, revision: str | None, token: str | bool | None) -
         ConfigError: If `revision` or `token` is given for a local folder.
         StorageError: If `name` is neither, or the repository cannot be read.
     """
+    path()("directory", name)
     if Path(name).is_dir():
         for argument, value in (("revision", revision), ("token", token)):
             if value is not None:

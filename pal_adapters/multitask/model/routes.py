@@ -8,11 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from pal_adapters.checks import number, string
+from pal_adapters.checks import Check, number, string
 from pal_adapters.errors import ConfigError, UnknownAdapterError, UnsupportedError
 from pal_adapters.hosts.which import host_of, is_peft_model
 
 from .names import require_name
+
+_ADAPTER = Check(
+    "the name of an adapter, a Stack or Fuse of names, or None",
+    lambda value: value is None or (isinstance(value, str) and bool(value)) or is_fuse(value) or is_stack(value),
+)
 
 
 @dataclass
@@ -32,6 +37,7 @@ class Route:
     def __post_init__(self) -> None:
         string(empty=False)("head", self.head)
         number()("weight", self.weight)
+        _ADAPTER("adapter", self.adapter)
 
 
 def adapter_host(backbone: Any) -> str | None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pal_adapters.checks import require_one_of
+from pal_adapters.checks import path, require_bool, require_one_of, shown
+from pal_adapters.errors import ConfigError
 from pal_adapters.hosts.unchanged import all_or_nothing
 from pal_adapters.nn.tracing import exporting
 
@@ -176,8 +177,9 @@ class TaskHeads(nn.Module):
         Raises:
             UnsupportedError: For a task of `language_modeling`.
         """
+        config = self.head(task).config
         described = self.described.get(task)
-        return TaskModel(self, task, self.head(task).config, described.label_names if described else ())
+        return TaskModel(self, task, config, described.label_names if described else ())
 
     def _route(self, task: str) -> Route:
         require_task(task, self.tasks)
@@ -245,6 +247,10 @@ class TaskHeads(nn.Module):
             ConfigError: For `base=False` with an adapter that trains the base model.
         """
         adapter_host(self.backbone)
+        require_bool("base", base)
+        require_bool("shared", shared)
+        if isinstance(tasks, (str, bytes)) or not isinstance(tasks, (Iterable, type(None))):
+            raise ConfigError(f"tasks={shown(tasks)} is not allowed: pass a list of names.")
         tasks = self.tasks if tasks is None else tuple(tasks)
         routes = [self._route(task) for task in tasks]
         check_base(self.backbone, routes, base=base)
@@ -308,6 +314,7 @@ class TaskHeads(nn.Module):
             ConfigError: For a task that the model lacks, or that does not fit its head.
             StorageError: If each process holds only parts of the parameters.
         """
+        path()("directory", directory)
         contents = self._contents()
         if tasks is not None:
             contents.described = self.described | described_tasks(tasks, processing_class, contents.task_heads())
@@ -356,6 +363,7 @@ class TaskHeads(nn.Module):
         Raises:
             StorageError: If the folder is incomplete, damaged, or of another model; then nothing has changed.
         """
+        path()("directory", directory)
         reshard(self)
         with all_or_nothing(self, modules=[self]):
             description = restore(self._contents(), Path(directory))

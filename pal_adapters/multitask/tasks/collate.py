@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pal_adapters.checks import Check, require_int, shown
 from pal_adapters.errors import ConfigError
 from pal_adapters.multitask.model.heads import IGNORED, HeadConfig
 
 Batch = dict[str, Any]
+
+_HEADS = Check(
+    "a dict with the HeadConfig of each task",
+    lambda value: isinstance(value, Mapping) and all(isinstance(head, HeadConfig) for head in value.values()),
+)
 
 
 class MultiTaskCollator:
@@ -29,6 +35,11 @@ class MultiTaskCollator:
     """
 
     def __init__(self, tokenizer: Any, heads: dict[str, HeadConfig], *, pad_to_multiple_of: int | None = None) -> None:
+        if not hasattr(tokenizer, "padding_side") or getattr(tokenizer, "pad_token_id", None) is None:
+            raise ConfigError(f"tokenizer={shown(tokenizer)} is not allowed: use a tokenizer with a padding token.")
+        _HEADS("heads", heads)
+        if pad_to_multiple_of is not None:
+            require_int("pad_to_multiple_of", pad_to_multiple_of, minimum=1)
         self.tokenizer = tokenizer
         self.heads = heads
         self.numbers = {name: number for number, name in enumerate(heads)}
@@ -47,6 +58,8 @@ class MultiTaskCollator:
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> Batch:
         """The batch of these examples."""
+        if not isinstance(features, Sequence) or not features or not all(isinstance(f, Mapping) for f in features):
+            raise ConfigError(f"features={shown(features)} is not allowed: use a list of items of an EncodedTask.")
         inputs = [row for feature in features for row in feature["inputs"]]
         longest = max(len(row["input_ids"]) for row in inputs)
         longest = -(-longest // self.multiple) * self.multiple

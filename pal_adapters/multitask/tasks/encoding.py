@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pal_adapters.checks import require_int
+from pal_adapters.checks import require_int, shown
 from pal_adapters.errors import ConfigError
 from pal_adapters.multitask.metrics.builtin import NOT_PREDICTED, lower_is_better
 from pal_adapters.multitask.metrics.custom import primary_name
@@ -57,8 +57,12 @@ class EncodedTask(torch.utils.data.Dataset[Any]):
         where: str = "data",
         needs_labels: bool = True,
     ) -> None:
+        if not isinstance(task, Task):
+            raise ConfigError(f"task={shown(task)} is not allowed: use a Task.")
         self._where = where = f"task {task.name!r}, {where}"
         dataset = plain_rows(as_dataset(rows, where))
+        if not callable(tokenizer) or not hasattr(tokenizer, "num_special_tokens_to_add"):
+            raise ConfigError(f"tokenizer={shown(tokenizer)} is not allowed: use a tokenizer of transformers.")
         self.task = task
         self.max_length = max_length
         self.rows = plain_rows(expanded(task, dataset, where))
@@ -267,6 +271,8 @@ class ConcatTasks(torch.utils.data.Dataset[Any]):
     """The examples of all tasks, numbered consecutively, as `MultiTaskBatchSampler` numbers them."""
 
     def __init__(self, tasks: Sequence[EncodedTask]) -> None:
+        if not isinstance(tasks, Sequence) or not all(isinstance(rows, EncodedTask) for rows in tasks) or not tasks:
+            raise ConfigError(f"tasks={shown(tasks)} is not allowed: use a list of EncodedTask.")
         self.tasks = list(tasks)
         self._offsets = np.cumsum([0, *map(len, tasks)])
 

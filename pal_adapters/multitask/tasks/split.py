@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from pal_adapters.checks import number, require_int
+from pal_adapters.checks import list_of, number, require_int, string
 from pal_adapters.errors import ConfigError
 
 from .types import TaskDataError
@@ -46,6 +46,7 @@ def train_dev_split(
     require_int("seed", seed, minimum=0)
     if isinstance(split_columns, str):
         split_columns = (split_columns,)
+    list_of(string(empty=False), "column names")("split_columns", split_columns)
     for column in split_columns or ([] if label_column is None else [label_column]):
         _check_column(dataset, column)
     rng = np.random.default_rng(seed)

@@ -29,6 +29,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
 
+from pal_adapters.checks import path
 from pal_adapters.errors import ConfigError, PalAdaptersError, StorageError
 from pal_adapters.multitask.model.files import cause_of
 
@@ -98,14 +99,15 @@ def checkpoint_to_resume(output_dir: str) -> str:
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """The newest complete checkpoint in a folder, or `None`: where to resume from after a crash."""
+    path()("output_dir", output_dir)
     folder = Path(output_dir)
     if not folder.is_dir() or get_last_checkpoint(str(folder)) is None:
         return None
     found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
+    for place in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
         try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # it is written last
+            json.loads((place / "trainer_state.json").read_text(encoding="utf-8"))  # it is written last
         except (OSError, ValueError):
             continue
-        return str(path)
+        return str(place)
     return None
