@@ -109,6 +109,18 @@ class MultiTaskTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{name}={value!r} is not allowed: use a finite number.")
+        for name in ("save", "eval"):
+            strategy, every = getattr(self, f"{name}_strategy"), getattr(self, f"{name}_steps")
+            if getattr(strategy, "value", strategy) == "steps" and every is not None and not every > 0:
+                raise ConfigError(
+                    f"{name}_steps={every!r} is not allowed for {name}_strategy='steps': use a number above 0."
+                )
+        if self.save_total_limit is not None:
+            require_int("save_total_limit", self.save_total_limit, minimum=1)
+        if self.max_steps == -1 and not 0 <= self.num_train_epochs < float("inf"):
+            raise ConfigError(
+                f"num_train_epochs={self.num_train_epochs!r} is not allowed: use a number of at least 0."
+            )
         if self.max_steps != -1:
             require_int("max_steps", self.max_steps, minimum=1)
         for name in ("attention_learning_rate", "max_tensor_grad_norm"):

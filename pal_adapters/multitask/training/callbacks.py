@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from pal_adapters.errors import ConfigError
 from pal_adapters.multitask.sampling.strategies import MultiTaskBatchSampler
 
 
@@ -21,6 +23,18 @@ class Steps(TrainerCallback):
 
     def __init__(self, sampler: Callable[[], MultiTaskBatchSampler]) -> None:
         self.sampler = sampler
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        by_steps = getattr(args.eval_strategy, "value", args.eval_strategy) == "steps"
+        if not args.load_best_model_at_end or not by_steps or args.eval_on_start:
+            return
+        first = state.eval_steps * max(1, math.ceil(args.eval_delay / state.eval_steps))
+        if first > state.max_steps:
+            raise ConfigError(
+                f"load_best_model_at_end=True has no effect: with eval_steps={args.eval_steps} and "
+                f"eval_delay={args.eval_delay} the first evaluation is in step {first}, but the run has "
+                f"{state.max_steps} steps: lower them."
+            )
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # The loader may be wrapped so deeply that its `set_epoch` does not reach the sampler.

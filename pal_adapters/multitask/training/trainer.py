@@ -19,7 +19,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, PredictionOutput
 
-from pal_adapters.checks import shown
+from pal_adapters.checks import path, shown
 from pal_adapters.errors import ConfigError
 from pal_adapters.multitask.model.parts import whole_parameters
 from pal_adapters.multitask.model.saving import copy_saved
@@ -195,6 +195,7 @@ class MultiTaskTrainer(Trainer):
             resume_from_checkpoint = checkpoint_to_resume(cast("str", self.args.output_dir))
         check_ignore_keys(ignore_keys_for_eval, "ignore_keys_for_eval")
         if resume_from_checkpoint:
+            path()("resume_from_checkpoint", resume_from_checkpoint)
             self._check_checkpoint(resume_from_checkpoint)
         warn_of_resting_adapters(self._task_heads(), self.tasks)
         return super().train(resume_from_checkpoint, **kwargs)
@@ -434,6 +435,10 @@ class MultiTaskTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any, **kwargs: Any) -> None:
         directory = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) == "best":
+            # transformers 4.57 does not note it, and `load_best_model_at_end` would have no effect.
+            self.state.best_global_step = self.state.global_step
+            self.state.best_model_checkpoint = str(directory)
         with complete_or_absent(directory, self.args.should_save):
             super()._save_checkpoint(model, trial, **kwargs)
 

@@ -88,6 +88,11 @@ def test_what_would_be_ignored_is_rejected(tmp_path: Path, name: str) -> None:
         ({"learning_rate": float("inf")}, "learning_rate=inf is not allowed"),
         ({"max_steps": 0}, "max_steps=0 is not allowed"),
         ({"max_steps": 2.5}, "max_steps=2.5 is not allowed"),
+        ({"num_train_epochs": -1}, "num_train_epochs=-1 is not allowed"),
+        ({"num_train_epochs": float("nan")}, "num_train_epochs=nan is not allowed"),
+        ({"save_steps": 0}, "save_steps=0 is not allowed for save_strategy='steps'"),
+        ({"eval_steps": -1, "eval_strategy": "steps"}, "eval_steps=-1 is not allowed for eval_strategy='steps'"),
+        ({"save_total_limit": 0}, "save_total_limit=0 is not allowed"),
     ],
 )
 def test_arguments_that_would_override_each_other(tmp_path: Path, given: dict[str, Any], message: str) -> None:
@@ -192,6 +197,26 @@ def test_memory_of_an_evaluation(tiny_encoder: str, tmp_path: Path) -> None:
     pytest.importorskip("psutil")
     made = make_trainer(tiny_encoder, tmp_path, names=("rte",), skip_memory_metrics=False)
     assert "eval_mem_cpu_alloc_delta" in made.evaluate()
+
+
+@pytest.mark.parametrize("given", [{"eval_steps": 7}, {"eval_steps": 2, "eval_delay": 7}], ids=str)
+def test_a_best_model_needs_an_evaluation(tiny_encoder: str, tmp_path: Path, given: dict[str, Any]) -> None:
+    common: dict[str, Any] = {"save_strategy": "best", "eval_strategy": "steps", "load_best_model_at_end": True}
+    made = make_trainer(tiny_encoder, tmp_path, names=("rte",), **common, **given)
+    with pytest.raises(ConfigError, match=r"first evaluation is in step [78], but the run has 6 steps"):
+        made.train()
+
+
+def test_the_best_checkpoint_is_loaded_if_only_best_ones_are_saved(tiny_encoder: str, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1}
+    common |= {"metric_for_best_model": "rte_loss", "learning_rate": 0.3, "names": ("rte", "stsb")}
+    made = make_trainer(tiny_encoder, tmp_path, load_best_model_at_end=True, **common)
+    made.train()
+    evaluated = {entry["step"]: entry["eval_rte_loss"] for entry in made.state.log_history if "eval_rte_loss" in entry}
+    best = min(evaluated, key=evaluated.__getitem__)
+    assert best < 6
+    assert made.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert made.evaluate()["eval_rte_loss"] == pytest.approx(evaluated[best], rel=1e-6)
 
 
 def test_searches_and_trials_are_rejected(tiny_encoder: str, tmp_path: Path) -> None:
