@@ -8,7 +8,9 @@ from .arguments import require_host
 
 
 def fusion_regularization(model: nn.Module) -> Tensor:
-    """The penalty of the active fusion on its coefficients, a float32 scalar; 0 if its weight is 0.
+    """The penalty of the active fusion on its coefficients, a float32 scalar; 0 if its weight is 0, or none is active.
+
+    An `AdapterSetup` makes a fusion active inside its `with` block and thread only: call this function in there.
 
     In training, models add it to the loss they return. Call this function only in a training loop that computes its
     own loss from the logits.

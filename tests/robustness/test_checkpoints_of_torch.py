@@ -6,6 +6,7 @@ FSDP and accelerate put `CheckpointWrapper` around blocks; users and models from
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -132,6 +133,20 @@ def test_wrapped_blocks(host: str, method: str, reentrant: bool, call: Call) -> 
     model = task_heads(host, method)
     wrap(model, reentrant=reentrant)
     compare(gradients(model, call), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("host", "method"), CASES)
+def test_the_backward_pass_of_alternating_tasks_in_another_thread(host: str, method: str, reentrant: bool) -> None:
+    """With the host's own activation checkpointing; adapters has one kind of it."""
+    expected = gradients(task_heads(host, method), one_task)
+    model = task_heads(host, method)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant and host == "peft"})
+    loss = torch.stack([(1 + number) * one_task(model, number) for number in range(3)]).sum()
+    worker = threading.Thread(target=loss.backward)
+    worker.start()
+    worker.join()
+    compare({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, expected)
 
 
 @pytest.mark.parametrize("call", [one_task, several_tasks])
