@@ -105,7 +105,8 @@ def _check_base(model: TaskHeads, contents: Description, folder: Path) -> None:
     if contents.base_trained or contents.output_layer or contents.embeddings or model.base_trained:
         which = "the model" if model.base_trained else str(folder)
         raise UnsupportedError(
-            f"{which} has base weights of its own, which other tasks were not trained on: use one predictor each."
+            f"{which} has base weights of its own, which other tasks were not trained on: save models that share a "
+            "base after prepare_training(base=False), or use one predictor each."
         )
     there, wanted = source_of(model.backbone), contents.base["name_or_path"]
     if there != wanted:
