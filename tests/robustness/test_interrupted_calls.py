@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import pal_adapters
+from pal_adapters.multitask.model.visiting import visiting
 
 from .test_threads_task_heads import model_of
 from .threads import ids_of
@@ -141,3 +142,27 @@ def test_adapter_names(names: list[str] | None) -> None:
         in_a_thread(run)
         model.get_base_model().embeddings._forward_hooks.clear()
         assert not wrong, f"{key}: {wrong}"
+
+
+@pytest.mark.parametrize(("host", "method"), CASES)
+def test_predictions(host: str, method: str) -> None:
+    """A model in training mode is in it again after the next call, whatever the interrupted one left behind."""
+    model = model_of(host, method).train()
+    modes = {name: module.training for name, module in model.named_modules()}
+
+    def visit() -> Tensor:
+        with visiting(model, model.backbone):
+            assert not any(module.training for module in model.modules())
+            return torch.zeros(())
+
+    found = points(visit)
+    assert len(found) > 4
+    for key in found:
+
+        def interrupted(key: Key = key) -> None:
+            with pytest.raises(Interrupt):
+                points(visit, key)
+
+        in_a_thread(interrupted)
+        in_a_thread(visit)
+        assert {name: module.training for name, module in model.named_modules()} == modes, key

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -15,12 +15,17 @@ from .routes import adapter_host
 from .setups import activate_in_peft
 
 
+class _Visit:
+    """One call."""
+
+
 class _Visits:
     """The calls that currently use a model, and what to restore after the last of them."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.count = 0
+        # Weak: a call that is interrupted on its way out must not keep the model in evaluation mode for ever.
+        self.inside: WeakSet[_Visit] = WeakSet()
         self.training: dict[nn.Module, None] = {}
         self.active: list[str] = []
 
@@ -43,21 +48,22 @@ def visiting(model: nn.Module, backbone: Any) -> Iterator[None]:
     """
     with _VISITS_LOCK:
         visits = _VISITS.setdefault(model, _Visits())
-    with visits.lock:
-        if not visits.count and adapter_host(backbone) == "peft":
-            visits.active = list(backbone.active_adapters)
-        for module in model.modules():
-            if module.training:
-                visits.training[module] = None
-                module.training = False
-        visits.count += 1
+    visit = _Visit()
     try:
+        with visits.lock:
+            if not visits.inside and adapter_host(backbone) == "peft":
+                visits.active = list(backbone.active_adapters)
+            visits.inside.add(visit)
+            for module in model.modules():
+                if module.training:
+                    visits.training[module] = None
+                    module.training = False
         with torch.no_grad():
             yield
     finally:
         with visits.lock:
-            visits.count -= 1
-            if not visits.count:
+            visits.inside.discard(visit)
+            if not visits.inside:
                 for module in visits.training:
                     module.training = True
                 visits.training.clear()
