@@ -70,6 +70,7 @@ class CallLock:
 
     def mine(self) -> bool:
         """Whether this thread holds the lock."""
+        # `RLock` has no public way to ask; `threading.Condition` asks in this way too.
         return self.lock._is_owned()  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallLock:

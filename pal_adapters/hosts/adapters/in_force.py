@@ -37,6 +37,25 @@ class Setups:
         return self.known[0]
 
 
+def setup_is_given() -> bool:
+    """Whether the running call is inside an `AdapterSetup`."""
+    return AdapterSetup.get_context() is not None
+
+
+def check_call_known(block: str) -> None:
+    """Raise `UnsupportedError` if a block runs again without its call, whose `AdapterSetup` is then not known.
+
+    Args:
+        block: name of the block.
+    """
+    if ForwardContext.get_context() is None and runs_again():
+        raise UnsupportedError(
+            f"{block} runs again in the backward pass outside of a call of the model, so the AdapterSetup of that "
+            "call is not known: turn activation checkpointing on with model.gradient_checkpointing_enable(), or "
+            "checkpoint the call of the whole model."
+        )
+
+
 def setup_in_force(active: AdapterCompositionBlock | None) -> AdapterCompositionBlock | None:
     """The setup of the running call.
 

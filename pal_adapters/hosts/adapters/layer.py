@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from adapters.composition import AdapterCompositionBlock, BatchSplit, Fuse, MultiTask
-from adapters.context import AdapterSetup, ForwardContext
+from adapters.context import ForwardContext
 from adapters.methods.adapter_layer_base import AdapterLayerBase
 from adapters.methods.bottleneck import BottleneckLayer
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from pal_adapters.blocks.sites import Block, mark_added, resolve
 from pal_adapters.blocks.walk import named_modules, parameters
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.attachment import Attachment
-from pal_adapters.hooks.call import checkpoints, runs_again
+from pal_adapters.hooks.call import checkpoints
 from pal_adapters.hooks.rows import RowPlan, run_rows, run_unit
 from pal_adapters.hosts.method import generator_for
 from pal_adapters.nn.tracing import exporting
@@ -29,7 +29,7 @@ from pal_adapters.nn.unit import TaskUnit, UnitDict, UnitInputs
 
 from .composition import State, ValueComposition, architectures, grow, task_children, task_input
 from .config import TaskAdapterConfig, any_registered, fusable_methods, task_configs
-from .in_force import setup_in_force
+from .in_force import check_call_known, setup_in_force, setup_is_given
 from .network import LayerNetwork
 
 mark_added(AdapterLayerBase)
@@ -251,14 +251,10 @@ class TaskLayer(ValueComposition, nn.Module):
         """The active setup, even if this block has none of its modules."""
         if self.adapters_config.skip_layers is not None and self.layer_idx in self.adapters_config.skip_layers:
             return None
-        if AdapterSetup.get_context() is not None:
+        if setup_is_given():
             self._given |= self.training
-        elif self._given and ForwardContext.get_context() is None and runs_again():
-            raise UnsupportedError(
-                f"{self.block.name} runs again in the backward pass outside of a call of the model, so the "
-                "AdapterSetup of that call is not known: turn activation checkpointing on with "
-                "model.gradient_checkpointing_enable(), or checkpoint the call of the whole model."
-            )
+        elif self._given:
+            check_call_known(self.block.name)
         return setup_in_force(self.adapters_config.active_setup)
 
     def get_active_setup(self) -> AdapterCompositionBlock | None:
