@@ -162,16 +162,6 @@ def get_strategy(strategy: str | Strategy, *, temperature: float | None = None) 
     return STRATEGIES[strategy]
 
 
-def strategy_name(strategy: Strategy) -> str:
-    """The name of a strategy in `STRATEGIES`, or what identifies one with arguments or of one's own."""
-    for name, known in STRATEGIES.items():
-        if strategy is known:
-            return name
-    if isinstance(strategy, Temperature):
-        return f"temperature {strategy.temperature:g}"
-    return getattr(strategy, "__qualname__", type(strategy).__qualname__)
-
-
 def probabilities(strategy: Strategy, sizes: Sequence[int], epoch: int, epochs: int) -> np.ndarray:
     """The weights of a strategy, checked and normalised to a sum of 1: `[t]`.
 

@@ -17,7 +17,7 @@ from pal_adapters.errors import ConfigError, StorageError
 from pal_adapters.multitask.model.description import read_description
 from pal_adapters.multitask.model.files import cause_of, read_json, replace_text
 from pal_adapters.multitask.model.task_heads import TaskHeads
-from pal_adapters.multitask.sampling.strategies import MultiTaskBatchSampler
+from pal_adapters.multitask.sampling.strategies import STRATEGIES, MultiTaskBatchSampler, Strategy, Temperature
 
 STATE_FILE = "trainer_state.json"
 SAMPLING_FILE = "sampling.json"
@@ -122,7 +122,17 @@ def check_heads(checkpoint: Path, model: TaskHeads) -> None:
                 )
 
 
-def sampling_of(sampler: MultiTaskBatchSampler, strategy: str) -> dict[str, Any]:
+def _name_of(strategy: Strategy) -> str:
+    """The name of a strategy in `STRATEGIES`, or what identifies one with arguments or of one's own."""
+    for name, known in STRATEGIES.items():
+        if strategy is known:
+            return name
+    if isinstance(strategy, Temperature):
+        return f"temperature {strategy.temperature:g}"
+    return getattr(strategy, "__qualname__", type(strategy).__qualname__)
+
+
+def sampling_of(sampler: MultiTaskBatchSampler, strategy: Strategy) -> dict[str, Any]:
     """All that the sequence of batches depends on, apart from the data.
 
     Args:
@@ -132,7 +142,7 @@ def sampling_of(sampler: MultiTaskBatchSampler, strategy: str) -> dict[str, Any]
     changes = (sampler.probabilities(0) != sampler.probabilities(sampler.epochs - 1)).any()
     return {
         "tasks": dict(zip(sampler.names, sampler.sizes, strict=True)),
-        "strategy": strategy,
+        "strategy": _name_of(strategy),
         "mixed_batches": sampler.mixed,
         "group_by_length": sampler.groups_by_length,
         "batch_size": sampler.rows,

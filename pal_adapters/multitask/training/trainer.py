@@ -1,4 +1,4 @@
-"""`transformers.Trainer` for many tasks on one model; `checkpoints.py` lists what is overridden for checkpoints."""
+"""`transformers.Trainer` for many tasks on one model; its checkpoints are those of `checkpointing.py`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
-from os import PathLike
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -15,32 +13,28 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
-from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import HubStrategy, PredictionOutput
+from transformers.trainer_utils import PredictionOutput
 
 from pal_adapters.checks import path, shown
 from pal_adapters.errors import ConfigError
-from pal_adapters.multitask.model.parts import whole_parameters
-from pal_adapters.multitask.model.saving import copy_saved
 from pal_adapters.multitask.model.task_heads import TaskHeads
 from pal_adapters.multitask.sampling.selectors import BatchSelector, UncertaintySelector
-from pal_adapters.multitask.sampling.strategies import MultiTaskBatchSampler, Strategy, strategy_name
+from pal_adapters.multitask.sampling.strategies import MultiTaskBatchSampler, Strategy
 from pal_adapters.multitask.tasks.collate import Batch, MultiTaskCollator
 from pal_adapters.multitask.tasks.encoding import ConcatTasks, EncodedTask
 from pal_adapters.multitask.tasks.task import Task, check_tasks
 
 from .arguments import MultiTaskTrainingArguments
 from .callbacks import Progress, Steps
-from .checkpoints import checkpoint_to_resume, complete_or_absent, uploading
-from .described import described_run, logged_at
-from .distributed import load_whole_states, save_whole_states
+from .checkpointing import CheckpointingTrainer
+from .checkpoints import checkpoint_to_resume
 from .environment import environment
 from .evaluation import Aggregate, collected, example_outputs, speed, summarised, values_kept
 from .loaders import drawn, evaluation_loader, item_counts, new_probabilities, train_loader, train_sampler
 from .model_card import write_model_card
 from .optim import give_attention_its_rate, pals_schedule, uncorrected
-from .resuming import check_files, check_heads, check_sampling, read_state, reading_states, sampling_of, write_sampling
+from .resuming import sampling_of
 from .run_checks import Recipe, check_finite, check_ignore_keys, check_optimizer_holds, check_run, chosen_sampling
 from .selection import CandidateSelection
 from .splits import Rows, check_score_names, encoded, evaluation_sets, sets_to_evaluate, training_sets
@@ -48,7 +42,7 @@ from .task_losses import TaskLosses
 from .task_setup import add_heads, warn_of_resting_adapters
 
 
-class MultiTaskTrainer(Trainer):
+class MultiTaskTrainer(CheckpointingTrainer):
     """A `transformers.Trainer` that draws batches of many tasks and otherwise works as usual.
 
     * The loss of a step is that of `TaskHeads` over all examples of the step, whatever the gradient accumulation and
@@ -89,8 +83,6 @@ class MultiTaskTrainer(Trainer):
 
     args: MultiTaskTrainingArguments
     tasks: dict[str, Task]
-    scored: Mapping[str, Any] | None = None
-    """What `evaluate` returned for the current weights of the model; `None` if they were not evaluated."""
 
     def __init__(
         self,
@@ -162,10 +154,6 @@ class MultiTaskTrainer(Trainer):
         with environment(self.args._environment):
             super().create_accelerator_and_postprocess()
 
-    def _task_heads(self) -> TaskHeads:
-        """The model without the wrappers of a distributed run."""
-        return cast("TaskHeads", self.accelerator.unwrap_model(self.model))
-
     def _current_sampler(self) -> MultiTaskBatchSampler:
         assert self._sampler is not None
         return self._sampler
@@ -200,25 +188,12 @@ class MultiTaskTrainer(Trainer):
         warn_of_resting_adapters(self._task_heads(), self.tasks)
         return super().train(resume_from_checkpoint, **kwargs)
 
-    def _check_checkpoint(self, checkpoint: str | PathLike[str]) -> None:
-        """Raises an error unless this run can go on from a checkpoint; nothing has changed yet."""
-        folder, args = Path(checkpoint), self.args
-        check_heads(folder, self._task_heads())
-        state = read_state(folder)
-        exactly = not args.ignore_data_skip
-        if exactly:
-            # After running out of memory, the host continues with the smaller batches of the checkpoint.
-            found = state.get("train_batch_size") if args.auto_find_batch_size else None
-            check_sampling(folder, self._sampling(self._new_sampler(found or args.train_batch_size)))
-        if not self.is_deepspeed_enabled:  # it has files of its own
-            name = "rng_state.pth" if args.world_size == 1 else f"rng_state_{args.process_index}.pth"
-            check_files(folder, generators=name, exactly=exactly)
-
     def _new_sampler(self, batch_size: int) -> MultiTaskBatchSampler:
         return train_sampler(self.args, cast("ConcatTasks", self.train_dataset), self.strategy, batch_size)
 
-    def _sampling(self, sampler: MultiTaskBatchSampler) -> dict[str, Any]:
-        return sampling_of(sampler, strategy_name(self.strategy))
+    def _sampling(self, batch_size: int | None = None) -> dict[str, Any]:
+        sampler = self._current_sampler() if batch_size is None else self._new_sampler(batch_size)
+        return sampling_of(sampler, self.strategy)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of a `MultiTaskBatchSampler`."""
@@ -409,69 +384,3 @@ class MultiTaskTrainer(Trainer):
         """Writes `README.md` with the tasks, the method, the sampling, the parameters and the results."""
         if self.is_world_process_zero():
             write_model_card(self, kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the model to a folder. With FSDP, all processes must call it."""
-        if not self.is_fsdp_enabled:
-            super().save_model(output_dir, _internal_call)
-            return
-        with whole_parameters(self._task_heads()):
-            self._save(output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:
-            return
-        directory = Path(output_dir or cast("str", self.args.output_dir))
-        evaluated = cast("Mapping[str, EncodedTask] | None", self.eval_dataset)
-        described = described_run(cast("ConcatTasks", self.train_dataset), evaluated, self.scored)
-        self._task_heads().save_pretrained(
-            directory, processing_class=self.processing_class, tasks=described, checkpoint=self.is_in_train
-        )
-        torch.save(self.args, directory / "training_args.bin")
-        if self.is_in_train:
-            write_sampling(self._sampling(self._current_sampler()), directory)
-
-    def _save_checkpoint(self, model: Any, trial: Any, **kwargs: Any) -> None:
-        directory = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) == "best":
-            # transformers 4.57 does not note it, and `load_best_model_at_end` would have no effect.
-            self.state.best_global_step = self.state.global_step
-            self.state.best_model_checkpoint = str(directory)
-        with complete_or_absent(directory, self.args.should_save):
-            super()._save_checkpoint(model, trial, **kwargs)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        push = cast("Any", self.push_in_progress)
-        running = push is not None and not push.is_done()
-        uploads = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not running)
-        with uploading(checkpoint_folder):
-            if uploads and self.is_world_process_zero():
-                copy_saved(Path(checkpoint_folder), Path(cast("str", self.args.output_dir)))
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        optimizer = cast("torch.optim.Optimizer", self.optimizer)
-        save_whole_states(Path(output_dir), optimizer, self.lr_scheduler, self.args.should_save)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with reading_states(checkpoint, "optimizer.pt and scheduler.pt"):
-            if not self.is_fsdp_enabled:
-                super()._load_optimizer_and_scheduler(checkpoint)
-            elif checkpoint is not None:
-                load_whole_states(Path(checkpoint), cast("torch.optim.Optimizer", self.optimizer), self.lr_scheduler)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with reading_states(checkpoint, "rng_state"):
-            super()._load_rng_state(checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._task_heads().restore(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        self._task_heads().restore(cast("str", self.state.best_model_checkpoint))
-        self.scored = logged_at(self.state.log_history, self.state.best_global_step)
