@@ -5,6 +5,7 @@
 * `one task`: the same texts through one single-task model, in the same `Predictor`.
 * `loop`: a loop over the tasks with bottleneck adapters and heads of `adapters` itself, batches of 32 in the order in
   which the requests came.
+* `loop in batches`: the same loop over each 32 requests as they come, as a service has to that gathers requests.
 
 A round measures base, eight tasks, base; the ratio is the throughput of the eight tasks over the mean of the two, and
 the median over the rounds counts. The texts are random words with the lengths of eight GLUE tasks.
@@ -34,6 +35,7 @@ from pal_adapters.multitask import Predictor, Task, TaskHeads, add_adapter, defa
 LENGTHS = {"cola": 11, "sst2": 25, "qqp": 30, "stsb": 31, "mnli": 39, "qnli": 50, "mrpc": 53, "rte": 70}
 """About the mean number of tokens of an example of each task."""
 LONGEST = 128
+BATCH = 32
 WORDS = [
     "the",
     "of",
@@ -97,12 +99,17 @@ def make_loop(folder: str) -> Callable[[list[dict[str, str]]], None]:
             model.set_active_adapters(name)
             model.active_head = name
             texts = [request["text"] for request in requests if request["task"] == name]
-            for start in range(0, len(texts), 32):
-                part = texts[start : start + 32]
+            for start in range(0, len(texts), BATCH):
+                part = texts[start : start + BATCH]
                 inputs = tokenizer(part, truncation=True, max_length=LONGEST, padding=True, return_tensors="pt")
                 model(**inputs).logits.softmax(-1).argmax(-1).tolist()
 
     return run
+
+
+def in_batches(run: Callable[[list[dict[str, str]]], Any], requests: list[dict[str, str]]) -> None:
+    for start in range(0, len(requests), BATCH):
+        run(requests[start : start + BATCH])
 
 
 @contextmanager
@@ -160,6 +167,11 @@ def main() -> None:
             lambda: one(same, progress=False), lambda: eight(requests, progress=False), options.rounds
         ),
         "to a loop": ratio(lambda: loop(requests), lambda: eight(requests, progress=False), options.rounds),
+        "to a loop in batches": ratio(
+            lambda: in_batches(loop, requests),
+            lambda: in_batches(lambda part: eight(part, progress=False), requests),
+            options.rounds,
+        ),
     }
     print(json.dumps(result, indent=2))
     if options.json:

@@ -1,14 +1,15 @@
-"""Runs the pieces of requests through a model, in batches of similar length over all tasks."""
+"""Runs the pieces of requests through a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .batching import batches
 from .encoding import Piece
 from .engines import Engine, device_of
 from .served import ServedTasks
@@ -27,39 +28,12 @@ def run_pieces(
         done: Called with the number of pieces of each batch that was run.
     """
     outputs: list[np.ndarray | None] = [None] * len(pieces)
-    for numbers in batches(pieces, tasks, limit):
+    for numbers in batches(pieces, tasks, limit, device_of(engine).type):
         batch = [pieces[number] for number in numbers]
         for number, output in zip(numbers, _run_batch(batch, tasks, engine), strict=True):
             outputs[number] = output
         done(len(numbers))
     return [output for output in outputs if output is not None]
-
-
-def batches(pieces: Sequence[Piece], tasks: ServedTasks, limit: int) -> Iterator[list[int]]:
-    """The indices of the pieces of each batch, longest first: only those that may be mixed, up to `limit` tokens.
-
-    A longer piece is a batch of its own.
-    """
-    groups: dict[Any, list[int]] = {}
-    for number, piece in enumerate(pieces):
-        served = tasks[piece.request.task]
-        key = served.group
-        if served.task.kind == "language_modeling" and tasks.collator.left:
-            key = (key, piece.length)  # padding on the left would shift absolute positions
-        groups.setdefault(key, []).append(number)
-    for group in groups.values():
-        batch: list[int] = []
-        rows = longest = 0
-        for number in sorted(group, key=lambda number: -pieces[number].length):
-            more = len(pieces[number].inputs)
-            if batch and (rows + more) * longest > limit:
-                yield batch
-                batch, rows = [], 0
-            if not batch:
-                longest = pieces[number].length
-            batch.append(number)
-            rows += more
-        yield batch
 
 
 def _run_batch(batch: Sequence[Piece], tasks: ServedTasks, engine: Engine) -> list[np.ndarray]:

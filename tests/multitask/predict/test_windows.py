@@ -12,7 +12,7 @@ from tiny_tasks import text
 from transformers import AutoTokenizer
 
 from pal_adapters.multitask import EncodedTask, Predictor
-from pal_adapters.multitask.predict.running import batches
+from pal_adapters.multitask.predict.batching import batches
 
 
 def predictor_of(encoder: str, length: int, **given: Any) -> tuple[Predictor, Any, Any]:
@@ -108,12 +108,14 @@ def test_batches_hold_as_many_tokens_as_they_may(tiny_encoder: str) -> None:
     _, pieces = predictor._encoded(REQUESTS * 3, predictor._served)
     flat = [piece for some in pieces for piece in some]
     for limit in (1, 40, 100, 10_000):
-        found = list(batches(flat, predictor._served, limit))
+        found = list(batches(flat, predictor._served, limit, "cuda"))
         assert sorted(number for batch in found for number in batch) == list(range(len(flat)))
         for batch in found:
             rows = sum(len(flat[number].inputs) for number in batch)
             assert rows * max(flat[number].length for number in batch) <= limit or len(batch) == 1
         assert (len(found) == 1) is (limit == 10_000)
+    split = list(batches(flat, predictor._served, 10_000, "cpu"))
+    assert sorted(number for batch in split for number in batch) == list(range(len(flat)))
 
 
 def test_characters_of_words(tiny_encoder: str) -> None:
