@@ -24,7 +24,7 @@ from .body import BodyError, read_requests
 from .checks import CallError, check_requests, task_folder
 from .interface import PredictorLike
 from .metrics import Metrics
-from .middleware import BodyLimit, StatusCount, Stopping
+from .middleware import BodyLimit, HeadAsGet, StatusCount, Stopping
 from .options import ServingOptions
 from .schema import Answer, Health, Problem, TaskInfo, problems, request_body
 
@@ -80,6 +80,7 @@ def create_app(
         redirect_slashes=False,  # a redirect would name the host that the caller sent
         responses={"default": {"model": Problem, "description": "An error"}},
     )
+    app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, max_bytes=options.max_body_bytes)
     app.add_middleware(Stopping, answer=_problem(503, "the service is stopping", headers=_LATER))
     app.add_middleware(StatusCount, report=metrics.count_call)

@@ -21,11 +21,9 @@ class Metrics:
         self.call_seconds = Histogram(
             "pal_adapters_call_seconds", "Duration of a call of /predict.", registry=self.registry
         )
-        self.batch_seconds = Histogram(
-            "pal_adapters_batch_seconds", "Duration of a forward pass.", registry=self.registry
-        )
+        self.batch_seconds = Histogram("pal_adapters_batch_seconds", "Duration of a batch.", registry=self.registry)
         self.batch_size = Histogram(
-            "pal_adapters_batch_size", "Requests in a forward pass.", buckets=[2**i for i in range(9)],
+            "pal_adapters_batch_size", "Requests in a batch.", buckets=[2**i for i in range(9)],
             registry=self.registry,
         )  # fmt: skip
         self.waiting = Gauge("pal_adapters_waiting", "Requests that wait for their batch.", registry=self.registry)

@@ -1,4 +1,4 @@
-"""ASGI middleware: limits the size of a body, reports statuses, and answers calls that a stopping server gives up."""
+"""ASGI middleware: limits bodies, reports statuses, answers HEAD, and calls that a stopping server gives up."""
 
 from __future__ import annotations
 
@@ -38,6 +38,26 @@ class BodyLimit:
             return message
 
         await self.app(scope, counted, send)
+
+
+class HeadAsGet:
+    """Answers HEAD as GET without the body, which load balancers ask for.
+
+    Args:
+        app: The application.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            return await self.app(scope, receive, send)
+
+        async def without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self.app({**scope, "method": "GET"}, receive, without_body)
 
 
 class StatusCount:

@@ -18,7 +18,7 @@ def _field(default: Any, help: str) -> Any:
 class ServingOptions:
     """How a service batches, what it accepts, and whether its tasks may change. The fields describe themselves."""
 
-    max_batch: int = _field(32, "largest number of requests in one forward pass")
+    max_batch: int = _field(32, "largest number of requests in one batch")
     max_wait_ms: float = _field(5.0, "milliseconds that the first request of a batch waits for others")
     max_queue: int = _field(1024, "number of requests that may wait; beyond it, calls get status 503")
     max_body_bytes: int = _field(1_000_000, "largest body of a call, in bytes")

@@ -71,6 +71,14 @@ def test_tasks_health_and_schema() -> None:
     assert docs.status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/", "/tasks", "/health", "/metrics", "/docs", "/predict", "/nothing"])
+def test_head_is_get_without_the_body(path: str) -> None:
+    head, get = call(create_app(FakePredictor()), ("HEAD", path), ("GET", path))
+    assert head.status_code == get.status_code
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert head.content == b""
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message", "index"),
     [
