@@ -6,8 +6,9 @@
     python benchmarks/bench.py --only "peft pal" --json OUT    # bounds whose line contains the text; others stay
 
 Each time is a ratio within one run: base, variant and base alternate, and the median over the rounds counts. The
-command ends within `--minutes`: every bound has a share of the time that is left, and runs as many rounds as fit.
-Memory is counted exactly, from the tensors that a training step keeps. `benchmarks/variants.py` compares more methods.
+command ends within `--minutes`: every bound has a share of the time that is left, and runs as many rounds as fit; a
+CPU needs the default. Memory is counted exactly, from the tensors that a training step keeps.
+`benchmarks/variants.py` compares more methods.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import platform
 import time
 import warnings
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="OUT", help="file for the results")
     parser.add_argument("--write-docs", type=Path, metavar="PAGE", help="page whose tables are replaced")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--minutes", type=float, default=8.5, help="the time for all bounds")
+    parser.add_argument("--minutes", type=float, default=45, help="the time for all bounds (45)")
     parser.add_argument("--only", nargs="*", help="texts, one of which a line has to contain")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round")
     options = parser.parse_args()
@@ -70,27 +70,30 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     logging.getLogger("adapters").setLevel(logging.ERROR)  # warns as long as a model has adapters and none is active
     warnings.filterwarnings("ignore")
+    every = [*mixed.bounds(), *small.bounds(), *bases.bounds()]
     bounds = [
         bound
-        for bound in chain(mixed.bounds(), small.bounds(), bases.bounds())
+        for bound in every
         if not options.only or any(text in f"{bound.what}: {bound.of}" for text in options.only)
     ]
     modes = (False, True) if options.device == "cuda" else (False,)
     settings = [Setting(options.device, options.quick, compiled) for compiled in modes]
-    result: dict[str, Any] = {
+    about: dict[str, Any] = {
         "versions": {package: version(package) for package in ("torch", "transformers", "adapters", "peft")},
         "machine": {
             "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
             "threads": torch.get_num_threads(),
             "sizes": "tiny" if options.quick else "whole",
         },
-        "bounds": run(bounds, settings, options.minutes),
     }
-    print(report.text(result["bounds"]))
-    verdicts = [row["verdict"].partition(":")[0] for row in result["bounds"] if row["limit"] is not None]
-    print("\n" + ", ".join(f"{verdicts.count(v)} {v}" for v in ("reached", "not reached", "not measured")))
+    earlier: list[report.Row] = []
     if options.json and options.only and options.json.is_file():
-        result = report.with_earlier(options.json, result)
+        earlier = report.earlier_rows(options.json, about, every)
+    rows = report.merged(earlier, run(bounds, settings, options.minutes), every)
+    result = {**about, "bounds": rows}
+    print(report.text(rows))
+    verdicts = [row["verdict"].partition(":")[0] for row in rows if row["limit"] is not None]
+    print("\n" + ", ".join(f"{verdicts.count(v)} {v}" for v in ("reached", "not reached", "not measured")))
     if options.json:
         report.write_json(options.json, result)
     if options.write_docs:

@@ -74,23 +74,30 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def with_earlier(path: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """The rows of an earlier result with those that `result` measured again in their places.
+def earlier_rows(path: Path, about: dict[str, Any], bounds: Iterable[Bound]) -> list[Row]:
+    """The rows of an earlier result that are still bounds.
+
+    Args:
+        path: File of the result.
+        about: Versions and machine of the run that goes on with it.
+        bounds: All bounds.
 
     Raises:
         SystemExit: if the versions or the machine are others.
     """
     earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    for part in ("versions", "machine"):
-        if earlier[part] != result[part]:
-            raise SystemExit(f"{path} has {part} {earlier[part]}, not {result[part]}: measure all bounds again.")
-    again = {_key(row): row for row in result["bounds"]}
-    rows = [again.pop(_key(row), row) for row in earlier["bounds"]]
-    return {**result, "bounds": [*rows, *again.values()]}
+    for part, value in about.items():
+        if earlier[part] != value:
+            raise SystemExit(f"{path} has {part} {earlier[part]}, not {value}: measure all bounds again.")
+    known = {(bound.what, bound.of) for bound in bounds}
+    return [row for row in earlier["bounds"] if (row["what"], row["of"]) in known]
 
 
-def _key(row: Row) -> tuple[str, str, str]:
-    return row["what"], row["of"], row["mode"]
+def merged(earlier: Iterable[Row], again: Iterable[Row], bounds: Iterable[Bound]) -> list[Row]:
+    """Earlier rows with those that were measured again in their places, in the order of the bounds."""
+    place = {(bound.what, bound.of): number for number, bound in enumerate(bounds)}
+    rows = {(row["what"], row["of"], row["mode"]): row for row in (*earlier, *again)}
+    return sorted(rows.values(), key=lambda row: (place[row["what"], row["of"]], row["mode"] != "eager"))
 
 
 def write_docs(path: Path, result: dict[str, Any]) -> None:

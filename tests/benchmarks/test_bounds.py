@@ -58,17 +58,20 @@ def test_table(speed: Any, tmp_path: pathlib.Path) -> None:
 
 
 def test_some_bounds_measured_again_keep_the_others(speed: Any, tmp_path: pathlib.Path) -> None:
-    def row(of: str, value: float) -> dict[str, Any]:
-        return {"what": "a step", "of": of, "mode": "eager", "value": value}
+    def row(of: str, value: float, mode: str = "eager") -> dict[str, Any]:
+        return {"what": "a step", "of": of, "mode": mode, "value": value}
 
+    measure, report = speed.measure, speed.report
+    bounds = [measure.Bound(1, "a step", of, None, lambda setting, seconds: None) for of in ("a", "c", "b")]
     path = tmp_path / "bounds.json"
-    result = {"versions": {"torch": "2"}, "machine": {"threads": 2}, "bounds": [row("a", 1.0), row("b", 2.0)]}
-    speed.report.write_json(path, result)
-    again = {**result, "bounds": [row("c", 5.0), row("a", 4.0)]}
-    found = speed.report.with_earlier(path, again)
-    assert found["bounds"] == [row("a", 4.0), row("b", 2.0), row("c", 5.0)]
+    about = {"versions": {"torch": "2"}, "machine": {"threads": 2}}
+    report.write_json(path, {**about, "bounds": [row("a", 1.0), row("gone", 3.0), row("b", 2.0)]})
+    earlier = report.earlier_rows(path, about, bounds)
+    assert earlier == [row("a", 1.0), row("b", 2.0)]
+    found = report.merged(earlier, [row("c", 6.0, "compiled"), row("c", 5.0), row("a", 4.0)], bounds)
+    assert found == [row("a", 4.0), row("c", 5.0), row("c", 6.0, "compiled"), row("b", 2.0)]
     with pytest.raises(SystemExit, match="measure all bounds again"):
-        speed.report.with_earlier(path, {**again, "machine": {"threads": 16}})
+        report.earlier_rows(path, {**about, "machine": {"threads": 16}}, bounds)
 
 
 def test_what_a_step_keeps_is_counted_once(speed: Any) -> None:
