@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pal_adapters.blocks import signatures
@@ -279,6 +280,8 @@ class NetworkHooks:
                 f"{self.block.name} got hidden states of shape {list(x.shape)}: [batch, tokens, width] is needed. "
                 "Load the model with attn_implementation='sdpa' or 'eager' (flash attention removes padding)."
             )
+        if unit.in_place is not None and torch.is_grad_enabled() and not tracing():
+            unit.in_place.require_present(self.block.module, self._model[0])
         batch = self.runner.batch_tasks(x.shape[0], x.device)
         if self.block.index == 0:
             aligned = unit.align(x, batch)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pal_adapters.nn.unit import BatchTasks
 
+from .in_place import InPlace
 from .weight_copies import Slots
 
 
@@ -18,6 +19,7 @@ class NetworkUnit(Protocol):
     base: nn.ParameterDict
     outer: nn.ParameterDict
     slots: tuple[Slots, Slots]
+    in_place: InPlace | None
     acts_at_top: bool
     acts_in_stream: bool
 

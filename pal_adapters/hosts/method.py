@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ _HIDDEN_TOKENS = {
     "local": "attention there sees parts of a text or an image (windows, pooled queries), which no mask shows",
     "other": "tokens are mixed without attention there, or its cache has no place for the tokens of others",
 }
+
+
+TrainedBase = Literal["none", "all", "copies", "in_place"]
 
 
 def _nothing_shared(options: Any, block: Block) -> nn.Module | None:
@@ -53,8 +56,6 @@ class Method:
             options.
         identity: whether the method has an initialisation that leaves the model's output unchanged.
         network: whether an adapter is one network for many tasks, with the units of `hooks.network_unit`.
-        copies_base: whether `train_base` trains copies of the base weights that belong to the adapter, not the model's
-            own.
         fusable: whether the unit only adds a term after the feed-forward part, which a fusion can scale.
         attends: whether the unit mixes tokens: it needs the mask, and is not added to blocks without a usable one
             (windows of an image, a state outside the generation cache).
@@ -67,7 +68,6 @@ class Method:
     prepare: Callable[[Any, list[Block], int], Mapping[str, Any]] = _nothing_chosen
     identity: bool = True
     network: bool = False
-    copies_base: bool = False
     fusable: bool = False
     attends: bool = False
 
@@ -98,6 +98,18 @@ class Options:
     method: ClassVar[Method]
     host: ClassVar[str]
     """The host of a config, `"adapters"` or `"peft"`."""
+    storage_only: ClassVar[frozenset[str]] = frozenset()
+    """Fields that say where weights are kept on a model: a saved adapter can be loaded with any value of them."""
+    train_base: bool
+
+    @property
+    def trained_base(self) -> TrainedBase:
+        """Which pretrained weights train with the adapter.
+
+        `"all"` are the model's own, `"in_place"` are those of the model's own that `hooks.in_place` lists, and
+        `"copies"` belong to the adapter and leave the model's own unchanged.
+        """
+        return "all" if self.train_base else "none"
 
     def validate(self) -> None:
         """Check combinations of fields, after the checks of each field.

@@ -3,14 +3,16 @@
 A change runs inside `all_or_nothing(model)`. If it raises, the model is put back: its modules, parameters (by
 identity), buffers, hooks, training modes, `requires_grad` and plain attributes, and whatever else the caller names.
 Tensors are not copied up front, as that would double the memory of every call: code that overwrites tensors in place
-first passes them to `keep_values`.
+first passes them to `keep_values`, or to `keep_on_disk` if there are many. `when_settled` says what to do once the
+change is final or undone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -18,8 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from pal_adapters.blocks.walk import named_modules
+from pal_adapters.hooks.stored import Stored
 
 _LEAVES = (Tensor, nn.Module, type, FunctionType, MethodType, ModuleType, str, bytes, int, float, type(None))
+
+
+_Step = Callable[[], None]
+
+
+def _nothing() -> None:
+    """The step of a change that leaves nothing to do."""
+
+
+def _holder(value: Tensor) -> Callable[[], Tensor]:
+    return lambda: value
 
 
 class _Snapshot:
@@ -31,7 +45,8 @@ class _Snapshot:
         self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._requires_grad: list[tuple[Tensor, bool]] = []
         self._training: list[tuple[nn.Module, bool]] = []
-        self._values: dict[int, tuple[Tensor, Tensor]] = {}
+        self._values: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
+        self.settled: list[tuple[_Step, _Step]] = []
         inside = named_modules(model).values()
         self._take_modules(inside if modules is None else modules)
         for module in inside:
@@ -79,9 +94,12 @@ class _Snapshot:
             for value in list(vars(thing).values()):
                 self._take(value)
 
-    def keep(self, tensor: Tensor) -> None:
-        if id(tensor) not in self._values:
-            self._values[id(tensor)] = (tensor, tensor.detach().clone())
+    def lacks(self, tensor: Tensor) -> bool:
+        return id(tensor) not in self._values
+
+    def keep(self, tensor: Tensor, read: Callable[[], Tensor] | None = None) -> None:
+        if self.lacks(tensor):
+            self._values[id(tensor)] = (tensor, read or _holder(tensor.detach().clone()))
 
     def restore(self) -> None:
         for attributes, saved in self._attributes:
@@ -96,7 +114,8 @@ class _Snapshot:
             if tensor.requires_grad is not flag:
                 tensor.requires_grad_(flag)
         with torch.no_grad():
-            for tensor, value in self._values.values():
+            for tensor, read in self._values.values():
+                value = read()
                 if tensor.shape == value.shape and tensor.dtype == value.dtype and tensor.device == value.device:
                     tensor.copy_(value)
                 else:
@@ -123,9 +142,16 @@ def all_or_nothing(model: nn.Module, *beside: Any, modules: Iterable[nn.Module] 
         yield
     except BaseException:
         snapshot.restore()
+        snapshot.settled = [(undone, undone) for _, undone in snapshot.settled]
         raise
     finally:
         _OPEN.reset(token)
+        outer = _OPEN.get()
+        if outer:  # the outermost change decides
+            outer[-1].settled += snapshot.settled
+        else:
+            for final, _ in snapshot.settled:
+                final()
 
 
 def keep_values(tensors: Iterable[Tensor]) -> None:
@@ -134,3 +160,38 @@ def keep_values(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         for snapshot in open_snapshots:
             snapshot.keep(tensor)
+
+
+def keep_on_disk(tensors: Mapping[str, Tensor], stored: Stored | None = None) -> None:
+    """`keep_values` for many tensors, whose values go to a temporary file that lasts as long as the changes.
+
+    Args:
+        tensors: the tensors by name.
+        stored: a file that has these values already, and lasts.
+
+    Raises:
+        StorageError: if the file cannot be written.
+    """
+    lacking = [snapshot for snapshot in _OPEN.get() if any(map(snapshot.lacks, tensors.values()))]
+    if not lacking:
+        return
+    if stored is None:
+        stored = Stored(tensors)
+        when_settled(stored.remove, stored.remove)
+    for snapshot in lacking:
+        for name, tensor in tensors.items():
+            snapshot.keep(tensor, partial(stored.read, name))
+
+
+def when_settled(final: Callable[[], None] = _nothing, undone: Callable[[], None] = _nothing) -> None:
+    """What to do when the outermost running `all_or_nothing` has ended.
+
+    Args:
+        final: called if the change is there to stay; at once if none is running.
+        undone: called if it has been undone.
+    """
+    open_snapshots = _OPEN.get()
+    if open_snapshots:
+        open_snapshots[-1].settled.append((final, undone))
+    else:
+        final()

@@ -352,8 +352,8 @@ def trains_base(adapters_config: Any, setup: AdapterCompositionBlock | None) -> 
 
 
 def trains_originals(config: TaskAdapterConfig) -> bool:
-    """Whether an adapter trains the model's own pretrained weights, not copies of them."""
-    return config.train_base and not config.method.copies_base
+    """Whether an adapter trains all of the model's own pretrained weights."""
+    return config.trained_base == "all"
 
 
 def unfusable(names: Collection[str], layer: TaskLayer) -> str | None:

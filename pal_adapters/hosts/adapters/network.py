@@ -13,8 +13,9 @@ from torch import nn
 from pal_adapters.blocks.sites import Block
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.network import NetworkHooks
-from pal_adapters.hooks.network_copies import give_copies
+from pal_adapters.hooks.network_copies import give_weights, start_weights
 from pal_adapters.hooks.task_ids import ARGUMENT, task_numbers
+from pal_adapters.hosts.in_place import keep_originals
 from pal_adapters.hosts.method import generator_for
 from pal_adapters.nn.tracing import tracing
 from pal_adapters.nn.unit import BatchTasks, TaskUnit, batch_tasks
@@ -50,7 +51,7 @@ class LayerNetwork:
         self.hooks = NetworkHooks(layer.model, layer.block, self)
 
     def complete(self, unit: TaskUnit, config: Any, added: set[int]) -> None:
-        """Give a new unit its copies of pretrained weights, and install its hooks.
+        """Give a new unit the pretrained weights that it trains, and install its hooks.
 
         Args:
             unit: the unit.
@@ -59,8 +60,9 @@ class LayerNetwork:
         """
         made: Any = unit
         block = self._layer.block
-        generator = generator_for(config.init_weights_seed, block)
-        give_copies(made, block, self._layer.model, config, added=added, generator=generator)
+        give_weights(made, block, self._layer.model, config, added=added)
+        keep_originals(made.in_place)
+        start_weights(made, block, config, generator_for(config.init_weights_seed, block))
         self.hooks.require(made)
 
     def remove(self) -> None:

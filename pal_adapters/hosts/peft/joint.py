@@ -19,6 +19,7 @@ from pal_adapters.blocks.walk import named_modules, parameters
 from pal_adapters.errors import StorageError, UnsupportedError
 
 from .config import TaskPeftConfig
+from .in_place import IN_PLACE, is_in_place
 from .loading import BASE_PREFIX, check_values, embeddings_of
 
 
@@ -84,17 +85,24 @@ def name_alone(model: nn.Module, name: str, adapter_name: str) -> str:
 
 
 def is_joint(config: Any) -> bool:
-    """Whether an adapter trains the model's own pretrained weights, rather than copies of them."""
+    """Whether an adapter trains all of the model's own pretrained weights."""
     return bool(joint_names({"": config}))
 
 
 def joint_names(configs: Mapping[str, Any]) -> list[str]:
-    """The adapters that train the model's own pretrained weights."""
+    """The adapters that train all of the model's own pretrained weights."""
     return [
         name
         for name, config in configs.items()
-        if isinstance(config, TaskPeftConfig) and config.train_base and not config.method.copies_base
+        if isinstance(config, TaskPeftConfig) and config.trained_base == "all"
     ]
+
+
+def changing_base(configs: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The adapters that change the model's own pretrained weights, with the setting that makes them do so."""
+    joint = joint_names(configs)
+    found = [(name, "train_base=True" if name in joint else IN_PLACE) for name in configs]
+    return [(name, how) for name, how in found if name in joint or is_in_place(configs[name])]
 
 
 def mark_base(model: nn.Module, active: Iterable[str], configs: Mapping[str, Any] | None = None) -> None:
@@ -132,12 +140,11 @@ def check_trainable(model: nn.Module) -> None:
 
 def check_restorable(configs: Mapping[str, Any]) -> None:
     """Raise `UnsupportedError` if a model without its adapters would not be the pretrained one."""
-    joint = joint_names(configs)
-    if joint:
+    for name, how in changing_base(configs):
         raise UnsupportedError(
-            f"the adapters cannot be disabled: {joint[0]!r} trains the pretrained weights in place (train_base=True), "
-            "so what is left is not the pretrained model. Where you need it, load the base model a second time (for "
-            "DPO: as ref_model)."
+            f"the adapters cannot be disabled: {name!r} trains the pretrained weights in place ({how}), so what is "
+            "left is not the pretrained model. Where you need it, load the base model a second time (for DPO: as "
+            "ref_model)."
         )
 
 
@@ -263,11 +270,12 @@ def match_base(
     configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     others = [name for name in configs if name != adapter_name]
     if not is_joint(config):
-        joint = [name for name in joint_names(configs) if name != adapter_name]
-        if joint and config.inference_mode:
+        owners = changing_base({name: configs[name] for name in others})
+        if owners and config.inference_mode:
             warnings.warn(
                 f"Adapter {adapter_name!r} comes without pretrained weights, and those of the model belong to "
-                f"{', '.join(map(repr, joint))} (train_base=True): it uses them, whatever it was trained on.",
+                f"{', '.join(repr(name) for name, _ in owners)} ({owners[0][1]}): it uses them, whatever it was "
+                "trained on.",
                 stacklevel=2,
             )
         return [], state_dict
@@ -279,13 +287,33 @@ def match_base(
     _check_complete(model, own, found, adapter_name)
     check_values(adapter_name, ((name, value, own[name]) for name, value in found.items()))
     loaded = {name: value for name, value in found.items() if not own[name].is_meta}
-    if others and any(not torch.equal(own[n], v.to(own[n])) for n, v in loaded.items()):
-        message = (
-            f"adapter {adapter_name!r} comes with its own pretrained weights (train_base=True), which differ from "
-            f"those that {', '.join(map(repr, others))} use on this model"
-        )
-        if config.inference_mode:
-            raise UnsupportedError(f"{message}: load each into its own copy of the base model.")
-        warnings.warn(f"{message}: from now on all adapters use the loaded ones.", stacklevel=2)
+    pairs = ((own[name], value) for name, value in loaded.items())
+    check_others(adapter_name, "train_base=True", others, pairs, trains=not config.inference_mode)
     rest = {key: value for key, value in state_dict.items() if names[key] not in loaded}
     return [(own[name], value) for name, value in loaded.items()], rest
+
+
+def check_others(
+    adapter_name: str, how: str, others: Iterable[str], pairs: Iterable[tuple[Tensor, Tensor]], *, trains: bool
+) -> None:
+    """Check an adapter whose pretrained weights are about to replace those of the model.
+
+    Args:
+        adapter_name: the adapter.
+        how: the setting that makes it train them.
+        others: the other adapters on the model, which use the same weights.
+        pairs: the weights on the model and those from the file.
+        trains: whether the adapter is loaded to be trained, which changes the weights anyway.
+
+    Raises:
+        UnsupportedError: if the weights differ and the adapter is not to be trained.
+    """
+    if not others or all(torch.equal(own, new.to(own)) for own, new in pairs):
+        return
+    message = (
+        f"adapter {adapter_name!r} comes with its own pretrained weights ({how}), which differ from those that "
+        f"{', '.join(map(repr, others))} use on this model"
+    )
+    if not trains:
+        raise UnsupportedError(f"{message}: load each into its own copy of the base model.")
+    warnings.warn(f"{message}: from now on all adapters use the loaded ones.", stacklevel=3)

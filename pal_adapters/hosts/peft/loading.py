@@ -23,6 +23,7 @@ from pal_adapters.errors import StorageError
 from pal_adapters.hosts.base_files import REFERENCE, Find, with_base
 from pal_adapters.hosts.tensors import fault_of
 
+from .in_place import tensors_in_place
 from .registry import methods
 
 BASE_PREFIX = "base_model.model."
@@ -30,8 +31,11 @@ BASE_PREFIX = "base_model.model."
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """The tensors of one adapter by their names on the model, including copies of `modules_to_save`."""
-    tensors: dict[str, Tensor] = {}
+    """The tensors of one adapter by their names on the model, including copies of `modules_to_save`.
+
+    Weights in place are among them, by the names that copies would have.
+    """
+    tensors: dict[str, Tensor] = {**tensors_in_place(model, adapter_name)}
     for name, module in named_modules(model, units=False).items():
         if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             continue
@@ -110,8 +114,9 @@ def check_settings(config: PeftConfig, path: str | os.PathLike[str], subfolder: 
     if not (folder / CONFIG_NAME).is_file():
         return
     mine, saved = config.to_dict(), type(config).from_pretrained(str(folder)).to_dict()
+    free = _FREE | getattr(config, "storage_only", frozenset())
     # None leaves a value to the model.
-    changed = [key for key in mine if key not in _FREE and saved.get(key) not in (None, mine[key])]
+    changed = [key for key in mine if key not in free and saved.get(key) not in (None, mine[key])]
     if changed:
         key = changed[0]
         raise StorageError(

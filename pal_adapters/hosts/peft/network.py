@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,10 @@ from pal_adapters.blocks.walk import named_modules
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.call import bind_reruns
 from pal_adapters.hooks.network import NetworkHooks
-from pal_adapters.hooks.network_copies import give_copies
+from pal_adapters.hooks.network_copies import give_weights, start_weights
 from pal_adapters.hooks.task_ids import ARGUMENT, CARRIED, TaskRows
 from pal_adapters.hooks.weight_copies import match_dtypes
+from pal_adapters.hosts.in_place import keep_originals, put_originals_back
 from pal_adapters.nn.unit import BatchTasks, TaskUnit
 
 from .joint import check_trainable, task_parameter_ids
@@ -59,15 +60,15 @@ class NetworkTunerLayer(TaskTunerLayer):
         return super().update_layer(adapter_name, config, shared)
 
     def complete(self, unit: TaskUnit, config: Any) -> None:
-        """Give a new unit its copies of pretrained weights, and install its hooks."""
+        """Give a new unit the pretrained weights that it trains, and install its hooks."""
         model, block = self._model[0], self._block[0]
         made: Any = unit
-        # Only the last block's unit copies weights outside its block; reading the whole model for every block would
+        # Only the last block's unit trains weights outside its block; reading the whole model for every block would
         # take time in proportion to the square of the depth.
         copied = model if block.last else block.module
         if config.train_base:
             check_trainable(copied)
-        give_copies(
+        give_weights(
             made,
             block,
             model,
@@ -76,13 +77,40 @@ class NetworkTunerLayer(TaskTunerLayer):
             headless=getattr(model, "base_model", model),
             left_out=config.modules_to_save or (),
         )
+        keep_originals(made.in_place)
+        start_weights(made, block, config, None)
         self.hooks.require(made)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.mark_in_place([] if inference_mode else names)
+        for name in names:
             if name in self.units:
                 self.units[name].mark_frozen()  # type: ignore[operator]
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name, unit in self.units.items():
+            if name in names and unit.in_place is not None:
+                unit.in_place.train(requires_grad)  # type: ignore[union-attr, operator]
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        if not enabled:
+            self.mark_in_place([])
+
+    def mark_in_place(self, training: Collection[str]) -> None:
+        """Make the weights trainable that these adapters train in place, and freeze those of others."""
+        for name, unit in self.units.items():
+            if unit.in_place is not None:
+                unit.in_place.train(name in training)  # type: ignore[union-attr, operator]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.units and self.units[adapter_name].in_place is not None:
+            put_originals_back([self.units[adapter_name].in_place])  # type: ignore[list-item]
+        super().delete_adapter(adapter_name)
 
     def forget(self, adapter_name: str) -> None:
         self.tasks.pop(adapter_name, None)
@@ -141,6 +169,13 @@ class NetworkTuner(TaskTuner):
         carried = kwargs.pop(CARRIED, None)
         with task_rows(self.model).in_force(carried if ids is None else ids, repeated=generates(self.model, kwargs)):
             yield
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        training = [name for name in self.active_adapters if not self.peft_config[name].inference_mode]
+        for layer in named_modules(model, units=False).values():
+            if isinstance(layer, NetworkTunerLayer):
+                layer.mark_in_place(training)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's cast of half precision to float32, undone for copies of pretrained weights."""

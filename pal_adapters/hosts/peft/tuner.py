@@ -27,13 +27,16 @@ from pal_adapters.blocks.sites import Block, find_blocks
 from pal_adapters.blocks.survey import partial_reach
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
 from pal_adapters.hooks.rows import RowPlan
+from pal_adapters.hooks.in_place import require_untied
 from pal_adapters.hosts.base_files import in_adapter_file, with_base
+from pal_adapters.hosts.in_place import check_beside, check_originals, put_originals_back
 from pal_adapters.hosts.method import Method, parameters_of
 from pal_adapters.hosts.names import require_adapter_name
 from pal_adapters.hosts.unchanged import keep_values
 
 from .change import changing
 from .config import TaskPeftConfig, check_kept_modules, choose_blocks, chooses
+from .in_place import parts_of, require_present, saved_in_place, tensors_in_place
 from .joint import (
     check_restorable,
     check_trainable,
@@ -48,6 +51,7 @@ from .joint import (
 )
 from .layer import ACTIVE, TaskTunerLayer, TunerLayer, plans_of, remove_adapter_name, tuner_layers
 from .loading import BASE_PREFIX, adapter_tensors, check_tensors
+from .loading_in_place import named_as_on_model, put_in_place
 from .registry import method_of
 from .registry import register as register
 from .routing import Routing, check_batch
@@ -177,7 +181,13 @@ class TaskTuner(BaseTuner):
                         check_transformers_loading(model, adapter_name, others, loads=config.inference_mode)
                         # transformers 5 overwrites them before any check
                         keep_values(pretrained_tensors(model).values())
+                if isinstance(config, TaskPeftConfig):
+                    others = {n: c for n, c in self.peft_config.items() if n != adapter_name}
+                    check_beside(
+                        adapter_name, config, {n: c for n, c in others.items() if isinstance(c, TaskPeftConfig)}
+                    )
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+                require_untied(model, [part for _, part in parts_of(model, adapter_name)])
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             raise
@@ -247,7 +257,9 @@ class TaskTuner(BaseTuner):
 
         # PEFT drops every key that contains another adapter's name: with adapters "0" and "1", half of layer 0. Put
         # them back, as PEFT also takes `modules_to_save` from this dictionary.
+        require_present(model, adapter_name)
         own = {key: value for key, value in adapter_tensors(model, adapter_name).items() if dropped(key)}
+        own.update(saved_in_place(model, adapter_name, state_dict))
         state_dict.update(own)
         state_dict.update({key: value for key, value in base.items() if dropped(key)})
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
@@ -264,13 +276,19 @@ class TaskTuner(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         base, state_dict = match_base(model, config, adapter_name, with_base(state_dict))
+        state_dict = named_as_on_model(model, adapter_name, f"{cls.method.name}_", state_dict)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         meta = pretrained_tensors(model, tied="each") if is_joint(config) else ()
         state_dict = check_tensors(model, adapter_name, state_dict, meta)
         keep_values(old for old, _ in base)
+        in_place = tensors_in_place(model, adapter_name)
+        put_in_place(model, adapter_name, state_dict)
+        state_dict = {name: value for name, value in state_dict.items() if name not in in_place}
         # Mamba's own hook renames one key with "embedding" in what it loads.
         base += [
-            (own, state_dict[name]) for name, own in adapter_tensors(model, adapter_name).items() if not own.is_meta
+            (own, state_dict[name])
+            for name, own in adapter_tensors(model, adapter_name).items()
+            if name in state_dict and not own.is_meta
         ]
         with torch.no_grad():
             for old, new in base:
@@ -281,6 +299,7 @@ class TaskTuner(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         joint = is_joint(self.peft_config.get(adapter_name))
+        check_originals(part for _, part in parts_of(self.model, adapter_name))
         super().delete_adapter(adapter_name)
         layers = [layer for _, layer in tuner_layers(self.model) if isinstance(layer, TunerLayer)]
         for layer in layers:
@@ -325,6 +344,7 @@ class TaskTuner(BaseTuner):
         if merge:
             self._check_merge_allowed()
         with changing(self):
+            put_originals_back(part for name in self.peft_config for _, part in parts_of(self.model, name))
             for _, layer in list(tuner_layers(self.model)):
                 if isinstance(layer, TunerLayer):
                     layer.detach()

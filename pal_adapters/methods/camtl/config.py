@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pal_adapters.blocks.norms import full_norms
 from pal_adapters.blocks.sites import Block
@@ -23,10 +23,8 @@ from pal_adapters.checks import (
     string,
 )
 from pal_adapters.errors import ConfigError, UnsupportedError
-from pal_adapters.hooks.weight_copies import Slots
-from pal_adapters.hosts.method import Method, Options
+from pal_adapters.hosts.method import Method, Options, TrainedBase
 from pal_adapters.methods.released import CAMTL_PRESETS, draw_weights, freezes_attention_film
-from pal_adapters.nn.unit import key_of
 
 from .layer import ConditionalBlock
 from .task import TaskConditions
@@ -151,7 +149,6 @@ METHOD = Method(
     prepare=_prepare,
     unmergeable="its modules depend on the task of each example, which weights of the base model cannot.",
     network=True,
-    copies_base=True,
 )
 
 
@@ -163,7 +160,7 @@ class CAMTLOptions(Options):
     `pal_adapters.methods.camtl.film.FiLM`: the embeddings are aligned, a block-diagonal term is added to the attention
     scores of every block, the norms of the upper half are conditional, and there is a linear bottleneck on top
     (`ca_mtl_base`) or a side stream with one after every block (`ca_mtl_large`). Half of the pretrained weights are
-    trained too, as copies that belong to the adapter. Pass the task of each example as `task_ids`, names or numbers,
+    trained too, by default as copies that belong to the adapter. Pass the task of each example as `task_ids`, names or numbers,
     to the model's forward.
 
     Source: Pilault, El hattami and Pal, "Conditionally Adaptive Multi-Task Learning", ICLR 2021. Differences from the
@@ -182,18 +179,23 @@ class CAMTLOptions(Options):
         norm_modulate_bias: modulate the shift of the norms too, as in the paper.
         bottleneck: `"top"` (base), `"stream"` (large) or `"none"`.
         bottleneck_size: inner width of the bottlenecks; None for a third of the model's width.
-        train_base: train copies of the pretrained weights that are not frozen.
+        train_base: train the pretrained weights that are not frozen, as `base_weights` says.
         freeze_layers: indices of the blocks whose pretrained weights stay frozen; None for 0 to 4 of 12 with
             `bottleneck="top"` and 0 to 11 of 24 with `"stream"`.
         freeze_embeddings: whether to freeze the embeddings.
         freeze_rule: `"intended"` trains all conditional modules; for `"code"` see `pal_adapters.methods.released`.
         top_block_init: `"pretrained"`; for `"scratch"` see `pal_adapters.methods.released`.
+        base_weights: `"copies"` trains copies, so that the model without the network is the pretrained one.
+            `"in_place"` trains the model's own weights, without the memory of copies. Results are equal, and a saved
+            network can be loaded with either. The pretrained values are in a temporary file until the network is
+            deleted, which puts them back; until then the network cannot be disabled, and is the only one.
 
     Raises:
         ConfigError: for a value that is not allowed, or that has no effect with the others.
     """
 
     method: ClassVar[Method] = METHOD
+    storage_only: ClassVar[frozenset[str]] = frozenset({"base_weights"})
 
     tasks: list[str] | int | None = field(
         default=None,
@@ -221,7 +223,7 @@ class CAMTLOptions(Options):
     bottleneck_size: int | None = field(
         default=None, metadata=option("Inner width of the bottlenecks.", optional(integer(1)))
     )
-    train_base: bool = field(default=True, metadata=option("Train copies of pretrained weights.", boolean()))
+    train_base: bool = field(default=True, metadata=option("Train pretrained weights.", boolean()))
     freeze_layers: list[int] | None = field(
         default=None, metadata=option("Blocks whose pretrained weights stay frozen.", _blocks)
     )
@@ -231,6 +233,9 @@ class CAMTLOptions(Options):
     )
     top_block_init: str = field(
         default="pretrained", metadata=option("Initial weights of the last block.", one_of("pretrained", "scratch"))
+    )
+    base_weights: str = field(
+        default="copies", metadata=option("Train copies or the model's own weights.", one_of("copies", "in_place"))
     )
 
     def validate(self) -> None:
@@ -243,15 +248,21 @@ class CAMTLOptions(Options):
             _no_effect("attention_modulation", self.attention_modulation, "attention_layers=[]")
         if not self.train_base:
             defaults = {"freeze_layers": None, "freeze_rule": "intended", "top_block_init": "pretrained",
-                        "freeze_embeddings": True}  # fmt: skip
+                        "freeze_embeddings": True, "base_weights": "copies"}  # fmt: skip
             for name, default in defaults.items():
                 if getattr(self, name) != default:
                     _no_effect(name, getattr(self, name), "train_base=False")
 
-    def start_top_block(self, copies: nn.ParameterDict, slots: Slots, generator: torch.Generator | None) -> None:
-        """Draw the last block's copies anew if `top_block_init` says so."""
+    @property
+    def trained_base(self) -> TrainedBase:
+        return self.base_weights if self.train_base else "none"  # type: ignore[return-value]
+
+    def start_top_block(
+        self, weights: Iterable[tuple[Tensor, nn.Module, str]], generator: torch.Generator | None
+    ) -> None:
+        """Draw the last block's weights anew if `top_block_init` says so."""
         if self.top_block_init == "scratch":
-            draw_weights(((copies[key_of(key)], *places[0]) for key, places in slots.items()), generator)
+            draw_weights(weights, generator)
 
 
 def _no_effect(argument: str, value: Any, other: str) -> None:

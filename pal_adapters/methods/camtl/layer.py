@@ -72,6 +72,8 @@ class ConditionalBlock(TaskUnit):
         self.base = nn.ParameterDict()
         self.outer = nn.ParameterDict()
         self.slots: tuple[Any, Any] = ({}, {})
+        # What it trains of the pretrained weights themselves, instead of copies (`hooks.in_place`).
+        self.in_place: Any = None
         # Embeddings of tasks that train alone, see `train_alone`: registered in the network's first unit, read by all.
         self.task_vectors = nn.ParameterDict()
         self.alone: tuple[nn.ParameterDict, ...] = ()
