@@ -28,17 +28,18 @@ class InPlace:
     Args:
         inner: the places of those in the unit's block.
         outer: the places of those outside all blocks.
+        lost: why the values that they have now are not the pretrained ones, a clause; empty if they are.
 
     Raises:
         UnsupportedError: for weights that cannot be trained: quantised, or not loaded.
         StorageError: if the pretrained values cannot be written to a file.
     """
 
-    def __init__(self, inner: Slots, outer: Slots) -> None:
+    def __init__(self, inner: Slots, outer: Slots, lost: str = "") -> None:
         self.slots: Mapping[str, Slots] = dict(zip(PARTS, (inner, outer), strict=True))
         tensors = self.tensors()
         for name, tensor in tensors.items():
-            if tensor.is_meta:
+            if tensor.is_meta and not lost:
                 raise UnsupportedError(
                     f"{name} is on the meta device and has no values yet, so it cannot be trained in place: load the "
                     "model's weights first."
@@ -48,7 +49,7 @@ class InPlace:
                     f"{name} is packed in {tensor.dtype}, so it cannot be trained in place: load the model in "
                     "floating point."
                 )
-        self.originals = Stored(tensors)
+        self.originals = Stored.lost(lost) if lost else Stored(tensors)
 
     def places(self) -> Iterator[tuple[str, list[tuple[nn.Module, str]]]]:
         """The weights by the names that copies of them have in the unit's state dict, with their places."""

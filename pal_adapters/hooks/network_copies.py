@@ -42,6 +42,7 @@ def give_weights(
     added: set[int],
     headless: nn.Module | None = None,
     left_out: Collection[str] = (),
+    lost: str = "",
 ) -> None:
     """Give a new unit the pretrained weights that it trains; the last block's also gets those outside the blocks.
 
@@ -53,6 +54,7 @@ def give_weights(
         added: parameters of the model that are not pretrained, by id.
         headless: the model without its head, where it differs from `model`.
         left_out: modules that are trained separately.
+        lost: why the model does not have its pretrained weights now, a clause; empty if it has.
 
     Raises:
         UnsupportedError: if accelerate offloads pretrained weights, or weights to be trained in place cannot be.
@@ -68,7 +70,7 @@ def give_weights(
         for embeddings in (False,) if options.freeze_embeddings else (False, True):
             outer |= outer_slots(headless or model, blocks, added, left_out=left_out, embeddings=embeddings)
     if options.trained_base == "in_place":
-        unit.in_place = InPlace(inner, outer) if inner or outer else None
+        unit.in_place = InPlace(inner, outer, lost) if inner or outer else None
         return
     fill(unit.base, inner)
     fill(unit.outer, outer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -32,6 +33,7 @@ class Stored:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._path: str | None = None
+        self._why = ""
         self._claim(_new_path())
         try:
             save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, self._file())
@@ -50,11 +52,22 @@ class Stored:
     def _file(self) -> str:
         if self._path is None:
             raise UnsupportedError(
-                "the pretrained values of weights that were trained in place are gone: they were in a temporary file "
-                "of the process that added the adapter, and this model was pickled since. Load the pretrained model "
-                "again."
+                f"the pretrained values of weights that are trained in place are not known: {self._why}. Load the "
+                "pretrained model instead."
             )
         return self._path
+
+    @classmethod
+    def lost(cls, why: str) -> Stored:
+        """Values that are not known, with the reason, a clause without a full stop."""
+        made = cls.__new__(cls)
+        made._path, made._why = None, why
+        return made
+
+    @property
+    def known(self) -> bool:
+        """Whether there are values."""
+        return self._path is not None
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Check that the values can be written back to these tensors.
@@ -96,9 +109,7 @@ class Stored:
             self._finalizer()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stored:
-        made = self.__class__.__new__(self.__class__)
-        memo[id(self)] = made
-        made._path = None
+        made = memo[id(self)] = self.lost(self._why)
         if self._path is not None and os.path.exists(self._path):
             made._claim(_new_path())
             os.unlink(made._file())
@@ -109,13 +120,13 @@ class Stored:
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _without_file, ()
+        return _unpickled, ()
 
 
-def _without_file() -> Stored:
-    made = Stored.__new__(Stored)
-    made._path = None
-    return made
+def _unpickled() -> Stored:
+    return Stored.lost(
+        "they are in a temporary file of the process that added the adapter, and this model has been pickled since"
+    )
 
 
 def _new_path() -> str:
@@ -129,7 +140,5 @@ def _new_path() -> str:
 
 def _unlink(path: str, owner: int) -> None:
     if os.getpid() == owner:  # a forked process has the object too, but not its file
-        try:
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-        except FileNotFoundError:
-            pass

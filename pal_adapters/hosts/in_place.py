@@ -34,7 +34,7 @@ def check_beside(adapter_name: str, config: Options, others: Mapping[str, Option
 
 def keep_originals(part: InPlace | None) -> None:
     """Note in a running change that these weights have just begun to train in place; they still have their values."""
-    if part is not None:
+    if part is not None and part.originals.known:
         keep_on_disk(part.tensors(), part.originals)
         when_settled(undone=part.originals.remove)
 

@@ -205,8 +205,7 @@ class Preset:
         """
         if arguments is not None:
             self._warn_of_needs({name: getattr(arguments, name) for name in self.needs})
-        base = [t for t in model.base_tensors().values() if t.is_floating_point()]
-        trains = any(tensor.requires_grad for tensor in base)
+        trains = model.base_trains()
         if trains is not (self.base == "trained"):
             warnings.warn(
                 f"the base is {'trained' if trains else 'frozen'} with the preset {self.name!r}, in which it is "

@@ -18,12 +18,14 @@ from torch import nn
 from pal_adapters.blocks.sites import Block, find_blocks, resolve
 from pal_adapters.blocks.survey import partial_reach
 from pal_adapters.errors import ConfigError, PalAdaptersError, SiteError, UnknownAdapterError, UnsupportedError
+from pal_adapters.hooks.in_place import require_untied
+from pal_adapters.hosts.in_place import check_beside
 from pal_adapters.hosts.method import filled, parameters_of
 from pal_adapters.hosts.names import require_adapter_name
 
 from .composition import architectures
-from .config import TaskAdapterConfig, any_registered, given_configs
-from .layer import TaskLayer, task_parameters
+from .config import TaskAdapterConfig, any_registered, given_configs, task_configs
+from .layer import TaskLayer, parts_in_place, task_parameters
 
 _TABLE = r"shared_parameters\."
 
@@ -76,6 +78,7 @@ def add_adapter(original: Any) -> Any:
                 stacklevel=3,
             )
         original(self, adapter_name, config, *args, **kwargs)
+        require_untied(self, parts_in_place(self, adapter_name))
 
     return wrapper
 
@@ -155,6 +158,7 @@ def _prepare(model: ModelAdaptersMixin, adapter_name: str) -> list[TaskAdapterCo
     plan = _plan(model, AdapterConfig.load(whole))
     base = model.base_model
     _check_other_sites(plan)
+    _check_beside(model, adapter_name, plan.configs)
     if plan.shares and isinstance(base, ModelUsingSubmodelsAdaptersMixin):
         # Encoder and decoder hold the same table of shared tensors, which `save_pretrained` has to know.
         base._tied_weights_keys = sorted({*(base._tied_weights_keys or ()), _TABLE})
@@ -225,6 +229,15 @@ def _check_other_sites(plan: Plan) -> None:
                 f"sites={named} is not allowed: {', '.join(task_layer.pal_adapters)} already use other sites of "
                 f"{type(layer).__name__}, {task_layer.block.sites.to_dict()}. All adapters of a model need the same."
             )
+
+
+def _check_beside(model: ModelAdaptersMixin, adapter_name: str, configs: list[TaskAdapterConfig]) -> None:
+    known = model.adapters_config
+    for config in configs:
+        for name in known:
+            for other in configs if name == adapter_name else task_configs(known.get(name)):
+                if other is not config:
+                    check_beside(adapter_name, config, {name: other})
 
 
 def _host_sites(block: Block) -> Block:

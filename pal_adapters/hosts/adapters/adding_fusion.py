@@ -19,6 +19,7 @@ from .composition import architectures
 from .config import any_registered
 from .fusion import PRESETS, add_layer, combination_config, link
 from .layer import unfusable
+from .network import whole_model_loaded
 from .sources import check_sources
 
 
@@ -82,10 +83,11 @@ def add_adapter_fusion(original: Any) -> Any:
 
 
 def init_adapters(original: Any) -> Any:
-    """`ModelAdaptersMixin.init_adapters`, for a model that comes with fusions."""
+    """`ModelAdaptersMixin.init_adapters`, for a model that comes with adapters and fusions."""
 
     def wrapper(self: ModelAdaptersMixin, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
+        with whole_model_loaded():
+            original(self, *args, **kwargs)
         configs = self.adapters_config.fusion_config_map
         for key, config in configs.items():  # dicts, from the config file of a whole model
             configs[key] = combination_config(config) or config

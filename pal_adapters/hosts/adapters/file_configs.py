@@ -171,7 +171,8 @@ def _described(config: Any, leave_out: Any = None) -> list[dict[str, Any]]:
     for member in config.configs if isinstance(config, ConfigUnion) else [config]:
         options = (member.resolved() if isinstance(member, TaskAdapterConfig) else member).to_dict()
         options["leave_out"] = sorted({*options.get("leave_out", ()), *(leave_out or ())})
-        described.append({name: value for name, value in options.items() if name not in _ONLY_AT_START})
+        free = {*_ONLY_AT_START, *getattr(member, "storage_only", ())}
+        described.append({name: value for name, value in options.items() if name not in free})
     return described
 
 

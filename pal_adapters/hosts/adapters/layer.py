@@ -22,7 +22,9 @@ from pal_adapters.blocks.walk import named_modules, parameters
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.attachment import Attachment
 from pal_adapters.hooks.call import checkpoints
+from pal_adapters.hooks.in_place import InPlace
 from pal_adapters.hooks.rows import RowPlan, run_rows, run_unit
+from pal_adapters.hosts.in_place import put_originals_back
 from pal_adapters.hosts.method import generator_for
 from pal_adapters.nn.tracing import exporting
 from pal_adapters.nn.unit import TaskUnit, UnitDict, UnitInputs
@@ -129,7 +131,17 @@ class TaskLayer(ValueComposition, nn.Module):
         block = self.block.module
         return computing_device(block, next(block.parameters()).device)
 
+    def in_place(self, adapter_name: str) -> list[InPlace]:
+        """What an adapter trains of the pretrained weights of this block, and of those outside all blocks."""
+        parts = [getattr(unit, "in_place", None) for unit in self.units(adapter_name)]
+        return [part for part in parts if part is not None]
+
+    def _train_in_place(self, adapter_name: str, mode: bool) -> None:
+        for part in self.in_place(adapter_name):
+            part.train(mode)
+
     def delete_adapter(self, adapter_name: str) -> None:
+        put_originals_back(self.in_place(adapter_name))
         super().delete_adapter(adapter_name)
         if self.network is None:
             return
@@ -177,12 +189,14 @@ class TaskLayer(ValueComposition, nn.Module):
                     parameter.requires_grad = True
             for unit in self.units(name):
                 unit.mark_frozen()
+            self._train_in_place(name, True)
         if trains_base(self.adapters_config, adapter_setup):
             for parameter in base_parameters(self._model[0]).values():
                 parameter.requires_grad = True
 
     def freeze_adapter(self, adapter_name: str, freeze: bool = True) -> None:
         super().freeze_adapter(adapter_name, freeze)
+        self._train_in_place(adapter_name, not freeze)
         if adapter_name in self.pal_adapters and adapter_name in self._shared:
             for parameter in self._shared[adapter_name].parameters():
                 parameter.requires_grad = not freeze
@@ -354,6 +368,12 @@ def trains_base(adapters_config: Any, setup: AdapterCompositionBlock | None) -> 
 def trains_originals(config: TaskAdapterConfig) -> bool:
     """Whether an adapter trains all of the model's own pretrained weights."""
     return config.trained_base == "all"
+
+
+def parts_in_place(model: Any, adapter_name: str) -> list[InPlace]:
+    """What an adapter trains in place of a model's pretrained weights, by block."""
+    layers = [getattr(layer, "task_layer", None) for _, layer in model.iter_layers()]
+    return [part for layer in layers if isinstance(layer, TaskLayer) for part in layer.in_place(adapter_name)]
 
 
 def unfusable(names: Collection[str], layer: TaskLayer) -> str | None:

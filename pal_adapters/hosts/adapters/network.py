@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +23,18 @@ from pal_adapters.nn.tracing import tracing
 from pal_adapters.nn.unit import BatchTasks, TaskUnit, batch_tasks
 
 from .config import given_configs
+
+_WITHOUT_PRETRAINED: ContextVar[str] = ContextVar("pal_adapters_without_pretrained", default="")
+
+
+@contextmanager
+def whole_model_loaded() -> Iterator[None]:
+    """While the body builds a model with the adapters that its config lists: their trained weights come with it."""
+    token = _WITHOUT_PRETRAINED.set("the model was saved as a whole, with the trained values in place of them")
+    try:
+        yield
+    finally:
+        _WITHOUT_PRETRAINED.reset(token)
 
 
 class UnitsOfBlock(Protocol):
@@ -60,7 +74,7 @@ class LayerNetwork:
         """
         made: Any = unit
         block = self._layer.block
-        give_weights(made, block, self._layer.model, config, added=added)
+        give_weights(made, block, self._layer.model, config, added=added, lost=_WITHOUT_PRETRAINED.get())
         keep_originals(made.in_place)
         start_weights(made, block, config, generator_for(config.init_weights_seed, block))
         self.hooks.require(made)

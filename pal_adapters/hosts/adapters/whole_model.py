@@ -10,6 +10,7 @@ from adapters.model_mixin import ModelAdaptersMixin, ModelWithHeadsAdaptersMixin
 from torch import nn
 
 from pal_adapters.errors import UnsupportedError
+from pal_adapters.hooks.in_place import parts_in_place
 
 from .config import CONFIGS, TaskAdapterConfig, task_configs
 from .layer import base_parameters, trains_base
@@ -47,12 +48,14 @@ def merge_adapter(original: Any) -> Any:
 
 
 def freeze_embeddings(original: Any) -> Any:
-    """`ModelWithHeadsAdaptersMixin.freeze_embeddings`, which leaves alone a base model that is being trained."""
+    """`ModelWithHeadsAdaptersMixin.freeze_embeddings`, which leaves alone what an adapter trains of the base."""
 
     def wrapper(self: ModelWithHeadsAdaptersMixin, freeze: bool = True) -> None:
         trained: list[nn.Parameter] = []
         if trains_base(self.adapters_config, self.adapters_config.active_setup):
             trained = [p for p in base_parameters(self.base_model).values() if p.requires_grad]
+        for part in parts_in_place(self.base_model):
+            trained += [p for p in part.tensors().values() if p.requires_grad]
         original(self, freeze)
         for parameter in trained:
             parameter.requires_grad = True

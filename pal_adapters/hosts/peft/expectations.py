@@ -46,6 +46,13 @@ RELIED_ON: tuple[Touch, ...] = (
     ),
     Touch(_TUNERS + "BaseTunerLayer.enable_adapters", ("...", "enabled"), "the same"),
     Touch(
+        _TUNERS + "BaseTunerLayer.set_requires_grad", ("...", "adapter_names", "requires_grad"),
+        "the same, for weights that an adapter trains in place",
+    ),
+    Touch(
+        _TUNERS + "BaseTunerLayer.delete_adapter", ("...", "adapter_name"), "extended: puts such weights back",
+    ),
+    Touch(
         _TUNERS + "BaseTunerLayer._get_base_layer_device_and_dtype", ("...", "base_layer"),
         "overridden: supports quantised weights",
     ),
@@ -135,6 +142,10 @@ RELIED_ON: tuple[Touch, ...] = (
     Touch(
         _MIXIN + "load_adapter", ("...", "peft_model_id", "adapter_name"),
         "the same; also checks what transformers 5 has loaded",
+    ),
+    Touch(
+        _MIXIN + "delete_adapter", ("...", "adapter_names"),
+        "wrapped: puts weights back that an adapter has trained in place",
     ),
     Touch(_MIXIN + "disable_adapters", None, "wrapped, as `PeftModel.disable_adapter`"),
     Touch(

@@ -92,9 +92,7 @@ def is_joint(config: Any) -> bool:
 def joint_names(configs: Mapping[str, Any]) -> list[str]:
     """The adapters that train all of the model's own pretrained weights."""
     return [
-        name
-        for name, config in configs.items()
-        if isinstance(config, TaskPeftConfig) and config.trained_base == "all"
+        name for name, config in configs.items() if isinstance(config, TaskPeftConfig) and config.trained_base == "all"
     ]
 
 

@@ -64,13 +64,13 @@ def put_in_place(model: nn.Module, adapter_name: str, given: Mapping[str, Tensor
             tensor.copy_(given[name])
 
 
-def load_left_out(model: nn.Module, adapter_name: str, prefix: str, given: Mapping[str, Tensor]) -> None:
+def load_left_out(model: nn.Module, adapter_name: str, config: Any, given: Mapping[str, Tensor]) -> None:
     """The same for transformers 5, which loads an adapter itself, from what it was not given.
 
     Args:
         model: the base model.
         adapter_name: the adapter, whose modules are on the model.
-        prefix: of the method's names.
+        config: its config.
         given: the tensors by their names in the file.
 
     Raises:
@@ -78,7 +78,9 @@ def load_left_out(model: nn.Module, adapter_name: str, prefix: str, given: Mappi
         UnsupportedError: if other adapters on the model use different pretrained weights.
     """
     own = tensors_in_place(model, adapter_name)
-    given = named_as_on_model(model, adapter_name, prefix, given)
+    if not own and not given:
+        return
+    given = named_as_on_model(model, adapter_name, f"{config.method.name}_", given)
     if wrong := sorted(own.keys() ^ given.keys()):
         what = "lacks" if wrong[0] in own else "has, beyond what the adapter trains on this model,"
         raise StorageError(f"the weights do not fit adapter {adapter_name!r}: the file {what} {wrong[0]}.")

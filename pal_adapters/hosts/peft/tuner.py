@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 from pal_adapters.blocks.sites import Block, find_blocks
 from pal_adapters.blocks.survey import partial_reach
 from pal_adapters.errors import UnknownAdapterError, UnsupportedError
-from pal_adapters.hooks.rows import RowPlan
 from pal_adapters.hooks.in_place import require_untied
+from pal_adapters.hooks.rows import RowPlan
 from pal_adapters.hosts.base_files import in_adapter_file, with_base
 from pal_adapters.hosts.in_place import check_beside, check_originals, put_originals_back
 from pal_adapters.hosts.method import Method, parameters_of

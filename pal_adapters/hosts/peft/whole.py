@@ -17,15 +17,18 @@ from typing import Any
 
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 from peft.config import PeftConfigMixin
-from peft.utils import WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from pal_adapters.errors import PalAdaptersError, StorageError
 from pal_adapters.hosts.base_files import found_by, remove_unused, stored_once
+from pal_adapters.hosts.in_place import check_originals
 
 from .change import changing, switching
+from .in_place import is_in_place, parts_of, split
 from .joint import check_base_complete, check_base_untouched, check_restorable, is_joint, joint_names
 from .loading import (
     check_folder,
@@ -38,6 +41,7 @@ from .loading import (
     reads_pickle,
     whole_tensors,
 )
+from .loading_in_place import load_left_out
 from .registry import method_of
 from .tuner import TRANSFORMERS_5, TaskTuner
 
@@ -146,13 +150,15 @@ def _load_by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
         reads = options.get("adapter_state_dict") is None
         check_folder(folder, weights=reads)
         config = options.get("peft_config")
-        whole = None
+        whole, left_out = None, {}
         with changing(self, config, getattr(self, "peft_config", None)), _reading(path), found_by(find):
             if folder is not None:
                 # transformers 5 reads the adapter's own file only.
                 if TRANSFORMERS_5 and reads and (whole := whole_tensors(folder)):
                     options["adapter_state_dict"] = whole
                 check_base_untouched(self, folder, config, whole)
+            if TRANSFORMERS_5:
+                left_out = _leave_out(options, folder)
             try:
                 info = original(*bound.args, **bound.kwargs)
             except RuntimeError as error:
@@ -164,11 +170,42 @@ def _load_by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
             config = self.peft_config[name]
             if info is not None and method_of(config) is not None:  # transformers 5 has loaded the weights itself
                 check_loaded(self, name, info, kinds_in(folder))
+                load_left_out(self, name, config, left_out)
                 if folder is not None and is_joint(config):
                     check_base_complete(self, folder, name, whole)
             return info
 
     return load_adapter
+
+
+def _leave_out(options: dict[str, Any], folder: Path | None) -> dict[str, Tensor]:
+    """Take weights in place from what transformers 5 loads itself: it knows only names that are on the model."""
+    config = options.get("peft_config")
+    if config is None and folder is not None and (folder / CONFIG_NAME).is_file():
+        config = PeftConfig.from_pretrained(str(folder))
+    if not is_in_place(config):
+        return {}
+    given = options.get("adapter_state_dict")
+    if given is None and folder is not None and (file := folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        given = load_file(file)
+    if given is None:
+        return {}
+    left_out, options["adapter_state_dict"] = split(given)
+    return left_out
+
+
+def _delete_by_transformers(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def delete_adapter(self: Any, adapter_names: Any) -> None:
+        configs = getattr(self, "peft_config", {})
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if not any(is_in_place(configs.get(name)) for name in names):
+            return original(self, adapter_names)
+        with changing(self, configs):
+            check_originals(part for name in names for _, part in parts_of(self, name))
+            return original(self, adapter_names)
+
+    return delete_adapter
 
 
 def _save(original: Callable[..., None]) -> Callable[..., None]:
@@ -219,6 +256,7 @@ def install() -> None:
         (PeftModel, "disable_adapter", _disable),
         (PeftAdapterMixin, "add_adapter", _add),
         (PeftAdapterMixin, "load_adapter", _load_by_transformers),
+        (PeftAdapterMixin, "delete_adapter", _delete_by_transformers),
         (PeftAdapterMixin, "disable_adapters", _disable),
     ]
     for cls, name, replacement in replaced:

@@ -160,8 +160,8 @@ class CAMTLOptions(Options):
     `pal_adapters.methods.camtl.film.FiLM`: the embeddings are aligned, a block-diagonal term is added to the attention
     scores of every block, the norms of the upper half are conditional, and there is a linear bottleneck on top
     (`ca_mtl_base`) or a side stream with one after every block (`ca_mtl_large`). Half of the pretrained weights are
-    trained too, by default as copies that belong to the adapter. Pass the task of each example as `task_ids`, names or numbers,
-    to the model's forward.
+    trained too, by default as copies that belong to the adapter. Pass the task of each example as `task_ids`, names
+    or numbers, to the model's forward.
 
     Source: Pilault, El hattami and Pal, "Conditionally Adaptive Multi-Task Learning", ICLR 2021. Differences from the
     released code: the top block keeps its pretrained weights, all conditional modules train, the lower half and the

@@ -26,7 +26,7 @@ class NetworkSize:
     Attributes:
         added: conditional modules and task embeddings.
         base: the pretrained model.
-        trained_base: pretrained parameters of which the network trains copies.
+        trained_base: pretrained parameters that the network trains, as copies or in place.
         per_task: what each further task adds, without its head.
     """
 
@@ -101,6 +101,7 @@ def network_size(model: nn.Module, adapter_name: str = "default") -> NetworkSize
     shared = units[0].shared_weights()
     own |= {id(p): p.numel() for p in shared.values()}
     trained = sum(p.numel() for unit in units for part in (unit.base, unit.outer) for p in part.values())
+    trained += sum(p.numel() for unit in units if unit.in_place is not None for p in unit.in_place.tensors().values())
     return NetworkSize(sum(own.values()), _base_size(model), trained, shared["task_embedding"].shape[1])
 
 

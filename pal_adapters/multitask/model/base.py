@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from pal_adapters.errors import ConfigError, UnsupportedError
+from pal_adapters.hooks.in_place import in_place_ids
 
 from .routes import adapter_host, bare_model
 
@@ -39,6 +40,12 @@ def base_tensors(backbone: nn.Module, names: list[str] | None = None) -> dict[st
     unwrapped = {name.replace(".base_layer.", "."): tensor for name, tensor in present.items()}
     unwrapped |= {name: present[name] for name in names if name in present}
     return {name: unwrapped[name] for name in names if name in unwrapped}
+
+
+def without_in_place(backbone: nn.Module, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the base model's tensors that no adapter trains in place, and saves as its own."""
+    taken = in_place_ids(backbone)
+    return {name: tensor for name, tensor in base.items() if id(tensor) not in taken}
 
 
 def added_parameters(backbone: nn.Module, base: Iterable[Tensor]) -> dict[str, nn.Parameter]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import added_parameters
+from .base import added_parameters, without_in_place
 from .files import inside
 from .heads import Head, HeadConfig
 from .routes import Route
@@ -56,11 +56,15 @@ class Contents:
         """The base model's own pooler, if a head reads it."""
         if all(config.pooling != "pooler" or config.reads_tokens for config in self.head_configs().values()):
             return {}
-        return {name: tensor for name, tensor in self.base.items() if name.startswith("pooler.")}
+        return {name: tensor for name, tensor in self.own_base().items() if name.startswith("pooler.")}
+
+    def own_base(self) -> dict[str, Tensor]:
+        """The base model's own tensors, without those that an adapter trains in place and saves."""
+        return without_in_place(self.backbone, self.base)
 
     def added(self) -> dict[str, nn.Parameter]:
-        """Parameters that the host added to the base model."""
-        return added_parameters(self.backbone, self.base.values())
+        """Parameters of adapters: those that the host added to the base model, and those that train in place."""
+        return added_parameters(self.backbone, self.own_base().values())
 
 
 def base_folder(directory: Path) -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils.hub import cached_file
 
-from pal_adapters.errors import ConfigError, StorageError
+from pal_adapters.errors import ConfigError, StorageError, UnsupportedError
 
 from .adapter_files import add_adapters, check_adapter_files, reading
 from .base import base_tensors, embedding_tensors
@@ -109,6 +109,11 @@ def _fill(
     for name, config in description.heads.items():
         contents.heads[name] = Head(config, width).to(device)
     targets: list[tuple[dict[str, Any], str, Path]] = [(dict(contents.heads.named_parameters()), HEADS, directory)]
+    if description.base_trained and len(contents.own_base()) < len(base):
+        raise UnsupportedError(
+            f"{directory} has a trained base model, and an adapter of the backbone trains part of that in place "
+            "(base_weights='in_place'): use base_weights='copies'."
+        )
     if description.base_trained:
         targets.append((base, "base", base_folder(directory) / "model.safetensors"))
     elif POOLER in stored and contents.pooler():

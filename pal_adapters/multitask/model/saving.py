@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pal_adapters.errors import StorageError
+from pal_adapters.errors import StorageError, UnsupportedError
 from pal_adapters.hosts.base_files import base_files, copier
 
 from .adapter_files import save_adapters
@@ -28,8 +28,15 @@ def save(contents: Contents, directory: Path, *, checkpoint: bool, tokenizer: An
         raise StorageError(
             "each process holds only parts of the parameters (FSDP): call the trainer's save_model in all of them."
         )
-    trained = contents.base_trained or any(tensor.requires_grad for tensor in base.values())
+    own = contents.own_base()
+    trained = contents.base_trained or any(tensor.requires_grad for tensor in own.values())
     resized = not trained and has_resized_embeddings(backbone)
+    if len(own) < len(base) and (trained or (resized and not embedding_tensors(backbone, own))):
+        raise UnsupportedError(
+            "an adapter trains part of the base model in place (base_weights='in_place'), and the base model has "
+            f"{'been trained otherwise' if trained else 'resized embeddings, which that adapter trains'}, so the "
+            "pretrained values of that part are nowhere: use base_weights='copies'."
+        )
     output = output_tensors(backbone)
     if not (trained or resized or contents.output_trained or any(tensor.requires_grad for tensor in output.values())):
         output = {}  # the same as in the checkpoint of the base model

@@ -16,7 +16,7 @@ from pal_adapters.hosts.unchanged import all_or_nothing
 from pal_adapters.nn.tracing import exporting
 
 from .adding import new_route
-from .base import base_names, base_tensors, check_backbone
+from .base import added_parameters, base_names, base_tensors, check_backbone, without_in_place
 from .contents import Contents, width_of
 from .exporting import logits_of_graph
 from .heads import Head, HeadConfig, Loss
@@ -208,7 +208,7 @@ class TaskHeads(nn.Module):
         rows = len(given) if given is not None else len(next(iter(inputs.values())))
         names = tasks_of_inputs(task_ids, rows, self.tasks)
         if self.training and not self._base_trained:
-            self._base_trained = any(tensor.requires_grad for tensor in self.base_tensors().values())
+            self._base_trained = self.base_trains()
         if self.training and not self._output_trained:
             self._output_trained = any(tensor.requires_grad for tensor in output_tensors(self.backbone).values())
         adapters = [self.routes[name].adapter for name in names]
@@ -244,7 +244,8 @@ class TaskHeads(nn.Module):
             Names of the trainable parameters.
 
         Raises:
-            ConfigError: For `base=False` with an adapter that trains the base model.
+            ConfigError: For `base=False` with an adapter that trains the base model, and for `base=True` with one that
+                trains part of it in place.
         """
         adapter_host(self.backbone)
         require_bool("base", base)
@@ -270,9 +271,14 @@ class TaskHeads(nn.Module):
             self._base_names = base_names(self.backbone)
         return base_tensors(self.backbone, self._base_names)
 
+    def base_trains(self) -> bool:
+        """Whether weights of the base model are trainable, beside those that an adapter trains in place and saves."""
+        own = without_in_place(self.backbone, self.base_tensors())
+        return any(tensor.requires_grad for tensor in own.values())
+
     def added_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of adapters, fusions and heads that the host added to the base model; shared ones once."""
-        return self._contents().added()
+        return added_parameters(self.backbone, self.base_tensors().values())
 
     def count_parameters(self) -> dict[str, int]:
         """Parameters of the base model, the adapters and the heads, and how many train. Shared ones count once."""

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pal_adapters.errors import ConfigError
+from pal_adapters.hooks.in_place import parts_in_place
 from pal_adapters.methods.camtl.network import train_tasks
 
 from .heads import Head
@@ -18,14 +19,18 @@ from .routes import Route, adapter_config, adapter_host, adapter_tasks, adapters
 
 
 def check_base(backbone: Any, routes: Iterable[Route], *, base: bool) -> None:
-    """Raises `ConfigError` if an adapter of the routes trains the base model, but `base` says that it stays frozen."""
+    """Raises `ConfigError` if adapters train the base model, or part of it, and `base` says otherwise."""
     if base:
+        if parts_in_place(backbone):
+            raise ConfigError(
+                "base=True is not allowed with an adapter that trains part of the base model in place "
+                "(base_weights='in_place'): pass base=False, or use base_weights='copies'."
+            )
         return
     names = sorted({name for route in routes if not is_fuse(route.adapter) for name in adapters_in(route.adapter)})
     for name in names:
         config = adapter_config(backbone, name)
-        # A network for several tasks (CA-MTL) trains copies of its own and leaves the base model as it is.
-        if getattr(config, "train_base", False) and not getattr(config, "tasks", None):
+        if getattr(config, "trained_base", "none") == "all":
             raise ConfigError(
                 f"base=False is not allowed with adapter {name!r}, whose config has train_base=True: pass base=True."
             )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pal_adapters.errors import ConfigError, StorageError, UnsupportedError
+from pal_adapters.hooks.in_place import parts_in_place
 from pal_adapters.hosts.unchanged import all_or_nothing
 from pal_adapters.multitask.model.adapter_files import add_adapters, check_adapter_files
 from pal_adapters.multitask.model.base import source_of
@@ -102,8 +103,9 @@ def read_saved_task(model: TaskHeads, tokenizer: Any, name: str, folder: Path) -
 
 
 def _check_base(model: TaskHeads, contents: Description, folder: Path) -> None:
-    if contents.base_trained or contents.output_layer or contents.embeddings or model.base_trained:
-        which = "the model" if model.base_trained else str(folder)
+    own = model.base_trained or parts_in_place(model.backbone)
+    if contents.base_trained or contents.output_layer or contents.embeddings or own:
+        which = "the model" if own else str(folder)
         raise UnsupportedError(
             f"{which} has base weights of its own, which other tasks were not trained on: save models that share a "
             "base after prepare_training(base=False), or use one predictor each."
@@ -171,6 +173,11 @@ def add_saved_task(model: TaskHeads, saved: SavedTask) -> None:
     with put_back(backbone):
         if saved.contents.adapters or saved.contents.fusions:
             add_adapters(backbone, saved.contents, saved.folder, saved.names)
+            if parts_in_place(backbone):
+                raise UnsupportedError(
+                    f"{saved.folder} has an adapter that trains base weights in place, which other tasks were not "
+                    "trained on: use one predictor each."
+                )
         for parameter in backbone.parameters():
             if id(parameter) not in known:
                 parameter.requires_grad_(False)
