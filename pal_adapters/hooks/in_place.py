@@ -81,21 +81,30 @@ class InPlace:
             tensor.requires_grad_(mode)
 
     def require_present(self, block: nn.Module, model: nn.Module) -> None:
-        """Raise `UnsupportedError` if a weight is no longer part of the model, or not the same at all its places.
+        """Raise `UnsupportedError` if a weight is no longer in its place in the model, or not the same at all places.
 
         Args:
             block: the unit's block.
             model: the model that holds it.
         """
-        for part, root in zip(PARTS, (block, model), strict=True):
-            inside = set(named_modules(root, units=False).values()) if self.slots[part] else set()
+        for part, root in zip(PARTS, (block, getattr(model, "base_model", model)), strict=True):
             for name, places in self.slots[part].items():
-                same = {id(module._parameters.get(key)) for module, key in places}
-                if len(same) > 1 or any(module not in inside for module, _ in places):
+                first, key = places[0]
+                same = all(module._parameters.get(other) is first._parameters.get(key) for module, other in places)
+                if not same or not _holds(root, name.rpartition(".")[0], first):
                     raise UnsupportedError(
                         f"{name}, which an adapter trains in place, has been replaced since the adapter was added "
                         "(by new embeddings, for example): change the model before you add the adapter."
                     )
+
+
+def _holds(root: nn.Module, path: str, module: nn.Module) -> bool:
+    """Whether a module is at a path, or inside of a wrapper there."""
+    try:
+        found = root.get_submodule(path)
+    except AttributeError:  # its parent has a wrapper
+        found = root
+    return found is module or module in found.modules()
 
 
 def parts_in_place(model: nn.Module) -> list[InPlace]:

@@ -78,6 +78,15 @@ def add_adapter(original: Any) -> Any:
                 stacklevel=3,
             )
         original(self, adapter_name, config, *args, **kwargs)
+
+    return wrapper
+
+
+def add_adapter_to_whole(original: Any) -> Any:
+    """`add_adapter` of a model with or without a head, which looks at ties between the two."""
+
+    def wrapper(self: ModelAdaptersMixin, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        original(self, adapter_name, *args, **kwargs)
         require_untied(self, parts_in_place(self, adapter_name))
 
     return wrapper

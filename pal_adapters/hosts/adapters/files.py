@@ -23,7 +23,7 @@ from pal_adapters.hosts.unchanged import keep_on_disk, keep_values
 
 from .config import task_configs
 from .fusion import combination_config
-from .layer import base_parameters, trains_originals
+from .layer import base_parameters, require_in_place, trains_originals
 
 _CHECK_ALL: ContextVar[bool] = ContextVar("pal_adapters_check_all_files", default=False)
 
@@ -191,8 +191,11 @@ def state_dict(original: Any) -> Any:
         if not isinstance(filter_func, OwnTensors):
             return dict(original(self, filter_func))
         tensors: dict[str, Tensor] = original(self, set(filter_func.among(_tensors(self.model))).__contains__)
-        for name in filter_func.among(in_place := _in_place(self.model)):
+        in_place = _in_place(self.model)
+        for name in filter_func.among(in_place):
             tensors[name] = in_place[name].detach()
+        if in_place and filter_func.adapter_name:
+            require_in_place(self.model, filter_func.adapter_name)
         base = {name: tensors.pop(name) for name in list(tensors) if name in filter_func.base}
         return {**tensors, **in_adapter_file(base, filter_func.adapter_name)}
 

@@ -90,7 +90,12 @@ REPLACED: tuple[Replaced, ...] = (
     # Adding, averaging and loading, whole or not at all
     Replaced(
         _MODEL, "add_adapter", ("self", "adapter_name", "config", "overwrite_ok", "set_active"),
-        _whole(adding.add_adapter), "says why a config does not fit; the host leaves parts of a rejected adapter",
+        lambda original: whole(adding.add_adapter_to_whole(adding.add_adapter(original))),
+        "says why a config does not fit; the host leaves parts of a rejected adapter",
+    ),
+    Replaced(
+        _HEADS, "add_adapter", ("self", "adapter_name", "config", "overwrite_ok", "set_active"),
+        _whole(adding.add_adapter_to_whole), "weights that train in place may be tied to the head",
     ),
     Replaced(
         _MODEL, "_add_adapter_weights", ("self", "adapter_name"), adding.add_adapter_weights,

@@ -63,8 +63,9 @@ def saved_in_place(model: nn.Module, adapter_name: str, state_dict: Mapping[str,
 
 def require_present(model: nn.Module, adapter_name: str) -> None:
     """Raise `UnsupportedError` if weights that an adapter trains in place have been replaced."""
-    for _, part in list(parts_of(model, adapter_name)):
-        part.require_present(model, model)
+    for layer in list(named_modules(model, units=False).values()):
+        if isinstance(layer, BaseTunerLayer) and hasattr(layer, "require_in_place"):
+            layer.require_in_place(adapter_name)
 
 
 def split(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -107,6 +107,12 @@ class NetworkTunerLayer(TaskTunerLayer):
             if unit.in_place is not None:
                 unit.in_place.train(name in training)  # type: ignore[union-attr, operator]
 
+    def require_in_place(self, adapter_name: str) -> None:
+        """Raise `UnsupportedError` if weights that an adapter trains in place have been replaced."""
+        if adapter_name in self.units and self.units[adapter_name].in_place is not None:
+            part: Any = self.units[adapter_name].in_place
+            part.require_present(self.base_layer, self._model[0])
+
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.units and self.units[adapter_name].in_place is not None:
             put_originals_back([self.units[adapter_name].in_place])  # type: ignore[list-item]
