@@ -69,7 +69,7 @@ def test_copies() -> None:
         (7 * bert_block(768, 3072) + 769 * 768, 109_482_240, 4),
         (17 * llama_block(4096, 11008) + 4096, 6_738_415_616, 2),
     ):
-        sizes = [width * copied, width * (base + 4 * copied), 4 * width * base]
+        sizes = [width * copied, width * (base + 4 * copied), width * (base + 3 * copied), 4 * width * base]
         amounts.append([f"{copied:,}", *(f"{size / 1e9:,.2f} GB" for size in sizes)])
     for left, right in zip(*amounts, strict=True):
         assert f"| {left} | {right} |" in page

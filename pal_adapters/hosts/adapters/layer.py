@@ -380,8 +380,9 @@ def require_in_place(model: Any, adapter_name: str) -> None:
     """Raise `UnsupportedError` if weights that an adapter trains in place have been replaced."""
     for _, block in model.iter_layers():
         layer = getattr(block, "task_layer", None)
-        for part in layer.in_place(adapter_name) if isinstance(layer, TaskLayer) else ():
-            part.require_present(block, layer.model)
+        if isinstance(layer, TaskLayer):
+            for part in layer.in_place(adapter_name):
+                part.require_present(block, layer.model)
 
 
 def unfusable(names: Collection[str], layer: TaskLayer) -> str | None:

@@ -63,7 +63,8 @@ def saved_in_place(model: nn.Module, adapter_name: str, state_dict: Mapping[str,
 
 def require_present(model: nn.Module, adapter_name: str) -> None:
     """Raise `UnsupportedError` if weights that an adapter trains in place have been replaced."""
-    for layer in list(named_modules(model, units=False).values()):
+    layers: list[Any] = list(named_modules(model, units=False).values())
+    for layer in layers:
         if isinstance(layer, BaseTunerLayer) and hasattr(layer, "require_in_place"):
             layer.require_in_place(adapter_name)
 

@@ -94,7 +94,7 @@ class NetworkTunerLayer(TaskTunerLayer):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for name, unit in self.units.items():
             if name in names and unit.in_place is not None:
-                unit.in_place.train(requires_grad)  # type: ignore[union-attr, operator]
+                unit.in_place.train(requires_grad)  # type: ignore[union-attr]
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
@@ -105,7 +105,7 @@ class NetworkTunerLayer(TaskTunerLayer):
         """Make the weights trainable that these adapters train in place, and freeze those of others."""
         for name, unit in self.units.items():
             if unit.in_place is not None:
-                unit.in_place.train(name in training)  # type: ignore[union-attr, operator]
+                unit.in_place.train(name in training)  # type: ignore[union-attr]
 
     def require_in_place(self, adapter_name: str) -> None:
         """Raise `UnsupportedError` if weights that an adapter trains in place have been replaced."""

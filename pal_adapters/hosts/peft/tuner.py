@@ -30,7 +30,7 @@ from pal_adapters.hooks.in_place import require_untied
 from pal_adapters.hooks.rows import RowPlan
 from pal_adapters.hosts.base_files import in_adapter_file, with_base
 from pal_adapters.hosts.in_place import check_beside, check_originals, put_originals_back
-from pal_adapters.hosts.method import Method, parameters_of
+from pal_adapters.hosts.method import Method, Options, parameters_of
 from pal_adapters.hosts.names import require_adapter_name
 from pal_adapters.hosts.unchanged import keep_values
 
@@ -181,11 +181,9 @@ class TaskTuner(BaseTuner):
                         check_transformers_loading(model, adapter_name, others, loads=config.inference_mode)
                         # transformers 5 overwrites them before any check
                         keep_values(pretrained_tensors(model).values())
-                if isinstance(config, TaskPeftConfig):
-                    others = {n: c for n, c in self.peft_config.items() if n != adapter_name}
-                    check_beside(
-                        adapter_name, config, {n: c for n, c in others.items() if isinstance(c, TaskPeftConfig)}
-                    )
+                if isinstance(config, Options):
+                    beside = {n: c for n, c in self.peft_config.items() if isinstance(c, Options) and c is not config}
+                    check_beside(adapter_name, config, beside)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 require_untied(model, [part for _, part in parts_of(model, adapter_name)])
         except BaseException:

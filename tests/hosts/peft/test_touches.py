@@ -165,6 +165,18 @@ def _() -> None:
     assert parameters(BaseTunerLayer.enable_adapters) == ["enabled"]
 
 
+@touch("BaseTunerLayer.set_requires_grad")
+def _() -> None:
+    assert parameters(BaseTunerLayer.set_requires_grad) == ["adapter_names", "requires_grad"]
+    assert "module.set_requires_grad(" in inspect.getsource(peft.tuners.tuners_utils.set_requires_grad)
+
+
+@touch("BaseTunerLayer.delete_adapter")
+def _() -> None:
+    assert parameters(BaseTunerLayer.delete_adapter) == ["adapter_name"]
+    assert "target.delete_adapter(adapter_name)" in inspect.getsource(peft.tuners.tuners_utils.delete_adapter)
+
+
 @touch("BaseTunerLayer._get_base_layer_device_and_dtype")
 def _() -> None:
     assert parameters(BaseTunerLayer._get_base_layer_device_and_dtype) == ["base_layer"]
@@ -433,6 +445,11 @@ def _() -> None:
 
         fields = {field.name for field in dataclasses.fields(LoadStateDictInfo)}
         assert fields >= {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}
+
+
+@touch("PeftAdapterMixin.delete_adapter")
+def _() -> None:
+    assert parameters(PeftAdapterMixin.delete_adapter) == ["adapter_names"]
 
 
 @touch("PeftAdapterMixin.disable_adapters")

@@ -222,14 +222,17 @@ def test_presets(host: str) -> None:
 _NAME = "default"  # with another, transformers' trainer does not find PEFT's best checkpoint
 
 
-def _fresh(host: str) -> Network:
-    return Network(host, name=_NAME, base=classifier(), **({} if host == "adapters" else {"task_type": "SEQ_CLS"}))
+def _fresh(host: str, weights: str) -> Network:
+    more: dict[str, Any] = {} if host == "adapters" else {"task_type": "SEQ_CLS"}
+    return Network(host, name=_NAME, base=classifier(), base_weights=weights, **more)
 
 
-def _train(host: str, folder: pathlib.Path, *, best: bool = False, resume: str | None = None) -> tuple[Any, Any]:
+def _train(
+    host: str, folder: pathlib.Path, weights: str, *, best: bool = False, resume: str | None = None
+) -> tuple[Any, Any]:
     """A network that a trainer trained for six steps with a checkpoint behind each third, and its trainer."""
     data: Any = Rows()
-    network = _fresh(host)
+    network = _fresh(host, weights)
     network.train(_NAME)
     more: dict[str, Any] = {}
     if best:
@@ -258,19 +261,21 @@ def _train(host: str, folder: pathlib.Path, *, best: bool = False, resume: str |
 
 
 @both
-def test_trainer_resumes_and_reloads_the_best(host: str, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("weights", ["copies", "in_place"])
+def test_trainer_resumes_and_reloads_the_best(host: str, weights: str, tmp_path: pathlib.Path) -> None:
     batch, ids = inputs("bert"), torch.tensor(IDS)
-    whole, _ = _train(host, tmp_path / "whole")
+    whole, _ = _train(host, tmp_path / "whole", weights)
     expected = whole(batch, ids)
     # A fresh network that goes on from half-way ends at the same place, bases' copies, task vectors, head and all.
-    resumed, _ = _train(host, tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-3"))
+    resumed, _ = _train(host, tmp_path / "resumed", weights, resume=str(tmp_path / "whole" / "checkpoint-3"))
     assert close(resumed(batch, ids), expected, 1e-5)
     # The best was at step 3, which is not where training ended.
-    best, trainer = _train(host, tmp_path / "best", best=True)
+    best, trainer = _train(host, tmp_path / "best", weights, best=True)
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-3")
     assert not close(best(batch, ids), expected, 2e-4)
-    half, checkpoint = _fresh(host), tmp_path / "best" / "checkpoint-3"
+    half, checkpoint = _fresh(host, weights), tmp_path / "best" / "checkpoint-3"
     if host == "adapters":
+        half.model.delete_adapter(_NAME)
         half.model.load_adapter(str(checkpoint / _NAME), load_as="again")
         half.activate("again")
         half.model.classifier.load_state_dict(best.model.classifier.state_dict())
