@@ -109,7 +109,7 @@ class Stored:
             self._finalizer()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stored:
-        made = memo[id(self)] = self.lost(self._why)
+        made = memo[id(self)] = self.lost(self._why or "their temporary file has been removed")
         if self._path is not None and os.path.exists(self._path):
             made._claim(_new_path())
             os.unlink(made._file())

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from pal_adapters.hosts.unchanged import all_or_nothing, keep_values
+from pal_adapters.hooks.stored import Stored
+from pal_adapters.hosts.unchanged import all_or_nothing, keep_on_disk, keep_values, when_settled
 
 
 class _Owner:
@@ -133,3 +136,81 @@ def test_values_are_restored_where_the_data_were_replaced() -> None:
         _failing(model, change=change)
     assert model[0].weight is weight
     assert torch.equal(weight, before)
+
+
+def _double(tensors: dict[str, nn.Parameter]) -> None:
+    with torch.no_grad():
+        for tensor in tensors.values():
+            tensor.mul_(2.0)
+
+
+def test_values_on_disk_are_restored_by_the_change_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = _model()
+    tensors = dict(model[0].named_parameters())
+    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+    def change() -> None:
+        keep_on_disk(tensors)
+        keep_on_disk(tensors)  # has them already
+        assert len(list(tmp_path.iterdir())) == 1
+        _double(tensors)
+
+    with pytest.raises(_Failure):
+        _failing(model, change=change)
+    assert all(torch.equal(tensors[name], value) for name, value in before.items())
+    assert list(tmp_path.iterdir()) == []
+    with all_or_nothing(model):
+        with all_or_nothing(model):
+            change()
+        assert len(list(tmp_path.iterdir())) == 1  # the outer one may still fail
+        with pytest.raises(_Failure):
+            _failing(model, change=lambda: _double(tensors))
+    assert list(tmp_path.iterdir()) == []
+    assert all(torch.equal(tensors[name], value * 4) for name, value in before.items())
+    keep_on_disk(tensors)  # no change is running
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lasting_file_stands_for_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = _model()
+    tensors = dict(model[0].named_parameters())
+    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    stored = Stored(tensors)
+
+    def change() -> None:
+        keep_on_disk(tensors, stored)
+        _double(tensors)
+
+    with pytest.raises(_Failure):
+        _failing(model, change=change)
+    assert all(torch.equal(tensors[name], value) for name, value in before.items())
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_follows_a_change_waits_for_the_outermost() -> None:
+    model, seen = _model(), []
+
+    def note() -> None:
+        when_settled(lambda: seen.append("final"), lambda: seen.append("undone"))
+
+    note()
+    assert seen == ["final"]
+    seen.clear()
+    with all_or_nothing(model):
+        with all_or_nothing(model):
+            note()
+        with pytest.raises(_Failure):
+            _failing(model, change=note)
+        assert seen == []
+    assert seen == ["final", "undone"]
+    seen.clear()
+
+    def nested() -> None:
+        with all_or_nothing(model):
+            note()
+
+    with pytest.raises(_Failure):
+        _failing(model, change=nested)
+    assert seen == ["undone"]

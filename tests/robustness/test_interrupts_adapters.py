@@ -27,6 +27,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "pal": lambda: pa.PALConfig(hidden_size=12, num_heads=2, init_weights="bert"),
     "pal and base": lambda: pa.PALConfig(hidden_size=12, num_heads=2, train_base=True),
     "ca_mtl": lambda: pa.CAMTLConfig(tasks=["rte", "sst"], max_length=16),
+    "in place": lambda: pa.CAMTLConfig(
+        tasks=["rte", "sst"], max_length=16, base_weights="in_place", top_block_init="scratch"
+    ),
     "union": lambda: adapters.ConfigUnion(pa.PALConfig(hidden_size=12, num_heads=2), adapters.LoRAConfig(r=2)),
     "bottleneck": lambda: adapters.SeqBnConfig(reduction_factor=4),
 }
@@ -70,9 +73,12 @@ def test_adapters(method: str, tmp_path: Path) -> None:
     model_with(method, "new").save_adapter(str(tmp_path), "new", use_safetensors=True)
     check(lambda: model_with(method), lambda model: model.add_adapter("new", config=CONFIGS[method]()))
     check(lambda: model_with(method), lambda model: model.load_adapter(str(tmp_path), use_safetensors=True))
-    for name in ("one", "two"):
-        check(lambda: model_with(method, "one", "two"), lambda model: model.delete_adapter(name))  # noqa: B023
-    check(lambda: model_with(method, "one", "two"), lambda model: model.train_adapter("two"))
+    names = ("one",) if method == "in place" else ("one", "two")
+    for name in names:
+        check(lambda: model_with(method, *names), lambda model: model.delete_adapter(name))  # noqa: B023
+    check(lambda: model_with(method, *names), lambda model: model.train_adapter(names[-1]))
+    if method == "in place":
+        check(lambda: model_with(method, "new"), lambda model: model.load_adapter(str(tmp_path), use_safetensors=True))
 
 
 def test_fusions(tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "pal and base": lambda: pa.PALPeftConfig(hidden_size=12, num_heads=2, train_base=True),
     "houlsby": lambda: pa.HoulsbyPeftConfig(hidden_size=4),
     "ca_mtl": lambda: pa.CAMTLPeftConfig(tasks=["rte", "sst"], max_length=16),
+    "in place": lambda: pa.CAMTLPeftConfig(
+        tasks=["rte", "sst"], max_length=16, base_weights="in_place", top_block_init="scratch"
+    ),
 }
 
 
@@ -75,8 +78,9 @@ def test_adding_and_loading(method: str, folders: dict[str, str]) -> None:
     check(base, lambda model: get_peft_model(model, CONFIGS[method]()))
     check(base, lambda model: PeftModel.from_pretrained(model, folders[method]))
     check(base, lambda model: model.load_adapter(folders[method], "new"))
-    if method != "pal and base":
+    if method not in ("pal and base", "in place"):  # which have the base to themselves
         check(lambda: adapted(method, "old"), lambda model: model.load_adapter(folders[method], "new"))
+    if method != "pal and base":
         check(lambda: adapted(method, "old"), lambda model: model.load_adapter(folders[method], "old"))
 
 
@@ -89,6 +93,16 @@ def test_choosing_and_removing(method: str) -> None:
     ]
     for change in changes:
         check(lambda: adapted(method, "one", "two"), change)
+
+
+def test_weights_in_place_are_put_back_or_kept() -> None:
+    changes: list[Callable[[Any], Any]] = [
+        lambda model: model.set_adapter("one"),
+        lambda model: model.delete_adapter("one"),
+        lambda model: model.unload(),
+    ]
+    for change in changes:
+        check(lambda: adapted("in place", "one"), change)
 
 
 def test_tasks_of_a_network() -> None:
