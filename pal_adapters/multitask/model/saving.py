@@ -32,10 +32,12 @@ def save(contents: Contents, directory: Path, *, checkpoint: bool, tokenizer: An
     trained = contents.base_trained or any(tensor.requires_grad for tensor in own.values())
     resized = not trained and has_resized_embeddings(backbone)
     if len(own) < len(base) and (trained or (resized and not embedding_tensors(backbone, own))):
+        fault = "that adapter trains resized embeddings, which the folder cannot hold as they were: "
+        if trained:
+            fault = "the rest of it is trainable or has been trained: call prepare_training() before training, or "
         raise UnsupportedError(
-            "an adapter trains part of the base model in place (base_weights='in_place'), and the base model has "
-            f"{'been trained otherwise' if trained else 'resized embeddings, which that adapter trains'}, so the "
-            "pretrained values of that part are nowhere: use base_weights='copies'."
+            f"an adapter trains part of the base model in place (base_weights='in_place'), and {fault}use "
+            "base_weights='copies'."
         )
     output = output_tensors(backbone)
     if not (trained or resized or contents.output_trained or any(tensor.requires_grad for tensor in output.values())):

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pal_adapters import network_size
+from pal_adapters import network_size, train_tasks
 from pal_adapters.errors import ConfigError, PalAdaptersError, StorageError, UnsupportedError
 from tests.zoo import HOST_WARNINGS
 
@@ -159,6 +159,66 @@ def test_trains_exactly_what_copies_train(host: str, bottleneck: str) -> None:
     assert len(set(map(id, parameters))) == len(parameters)
     torch.optim.AdamW(parameters)
     assert str(network_size(one.model, "all")) == str(network_size(other.model, "all"))
+
+
+@both
+def test_there_is_no_second_copy(host: str) -> None:
+    one, other = pair(host)
+    held = [sum(t.nbytes for t in {t.data_ptr(): t for t in n.model.parameters()}.values()) for n in (one, other)]
+    assert held[0] - held[1] == sum(p.nbytes for p in copies(one).values())
+    assert not any(unit.base or unit.outer for unit in other.units())
+
+
+@both
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "electra", "deberta", "vit", "llama"])
+def test_all_weights_of_other_models(host: str, kind: str) -> None:
+    results: list[list[Tensor]] = []
+    for network in pair(host, kind, freeze_layers=[], freeze_embeddings=False):
+        network.train()
+        network.model.eval()
+        value = network(inputs(kind), IDS)
+        value.square().mean().backward()
+        own = copies(network) or places(network)
+        results.append([value.detach(), *(own[name].grad for name in sorted(own) if own[name].grad is not None)])
+    assert len(results[0]) > 30
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@both
+def test_compiled_and_exported(host: str) -> None:
+    network, batch = trained(host), inputs("bert")
+    compiled = torch.compile(network.model, backend="eager", fullgraph=host == "peft")
+    found = compiled(**batch, task_ids=torch.tensor(IDS)).last_hidden_state
+    torch.compiler.reset()
+    assert torch.allclose(found, network(batch, IDS), atol=2e-5)
+
+
+@both
+def test_a_task_trains_alone(host: str) -> None:
+    network, batch = trained(host), inputs("bert")
+    network.train()
+    before = network.model.eval() and output(network.model)
+    vectors = train_tasks(network.model, ["mrpc"], "all")
+    trains = [p for p in network.model.parameters() if p.requires_grad]
+    assert [id(p) for p in trains] == [id(p) for p in vectors]
+    optimizer = torch.optim.AdamW(network.model.parameters(), 0.1, weight_decay=0.5)
+    network(batch, IDS).square().mean().backward()
+    optimizer.step()
+    after = output(network.model)
+    assert torch.equal(after[[0, 1, 3]], before[[0, 1, 3]])  # of other tasks
+    assert not torch.equal(after[2], before[2])
+    train_tasks(network.model, None, "all")
+    network.train()
+    assert all(p.requires_grad for p in places(network).values())
+
+
+@peft_only
+def test_loaded_to_train_on(tmp_path: pathlib.Path) -> None:
+    folder = save(trained("peft"), tmp_path)
+    for trains in (True, False):
+        model = load("peft", folder, is_trainable=trains)
+        base = [p for n, p in model.named_parameters() if p.requires_grad and "ca_mtl" not in n]
+        assert bool(base) is trains
 
 
 @both
@@ -751,5 +811,5 @@ def test_task_heads(host: str, tmp_path: pathlib.Path, room: pathlib.Path) -> No
         found = model(task_ids=ids, **batch).logits
     assert all(torch.equal(expected[task], found[task]) for task in expected)
     model.requires_grad_(True)
-    with pytest.raises(PalAdaptersError, match="pretrained values of that part are nowhere"):
+    with pytest.raises(PalAdaptersError, match="the rest of it is trainable or has been trained"):
         model.save_pretrained(tmp_path / "other")

@@ -13,10 +13,12 @@ import torch
 from answers import REQUESTS, made, plain_logits
 from backbones import HOSTS
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from tiny_tasks import make_tasks
+from transformers import AutoModel, AutoTokenizer
 
+import pal_adapters
 from pal_adapters.errors import ConfigError, PalAdaptersError, StorageError, UnknownAdapterError, UnsupportedError
-from pal_adapters.multitask import Predictor, RequestError
+from pal_adapters.multitask import Predictor, RequestError, TaskHeads
 
 
 def folder_of(encoder: str, host: str, place: Path, *names: str) -> Path:
@@ -180,3 +182,42 @@ def test_tasks_come_and_go_while_others_are_answered(tiny_encoder: str, host: st
     for thread in threads:
         thread.join()
     assert not faults
+
+
+@pytest.mark.parametrize("host", [host for host in HOSTS if host != "none"])
+def test_base_weights_that_train_in_place_are_for_one_model_alone(
+    tiny_encoder: str, host: str, tmp_path: Path
+) -> None:
+    names = ("rte", "stsb")
+    values: dict[str, Any] = {"tasks": list(names), "base_weights": "in_place", "top_block_init": "scratch"}
+    base: Any = AutoModel.from_pretrained(tiny_encoder)
+    if host == "adapters":
+        import adapters
+
+        adapters.init(base)
+        base.add_adapter("net", config=pal_adapters.CAMTLConfig(**values))
+    else:
+        import peft
+
+        base = peft.get_peft_model(base, pal_adapters.CAMTLPeftConfig(**values), adapter_name="net")
+    model, tasks = TaskHeads(base), make_tasks(*names)
+    for task in tasks:
+        model.add(task.name, task.head_config(), adapter="net")
+    model.prepare_training()
+    described = [task.describe(max_length=64) for task in tasks]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    model.save_pretrained(tmp_path / "net", processing_class=tokenizer, tasks=described)
+    predictor = Predictor.from_pretrained(tmp_path / "net")
+    assert predictor(REQUESTS[0]) is not None
+    other = folder_of(tiny_encoder, host, tmp_path / "other", "copa")
+    before = state(predictor)
+    with pytest.raises(UnsupportedError, match="the model has base weights of its own"):
+        predictor.add_task("copa", other)
+    assert same(state(predictor), before)
+    plain = Predictor.from_pretrained(other)
+    before = state(plain)
+    # PEFT has adapters of one method at a time, whatever they train.
+    message = "Cannot combine adapters" if host == "peft" else "trains base weights in place, which other tasks"
+    with pytest.raises(PalAdaptersError, match=message):
+        plain.add_task("rte", tmp_path / "net")
+    assert same(state(plain), before)
