@@ -109,7 +109,7 @@ def _holds(root: nn.Module, path: str, module: nn.Module) -> bool:
 
 def parts_in_place(model: nn.Module) -> list[InPlace]:
     """What the networks of a model train in place, by unit."""
-    found = [getattr(module, "in_place", None) for module in named_modules(model).values()]
+    found = [module.__dict__.get("in_place") for module in named_modules(model).values()]
     return [part for part in found if isinstance(part, InPlace)]
 
 

@@ -20,12 +20,11 @@ from .weight_copies import Slots, block_slots, fill, outer_slots
 class TrainedWeights(Protocol):
     """The options of a network that decide which pretrained weights it trains."""
 
+    train_base: bool
+    base_weights: Any
     freeze_layers: Collection[int]
     freeze_embeddings: bool
     sites: Mapping[str, str] | None
-
-    @property
-    def trained_base(self) -> str: ...
 
     def start_top_block(
         self, weights: Iterable[tuple[Tensor, nn.Module, str]], generator: torch.Generator | None
@@ -61,7 +60,7 @@ def give_weights(
         StorageError: if the originals of weights to be trained in place cannot be written to a file.
     """
     require_at_hand(model, "a network reads and copies")
-    if options.trained_base == "none":
+    if not options.train_base:
         return
     inner: Slots = {} if block.index in options.freeze_layers else block_slots(block, added)
     outer: Slots = {}
@@ -69,7 +68,7 @@ def give_weights(
         blocks = find_blocks(model, options.sites)
         for embeddings in (False,) if options.freeze_embeddings else (False, True):
             outer |= outer_slots(headless or model, blocks, added, left_out=left_out, embeddings=embeddings)
-    if options.trained_base == "in_place":
+    if options.base_weights == "in_place":
         unit.in_place = InPlace(inner, outer, lost) if inner or outer else None
         return
     fill(unit.base, inner)
@@ -79,7 +78,7 @@ def give_weights(
 
 def start_weights(unit: NetworkUnit, block: Block, options: TrainedWeights, generator: torch.Generator | None) -> None:
     """Give the weights of the last block, which `unit` trains, the values that they start with."""
-    if not block.last or options.trained_base == "none":
+    if not block.last or not options.train_base:
         return
     weights: list[tuple[Any, nn.Module, str]]
     if unit.in_place is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Any
 
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.in_place import InPlace
@@ -11,7 +12,7 @@ from .method import Options
 from .unchanged import keep_on_disk, when_settled
 
 
-def check_beside(adapter_name: str, config: Options, others: Mapping[str, Options]) -> None:
+def check_beside(adapter_name: str, config: Options, others: Iterable[tuple[str, Any]]) -> None:
     """Raise `UnsupportedError` if a new adapter and one on the model would train or copy the same weights.
 
     A network runs the whole model, and its copies and frozen blocks have to be the pretrained ones.
@@ -19,11 +20,14 @@ def check_beside(adapter_name: str, config: Options, others: Mapping[str, Option
     Args:
         adapter_name: the new adapter.
         config: its config.
-        others: the configs of the adapters on the model, by name.
+        others: the names and configs of the adapters beside it; those of the hosts' own methods do not count.
     """
-    for name, other in others.items():
+    for name, other in others:
+        if not isinstance(other, Options):
+            continue
         for one, there in ((config, other), (other, config)):
-            if one.trained_base == "in_place" and (there.method.network or there.trained_base == "all"):
+            in_place = one.train_base and one.base_weights == "in_place"
+            if in_place and (there.method.network or (there.train_base and there.base_weights == "all")):
                 trains = adapter_name if one is config else name
                 raise UnsupportedError(
                     f"adapter {adapter_name!r} cannot be added beside {name!r}: {trains!r} trains pretrained weights "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,9 +21,6 @@ _HIDDEN_TOKENS = {
     "local": "attention there sees parts of a text or an image (windows, pooled queries), which no mask shows",
     "other": "tokens are mixed without attention there, or its cache has no place for the tokens of others",
 }
-
-
-TrainedBase = Literal["none", "all", "copies", "in_place"]
 
 
 def _nothing_shared(options: Any, block: Block) -> nn.Module | None:
@@ -101,15 +98,13 @@ class Options:
     storage_only: ClassVar[frozenset[str]] = frozenset()
     """Fields that say where weights are kept on a model: a saved adapter can be loaded with any value of them."""
     train_base: bool
+    """Whether pretrained weights train with the adapter."""
+    base_weights: Any = "all"
+    """Which: `"all"` of the model's own, `"in_place"` for those of the model's own that `hooks.in_place` lists, or
+    `"copies"`, which belong to the adapter and leave the model's own unchanged. A method may make it a field.
 
-    @property
-    def trained_base(self) -> TrainedBase:
-        """Which pretrained weights train with the adapter.
-
-        `"all"` are the model's own, `"in_place"` are those of the model's own that `hooks.in_place` lists, and
-        `"copies"` belong to the adapter and leave the model's own unchanged.
-        """
-        return "all" if self.train_base else "none"
+    The hosts read attributes here, which costs nothing on a model with a thousand adapters.
+    """
 
     def validate(self) -> None:
         """Check combinations of fields, after the checks of each field.

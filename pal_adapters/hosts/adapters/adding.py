@@ -24,7 +24,7 @@ from pal_adapters.hosts.method import filled, parameters_of
 from pal_adapters.hosts.names import require_adapter_name
 
 from .composition import architectures
-from .config import TaskAdapterConfig, any_registered, given_configs, task_configs
+from .config import TaskAdapterConfig, any_registered, given_configs
 from .layer import TaskLayer, parts_in_place, task_parameters
 
 _TABLE = r"shared_parameters\."
@@ -241,12 +241,19 @@ def _check_other_sites(plan: Plan) -> None:
 
 
 def _check_beside(model: ModelAdaptersMixin, adapter_name: str, configs: list[TaskAdapterConfig]) -> None:
+    if not any(config.method.network or config.train_base for config in configs):
+        return
     known = model.adapters_config
+    others = [  # without a call for each adapter: there may be a thousand
+        (name, member)
+        for name, key in known.adapters.items()
+        if name != adapter_name
+        for whole in (known.config_map.get(key),)
+        for member in (whole.configs if type(whole) is ConfigUnion else (whole,))
+    ]
+    others += [(adapter_name, config) for config in configs]
     for config in configs:
-        for name in known:
-            for other in configs if name == adapter_name else task_configs(known.get(name)):
-                if other is not config:
-                    check_beside(adapter_name, config, {name: other})
+        check_beside(adapter_name, config, [(name, other) for name, other in others if other is not config])
 
 
 def _host_sites(block: Block) -> Block:

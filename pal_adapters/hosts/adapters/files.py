@@ -314,7 +314,7 @@ def _in_place(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{path}.{name}": tensor
         for path, module in named_modules(model, once=False).items()
-        if isinstance(part := getattr(module, "in_place", None), InPlace)
+        if isinstance(part := module.__dict__.get("in_place"), InPlace)
         for name, tensor in part.tensors().items()
     }
 

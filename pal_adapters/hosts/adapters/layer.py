@@ -367,7 +367,7 @@ def trains_base(adapters_config: Any, setup: AdapterCompositionBlock | None) -> 
 
 def trains_originals(config: TaskAdapterConfig) -> bool:
     """Whether an adapter trains all of the model's own pretrained weights."""
-    return config.trained_base == "all"
+    return config.train_base and config.base_weights == "all"
 
 
 def parts_in_place(model: Any, adapter_name: str) -> list[InPlace]:

@@ -21,7 +21,7 @@ _NAME = re.compile(rf"_units\.(?:{'|'.join(PARTS)})\.[^.]+$")
 
 def is_in_place(config: Any) -> bool:
     """Whether an adapter trains some of the model's own pretrained weights."""
-    return isinstance(config, Options) and config.trained_base == "in_place"
+    return isinstance(config, Options) and config.train_base and config.base_weights == "in_place"
 
 
 def parts_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, InPlace]]:

@@ -19,7 +19,7 @@ from pal_adapters.blocks.walk import named_modules, parameters
 from pal_adapters.errors import StorageError, UnsupportedError
 
 from .config import TaskPeftConfig
-from .in_place import IN_PLACE, is_in_place
+from .in_place import IN_PLACE
 from .loading import BASE_PREFIX, check_values, embeddings_of
 
 
@@ -92,15 +92,19 @@ def is_joint(config: Any) -> bool:
 def joint_names(configs: Mapping[str, Any]) -> list[str]:
     """The adapters that train all of the model's own pretrained weights."""
     return [
-        name for name, config in configs.items() if isinstance(config, TaskPeftConfig) and config.trained_base == "all"
+        name
+        for name, config in configs.items()
+        if isinstance(config, TaskPeftConfig) and config.train_base and config.base_weights == "all"
     ]
 
 
 def changing_base(configs: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The adapters that change the model's own pretrained weights, with the setting that makes them do so."""
-    joint = joint_names(configs)
-    found = [(name, "train_base=True" if name in joint else IN_PLACE) for name in configs]
-    return [(name, how) for name, how in found if name in joint or is_in_place(configs[name])]
+    return [
+        (name, "train_base=True" if config.base_weights == "all" else IN_PLACE)
+        for name, config in configs.items()
+        if isinstance(config, TaskPeftConfig) and config.train_base and config.base_weights != "copies"
+    ]
 
 
 def mark_base(model: nn.Module, active: Iterable[str], configs: Mapping[str, Any] | None = None) -> None:

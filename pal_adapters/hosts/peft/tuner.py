@@ -182,7 +182,7 @@ class TaskTuner(BaseTuner):
                         # transformers 5 overwrites them before any check
                         keep_values(pretrained_tensors(model).values())
                 if isinstance(config, Options):
-                    beside = {n: c for n, c in self.peft_config.items() if isinstance(c, Options) and c is not config}
+                    beside = [(name, other) for name, other in self.peft_config.items() if other is not config]
                     check_beside(adapter_name, config, beside)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 require_untied(model, [part for _, part in parts_of(model, adapter_name)])

@@ -23,7 +23,7 @@ from pal_adapters.checks import (
     string,
 )
 from pal_adapters.errors import ConfigError, UnsupportedError
-from pal_adapters.hosts.method import Method, Options, TrainedBase
+from pal_adapters.hosts.method import Method, Options
 from pal_adapters.methods.released import CAMTL_PRESETS, draw_weights, freezes_attention_film
 
 from .layer import ConditionalBlock
@@ -252,10 +252,6 @@ class CAMTLOptions(Options):
             for name, default in defaults.items():
                 if getattr(self, name) != default:
                     _no_effect(name, getattr(self, name), "train_base=False")
-
-    @property
-    def trained_base(self) -> TrainedBase:
-        return self.base_weights if self.train_base else "none"  # type: ignore[return-value]
 
     def start_top_block(
         self, weights: Iterable[tuple[Tensor, nn.Module, str]], generator: torch.Generator | None

@@ -30,7 +30,7 @@ def check_base(backbone: Any, routes: Iterable[Route], *, base: bool) -> None:
     names = sorted({name for route in routes if not is_fuse(route.adapter) for name in adapters_in(route.adapter)})
     for name in names:
         config = adapter_config(backbone, name)
-        if getattr(config, "trained_base", "none") == "all":
+        if getattr(config, "train_base", False) and getattr(config, "base_weights", "all") == "all":
             raise ConfigError(
                 f"base=False is not allowed with adapter {name!r}, whose config has train_base=True: pass base=True."
             )

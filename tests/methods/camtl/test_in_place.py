@@ -685,7 +685,7 @@ def test_a_model_saved_as_a_whole(tmp_path: pathlib.Path) -> None:
 def test_configs_keep_the_choice(host: str, tmp_path: pathlib.Path) -> None:
     config = Network(host, train_base=False).config(**IN_PLACE)
     cls = type(config)
-    assert config.trained_base == "in_place"
+    assert config.base_weights == "in_place"
     if host == "adapters":
         values = config.to_dict()
         assert cls.from_dict(values).base_weights == "in_place"
