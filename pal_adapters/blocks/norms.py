@@ -58,6 +58,8 @@ def norm_form(norm: nn.Module, width: int) -> NormForm | None:
     """
     # A stand-in with the class and the attributes of the norm, but small random parameters on the CPU and no hooks.
     probe = copy.copy(norm)
+    for name in norm._parameters:  # a call in another thread may hide them, see `hooks.weight_copies`
+        probe.__dict__.pop(name, None)
     generator = torch.Generator().manual_seed(0)
     names = [name for name, parameter in norm._parameters.items() if parameter is not None]
     with torch.device("cpu"):

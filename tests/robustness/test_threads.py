@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import threading
 from typing import Any
@@ -129,6 +130,33 @@ def test_task_ids(network: str) -> None:
     model = get_peft_model(encoder(), config).eval()
     randomise(model)
     check(lambda number: sequence(model, number, task_ids=tasks_of(number)))
+
+
+@pytest.mark.parametrize("method", [*CONFIGS, "ca_mtl"])
+def test_other_adapters_come_and_go_beside_calls(method: str) -> None:
+    """They are added by reading the model while calls use it."""
+    network = method == "ca_mtl"
+    config = functools.partial(pa.CAMTLPeftConfig, tasks=TASKS, max_length=16) if network else CONFIGS[method]
+    model = adapt(encoder(), config)
+    failed: list[Exception] = []
+    checked = threading.Event()
+
+    def change() -> None:
+        try:
+            while not checked.is_set():
+                model.add_adapter("other", config())
+                model.delete_adapter("other")
+        except Exception as error:
+            failed.append(error)
+
+    worker = threading.Thread(target=change)
+    worker.start()
+    try:
+        check(lambda number: sequence(model, number, **({"task_ids": tasks_of(number)} if network else {})))
+    finally:
+        checked.set()
+        worker.join()
+    assert not failed
 
 
 @pytest.fixture(scope="module")
