@@ -81,7 +81,7 @@ class _Snapshot:
         if isinstance(thing, (dict, list, set)):
             self._seen.add(id(thing))
             self._containers.append((thing, thing.copy()))
-            for item in list(thing.values()) if isinstance(thing, dict) else thing:
+            for item in list(thing.values() if isinstance(thing, dict) else thing):  # threads may change it
                 if not isinstance(item, _LEAVES):
                     self._take(item)
             return

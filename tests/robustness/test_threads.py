@@ -20,7 +20,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, G
 import pal_adapters as pa
 from tests import zoo
 
-from .threads import CALLS, check, ids_of, loss_of, mask_of, randomise
+from .threads import CALLS, beside, check, ids_of, loss_of, mask_of, randomise
 
 pytestmark = zoo.HOST_WARNINGS
 TASKS = ["rte", "sst", "qqp"]
@@ -138,25 +138,13 @@ def test_other_adapters_come_and_go_beside_calls(method: str) -> None:
     network = method == "ca_mtl"
     config = functools.partial(pa.CAMTLPeftConfig, tasks=TASKS, max_length=16) if network else CONFIGS[method]
     model = adapt(encoder(), config)
-    failed: list[Exception] = []
-    checked = threading.Event()
 
     def change() -> None:
-        try:
-            while not checked.is_set():
-                model.add_adapter("other", config())
-                model.delete_adapter("other")
-        except Exception as error:
-            failed.append(error)
+        model.add_adapter("other", config())
+        model.delete_adapter("other")
 
-    worker = threading.Thread(target=change)
-    worker.start()
-    try:
+    with beside(change):
         check(lambda number: sequence(model, number, **({"task_ids": tasks_of(number)} if network else {})))
-    finally:
-        checked.set()
-        worker.join()
-    assert not failed
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,29 @@ def check(call: Callable[[int], Any], *, variants: int = 5, calls: int = CALLS, 
     assert not wrong, f"{len(wrong)} of {threads * calls} calls: {sorted(set(wrong))[:3]}"
 
 
+@contextmanager
+def beside(change: Callable[[], Any]) -> Iterator[None]:
+    """Calls `change` again and again in another thread while the body runs; nothing may go wrong in it."""
+    failed: list[Exception] = []
+    ended = threading.Event()
+
+    def work() -> None:
+        try:
+            while not ended.is_set():
+                change()
+        except Exception as error:
+            failed.append(error)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        worker.join()
+    assert not failed
+
+
 def _tensors(value: Any) -> Sequence[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 

@@ -273,7 +273,8 @@ class TaskLayer(ValueComposition, nn.Module):
 
     def get_active_setup(self) -> AdapterCompositionBlock | None:
         setup = self.setup()
-        return setup if setup is not None and not setup.flatten().isdisjoint(self.pal_adapters) else None
+        # Looked up rather than iterated over: another thread may be adding an adapter.
+        return setup if setup is not None and any(name in self.pal_adapters for name in setup.flatten()) else None
 
     def site_of(self, bottleneck: BottleneckLayer) -> str | None:
         """The site whose value one of the host's bottleneck layers receives, or None.

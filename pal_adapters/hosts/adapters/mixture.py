@@ -50,7 +50,8 @@ class Mixture(ValueComposition):
 
     def acts(self, setup: AdapterCompositionBlock) -> bool:
         """Whether an adapter of the setup acts here."""
-        return not setup.flatten().isdisjoint(self._bottleneck.adapters) or self._task_layer.acts(setup, self._site)
+        host = any(name in self._bottleneck.adapters for name in setup.flatten())
+        return host or self._task_layer.acts(setup, self._site)
 
     def forward(self, setup: AdapterCompositionBlock, value: Tensor, stream: Tensor | None, layer_norm: Any) -> Tensor:
         """The layer's output, `[b, n, d]`, given the sublayer's output `value` and the residual stream."""
