@@ -38,12 +38,9 @@ class InPlace:
     def __init__(self, inner: Slots, outer: Slots, lost: str = "") -> None:
         self.slots: Mapping[str, Slots] = dict(zip(PARTS, (inner, outer), strict=True))
         tensors = self.tensors()
+        if not lost:
+            self.require_values()
         for name, tensor in tensors.items():
-            if tensor.is_meta and not lost:
-                raise UnsupportedError(
-                    f"{name} is on the meta device and has no values yet, so it cannot be trained in place: load the "
-                    "model's weights first."
-                )
             if not tensor.is_floating_point():
                 raise UnsupportedError(
                     f"{name} is packed in {tensor.dtype}, so it cannot be trained in place: load the model in "
@@ -81,11 +78,14 @@ class InPlace:
             tensor.requires_grad_(mode)
 
     def require_present(self, block: nn.Module, model: nn.Module) -> None:
-        """Raise `UnsupportedError` if a weight is no longer in its place in the model, or not the same at all places.
+        """Check that each weight is in its place in the model, and the same at all its places.
 
         Args:
             block: the unit's block.
             model: the model that holds it.
+
+        Raises:
+            UnsupportedError: if one is not, or has no values here because it is offloaded.
         """
         for part, root in zip(PARTS, (block, getattr(model, "base_model", model)), strict=True):
             for name, places in self.slots[part].items():
@@ -96,6 +96,16 @@ class InPlace:
                         f"{name}, which an adapter trains in place, has been replaced since the adapter was added "
                         "(by new embeddings, for example): change the model before you add the adapter."
                     )
+        self.require_values()
+
+    def require_values(self) -> None:
+        """Raise `UnsupportedError` if a weight is on the meta device, where nothing can be read or written."""
+        for name, tensor in self.tensors().items():
+            if tensor.is_meta:
+                raise UnsupportedError(
+                    f"{name}, which is to train in place, has no values here: load the model's weights before you add "
+                    "the adapter, without 'cpu' and 'disk' in a device_map."
+                )
 
 
 def _holds(root: nn.Module, path: str, module: nn.Module) -> bool:

@@ -112,10 +112,11 @@ class Stored:
         made = memo[id(self)] = self.lost(self._why or "their temporary file has been removed")
         if self._path is not None and os.path.exists(self._path):
             made._claim(_new_path())
-            os.unlink(made._file())
+            link = f"{made._file()}.link"
             try:
-                os.link(self._path, made._file())
-            except OSError:
+                os.link(self._path, link)
+                os.replace(link, made._file())
+            except OSError:  # into the new file, which only its owner can read
                 shutil.copyfile(self._path, made._file())
         return made
 

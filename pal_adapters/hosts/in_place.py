@@ -51,6 +51,7 @@ def check_originals(parts: Iterable[InPlace]) -> None:
         UnsupportedError: if they are gone, or do not fit any more.
     """
     for part in parts:
+        part.require_values()
         part.originals.check(part.tensors())
 
 

@@ -681,6 +681,32 @@ def test_a_model_saved_as_a_whole(tmp_path: pathlib.Path) -> None:
     assert torch.equal(output(load("adapters", tmp_path / "all", base=fresh)), expected)
 
 
+@adapters_only
+@pytest.mark.parametrize("headed", [True, False], ids=["into_a_base_model", "into_a_model_with_a_head"])
+def test_with_a_head_and_without(headed: bool, tmp_path: pathlib.Path) -> None:
+    import adapters
+
+    def classifier() -> Any:
+        torch.manual_seed(0)
+        model = transformers.BertForSequenceClassification._from_config(build("bert").config)
+        model.bert.load_state_dict(build("bert").state_dict())
+        adapters.init(model)
+        return model.eval()
+
+    network = trained("adapters", base=classifier() if headed else None)
+    folder = save(network, tmp_path)
+    model = load("adapters", folder, base=None if headed else classifier())
+    base = {n.removeprefix("bert."): t for n, t in model.state_dict().items()}
+    expected = {n.removeprefix("bert."): t for n, t in network.base.state_dict().items()}
+    shared = [n for n in expected if n in base and not n.startswith("classifier")]
+    assert len(shared) > 100
+    assert all(torch.equal(base[name], expected[name]) for name in shared)
+    before = dict(build("bert").state_dict())
+    model.delete_adapter("all")
+    base = {n.removeprefix("bert."): t for n, t in model.state_dict().items()}
+    assert all(torch.equal(base[name], tensor) for name, tensor in before.items())
+
+
 @both
 def test_configs_keep_the_choice(host: str, tmp_path: pathlib.Path) -> None:
     config = Network(host, train_base=False).config(**IN_PLACE)
@@ -735,7 +761,7 @@ def test_weights_that_cannot_be_trained_in_place(
     base.transformer.h[3].mlp.c_fc.weight = nn.Parameter(torch.zeros(24, 32, dtype=torch.int8), requires_grad=False)
     _refused(host, base, "packed", room)
     if host == "peft":
-        _refused(host, build("gpt2").to("meta"), "on the meta device", room)
+        _refused(host, build("gpt2").to("meta"), "has no values here", room)
     monkeypatch.setattr(tempfile, "tempdir", str(room / "missing"))
     _refused(host, build("gpt2"), "set TMPDIR to a folder", room)
 
@@ -752,6 +778,12 @@ def test_replaced_weights_are_noticed(host: str, tmp_path: pathlib.Path) -> None
     with torch.no_grad():
         network(batch, IDS)  # only training is wrong
     network.base.set_input_embeddings(embeddings)
+    weight = embeddings.weight
+    embeddings._parameters["weight"] = nn.Parameter(torch.empty(40, 24, device="meta"))
+    for change in (lambda: save(network, tmp_path), lambda: network.model.delete_adapter("all")):
+        with pytest.raises(UnsupportedError, match="has no values here"):
+            change()
+    embeddings._parameters["weight"] = weight
     network.base.resize_token_embeddings(44, mean_resizing=False)
     before = state(network.model)
     with pytest.raises(UnsupportedError, match=r"has shape \[44, 24\] now and had \[40, 24\]"):
