@@ -8,6 +8,7 @@ import pickle
 import tempfile
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -762,6 +763,9 @@ def test_weights_that_cannot_be_trained_in_place(
     _refused(host, base, "packed", room)
     if host == "peft":
         _refused(host, build("gpt2").to("meta"), "has no values here", room)
+        offloaded = build("gpt2")
+        accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+        _refused(host, offloaded, "accelerate offloads weights", room)
     monkeypatch.setattr(tempfile, "tempdir", str(room / "missing"))
     _refused(host, build("gpt2"), "set TMPDIR to a folder", room)
 
