@@ -32,6 +32,7 @@ class ClaimsOptions:
     targets: list[str] = option("targets of the claim scalearn", ["mrpc", "copa", "rte"])
     shots: list[int] = option("few-shot sizes of the claim scalearn, in examples per class", [16, 4, 32, 100])
     few_shot_only: bool = option("leave out the targets with all their training examples", False)
+    whole_only: bool = option("leave out the targets with few training examples", False)
     pooling: Literal["mean", "first", "last", "pooler"] = option("what heads read", "mean")
     max_length: PositiveInt = option("maximum number of tokens", 128)
     batch_size: PositiveInt = option("batch size", 32)
@@ -46,6 +47,8 @@ class ClaimsOptions:
     def __post_init__(self) -> None:
         if self.tries > 4:
             raise ConfigError(f"--tries {self.tries}: allowed: 1 to 4")
+        if self.few_shot_only and self.whole_only:
+            raise ConfigError("--few_shot_only --whole_only: allowed: one of them")
         for shots in self.shots:
             if shots < 1:
                 raise ConfigError(f"--shots {shots}: allowed: integers of at least 1")

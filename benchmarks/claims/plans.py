@@ -96,7 +96,7 @@ def scalearn(args: ClaimsOptions) -> list[Line]:
         return tuple(Group(recipe, (target,), shots) for target in args.targets)
 
     few, whole = [], []
-    for shots in args.shots:
+    for shots in () if args.whole_only else args.shots:
         few.append(
             Line(
                 f"scalearn_{shots}",

@@ -230,15 +230,31 @@ def test_whole_script(tiny_encoder: str, tmp_path: Path, capsys: Any) -> None:
     assert "0 of 2 pieces are done" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("more", "message"), [(["--tries", "5"], "--tries 5"), (["--shots", "0"], "--shots 0")])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tries", "5"], "--tries 5"),
+        (["--shots", "0"], "--shots 0"),
+        (["--few_shot_only", "--whole_only"], "--few_shot_only --whole_only"),
+    ],
+)
 def test_what_is_rejected(more: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         main(["--output_dir", str(tmp_path), *more])
 
 
+def test_targets_with_all_or_with_few_examples() -> None:
+    def shots(**given: Any) -> set[int | None]:
+        args = ClaimsOptions(output_dir="out", shots=[4, 16], **given)
+        return {group.shots for line in PLANS["scalearn"](args) for group in line.left}
+
+    assert shots() == {None, 4, 16}
+    assert shots(few_shot_only=True) == {4, 16}
+    assert shots(whole_only=True) == {None}
+
+
 def test_claims_on_a_gpu_run_beside_each_other(tmp_path: Path, monkeypatch: Any) -> None:
     import claims_gpu
-    from claims.options import ClaimsOptions
 
     from pal_adapters.cli.options import parse
 
