@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,7 +37,7 @@ class Stored:
         self._claim(_new_path())
         try:
             save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, self._file())
-        except Exception as error:  # a full disk is an OSError or an error of safetensors
+        except (OSError, SafetensorError) as error:  # a full disk is either
             self.remove()
             size = sum(tensor.nbytes for tensor in tensors.values())
             raise StorageError(
@@ -79,8 +79,8 @@ class Stored:
         path = self._file()
         try:
             with safe_open(path, framework="pt") as file:
-                shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:
+                shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        except (OSError, SafetensorError) as error:
             raise StorageError(
                 f"{path} with the pretrained values of weights that were trained in place cannot be read ({error}): "
                 "load the pretrained model again."

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.in_place import InPlace
@@ -65,3 +68,11 @@ def put_originals_back(parts: Iterable[InPlace]) -> None:
         part.originals.write_back(part.tensors())
         part.train(False)
         when_settled(part.originals.remove)
+
+
+def overwrite(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Give weights that train in place the checked values of the same names, as part of a running change."""
+    keep_on_disk(own)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(given[name])

@@ -86,7 +86,7 @@ def beside(change: Callable[[], Any]) -> Iterator[None]:
         try:
             while not ended.is_set():
                 change()
-        except Exception as error:
+        except Exception as error:  # whatever it is, the test looks at it
             failed.append(error)
 
     worker = threading.Thread(target=work)

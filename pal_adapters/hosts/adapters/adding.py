@@ -23,9 +23,11 @@ from pal_adapters.hosts.in_place import check_beside
 from pal_adapters.hosts.method import filled, parameters_of
 from pal_adapters.hosts.names import require_adapter_name
 
+from .base_weights import task_parameters
 from .composition import architectures
 from .config import TaskAdapterConfig, any_registered, given_configs
-from .layer import TaskLayer, parts_in_place, task_parameters
+from .in_place import parts_of
+from .layer import TaskLayer
 
 _TABLE = r"shared_parameters\."
 
@@ -87,7 +89,7 @@ def add_adapter_to_whole(original: Any) -> Any:
 
     def wrapper(self: ModelAdaptersMixin, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         original(self, adapter_name, *args, **kwargs)
-        require_untied(self, parts_in_place(self, adapter_name))
+        require_untied(self, parts_of(self, adapter_name))
 
     return wrapper
 

@@ -9,7 +9,7 @@ from adapters.model_mixin import ModelAdaptersMixin
 
 from pal_adapters.hosts.in_place import check_originals
 
-from .layer import parts_in_place
+from .in_place import parts_of
 
 
 def delete_adapter(original: Any) -> Any:
@@ -18,7 +18,7 @@ def delete_adapter(original: Any) -> Any:
     def wrapper(self: ModelAdaptersMixin, adapter_name: str) -> None:
         known = self.adapters_config
         key = known.adapters.get(adapter_name)
-        check_originals(parts_in_place(self, adapter_name))
+        check_originals(parts_of(self, adapter_name))
         original(self, adapter_name)
         if key not in known.adapters.values():
             known.config_map.pop(key, None)

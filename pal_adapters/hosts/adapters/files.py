@@ -9,21 +9,21 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import torch
 from adapters.loading import AdapterFusionLoader, AdapterLoader, PredictionHeadLoader, WeightsLoaderHelper
 from adapters.model_mixin import ModelAdaptersMixin
 from torch import Tensor, nn
 
 from pal_adapters.blocks.walk import named_modules
 from pal_adapters.errors import PalAdaptersError, StorageError
-from pal_adapters.hooks.in_place import InPlace
 from pal_adapters.hosts.base_files import found_by, in_adapter_file, remove_unused, stored_once, with_base
+from pal_adapters.hosts.in_place import overwrite
 from pal_adapters.hosts.tensors import fault_of
-from pal_adapters.hosts.unchanged import keep_on_disk, keep_values
+from pal_adapters.hosts.unchanged import keep_values
 
+from .base_weights import base_parameters, trains_originals
 from .config import task_configs
 from .fusion import combination_config
-from .layer import base_parameters, require_in_place, trains_originals
+from .in_place import require_present, tensors_in_place
 
 _CHECK_ALL: ContextVar[bool] = ContextVar("pal_adapters_check_all_files", default=False)
 
@@ -191,11 +191,11 @@ def state_dict(original: Any) -> Any:
         if not isinstance(filter_func, OwnTensors):
             return dict(original(self, filter_func))
         tensors: dict[str, Tensor] = original(self, set(filter_func.among(_tensors(self.model))).__contains__)
-        in_place = _in_place(self.model)
+        in_place = tensors_in_place(self.model)
         for name in filter_func.among(in_place):
             tensors[name] = in_place[name].detach()
         if in_place and filter_func.adapter_name:
-            require_in_place(self.model, filter_func.adapter_name)
+            require_present(self.model, filter_func.adapter_name)
         base = {name: tensors.pop(name) for name in list(tensors) if name in filter_func.base}
         return {**tensors, **in_adapter_file(base, filter_func.adapter_name)}
 
@@ -277,7 +277,7 @@ def load_weights_from_state_dict(original: Any) -> Any:
         )
         given: Mapping[str, Any] = self.rename_state_dict(state_dict, *renames)
         on_model, in_file = _prefixes(self.model, given, in_base_model, start_prefix)
-        in_place = _in_place(self.model)
+        in_place = tensors_in_place(self.model)
         tensors = {**_tensors(self.model), **in_place}
         keep = filter_func
         if isinstance(filter_func, OwnTensors):
@@ -293,7 +293,7 @@ def load_weights_from_state_dict(original: Any) -> Any:
             new = {key: next(iter(self.rename_state_dict({key: 0}, *renames))) for key in state_dict}
             state_dict = {k: v for k, v in state_dict.items() if on_model + new[k].removeprefix(in_file) not in loaded}
         result = original(self, state_dict, keep, rename_func, loading_info, in_base_model, start_prefix)
-        _load_in_place(in_place, loaded)
+        overwrite(in_place, loaded)
         return result
 
     return wrapper
@@ -307,23 +307,6 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
             if tensor is not None and name not in module._non_persistent_buffers_set:
                 found[f"{path}.{name}" if path else name] = tensor
     return found
-
-
-def _in_place(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that adapters of a model train in place, by the names that copies would have."""
-    return {
-        f"{path}.{name}": tensor
-        for path, module in named_modules(model, once=False).items()
-        if isinstance(part := module.__dict__.get("in_place"), InPlace)
-        for name, tensor in part.tensors().items()
-    }
-
-
-def _load_in_place(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    keep_on_disk(own)
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(given[name])
 
 
 def _prefixes(model: Any, given: Mapping[str, Any], in_base_model: bool, start_prefix: str) -> tuple[str, str]:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from pal_adapters.blocks.placement import computing_device
 from pal_adapters.blocks.sites import Block, mark_added, resolve
-from pal_adapters.blocks.walk import named_modules, parameters
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.attachment import Attachment
 from pal_adapters.hooks.call import checkpoints
@@ -29,6 +28,7 @@ from pal_adapters.hosts.method import generator_for
 from pal_adapters.nn.tracing import exporting
 from pal_adapters.nn.unit import TaskUnit, UnitDict, UnitInputs
 
+from .base_weights import base_parameters, task_parameters, trains_base
 from .composition import State, ValueComposition, architectures, grow, task_children, task_input
 from .config import TaskAdapterConfig, any_registered, fusable_methods, task_configs
 from .in_force import check_call_known, setup_in_force, setup_is_given
@@ -360,32 +360,6 @@ def fuses(setup: AdapterCompositionBlock | str, names: set[str]) -> bool:
     return any(fuses(child, names) for child in setup)
 
 
-def trains_base(adapters_config: Any, setup: AdapterCompositionBlock | None) -> bool:
-    """Whether an adapter of the setup trains the base model too."""
-    names = set() if setup is None else setup.flatten()
-    return any(trains_originals(config) for name in names for config in task_configs(adapters_config.get(name)))
-
-
-def trains_originals(config: TaskAdapterConfig) -> bool:
-    """Whether an adapter trains all of the model's own pretrained weights."""
-    return config.train_base and config.base_weights == "all"
-
-
-def parts_in_place(model: Any, adapter_name: str) -> list[InPlace]:
-    """What an adapter trains in place of a model's pretrained weights, by block."""
-    layers = [getattr(layer, "task_layer", None) for _, layer in model.iter_layers()]
-    return [part for layer in layers if isinstance(layer, TaskLayer) for part in layer.in_place(adapter_name)]
-
-
-def require_in_place(model: Any, adapter_name: str) -> None:
-    """Raise `UnsupportedError` if weights that an adapter trains in place have been replaced."""
-    for _, block in model.iter_layers():
-        layer = getattr(block, "task_layer", None)
-        if isinstance(layer, TaskLayer):
-            for part in layer.in_place(adapter_name):
-                part.require_present(block, layer.model)
-
-
 def unfusable(names: Collection[str], layer: TaskLayer) -> str | None:
     """Why these adapters cannot be fused in this block, or None."""
     listed = f"Fuse({', '.join(names)}) cannot be used: "
@@ -403,29 +377,3 @@ def unfusable(names: Collection[str], layer: TaskLayer) -> str | None:
             f"{type(layer.block.module).__name__} receives the value to which task modules add."
         )
     return None
-
-
-def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The pretrained parameters of a host model by name: all except those that adapters of any method added."""
-    task = set(map(id, task_parameters(model)))
-    found: dict[str, nn.Parameter] = {}
-    for path, module in named_modules(model, units=False).items():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in task:
-                task.add(id(parameter))  # a tied one appears once
-                found[f"{path}.{name}" if path else name] = parameter
-    return found
-
-
-def task_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every parameter outside of task units that an adapter, the host's or this package's, added to a base model."""
-    containers = [getattr(model, name, None) for name in ("shared_parameters", "invertible_adapters", "prefix_tuning")]
-    for module in named_modules(model, units=False).values():
-        if isinstance(module, AdapterLayerBase):
-            containers.append(module.adapter_modules)
-            containers += [getattr(module, name, None) for name in ("adapter_fusion_layer", "shared_parameters")]
-    found: list[nn.Parameter] = []
-    for container in containers:
-        if isinstance(container, nn.Module):
-            found += parameters(container, units=False)
-    return found

@@ -12,8 +12,8 @@ from torch import nn
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.in_place import parts_in_place
 
+from .base_weights import base_parameters, trains_base
 from .config import CONFIGS, TaskAdapterConfig, task_configs
-from .layer import base_parameters, trains_base
 from .network import with_task_tensor
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pal_adapters.errors import StorageError
-from pal_adapters.hosts.unchanged import keep_on_disk
+from pal_adapters.hosts.in_place import overwrite
 
-from .in_place import IN_PLACE, parts_of, tensors_in_place
+from .in_place import IN_PLACE, tensors_in_place
 from .joint import check_others
 from .layer import remove_adapter_name
 from .loading import BASE_PREFIX, check_values
@@ -57,11 +56,7 @@ def put_in_place(model: nn.Module, adapter_name: str, given: Mapping[str, Tensor
         ((own[name], given[name]) for name in own),
         trains=not configs[adapter_name].inference_mode,
     )
-    for _, part in parts_of(model, adapter_name):
-        keep_on_disk(part.tensors())
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(given[name])
+    overwrite(own, given)
 
 
 def load_left_out(model: nn.Module, adapter_name: str, config: Any, given: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from pal_adapters.blocks.sites import Block
 from pal_adapters.blocks.walk import named_modules
 from pal_adapters.errors import UnsupportedError
 from pal_adapters.hooks.call import bind_reruns
+from pal_adapters.hooks.in_place import InPlace
 from pal_adapters.hooks.network import NetworkHooks
 from pal_adapters.hooks.network_copies import give_weights, start_weights
 from pal_adapters.hooks.task_ids import ARGUMENT, CARRIED, TaskRows
@@ -89,12 +90,17 @@ class NetworkTunerLayer(TaskTunerLayer):
             if name in self.units:
                 self.units[name].mark_frozen()  # type: ignore[operator]
 
+    def _in_place(self) -> dict[str, InPlace]:
+        """What each adapter trains in place of this block, and of what is outside all blocks."""
+        units: dict[str, Any] = dict(self.units.items())
+        return {name: unit.in_place for name, unit in units.items() if unit.in_place is not None}
+
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad)
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        for name, unit in self.units.items():
-            if name in names and unit.in_place is not None:
-                unit.in_place.train(requires_grad)  # type: ignore[union-attr]
+        for name, part in self._in_place().items():
+            if name in names:
+                part.train(requires_grad)
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
@@ -103,19 +109,19 @@ class NetworkTunerLayer(TaskTunerLayer):
 
     def mark_in_place(self, training: Collection[str]) -> None:
         """Make the weights trainable that these adapters train in place, and freeze those of others."""
-        for name, unit in self.units.items():
-            if unit.in_place is not None:
-                unit.in_place.train(name in training)  # type: ignore[union-attr]
+        for name, part in self._in_place().items():
+            part.train(name in training)
 
     def require_in_place(self, adapter_name: str) -> None:
         """Raise `UnsupportedError` if weights that an adapter trains in place have been replaced."""
-        if adapter_name in self.units and self.units[adapter_name].in_place is not None:
-            part: Any = self.units[adapter_name].in_place
+        part = self._in_place().get(adapter_name)
+        if part is not None:
             part.require_present(self.base_layer, self._model[0])
 
     def delete_adapter(self, adapter_name: str) -> None:
-        if adapter_name in self.units and self.units[adapter_name].in_place is not None:
-            put_originals_back([self.units[adapter_name].in_place])  # type: ignore[list-item]
+        part = self._in_place().get(adapter_name)
+        if part is not None:
+            put_originals_back([part])
         super().delete_adapter(adapter_name)
 
     def forget(self, adapter_name: str) -> None:

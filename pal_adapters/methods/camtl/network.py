@@ -109,7 +109,7 @@ def _base_size(model: Any) -> int:
     inner = model.get_base_model() if is_peft_model(model) else model
     inner = getattr(inner, "base_model", inner)
     if host_of(model) == "adapters":
-        from pal_adapters.hosts.adapters.layer import base_parameters  # the host may be missing
+        from pal_adapters.hosts.adapters.base_weights import base_parameters  # the host may be missing
 
         return sum(p.numel() for p in base_parameters(inner).values())
     from pal_adapters.hosts.peft.joint import task_parameter_ids  # the host may be missing
