@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModel
 
 import pal_adapters
+from pal_adapters.multitask import add_adapter
 
 TASKS = ("rte", "stsb", "copa", "ner", "qa", "topics")
 HOSTS = ["none"]
@@ -36,6 +37,12 @@ def backbone(folder: str, host: str, names: tuple[str, ...] = TASKS) -> Any:
             model.add_adapter(name, pal_adapters.PALPeftConfig(**config))
     randomise(model)
     return model.eval()
+
+
+def network(folder: str, host: str, **options: Any) -> Any:
+    """A model from disk with the CA-MTL network `net`, which has these options."""
+    config = pal_adapters.CAMTLConfig if host == "adapters" else pal_adapters.CAMTLPeftConfig
+    return add_adapter(AutoModel.from_pretrained(folder), "net", config(**options))
 
 
 def randomise(model: nn.Module) -> None:

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 from answers import REQUESTS, made, plain_logits
-from backbones import HOSTS
+from backbones import HOSTS, network
 from safetensors.torch import load_file, save_file
 from tiny_tasks import make_tasks
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoTokenizer
 
-import pal_adapters
 from pal_adapters.errors import ConfigError, PalAdaptersError, StorageError, UnknownAdapterError, UnsupportedError
 from pal_adapters.multitask import Predictor, RequestError, TaskHeads
 
@@ -189,17 +188,7 @@ def test_base_weights_that_train_in_place_are_for_one_model_alone(
     tiny_encoder: str, host: str, tmp_path: Path
 ) -> None:
     names = ("rte", "stsb")
-    values: dict[str, Any] = {"tasks": list(names), "base_weights": "in_place", "top_block_init": "scratch"}
-    base: Any = AutoModel.from_pretrained(tiny_encoder)
-    if host == "adapters":
-        import adapters
-
-        adapters.init(base)
-        base.add_adapter("net", config=pal_adapters.CAMTLConfig(**values))
-    else:
-        import peft
-
-        base = peft.get_peft_model(base, pal_adapters.CAMTLPeftConfig(**values), adapter_name="net")
+    base = network(tiny_encoder, host, tasks=list(names), base_weights="in_place", top_block_init="scratch")
     model, tasks = TaskHeads(base), make_tasks(*names)
     for task in tasks:
         model.add(task.name, task.head_config(), adapter="net")

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from backbones import HOSTS
+from backbones import HOSTS, network
 from tiny_tasks import make_tasks
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoTokenizer
 
-import pal_adapters
 from pal_adapters.multitask import MultiTaskTrainer, MultiTaskTrainingArguments, TaskHeads
 
 NAMES = ("rte", "stsb")
@@ -20,17 +19,7 @@ NAMES = ("rte", "stsb")
 
 def trainer(encoder: str, host: str, weights: str, place: Path, **more: Any) -> MultiTaskTrainer:
     torch.manual_seed(1)
-    base: Any = AutoModel.from_pretrained(encoder)
-    values: dict[str, Any] = {"tasks": list(NAMES), "base_weights": weights}
-    if host == "adapters":
-        import adapters
-
-        adapters.init(base)
-        base.add_adapter("net", config=pal_adapters.CAMTLConfig(**values))
-    else:
-        import peft
-
-        base = peft.get_peft_model(base, pal_adapters.CAMTLPeftConfig(**values), adapter_name="net")
+    base = network(encoder, host, tasks=list(NAMES), base_weights=weights)
     model, tasks = TaskHeads(base), make_tasks(*NAMES)
     torch.manual_seed(2)
     for task in tasks:
